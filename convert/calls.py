@@ -1,0 +1,83 @@
+"""How a model calls its decoder layers: caught by running the model with the layers held back.
+
+Positions, rotary embeddings and masks are made by the model's own code, whatever its family. All
+calibration rows have the same length and no padding, so what was caught for some rows serves for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from convert.layer import LayerCall
+from lowmem.models.architecture import Architecture, decoder_layers
+
+
+class _Caught(Exception):
+    """The hidden states have reached the last layer that is of interest."""
+
+
+@contextlib.contextmanager
+def _held_back(
+    layers: nn.ModuleList, catch: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+) -> Iterator[None]:
+    """Replace each layer's forward; attributes that the model reads from its layers stay."""
+    for index, layer in enumerate(layers):
+
+        def forward(*args: Any, _index: int = index, **kwargs: Any) -> Any:
+            return catch(_index, args, kwargs)
+
+        layer.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def catch_calls(model: nn.Module, arch: Architecture, tokens: torch.Tensor) -> list[LayerCall]:
+    """One LayerCall for each decoder layer; `tokens` [rows, row_length] are the rows of one pass."""
+    calls: list[LayerCall] = []
+
+    def catch(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden, rest = _split(args, kwargs)
+        returns_tuple = arch.layers[index].returns_tuple
+        calls.append(LayerCall(rest[0], rest[1], returns_tuple))
+        if index == len(arch.layers) - 1:
+            raise _Caught
+        return (hidden,) if returns_tuple else hidden
+
+    _run(model, tokens, catch)
+    return calls
+
+
+def embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """The hidden states [rows, row_length, hidden] that enter the first decoder layer."""
+    found: list[torch.Tensor] = []
+
+    def catch(_index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found.append(_split(args, kwargs)[0])
+        raise _Caught
+
+    _run(model, tokens, catch)
+    return found[0]
+
+
+def _split(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The hidden states, and everything else that the layer was called with."""
+    if args:
+        return args[0], (args[1:], kwargs)
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), ((), rest)
+
+
+def _run(model: nn.Module, tokens: torch.Tensor, catch: Callable[..., Any]) -> None:
+    _, layers = decoder_layers(model, model.config)  # type: ignore[arg-type]
+    with _held_back(layers, catch), torch.no_grad(), contextlib.suppress(_Caught):
+        model(input_ids=tokens, use_cache=False)

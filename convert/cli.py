@@ -1,0 +1,137 @@
+"""`lowmem convert`: its options, and their way into Python. No heavy import before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lowmem convert`."""
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder or file of the 16-bit checkpoint, a GGUF, or a hub id"
+    )
+    parser.add_argument("out", metavar="OUT", help="folder to create")
+    quant = parser.add_argument_group("quantization")
+    quant.add_argument(
+        "--bits", type=int, choices=(8, 4, 3, 2), default=4, help="bits a weight (%(default)s)"
+    )
+    quant.add_argument(
+        "--group-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="input columns that share a scale, -1 for all of them (128, or less where 128 does not divide)",
+    )
+    quant.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS)
+    quant.add_argument(
+        "--asym", dest="sym", action="store_false", help="a zero-point for each group (symmetric)"
+    )
+    quant.add_argument(
+        "--desc-act",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="act-order: columns that matter most first; inference needs no permutation (on)",
+    )
+    quant.add_argument(
+        "--damp-percent",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="fraction of the Hessian's mean diagonal added to it (%(default)s)",
+    )
+    quant.add_argument(
+        "--true-sequential",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="linears of a layer see the quantized ones before them (on)",
+    )
+    text = parser.add_argument_group("calibration")
+    text.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="TEXT",
+        help="builtin, oasst1, dolly, FILE.jsonl, FILE.txt or a hub dataset (%(default)s)",
+    )
+    text.add_argument(
+        "--rows", type=int, default=128, metavar="N", help="rows of calibration text (%(default)s)"
+    )
+    text.add_argument("--row-length", type=int, default=512, metavar="N", help="tokens a row (%(default)s)")
+    text.add_argument("--seed", type=int, default=0, metavar="N", help="which text is drawn (%(default)s)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cpu or cuda:N (%(default)s)")
+    machine.add_argument("--memory", metavar="SIZE", help="the most memory to use, as 8GiB (what is free)")
+    machine.add_argument(
+        "--compute-dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the calibration's forward passes (%(default)s)",
+    )
+    result = parser.add_argument_group("result")
+    result.add_argument("--shard-size", default="4GiB", metavar="SIZE", help="of one file (%(default)s)")
+    result.add_argument(
+        "--store-head", action="store_true", help="store a tied head too, as auto-gptq needs it"
+    )
+    result.add_argument(
+        "--force", action="store_true", help="replace OUT, and drop another unfinished conversion"
+    )
+    result.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("-q", "--quiet", action="store_true", help="say nothing unless something is wrong")
+    output.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert as the arguments say; the exit code."""
+    from convert.calibration import CalibrationSpec
+    from convert.job import Job
+    from convert.pipeline import convert
+    from convert.progress import make_reporter
+    from convert.recipe import Options
+    from lowmem.config import QuantConfig
+    from lowmem.plan.device import parse_bytes
+
+    config = QuantConfig(
+        bits=args.bits,
+        group_size=args.group_size,
+        sym=args.sym,
+        desc_act=args.desc_act,
+        damp_percent=args.damp_percent,
+        true_sequential=args.true_sequential,
+    )
+    calibration = CalibrationSpec(args.calibration, args.rows, args.row_length, args.seed)
+    options = Options(
+        device=args.device,
+        memory=parse_bytes(args.memory, "--memory") if args.memory else None,
+        shard_size=parse_bytes(args.shard_size, "--shard-size"),
+        store_head=args.store_head,
+        force=args.force,
+        revision=args.revision,
+        compute_dtype=args.compute_dtype,
+    )
+    reporter = make_reporter(quiet=args.quiet, as_json=args.json)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        convert(args.source, args.out, config, calibration=calibration, options=options, reporter=reporter)
+    except KeyboardInterrupt:
+        job = Job(Path(args.out).expanduser().absolute())
+        state = job.load()
+        if state is None:
+            print("stopped before anything was written", file=sys.stderr)
+        else:
+            print(
+                f"stopped; {state.finished_layers} layers are finished in {job.folder}. "
+                "Give the same command again to go on after them",
+                file=sys.stderr,
+            )
+        return INTERRUPTED
+    return 0
+
+
+def _as_interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

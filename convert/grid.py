@@ -1,0 +1,96 @@
+"""The grid of a group: the scale and the zero-point that its weights are rounded to.
+
+A weight w is stored as q = clamp(round(w / scale) + zero, 0, 2^bits - 1) and read as (q - zero) * scale.
+Plain min-max spends levels on the outermost weight. Here several shrunken ranges are tried, each is
+refitted by least squares to the integers that it gives, and what has the least weighted squared error
+stays. The weights of that error come from the Hessian, so a column that matters counts for more.
+
+A symmetric grid has one level more on its negative side (-8..7). The scale's sign says which side of
+the weights gets it: the format allows a negative scale, and at 3 bits the extra level is worth much.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SCALE_DTYPE = torch.float16
+"""What GPTQ files store; the grid is rounded to it before any weight is, so nothing shifts later."""
+
+CANDIDATES = 12
+SHRINK_TO = {8: 0.96, 4: 0.62, 3: 0.5, 2: 0.35}
+"""The narrowest range tried, as a fraction of min-max, by bits."""
+REFITS = 2
+ROW_CHUNK_ELEMENTS = 1 << 18
+"""Elements of a group that are searched at a time: their temporaries stay in the cache."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """scale: float [out], exactly representable in float16; zero: float [out], an integer value."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+def quantize_to(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, maxq: int) -> torch.Tensor:
+    """The integers, as floats, of `weight` [..., out] on a grid [out]."""
+    return torch.addcdiv(zero, weight, scale).round_().clamp_(0, maxq)
+
+
+def find_grid(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bool) -> Grid:
+    """The best grid of one group. weight: [group, out]; importance: [group], not negative."""
+    out = weight.shape[1]
+    step = max(1, ROW_CHUNK_ELEMENTS // weight.shape[0])
+    parts = [
+        _search(weight[:, i : i + step].contiguous(), importance[:, None], bits, sym)
+        for i in range(0, out, step)
+    ]
+    return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
+
+
+def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` rounded to float16, kept away from 0 and infinity."""
+    tiny, huge = torch.finfo(SCALE_DTYPE).smallest_normal, torch.finfo(SCALE_DTYPE).max
+    size = scale.abs().clamp(tiny, huge)
+    return torch.where(scale < 0, -size, size).to(SCALE_DTYPE).to(dtype)
+
+
+def _search(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bool) -> Grid:
+    maxq = 2**bits - 1
+    half = 2 ** (bits - 1)
+    low = weight.amin(0).clamp_max(0)
+    high = weight.amax(0).clamp_min(0)
+    if sym:
+        # The side that reaches further gets the extra level: it is the negative side of the grid.
+        negative = -low >= high
+        full = torch.maximum(-low / half, high / (half - 1))
+        signed = torch.where(negative, -low, -high) / half
+        starts = [full, signed]
+    else:
+        starts = [(high - low) / maxq]
+    best_loss = torch.full_like(low, torch.inf)
+    best_scale = torch.ones_like(low)
+    best_zero = torch.full_like(low, half)
+    shrinks = torch.linspace(1.0, SHRINK_TO[bits], CANDIDATES).tolist()
+    for start in starts:
+        for shrink in shrinks:
+            scale = _storable(start * shrink, weight.dtype)
+            zero = torch.full_like(low, half) if sym else _zero_point(low * shrink, scale, maxq)
+            for _ in range(REFITS + 1):
+                z = quantize_to(weight, scale, zero, maxq).sub_(zero)
+                weighted = importance * z
+                loss = ((z * scale).sub_(weight).square_().mul_(importance)).sum(0)
+                better = loss < best_loss
+                best_loss = torch.where(better, loss, best_loss)
+                best_scale = torch.where(better, scale, best_scale)
+                best_zero = torch.where(better, zero, best_zero)
+                fitted = (weighted * weight).sum(0) / (weighted * z).sum(0)
+                scale = _storable(torch.where(torch.isfinite(fitted), fitted, scale), weight.dtype)
+    return Grid(best_scale, best_zero)
+
+
+def _zero_point(low: torch.Tensor, scale: torch.Tensor, maxq: int) -> torch.Tensor:
+    """Zero-points 1..maxq: the format stores zero - 1, and readers disagree about a stored -1."""
+    return (-low / scale).round().clamp(1, maxq)

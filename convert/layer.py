@@ -1,0 +1,254 @@
+"""One decoder layer: capture the inputs of its linears, quantize them, pack them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from convert.activations import HiddenStates
+from convert.gptq import Prepared, Quantized, prepare, quantize
+from convert.hessian import Hessian
+from lowmem.checkpoint.packing import pack_rows, pack_zeros
+from lowmem.config import QuantConfig
+from lowmem.errors import SourceError
+from lowmem.kernels.reference import dequantize
+from lowmem.models.architecture import LayerSpec, LinearSpec
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What quantizing one linear did to its outputs over the calibration tokens."""
+
+    name: str
+    in_features: int
+    out_features: int
+    error: float
+    """Squared error of the outputs as a share of their energy: ||x(W-Q)||^2 / ||xW||^2."""
+    damping: float
+    """What was added to the Hessian's diagonal, as a fraction of its mean."""
+    dead_columns: int
+    """Inputs that were zero for every calibration token."""
+
+    def warnings(self, asked_damping: float) -> list[str]:
+        """What a person should know of this linear."""
+        found = []
+        if self.dead_columns:
+            found.append(f"{self.dead_columns} inputs never used by the calibration text: rounded to nearest")
+        if self.damping > asked_damping:
+            found.append(f"Hessian not positive definite: damping raised to {self.damping:g}")
+        return found
+
+
+@dataclass
+class Seconds:
+    """Where the time went."""
+
+    forward: float = 0.0
+    hessian: float = 0.0
+    factor: float = 0.0
+    quantize: float = 0.0
+    pack: float = 0.0
+    read: float = 0.0
+    write: float = 0.0
+
+    def __iadd__(self, other: Seconds) -> Seconds:
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        return self
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model calls one of its decoder layers, beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    returns_tuple: bool = False
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output hidden states."""
+        with torch.no_grad():
+            output = layer(hidden, *self.args, **self.kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A quantized layer: the tensors to store, named relative to the layer, and one report a linear."""
+
+    tensors: dict[str, torch.Tensor]
+    reports: tuple[LinearReport, ...]
+    seconds: Seconds
+
+
+class _Stop(Exception):
+    """The last linear that is being watched has its input: the rest of the layer need not run."""
+
+
+class _Capture:
+    """Hooks on some linears: one Hessian for each distinct input, and the energy of each output."""
+
+    def __init__(
+        self, layer: nn.Module, groups: Sequence[Sequence[LinearSpec]], device: torch.device
+    ) -> None:
+        self.hessians = [Hessian(group[0].in_features, device) for group in groups]
+        self.energy = {spec.name: 0.0 for group in groups for spec in group}
+        self.seconds = 0.0
+        self._left = len(self.energy)
+        self._count = len(self.energy)
+        self._handles = []
+        for group, hessian in zip(groups, self.hessians, strict=True):
+            for position, spec in enumerate(group):
+                module = layer.get_submodule(spec.name)
+                hook = self._hook(spec.name, hessian if position == 0 else None)
+                self._handles.append(module.register_forward_hook(hook))
+
+    def _hook(self, name: str, hessian: Hessian | None) -> Callable[..., None]:
+        def hook(module: nn.Linear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            started = time.perf_counter()
+            if hessian is not None:
+                hessian.add(args[0].reshape(-1, args[0].shape[-1]))
+            plain = output if module.bias is None else output - module.bias
+            self.energy[name] += float(torch.linalg.vector_norm(plain, dtype=torch.float32)) ** 2
+            self.seconds += time.perf_counter() - started
+            self._left -= 1
+            if self._left == 0:
+                self._left = self._count
+                raise _Stop
+
+        return hook
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def quantize_layer(
+    layer: nn.Module,
+    spec: LayerSpec,
+    call: LayerCall,
+    states: HiddenStates,
+    config: QuantConfig,
+    *,
+    rows: int,
+    device: torch.device,
+    on_linear: Callable[[LinearReport], None] | None = None,
+) -> LayerResult:
+    """Quantize every linear of `layer` (on `device`), whose weights become the dequantized ones.
+
+    rows: calibration rows that run at a time. With true_sequential the linears are taken in the order
+    in which they run, each seeing the outputs of the already quantized ones; otherwise all inputs come
+    from the unquantized layer, in one pass.
+    Raises SourceError for weights that are not finite, CalibrationError for activations that are not.
+    """
+    stored: dict[str, torch.Tensor] = {}
+    reports: list[LinearReport] = []
+    seconds = Seconds()
+    passes = [[group] for group in spec.groups] if config.true_sequential else [list(spec.groups)]
+    for groups in passes:
+        capture = _capture(layer, groups, call, states, rows, device, seconds)
+        for group in groups:
+            hessian = capture.hessians.pop(0)
+            tokens = hessian.tokens
+            started = time.perf_counter()
+            prepared = prepare(hessian.finish(), config)
+            seconds.factor += time.perf_counter() - started
+            for linear_spec in group:
+                linear = layer.get_submodule(linear_spec.name)
+                assert isinstance(linear, nn.Linear)
+                name = f"{spec.name}.{linear_spec.name}"
+                result = _quantize_linear(linear, name, prepared, config, seconds)
+                stored.update(_pack(linear_spec.name, linear, result, config, seconds))
+                _restore(linear, linear_spec.name, stored, config)
+                energy = capture.energy[linear_spec.name] / tokens
+                error = result.squared_error / energy if energy > 0 else math.nan
+                report = LinearReport(
+                    linear_spec.name,
+                    linear_spec.in_features,
+                    linear_spec.out_features,
+                    error,
+                    result.damping,
+                    result.dead_columns,
+                )
+                reports.append(report)
+                if on_linear is not None:
+                    on_linear(report)
+            del prepared
+    return LayerResult(stored, tuple(reports), seconds)
+
+
+def _capture(
+    layer: nn.Module,
+    groups: list[tuple[LinearSpec, ...]],
+    call: LayerCall,
+    states: HiddenStates,
+    rows: int,
+    device: torch.device,
+    seconds: Seconds,
+) -> _Capture:
+    """Run the calibration rows up to the last linear of `groups`."""
+    started = time.perf_counter()
+    capture = _Capture(layer, groups, device)
+    try:
+        for chunk in states.chunks(rows):
+            try:
+                call.run(layer, chunk.to(device))
+            except _Stop:
+                pass
+    finally:
+        capture.remove()
+    seconds.hessian += capture.seconds
+    seconds.forward += time.perf_counter() - started - capture.seconds
+    return capture
+
+
+def _quantize_linear(
+    linear: nn.Linear, name: str, prepared: Prepared, config: QuantConfig, seconds: Seconds
+) -> Quantized:
+    started = time.perf_counter()
+    weight = linear.weight.detach()
+    if not bool(torch.isfinite(weight).all()):
+        raise SourceError(f"{name}.weight holds values that are not finite", "Download the source again")
+    transposed = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)
+    transposed.copy_(weight.T)
+    del weight
+    linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+    result = quantize(transposed, prepared, config)
+    seconds.quantize += time.perf_counter() - started
+    return result
+
+
+def _pack(
+    name: str, linear: nn.Linear, result: Quantized, config: QuantConfig, seconds: Seconds
+) -> dict[str, torch.Tensor]:
+    started = time.perf_counter()
+    n = result.codes.shape[0]
+    width = n // result.scales.shape[0]
+    tensors = {
+        f"{name}.qweight": pack_rows(result.codes, config.bits),
+        f"{name}.qzeros": pack_zeros(result.zeros, config.bits),
+        f"{name}.scales": result.scales,
+        f"{name}.g_idx": (torch.arange(n, dtype=torch.int32, device=result.codes.device) // width),
+    }
+    seconds.pack += time.perf_counter() - started
+    return tensors
+
+
+def _restore(linear: nn.Linear, name: str, stored: dict[str, torch.Tensor], config: QuantConfig) -> None:
+    """Give the linear the weight that readers of the packed tensors will see."""
+    weight = dequantize(
+        stored[f"{name}.qweight"],
+        stored[f"{name}.qzeros"],
+        stored[f"{name}.scales"],
+        stored[f"{name}.g_idx"],
+        config.bits,
+        linear.weight.dtype,
+    )
+    linear.weight = nn.Parameter(weight, requires_grad=False)

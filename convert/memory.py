@@ -1,0 +1,208 @@
+"""The conversion's peak memory, computed from headers before anything is read.
+
+Everything that lives at the same time is written down here, stage by stage, in bytes. `--memory` is a
+promise: the plan picks what fits it (hidden states in memory or in their file, rows at a time), or
+refuses and names the least budget that would do.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from convert import gptq, hessian
+from lowmem.checkpoint.packing import stored_shapes
+from lowmem.config import QuantConfig
+from lowmem.errors import MemoryBudgetError, OutputError
+from lowmem.models.architecture import Architecture, LayerSpec, LinearSpec
+from lowmem.plan.device import format_bytes
+
+LIBRARIES = 192 << 20
+"""What torch's and the BLAS's own buffers and the allocator's slack add while computing (measured)."""
+TOKENS_AT_A_TIME = 2048
+"""More tokens in one forward pass make it no faster."""
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One moment of the conversion, and the bytes that it holds beside the hidden states."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the conversion will use memory; all sizes in bytes."""
+
+    rows_at_a_time: int
+    keep_hidden: bool
+    hidden_bytes: int
+    base: int
+    """What the process holds before the work begins, on the host."""
+    stages: tuple[Stage, ...]
+    host_peak: int
+    device_peak: int
+    """On a card; 0 on the CPU."""
+
+    @property
+    def largest(self) -> Stage:
+        """The stage that sets the peak."""
+        return max(self.stages, key=lambda stage: stage.nbytes)
+
+
+def _numel(shape: Iterable[int]) -> int:
+    return math.prod(shape)
+
+
+def packed_bytes(spec: LinearSpec, config: QuantConfig) -> int:
+    """Bytes of qweight, qzeros, scales and g_idx of one linear."""
+    shapes = stored_shapes(spec.in_features, spec.out_features, config.bits, config.group_size)
+    words = _numel(shapes.qweight) + _numel(shapes.qzeros) + spec.in_features
+    return 4 * words + 2 * _numel(shapes.scales)
+
+
+def _layer_stages(
+    layer: LayerSpec, arch: Architecture, config: QuantConfig, tokens: int, itemsize: int
+) -> list[Stage]:
+    """The moments of one decoder layer, on the compute device."""
+    weights = sum(_numel(arch.shapes[f"{layer.name}.{n}"]) for n in arch.inside(layer)) * itemsize
+    hidden = layer.linears[0].in_features
+    widest = max(max(s.in_features, s.out_features) for s in layer.linears)
+    largest = max(s.in_features * s.out_features for s in layer.linears)
+    # The residual stream, norms and attention's heads; the widest linear's output and its activation.
+    forward = tokens * (8 * hidden + 4 * widest) * max(itemsize, 2)
+    done = 0
+    stages = [Stage("read", weights + largest * FLOAT32)]
+    groups = [[g] for g in layer.groups] if config.true_sequential else [list(layer.groups)]
+    for together in groups:
+        matrices = sum(g[0].in_features ** 2 for g in together) * FLOAT32
+        names = ", ".join(s.name for g in together for s in g)
+        inputs = max(tokens * g[0].in_features for g in together) * FLOAT32
+        stages.append(Stage(f"Hessian of {names}", weights + done + matrices + forward + inputs))
+        for group in together:
+            n = group[0].in_features
+            panel = 3 * min(n, hessian.COLUMN_BLOCK) * n * FLOAT32
+            stages.append(Stage(f"factor of {group[0].name}", weights + done + matrices + panel))
+            for spec in group:
+                size = spec.in_features * spec.out_features
+                width = gptq.group_width(config, spec.in_features)
+                columns = (4 * gptq.COLUMN_BLOCK + 3 * min(width, spec.in_features)) * spec.out_features
+                # The float32 copy is made while the weight still lies beside it, which then goes;
+                # the integers come, and the columns that are being worked on.
+                copying = weights + done + matrices + size * FLOAT32
+                rounding = copying - size * itemsize + size + columns * FLOAT32 + 512 * n * FLOAT32
+                stages.append(Stage(f"rounding of {spec.name}", max(copying, rounding)))
+                done += packed_bytes(spec, config)
+            matrices -= n * n * FLOAT32
+    return stages
+
+
+def plan(
+    arch: Architecture,
+    config: QuantConfig,
+    *,
+    rows: int,
+    row_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: int,
+    host_budget: int,
+    device_budget: int = 0,
+    fixed_rows: int | None = None,
+) -> MemoryPlan:
+    """The fastest way that stays inside the budgets.
+
+    base: bytes that this process holds already. host_budget counts them too. fixed_rows: rows at a time
+    of an interrupted job, since another choice would not give the same bytes.
+    Raises MemoryBudgetError naming the least budget that would do.
+    """
+    hidden = arch.shapes[arch.embedding][1]
+    hidden_bytes = rows * row_length * hidden * dtype.itemsize
+    divisors = [d for d in range(rows, 0, -1) if rows % d == 0]
+    sensible = [d for d in divisors if d * row_length <= TOKENS_AT_A_TIME] or [1]
+    if fixed_rows is not None:
+        sensible = [fixed_rows]
+    choices = [(d, keep) for keep in (True, False) for d in sensible]
+    plans = [
+        _measure(arch, config, d, row_length, dtype, device, base, hidden_bytes, keep) for d, keep in choices
+    ]
+    for candidate in plans:
+        if candidate.host_peak <= host_budget and candidate.device_peak <= (device_budget or math.inf):
+            return candidate
+    least = min(plans, key=lambda p: (p.device_peak, p.host_peak))
+    if device.type == "cuda" and least.device_peak > device_budget:
+        raise MemoryBudgetError(
+            f"{device} has {format_bytes(device_budget)} free, and {least.largest.name} needs "
+            f"{format_bytes(least.device_peak)} of it",
+            "Free some of it, or use --device cpu",
+        )
+    least = min(plans, key=lambda p: p.host_peak)
+    raise MemoryBudgetError(
+        f"the conversion needs {format_bytes(least.host_peak)} at {least.largest.name}, "
+        f"and may use {format_bytes(host_budget)}",
+        f"The least that would do is --memory {math.ceil(least.host_peak / (1 << 20))}MiB",
+    )
+
+
+def _measure(
+    arch: Architecture,
+    config: QuantConfig,
+    rows_at_a_time: int,
+    row_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    base: int,
+    hidden_bytes: int,
+    keep: bool,
+) -> MemoryPlan:
+    tokens = rows_at_a_time * row_length
+    item = dtype.itemsize
+    hidden = arch.shapes[arch.embedding][1]
+    outside = [_numel(arch.shapes[n]) for n in arch.outside()]
+    chunk = 3 * tokens * hidden * item
+    # Embeddings are read whole, one after the other, each in its stored and its compute dtype.
+    stages = [Stage("embedding", sum(outside) * item + max(outside) * FLOAT32 + chunk)]
+    seen: set[tuple[object, ...]] = set()
+    for layer in arch.layers:
+        kind = (layer.groups, tuple(arch.shapes[f"{layer.name}.{n}"] for n in arch.inside(layer)))
+        if kind not in seen:
+            seen.add(kind)
+            stages += _layer_stages(layer, arch, config, tokens, item)
+    stages.append(Stage("storing the embedding", max(outside) * 2 * FLOAT32))
+    held = hidden_bytes if keep else 2 * chunk
+    peak = max(stage.nbytes for stage in stages)
+    if device.type == "cpu":
+        host, card = base + LIBRARIES + held + peak, 0
+    else:
+        # The host holds a layer as it is read and as it is stored; the card does the rest.
+        largest = max(_numel(shape) for shape in arch.shapes.values()) * FLOAT32
+        packed = max(sum(packed_bytes(s, config) for s in layer.linears) for layer in arch.layers)
+        host, card = base + LIBRARIES + held + 2 * largest + packed, LIBRARIES + chunk + peak
+    return MemoryPlan(rows_at_a_time, keep, hidden_bytes, base, tuple(stages), host, card)
+
+
+def check_disk(
+    folder: Path, arch: Architecture, config: QuantConfig, plan: MemoryPlan, finished: int
+) -> None:
+    """Refuse before hours of work when the disk cannot hold the result.
+
+    Raises OutputError saying what is needed: the staged layers that are still to come, the result
+    beside them, and two layers' hidden states.
+    """
+    packed = [sum(packed_bytes(s, config) for s in layer.linears) for layer in arch.layers]
+    outside = 2 * sum(_numel(arch.shapes[n]) for n in arch.outside())
+    needed = sum(packed[finished:]) + outside + sum(packed) + outside + 2 * plan.hidden_bytes
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"the conversion needs {format_bytes(needed)} of disk in {folder.parent}, "
+            f"which has {format_bytes(free)} free",
+            "Free some space, or choose another folder",
+        )

@@ -1,0 +1,245 @@
+"""`lowmem convert`: the whole story, one decoder layer at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert import memory
+from convert.activations import HiddenStates
+from convert.calibration import CalibrationRows, CalibrationSpec, load_rows
+from convert.calls import catch_calls, embed
+from convert.job import Job, differences
+from convert.layer import LayerCall, LayerResult, Seconds, quantize_layer
+from convert.progress import Reporter
+from convert.recipe import Options, compute_dtype, describe, fit_group_size, recipe_of
+from convert.result import ResultSummary, put_together
+from convert.weights import Weights, empty, move_buffers
+from lowmem.checkpoint.source import Source, open_source
+from lowmem.checkpoint.writer import TensorPlan, write_tensors
+from lowmem.config import QuantConfig
+from lowmem.errors import CalibrationError
+from lowmem.models.architecture import Architecture, build_model, decoder_layers, inspect
+from lowmem.models.dialogue import Dialogue
+from lowmem.plan import device as machine
+
+
+@dataclass(frozen=True)
+class _Work:
+    """All that the layers need, checked before the first is read."""
+
+    source: Source
+    arch: Architecture
+    weights: Weights
+    config: QuantConfig
+    options: Options
+    rows: CalibrationRows
+    tokenizer: Any
+    dialogue: Dialogue | None
+    dtype: torch.dtype
+    device: torch.device
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    config: QuantConfig | None = None,
+    *,
+    calibration: CalibrationSpec | None = None,
+    options: Options | None = None,
+    reporter: Reporter | None = None,
+) -> ResultSummary:
+    """Quantize the checkpoint `source` into the folder `out` with GPTQ.
+
+    source: a folder, file or hub id (see lowmem.checkpoint.source). The folder appears whole or not at
+    all. An interrupted conversion goes on after its last finished layer when it is called again with the
+    same arguments, and gives the same bytes.
+    Raises LowmemError in one line for everything that the caller can mend.
+    """
+    options = options or Options()
+    reporter = reporter or Reporter()
+    out = Path(out).expanduser().absolute()
+    job = Job(out)
+    leftover = job.was_published()
+    if not leftover:
+        job.check_out(options.force)
+    work = _prepare(str(source), config, calibration or CalibrationSpec(), options, reporter)
+    recipe = recipe_of(
+        work.source.fingerprint(), work.config, work.rows.digest, work.dtype, work.device, options
+    )
+    with job.working():
+        if leftover and (finished := job.load()) and not differences(finished.recipe, recipe):
+            job.discard()
+            return ResultSummary.of_folder(out)
+        job.check_out(options.force)
+        try:
+            job.begin(recipe, options.force)
+            return _run(job, work, reporter)
+        finally:
+            reporter.close()
+
+
+def _prepare(
+    source_name: str,
+    config: QuantConfig | None,
+    calibration: CalibrationSpec,
+    options: Options,
+    reporter: Reporter,
+) -> _Work:
+    """Open and check everything; nothing is written yet."""
+    source = open_source(source_name, revision=options.revision, progress=reporter.message)
+    model_config = source.config()
+    arch = inspect(model_config)
+    weights = Weights(source, arch)
+    chosen = fit_group_size(config, arch, reporter)
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit and calibration.row_length > limit:
+        raise CalibrationError(
+            f"rows of {calibration.row_length} tokens do not fit the model's {limit} positions",
+            f"Use --row-length {limit} or less",
+        )
+    device = machine.resolve_device(options.device)
+    tokenizer = source.tokenizer()
+    dialogue = Dialogue.detect(tokenizer)
+    vocab_size = arch.shapes[arch.embedding][0]
+    rows = load_rows(calibration, tokenizer, dialogue, vocab_size)
+    dtype = compute_dtype(options.compute_dtype, weights.dtype, device)
+    return _Work(source, arch, weights, chosen, options, rows, tokenizer, dialogue, dtype, device)
+
+
+def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
+    arch, state = work.arch, job.state
+    plan = memory.plan(
+        arch,
+        work.config,
+        rows=work.rows.tokens.shape[0],
+        row_length=work.rows.tokens.shape[1],
+        dtype=work.dtype,
+        device=work.device,
+        base=machine.host_memory_used(),
+        host_budget=work.options.memory or machine.host_memory_available() + machine.host_memory_used(),
+        device_budget=machine.card_memory_free(work.device) if work.device.type == "cuda" else 0,
+        fixed_rows=state.run.get("rows_at_a_time"),
+    )
+    memory.check_disk(job.folder, arch, work.config, plan, state.finished_layers)
+    if job.resumed:
+        torch.set_num_threads(state.run["threads"])
+    else:
+        job.start({"rows_at_a_time": plan.rows_at_a_time, "threads": torch.get_num_threads()})
+    reporter.started(
+        plan, len(arch.layers), state.finished_layers, describe(work.source, arch, work.config, work.rows)
+    )
+    started, before = time.monotonic(), state.seconds
+    model = build_model(work.source.config(), work.dtype, buffers=True)
+    work.weights.fill(model, "", arch.outside_before_layers(), work.dtype, work.device)
+    move_buffers(model, work.device)
+    calls = catch_calls(model, arch, work.rows.tokens[: plan.rows_at_a_time].to(work.device))
+    states = _hidden_states(job, work, model, plan)
+    empty(model)
+    _, layers = decoder_layers(model, work.source.config())
+    totals = Seconds()
+    for index in range(state.finished_layers, len(arch.layers)):
+        result, states = _convert_layer(job, work, layers[index], index, calls[index], states, plan, reporter)
+        totals += result.seconds
+        state.seconds = before + time.monotonic() - started
+        job.commit()
+        job.hidden(index).unlink(missing_ok=True)
+        reporter.layer(index, result)
+    summary = put_together(
+        job, work.source, work.weights, work.config, work.rows, work.options, work.dialogue, work.tokenizer
+    )
+    job.publish()
+    total = before + time.monotonic() - started
+    summary = summary.with_run(asdict(totals), total, machine.host_memory_peak())
+    reporter.finished(asdict(summary))
+    return summary
+
+
+def _hidden_states(job: Job, work: _Work, model: torch.nn.Module, plan: memory.MemoryPlan) -> HiddenStates:
+    """The hidden states that enter the first unfinished layer."""
+    tokens = work.rows.tokens
+    hidden = work.arch.shapes[work.arch.embedding][1]
+    shape = (tokens.shape[0], tokens.shape[1], hidden)
+    path = job.hidden(job.state.finished_layers)
+    if job.state.finished_layers:
+        return HiddenStates.reopen(path, shape, work.dtype, keep=plan.keep_hidden)
+
+    def chunks() -> Iterator[torch.Tensor]:
+        for part in tokens.split(plan.rows_at_a_time):
+            yield embed(model, part.to(work.device)).cpu()
+
+    return HiddenStates.create(path, shape, work.dtype, chunks(), keep=plan.keep_hidden)
+
+
+def _convert_layer(
+    job: Job,
+    work: _Work,
+    layer: torch.nn.Module,
+    index: int,
+    call: LayerCall,
+    states: HiddenStates,
+    plan: memory.MemoryPlan,
+    reporter: Reporter,
+) -> tuple[LayerResult, HiddenStates]:
+    """Read, quantize, stage and advance one decoder layer; it counts as finished once job.json says so."""
+    spec = work.arch.layers[index]
+    clock = time.perf_counter()
+    work.weights.fill_layer(layer, spec, work.dtype, work.device)
+    read_seconds = time.perf_counter() - clock
+    result = quantize_layer(
+        layer,
+        spec,
+        call,
+        states,
+        work.config,
+        rows=plan.rows_at_a_time,
+        device=work.device,
+        on_linear=lambda report: reporter.linear(index, report),
+    )
+    for report in result.reports:
+        for warning in report.warnings(work.config.damp_percent):
+            reporter.message(f"{spec.name}.{report.name}: {warning}")
+    clock = time.perf_counter()
+    _stage(job, work, spec.name, index, result)
+    written = time.perf_counter()
+    states = states.advance(
+        job.hidden(index + 1),
+        plan.rows_at_a_time,
+        lambda chunk: call.run(layer, chunk.to(work.device)).cpu(),
+        where=f"after {spec.name}",
+    )
+    result.seconds.read += read_seconds
+    result.seconds.write += written - clock
+    result.seconds.forward += time.perf_counter() - written
+    empty(layer)
+    job.state.finished_layers = index + 1
+    job.state.reports.append(list(result.reports))
+    return result, states
+
+
+def _stage(job: Job, work: _Work, name: str, index: int, result: LayerResult) -> None:
+    """Write the layer's packed linears and its other tensors to a file of its own."""
+    arch = work.arch
+    spec = arch.layers[index]
+    quantized = {f"{linear.name}.weight" for linear in spec.linears}
+    plans, rest = [], []
+    for tensor_name, tensor in result.tensors.items():
+        plans.append(TensorPlan(f"{name}.{tensor_name}", tensor.dtype, tuple(tensor.shape)))
+    for tensor_name in arch.inside(spec):
+        if tensor_name not in quantized:
+            plans.append(work.weights.plan(f"{name}.{tensor_name}"))
+            rest.append(f"{name}.{tensor_name}")
+    plans.sort(key=lambda plan: plan.name)
+
+    def read(full: str) -> torch.Tensor:
+        if full in rest:
+            return work.weights.read_narrowed(full)
+        return result.tensors[full[len(name) + 1 :]].cpu()
+
+    write_tensors(job.staged(index), plans, read)
+    work.source.release()

@@ -1,0 +1,181 @@
+"""What a conversion tells while it runs: a live bar, a line a layer, JSON lines, or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
+
+from lowmem.plan.device import format_bytes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+    from convert.layer import LayerResult, LinearReport
+    from convert.memory import MemoryPlan
+
+
+class Reporter:
+    """Hears what happens; this one says nothing (`--quiet`)."""
+
+    def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
+        """The plan is made; `finished` layers are there from an interrupted run."""
+
+    def message(self, text: str) -> None:
+        """Something that a person should know."""
+
+    def linear(self, layer: int, report: LinearReport) -> None:
+        """One linear is quantized."""
+
+    def layer(self, layer: int, result: LayerResult) -> None:
+        """One decoder layer is on disk."""
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        """The checkpoint is whole."""
+
+    def close(self) -> None:
+        """No more will come."""
+
+
+def _duration(seconds: float) -> str:
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def _mean_error(result: LayerResult) -> float:
+    errors = [r.error for r in result.reports if math.isfinite(r.error)]
+    return sum(errors) / len(errors) if errors else math.nan
+
+
+def describe_plan(plan: MemoryPlan) -> str:
+    """One sentence: what the conversion will need."""
+    where = "in memory" if plan.keep_hidden else "in a file"
+    card = f", {format_bytes(plan.device_peak)} on the card" if plan.device_peak else ""
+    return (
+        f"needs at most {format_bytes(plan.host_peak)} of memory{card} (at {plan.largest.name}); "
+        f"hidden states {where}, {format_bytes(plan.hidden_bytes)}; {plan.rows_at_a_time} rows at a time"
+    )
+
+
+class LineReporter(Reporter):
+    """A line a layer: for files and pipes."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.layers = 0
+        self._began = time.monotonic()
+        self._first = 0
+
+    def _line(self, text: str) -> None:
+        print(text, file=self.stream, flush=True)
+
+    def message(self, text: str) -> None:
+        self._line(text)
+
+    def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
+        self.layers, self._first, self._began = layers, finished, time.monotonic()
+        self._line(note)
+        self._line(describe_plan(plan))
+        if finished:
+            self._line(f"going on after layer {finished} of {layers}")
+
+    def layer(self, layer: int, result: LayerResult) -> None:
+        done = layer + 1 - self._first
+        left = (time.monotonic() - self._began) / done * (self.layers - layer - 1)
+        worst = max(result.reports, key=lambda r: r.error if math.isfinite(r.error) else -1)
+        self._line(
+            f"layer {layer + 1}/{self.layers}  error {_mean_error(result):.2e} "
+            f"(most: {worst.name} {worst.error:.2e})  {_duration(left)} left"
+        )
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        times = summary["seconds"]
+        spent = ", ".join(f"{name} {_duration(s)}" for name, s in times.items() if s >= 0.5)
+        self._line(
+            f"wrote {summary['out']}: {format_bytes(summary['bytes'])}, "
+            f"{summary['bits_per_weight']:.2f} bits a weight of the linears, "
+            f"peak memory {format_bytes(summary['peak_memory'])}, {_duration(summary['total_seconds'])}"
+            + (f" ({spent})" if spent else "")
+        )
+
+
+class BarReporter(LineReporter):
+    """A live bar with layer, linear, error and time left: for terminals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar: Bar = Progress(
+            TextColumn("layer"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=Console(stderr=True),
+        )
+        self._task: TaskID | None = None
+        self._linears = 0
+
+    def _line(self, text: str) -> None:
+        self._bar.console.print(text, highlight=False, markup=False)
+
+    def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
+        super().started(plan, layers, finished, note)
+        self._bar.start()
+        self._task = self._bar.add_task("", total=layers, completed=finished)
+
+    def linear(self, layer: int, report: LinearReport) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, description=f"{report.name}  error {report.error:.2e}")
+
+    def layer(self, layer: int, result: LayerResult) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, completed=layer + 1)
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        self._bar.stop()
+        super().finished(summary)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class JsonReporter(Reporter):
+    """One JSON object a line on standard output: for programs."""
+
+    def _event(self, kind: str, **values: Any) -> None:
+        print(json.dumps({"event": kind, **values}), flush=True)
+
+    def message(self, text: str) -> None:
+        self._event("message", text=text)
+
+    def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
+        self._event("started", plan=asdict(plan), layers=layers, finished=finished, note=note)
+
+    def linear(self, layer: int, report: LinearReport) -> None:
+        self._event("linear", layer=layer, **asdict(report))
+
+    def layer(self, layer: int, result: LayerResult) -> None:
+        self._event("layer", layer=layer, error=_mean_error(result), seconds=asdict(result.seconds))
+
+    def finished(self, summary: dict[str, Any]) -> None:
+        self._event("finished", **summary)
+
+
+def make_reporter(*, quiet: bool, as_json: bool) -> Reporter:
+    """The reporter for the terminal or the pipe that we write to."""
+    if as_json:
+        return JsonReporter()
+    if quiet:
+        return Reporter()
+    return BarReporter() if sys.stderr.isatty() else LineReporter()

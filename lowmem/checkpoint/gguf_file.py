@@ -1,0 +1,203 @@
+"""GGUF headers, parsed and checked before any other reader sees the file.
+
+> "GGUF", version u32, tensor count u64, key count u64
+> keys: name, type, value        (a string is a u64 length and its bytes)
+> tensors: name, dimensions (the fastest first), ggml type, offset in the data
+> padding to general.alignment (32), then the data
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from lowmem.errors import SourceError
+
+MAGIC = b"GGUF"
+MAX_HEADER = 512 * 2**20
+MAX_ARRAY = 4_000_000  # elements; the largest vocabularies have some 260,000 tokens
+MAX_STRING = 16 * 2**20
+MAX_DIMS = 4
+# Scalar value types: struct format by type number.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_AGAIN = "Download or copy it again"
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor as stored: shape in torch's order, `type_name` as ggml spells it ("Q4_1").
+
+    begin counts bytes from the start of the file. row_bytes: bytes of one run of the last axis.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type_name: str
+    begin: int
+    nbytes: int
+    row_bytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """A checked header. `values` has the keys with scalar or string values; arrays are skipped."""
+
+    path: Path
+    values: Mapping[str, int | float | bool | str]
+    tensors: Mapping[str, GgufTensor]
+    data_start: int
+
+
+class _Reader:
+    """Sequential reads that never ask for more than the file and the limits allow."""
+
+    def __init__(self, stream: BinaryIO, file: str, size: int) -> None:
+        self.stream, self.file, self.size = stream, file, size
+        self.position = 0
+
+    def fault(self, what: str) -> SourceError:
+        return SourceError(f"{self.file} {what}", _AGAIN)
+
+    def take(self, count: int) -> bytes:
+        if count > self.size - self.position:
+            raise self.fault(f"is truncated: its header goes on after its {self.size} bytes")
+        if self.position + count > MAX_HEADER:
+            raise self.fault(f"has a header of more than {MAX_HEADER} bytes")
+        data = self.stream.read(count)
+        if len(data) != count:
+            raise self.fault("is truncated: its header cannot be read to the end")
+        self.position += count
+        return data
+
+    def number(self, code: str) -> int:
+        (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
+        return int(value)
+
+    def string(self, what: str) -> str:
+        length = self.number("Q")
+        if length > MAX_STRING:
+            raise self.fault(f"has {what} of {length} bytes")
+        try:
+            return self.take(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fault(f"has {what} that is not UTF-8") from error
+
+    def value(self, key: str) -> int | float | bool | str | None:
+        """A key's value; arrays are walked over and give None."""
+        kind = self.number("I")
+        if kind == _STRING:
+            return self.string(f"a value of {key!r}")
+        if kind in _SCALARS:
+            (scalar,) = struct.unpack("<" + _SCALARS[kind], self.take(struct.calcsize("<" + _SCALARS[kind])))
+            return scalar  # type: ignore[no-any-return]
+        if kind != _ARRAY:
+            raise self.fault(f"has a value of unknown type {kind} at {key!r}")
+        element, count = self.number("I"), self.number("Q")
+        if count > MAX_ARRAY:
+            raise self.fault(f"has an array of {count} elements at {key!r}")
+        if element == _STRING:
+            for _ in range(count):
+                self.string(f"a value of {key!r}")
+        elif element in _SCALARS:
+            self.take(count * struct.calcsize("<" + _SCALARS[element]))
+        else:
+            raise self.fault(f"has an array of unknown type {element} at {key!r}")
+        return None
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Parse and check a GGUF header (versions 2 and 3, little-endian).
+
+    Raises SourceError for a wrong magic or version, counts and lengths that the file cannot hold,
+    an unknown tensor type, tensors that overlap or end after the file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            return _parse(_Reader(stream, path.name, size), path)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _parse(reader: _Reader, path: Path) -> GgufHeader:
+    size = reader.size
+    if size == 0:
+        raise reader.fault("is empty (0 bytes)")
+    if size < 24:
+        raise reader.fault(f"is truncated: a file of {size} bytes has no header")
+    if reader.take(4) != MAGIC:
+        raise reader.fault("is no GGUF file: it does not begin with 'GGUF'")
+    version = reader.number("I")
+    if version not in (2, 3):
+        raise reader.fault(f"is GGUF version {version}; versions 2 and 3, little-endian, can be read")
+    tensor_count, key_count = reader.number("Q"), reader.number("Q")
+    # The least that a tensor's description (8 + 4 + 4 + 8) and a key (8 + 4 + 1) take.
+    if tensor_count > size // 24 or key_count > size // 13:
+        raise reader.fault(f"claims {tensor_count} tensors and {key_count} keys in {size} bytes")
+    values: dict[str, int | float | bool | str] = {}
+    seen: set[str] = set()
+    for _ in range(key_count):
+        key = reader.string("a key")
+        if key in seen:
+            raise reader.fault(f"has the key {key!r} twice")
+        seen.add(key)
+        value = reader.value(key)
+        if value is not None:
+            values[key] = value
+    described = [_describe(reader) for _ in range(tensor_count)]
+    alignment = values.get("general.alignment", 32)
+    if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
+        raise reader.fault(f"has an alignment of {alignment}, which is not a power of two")
+    data_start = -(-reader.position // alignment) * alignment
+    tensors: dict[str, GgufTensor] = {}
+    for name, shape, type_number, offset in described:
+        if name in tensors:
+            raise reader.fault(f"has the tensor {name!r} twice")
+        tensors[name] = _place(reader, name, shape, type_number, data_start + offset)
+    end = data_start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.nbytes)):
+        if tensor.begin < end:
+            raise reader.fault(f"is damaged: tensor {tensor.name!r} overlaps the one before it")
+        end = tensor.begin + tensor.nbytes
+    if end > size:
+        raise reader.fault(f"is truncated: header promises {end} bytes, file has {size}")
+    return GgufHeader(path, values, tensors, data_start)
+
+
+def _describe(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    name = reader.string("a tensor's name")
+    if len(name) > 1024:
+        raise reader.fault(f"has a tensor name of {len(name)} characters")
+    dims = reader.number("I")
+    if not 0 < dims <= MAX_DIMS:
+        raise reader.fault(f"is damaged: tensor {name!r} has {dims} dimensions")
+    shape = tuple(reader.number("Q") for _ in range(dims))[::-1]
+    return name, shape, reader.number("I"), reader.number("Q")
+
+
+def _place(reader: _Reader, name: str, shape: tuple[int, ...], type_number: int, begin: int) -> GgufTensor:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        kind = GGMLQuantizationType(type_number)
+        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+    except (ValueError, KeyError) as error:
+        raise reader.fault(f"has tensor {name!r} of unknown ggml type {type_number}") from error
+    if 0 in shape or shape[-1] % per_block:
+        raise reader.fault(f"is damaged: tensor {name!r} of type {kind.name} has shape {list(shape)}")
+    row_bytes = shape[-1] // per_block * block_bytes
+    return GgufTensor(name, shape, kind.name, begin, math.prod(shape[:-1]) * row_bytes, row_bytes)
+
+
+def is_gguf(path: Path) -> bool:
+    """True when the file begins as GGUF files do, whatever its name."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4) == MAGIC
+    except OSError:
+        return False

@@ -1,0 +1,228 @@
+"""What a GPTQ checkpoint says about itself: `quantization_config`, and the digests of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.checkpoint.files import is_plain_name, read_json
+from lowmem.config import BITS, QuantConfig
+from lowmem.errors import OutputError, SourceError, VerifyError
+
+MANIFEST_FILE = "lowmem-manifest.json"
+_DIGEST_CHUNK = 1 << 20
+_FORMATS = ("gptq", "gptq_v2")
+
+
+@dataclass(frozen=True)
+class GptqFormat:
+    """How the linears of a GPTQ checkpoint are stored, whoever wrote it.
+
+    bits, group_size, sym, desc_act: as in QuantConfig, but desc_act says here that g_idx may be in any
+    order. checkpoint_format: "gptq" (zero-points stored less one) or "gptq_v2". quantizer: the
+    "name:version" of the tools that wrote it.
+    """
+
+    bits: int
+    group_size: int
+    sym: bool = True
+    desc_act: bool = False
+    checkpoint_format: str = "gptq"
+    quantizer: tuple[str, ...] = ()
+
+    @property
+    def zeros_v2(self) -> bool:
+        """The zero-points are stored as they are, not one less."""
+        return self.checkpoint_format == "gptq_v2"
+
+
+def read_quantization(folder: str | Path) -> GptqFormat:
+    """The format of the GPTQ checkpoint in `folder`.
+
+    From config.json's `quantization_config`, or else quantize_config.json, as old auto-gptq wrote it.
+    Raises SourceError when there is neither, or it is not a GPTQ that this program can read.
+    """
+    found = find_quantization(folder)
+    if found is None:
+        raise SourceError(
+            f"{folder} has no quantization_config", "Convert it first: lowmem convert SOURCE OUT"
+        )
+    return found
+
+
+def find_quantization(folder: str | Path) -> GptqFormat | None:
+    """As `read_quantization`, but None for a checkpoint that is not quantized."""
+    folder = Path(folder)
+    file = folder / "config.json"
+    data = read_json(file).get("quantization_config") if file.is_file() else None
+    if data is None and (folder / "quantize_config.json").is_file():
+        file = folder / "quantize_config.json"
+        # This file is auto-gptq's own and often leaves the method out.
+        data = {"quant_method": "gptq", **read_json(file)}
+    if data is None:
+        return None
+    if not isinstance(data, dict):
+        raise SourceError(f"quantization_config in {file} is not an object")
+    return parse_quantization(data, str(file))
+
+
+def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_config") -> GptqFormat:
+    """A `quantization_config` → GptqFormat; raises SourceError for what cannot be read.
+
+    `origin` names the file in the error's text.
+    """
+
+    def refuse(
+        problem: str, hint: str = "Only GPTQ checkpoints of 8, 4, 3 or 2 bits can be read"
+    ) -> SourceError:
+        return SourceError(f"{origin}: {problem}", hint)
+
+    method = str(data.get("quant_method") or data.get("method") or "").lower()
+    if method != "gptq":
+        raise refuse(f"quant_method is {method or 'missing'!r}, not 'gptq'")
+    bits = data.get("bits", data.get("wbits"))
+    if isinstance(bits, bool) or bits not in BITS:
+        raise refuse(f"bits is {bits!r}")
+    group_size = data.get("group_size", data.get("q_group_size", 128))
+    if (
+        isinstance(group_size, bool)
+        or not isinstance(group_size, int)
+        or (group_size != -1 and group_size < 1)
+    ):
+        raise refuse(f"group_size is {group_size!r}")
+    layout = str(data.get("checkpoint_format") or data.get("format") or "gptq").lower()
+    if layout not in _FORMATS or data.get("is_marlin_format"):
+        raise refuse(f"checkpoint_format is {layout!r}", "Only the formats gptq and gptq_v2 can be read")
+    pack_dtype = str(data.get("pack_dtype") or "int32").removeprefix("torch.")
+    if pack_dtype != "int32":
+        raise refuse(f"pack_dtype is {pack_dtype!r}", "Only int32 words can be read")
+    if data.get("lm_head"):
+        raise refuse("the head is quantized (lm_head)", "Only checkpoints with a dense head can be read")
+    dynamic = data.get("dynamic")
+    if dynamic and not (isinstance(dynamic, dict) and all(str(key).startswith("-:") for key in dynamic)):
+        # "-:" leaves modules dense, which the tensors' names tell; anything else changes bits or groups.
+        raise refuse(
+            "single modules have settings of their own (dynamic)", "One width for all linears is needed"
+        )
+    for flag in ("sym", "desc_act"):
+        if not isinstance(data.get(flag, False), bool):
+            raise refuse(f"{flag} is {data[flag]!r}, neither true nor false")
+    meta = data.get("meta")
+    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
+    if isinstance(quantizer, str):
+        quantizer = [quantizer]
+    return GptqFormat(
+        bits=bits,
+        group_size=group_size,
+        sym=data.get("sym", True),
+        desc_act=data.get("desc_act", False),
+        checkpoint_format=layout,
+        quantizer=tuple(str(name) for name in quantizer) if isinstance(quantizer, list) else (),
+    )
+
+
+def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint quantized with `config` by lowmem `version`.
+
+    desc_act is false even when columns were quantized in act-order: the groups are static, so g_idx is
+    column // group_size and no reader needs a permutation. `static_groups` and `meta.act_order` tell.
+    Raises ValueError for a group size that the converter has yet to choose.
+    """
+    if config.group_size == 0:
+        raise ValueError("the group size is not chosen yet")
+    return {
+        "quant_method": "gptq",
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "sym": config.sym,
+        "desc_act": False,
+        "static_groups": config.desc_act,
+        "damp_percent": config.damp_percent,
+        "true_sequential": config.true_sequential,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"lowmem:{version}"], "act_order": config.desc_act},
+    }
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """One file of a manifest: lower-case hex sha256, and its length in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+def digest_file(file: Path, on_bytes: Callable[[int], None] | None = None) -> FileDigest:
+    """The sha256 and length of a file, read 1 MiB at a time; `on_bytes` hears of each piece's length."""
+    sha, length = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while piece := stream.read(_DIGEST_CHUNK):
+            sha.update(piece)
+            length += len(piece)
+            if on_bytes:
+                on_bytes(len(piece))
+    return FileDigest(sha.hexdigest(), length)
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """Names of the files in `folder` that a manifest lists: all plain files but the manifest, sorted."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name != MANIFEST_FILE)
+
+
+def write_manifest(folder: str | Path, digests: Mapping[str, FileDigest] | None = None) -> None:
+    """Write `lowmem-manifest.json`, with the digest of every file of `folder`.
+
+    `digests`: of files already digested while they were written, which are not read again. The file
+    appears whole or not at all. Raises OutputError when it cannot be written.
+    """
+    folder = Path(folder)
+    known = digests or {}
+    files = {name: known.get(name) or digest_file(folder / name) for name in checkpoint_files(folder)}
+    text = json.dumps(
+        {"version": 1, "files": {name: vars(digest) for name, digest in files.items()}}, indent=1
+    )
+    staged = folder / (MANIFEST_FILE + ".staged")
+    try:
+        with staged.open("w", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        staged.replace(folder / MANIFEST_FILE)
+    except OSError as error:
+        staged.unlink(missing_ok=True)
+        raise OutputError(
+            f"cannot write {folder / MANIFEST_FILE}: {error.strerror}",
+            "Free some space, or choose another folder",
+        ) from None
+
+
+def read_manifest(folder: str | Path) -> dict[str, FileDigest] | None:
+    """The digests by file name, or None when the folder has no manifest (it is not one of ours).
+
+    Raises VerifyError for a manifest that is damaged, or names a file outside of the folder.
+    """
+    file = Path(folder) / MANIFEST_FILE
+    if not file.is_file():
+        return None
+    try:
+        data = read_json(file)
+    except SourceError as error:
+        raise VerifyError(error.message, "The manifest is damaged; convert or download again") from None
+    files = data.get("files")
+    if data.get("version") != 1 or not isinstance(files, dict):
+        raise VerifyError(f"{file} is not a manifest of version 1", "Update lowmem, or convert again")
+    manifest = {}
+    for name, entry in files.items():
+        sha = entry.get("sha256") if isinstance(entry, dict) else None
+        length = entry.get("bytes") if isinstance(entry, dict) else None
+        if not is_plain_name(name) or not isinstance(sha, str) or not isinstance(length, int):
+            raise VerifyError(f"{file}: the entry {name!r} is malformed", "Convert or download again")
+        manifest[name] = FileDigest(sha.lower(), length)
+    return manifest

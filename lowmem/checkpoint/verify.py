@@ -1,0 +1,405 @@
+"""Is a checkpoint whole? What `lowmem verify DIR` checks, one tensor at a time.
+
+Digests against the manifest, the index against the shards' headers, every tensor that the model needs
+against its name, shape, dtype and values. Every problem is collected, not only the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem.checkpoint.files import is_plain_name, one_line, read_json
+from lowmem.checkpoint.manifest import (
+    MANIFEST_FILE,
+    FileDigest,
+    GptqFormat,
+    checkpoint_files,
+    digest_file,
+    find_quantization,
+    read_manifest,
+)
+from lowmem.checkpoint.packing import stored_shapes, unpack_zeros
+from lowmem.checkpoint.safetensors_file import SafetensorsHeader, StoredTensor, read_header, read_tensor
+from lowmem.errors import LowmemError, VerifyError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+QUANT_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+# Tensors of old checkpoints that no current model has: masks and rotary tables, computed since.
+_LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong: the file (or "" for the whole checkpoint), the tensor (or ""), and what."""
+
+    file: str
+    tensor: str
+    what: str
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.tensor) if part)
+        return f"{where}: {self.what}" if where else self.what
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was checked, and what was found.
+
+    ours: there is a manifest, so that digests were compared. bytes: of all files that were read.
+    notes: what is worth knowing and no damage.
+    """
+
+    folder: Path
+    ours: bool
+    format: GptqFormat | None
+    files: int
+    tensors: int
+    linears: int
+    bytes: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong."""
+        return not self.problems
+
+    def check(self) -> None:
+        """Raises VerifyError, naming the first problem's file and tensor and how many more there are."""
+        if self.problems:
+            more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+            raise VerifyError(f"{self.problems[0]}{more}", "Convert it again, or download it again")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The safetensors files of a folder by their headers.
+
+    tensors: each name's header. promised: the file that the index names for each tensor (empty without
+    an index). problems: of the index and the headers.
+    """
+
+    tensors: dict[str, SafetensorsHeader]
+    promised: dict[str, str]
+    problems: tuple[Problem, ...]
+
+    def stored(self, name: str) -> StoredTensor:
+        """Shape, dtype and place of a tensor; KeyError when there is none."""
+        return self.tensors[name].tensors[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in its stored dtype; SourceError when the file ends before."""
+        header = self.tensors[name]
+        return read_tensor(header.path, name, header.tensors[name])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(stored.end - stored.begin for stored in map(self.stored, self.tensors))
+
+
+def read_shards(folder: Path) -> Shards:
+    """The headers of model.safetensors, or of the shards that the index names; nothing is raised."""
+    problems: list[Problem] = []
+    promised: dict[str, str] = {}
+    if (folder / INDEX_FILE).is_file():
+        promised, fault = _read_index(folder / INDEX_FILE)
+        problems += [fault] if fault else []
+        files = sorted(set(promised.values()))
+    else:
+        files = [SINGLE_FILE]
+    tensors: dict[str, SafetensorsHeader] = {}
+    broken = set()
+    for file in files:
+        if not (folder / file).is_file():
+            problems.append(Problem(file, "", "the file is missing"))
+            broken.add(file)
+            continue
+        try:
+            header = read_header(folder / file)
+        except LowmemError as error:
+            problems.append(Problem(file, "", error.message))
+            broken.add(file)
+            continue
+        for name in header.tensors:
+            if name in tensors:
+                problems.append(Problem(file, name, f"is in {tensors[name].path.name} as well"))
+            elif promised and promised.get(name) != file:
+                problems.append(Problem(file, name, f"is in this file, but not so in {INDEX_FILE}"))
+            else:
+                tensors[name] = header
+    for name, file in promised.items():
+        if name not in tensors and file not in broken:
+            problems.append(Problem(file, name, f"is promised by {INDEX_FILE} and not there"))
+    return Shards(tensors, promised, tuple(problems))
+
+
+def _read_index(file: Path) -> tuple[dict[str, str], Problem | None]:
+    try:
+        weight_map = read_json(file).get("weight_map")
+    except LowmemError as error:
+        return {}, Problem(file.name, "", error.message)
+    if not isinstance(weight_map, dict) or not weight_map:
+        return {}, Problem(file.name, "", "has no weight_map")
+    for name, shard in weight_map.items():
+        if not is_plain_name(shard):
+            return {}, Problem(
+                file.name, name, f"lies in {str(shard)[:80]!r}, which is no name of a file here"
+            )
+    return weight_map, None
+
+
+def meta_model(folder: Path) -> nn.Module:
+    """The model of config.json without any weights, on the meta device; no code of the folder's runs.
+
+    Raises VerifyError when transformers cannot make a causal language model of it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # the values are anyone's, and each config class fails its own way
+        raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
+    return model
+
+
+def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport:
+    """Check the checkpoint in `folder`; problems are in the report, nothing is raised for them.
+
+    A checkpoint without our manifest is somebody else's: all but the digests is checked, and the notes
+    say so. Raises VerifyError only when there is no folder to check.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise VerifyError(f"{folder} is not a folder", "Give the folder that lowmem convert wrote")
+    return _Verification(folder, progress).run()
+
+
+class _Verification:
+    """One run of `verify`: what it has found so far, and how far it is."""
+
+    def __init__(self, folder: Path, progress: Progress | None) -> None:
+        self.folder = folder
+        self.progress = progress
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+        self.done = self.total = 0
+        self.ours = (folder / MANIFEST_FILE).is_file()
+
+    def run(self) -> VerifyReport:
+        names = checkpoint_files(self.folder)
+        shards = read_shards(self.folder)
+        self.problems += shards.problems
+        self.total = shards.nbytes + (self._sizes(names) if self.ours else 0)
+        if self.ours:
+            self._digests(names)
+        else:
+            self.notes.append(f"there is no {MANIFEST_FILE}: digests were not compared")
+        format, linears = self._model(shards)
+        return VerifyReport(
+            folder=self.folder,
+            ours=self.ours,
+            format=format,
+            files=len(names),
+            tensors=len(shards.tensors),
+            linears=linears,
+            bytes=self._sizes(names),
+            problems=tuple(self.problems),
+            notes=tuple(self.notes),
+        )
+
+    def _sizes(self, names: list[str]) -> int:
+        return sum((self.folder / name).stat().st_size for name in names)
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        if self.progress:
+            self.progress(self.done, self.total)
+
+    def _fault(self, file: str, tensor: str, what: str) -> None:
+        self.problems.append(Problem(file, tensor, what))
+
+    def _digests(self, names: list[str]) -> None:
+        try:
+            manifest = read_manifest(self.folder) or {}
+        except VerifyError as error:
+            return self._fault(MANIFEST_FILE, "", error.message)
+        known = {problem.file for problem in self.problems if "missing" in problem.what}
+        for name in sorted(set(manifest) | set(names)):
+            if name not in names:
+                if name not in known:
+                    self._fault(name, "", "the file is missing")
+            elif name not in manifest:
+                self._fault(name, "", f"the file is not listed in {MANIFEST_FILE}")
+            else:
+                self._compare(name, manifest[name])
+        return None
+
+    def _compare(self, name: str, expected: FileDigest) -> None:
+        file = self.folder / name
+        size = file.stat().st_size
+        if size != expected.bytes:
+            self._advance(size)
+            self._fault(name, "", f"has {size} bytes, and the manifest says {expected.bytes}")
+        elif digest_file(file, self._advance) != expected:
+            self._fault(name, "", "was changed: its sha256 is not the manifest's")
+
+    def _model(self, shards: Shards) -> tuple[GptqFormat | None, int]:
+        """Check the tensors against the model of config.json; the format, and how many linears are packed."""
+        from torch import nn
+
+        format: GptqFormat | None = None
+        try:
+            format = find_quantization(self.folder)
+        except LowmemError as error:
+            self._fault("config.json", "", error.message)
+        if format is None:
+            self.notes.append("config.json has no usable quantization_config")
+        try:
+            model = meta_model(self.folder)
+        except VerifyError as error:
+            self._fault("config.json", "", error.message.removeprefix("config.json "))
+            return format, 0
+        unclaimed = set(shards.tensors)
+        linears = 0
+        dense = dict(unique_tensors(model))
+        for name, module in model.named_modules():
+            parts = [f"{name}.{part}" for part in QUANT_PARTS]
+            if isinstance(module, nn.Linear) and any(self._expected_name(shards, part) for part in parts):
+                linears += 1
+                unclaimed.difference_update(parts)
+                dense.pop(f"{name}.weight", None)
+                if format is None:
+                    self._fault(shards.promised.get(parts[0], ""), name, "is packed, and nothing says how")
+                else:
+                    self._linear(shards, name, module, format)
+        for name, (aliases, shape) in dense.items():
+            stored = [alias for alias in aliases if alias in shards.tensors]
+            unclaimed.difference_update(stored)
+            if not stored and not any(self._lost(shards, alias) for alias in aliases):
+                self._fault(shards.promised.get(name, ""), name, "the tensor is missing")
+            for alias in stored:
+                self._dense(shards, alias, shape)
+        self._unclaimed(shards, unclaimed)
+        return format, linears
+
+    def _expected_name(self, shards: Shards, name: str) -> bool:
+        return name in shards.tensors or name in shards.promised
+
+    def _lost(self, shards: Shards, name: str) -> bool:
+        """The tensor is missing with its file, or from it, which is reported already."""
+        return name in shards.promised and name not in shards.tensors
+
+    def _linear(self, shards: Shards, name: str, module: Any, format: GptqFormat) -> None:
+        """The four tensors of a packed linear (its bias is one of the dense tensors)."""
+        file = next(
+            (shards.tensors[f"{name}.{p}"].path.name for p in QUANT_PARTS if f"{name}.{p}" in shards.tensors),
+            "",
+        )
+        try:
+            shapes = stored_shapes(module.in_features, module.out_features, format.bits, format.group_size)
+        except ValueError as error:
+            return self._fault(file, name, f"cannot be of {format.bits} bits: {error}")
+        for part in QUANT_PARTS:
+            tensor = f"{name}.{part}"
+            if tensor not in shards.tensors:
+                if not self._lost(shards, tensor):
+                    self._fault(file, tensor, "the tensor is missing")
+                continue
+            stored, shape = shards.stored(tensor), tuple(getattr(shapes, part))
+            right = stored.dtype.is_floating_point if part == "scales" else stored.dtype is torch.int32
+            if stored.shape != shape:
+                self._fault(
+                    shards.tensors[tensor].path.name,
+                    tensor,
+                    f"has shape {list(stored.shape)}; {format.bits} bits in groups of {format.group_size} "
+                    f"of {module.in_features} to {module.out_features} need {list(shape)}",
+                )
+            elif not right:
+                self._fault(shards.tensors[tensor].path.name, tensor, f"has dtype {stored.dtype}")
+            else:
+                self._packed_values(shards, tensor, part, format, module.in_features)
+        return None
+
+    def _packed_values(
+        self, shards: Shards, tensor: str, part: str, format: GptqFormat, columns: int
+    ) -> None:
+        """Values of a packed tensor of the right shape; any word of a qweight is valid."""
+        file = shards.tensors[tensor].path.name
+        values = self._read(shards, tensor)
+        if values is None or part == "qweight":
+            return
+        if part == "scales":
+            if not bool(values.isfinite().all()):
+                self._fault(file, tensor, "has values that are not finite")
+            elif bool((values < 0).any()):
+                self._fault(file, tensor, "has negative values")
+        elif part == "g_idx":
+            groups = 1 if format.group_size == -1 else -(-columns // format.group_size)
+            low, high = int(values.min()), int(values.max())
+            expected = torch.arange(columns) // (columns if format.group_size == -1 else format.group_size)
+            if low < 0 or high >= groups:
+                self._fault(file, tensor, f"names groups {low} to {high}, there are 0 to {groups - 1}")
+            elif not format.desc_act and not torch.equal(values.long(), expected):
+                self._fault(file, tensor, "has groups out of order, and desc_act is false")
+        elif part == "qzeros" and not format.zeros_v2:
+            full = unpack_zeros(values, format.bits, v2=True) == 2**format.bits - 1
+            if bool(full.any()):
+                what = "has zero-points that readers of the format disagree about (stored as all ones)"
+                if self.ours:
+                    self._fault(file, tensor, what)
+                else:
+                    self.notes.append(f"{tensor} {what}")
+
+    def _dense(self, shards: Shards, name: str, shape: tuple[int, ...]) -> None:
+        stored, file = shards.stored(name), shards.tensors[name].path.name
+        if stored.shape != shape:
+            self._fault(file, name, f"has shape {list(stored.shape)}, the model needs {list(shape)}")
+            return
+        values = self._read(shards, name)
+        if values is not None and values.dtype.is_floating_point and not bool(values.isfinite().all()):
+            self._fault(file, name, "has values that are not finite")
+
+    def _read(self, shards: Shards, name: str) -> torch.Tensor | None:
+        try:
+            values = shards.read(name)
+        except LowmemError as error:
+            self._fault(shards.tensors[name].path.name, name, error.message)
+            return None
+        self._advance(values.nbytes)
+        return values
+
+    def _unclaimed(self, shards: Shards, names: set[str]) -> None:
+        """Tensors that are no part of the model: damage in a checkpoint of ours, maybe age in another's."""
+        for name in sorted(names):
+            packed = name.rpartition(".")[2] in QUANT_PARTS
+            if packed or (self.ours and not name.endswith(_LEGACY)):
+                self._fault(shards.tensors[name].path.name, name, "is no tensor of this model")
+            else:
+                self.notes.append(f"{name} is no tensor of this model, and is not used")
+
+
+def unique_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
+    """(name, (all its names, shape)) of every tensor in a model's state: a tied head comes once."""
+    groups: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+        shapes[id(tensor)] = tuple(tensor.shape)
+    for key, names in groups.items():
+        yield names[0], (tuple(names), shapes[key])

@@ -1,0 +1,81 @@
+"""The command line: arguments and dispatch. A command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from lowmem import __version__
+from lowmem.errors import LowmemError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `lowmem`: its module has add_arguments(parser) and run(args) -> exit code."""
+
+    name: str
+    module: str
+    help: str
+
+
+COMMANDS = (
+    Command("convert", "convert.cli", "quantize a checkpoint to 8, 4, 3 or 2 bits with GPTQ"),
+    Command("run", "lowmem.run_command", "load a checkpoint and answer a prompt"),
+    Command(
+        "verify", "lowmem.verify_command", "check a converted checkpoint, file by file and tensor by tensor"
+    ),
+    Command("demo", "benchmarks.demo", "convert the embedded model, answer a prompt, measure: a few minutes"),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake in the arguments, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}. See {self.prog} --help", file=sys.stderr)
+        raise SystemExit(USER_ERROR)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options; imports no torch."""
+    parser = _Parser(
+        prog="lowmem",
+        description="Run StarChat Alpha, and models like it, in little memory.",
+        epilog="lowmem COMMAND --help tells a command's options.",
+    )
+    parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, description=command.help)
+        importlib.import_module(command.module).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of `lowmem`; the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of torchao's import, not of ours
+    module = next(command.module for command in COMMANDS if command.name == args.command)
+    try:
+        return int(importlib.import_module(module).run(args))
+    except LowmemError as error:
+        print(f"lowmem {args.command}: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone: that is no failure of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

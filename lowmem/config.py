@@ -1,0 +1,60 @@
+"""The settings of both journeys, one frozen dataclass a concept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowmem.errors import RecipeError
+
+BITS = (8, 4, 3, 2)
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How the linears are quantized (the fields that GPTQ readers know by the same names).
+
+    bits: 8, 4, 3 or 2 bits a weight.
+    group_size: input columns that share a scale; -1 is one group for the whole row, and 0 leaves the
+        choice to the converter: the largest of 128, 64 and 32 that divides every linear's inputs.
+    sym: the zero-point is the middle of the range; otherwise each group has its own.
+    desc_act: act-order, the columns with the largest Hessian diagonal first. Groups stay static
+        (column // group_size), so that inference needs no permutation.
+    damp_percent: a fraction of the mean of diag H added to the diagonal.
+    true_sequential: linears inside a layer see the outputs of the already quantized ones.
+    """
+
+    bits: int = 4
+    group_size: int = 0
+    sym: bool = True
+    desc_act: bool = True
+    damp_percent: float = 0.01
+    true_sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise RecipeError(f"{self.bits} bits is not a width that can be stored", "Use 8, 4, 3 or 2")
+        if self.group_size not in (-1, 0) and (self.group_size < 32 or self.group_size % 32):
+            raise RecipeError(
+                f"group size {self.group_size} cannot be packed", "Use -1, or a multiple of 32 such as 128"
+            )
+        if not 0 < self.damp_percent < 1:
+            raise RecipeError(f"damp percent {self.damp_percent} is not between 0 and 1", "Use 0.01, say")
+
+    @property
+    def maxq(self) -> int:
+        """The largest stored integer."""
+        return (1 << self.bits) - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen; the defaults are those of StarChat Alpha's card.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 turn their filters off.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.2
+    top_k: int = 50
+    top_p: float = 0.95
+    seed: int | None = None

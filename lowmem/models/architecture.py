@@ -1,0 +1,249 @@
+"""What a model is made of, read off a copy of it on the meta device.
+
+Nothing here is written down per model family: transformers builds the model without memory, one
+forward pass on the meta device shows which linears each decoder layer calls, in which order, and
+which of them share an input. Any decoder-only model whose layers are plain `nn.Linear` fits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lowmem.errors import ArchitectureError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One linear of a decoder layer; `name` is relative to the layer, as `mlp.c_fc`."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer: its linears in the order they run, those with the same input together."""
+
+    name: str
+    groups: tuple[tuple[LinearSpec, ...], ...]
+    returns_tuple: bool
+
+    @property
+    def linears(self) -> tuple[LinearSpec, ...]:
+        return tuple(linear for group in self.groups for linear in group)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder-only model: its layers, and the names of what lies around them."""
+
+    model_type: str
+    layers: tuple[LayerSpec, ...]
+    embedding: str
+    """Name of the token embedding's weight."""
+    head: str
+    """Name of the head's weight; where the head is tied it is stored only on demand."""
+    tied: bool
+    shapes: dict[str, tuple[int, ...]]
+    """Every parameter and persistent buffer of the model, a tied head included once (as embedding)."""
+
+    def linear_names(self) -> list[str]:
+        """The full name of every linear that is quantized."""
+        return [f"{layer.name}.{linear.name}" for layer in self.layers for linear in layer.linears]
+
+    def outside(self) -> list[str]:
+        """Names of the tensors outside the decoder layers, the embedding first."""
+        prefixes = tuple(layer.name + "." for layer in self.layers)
+        names = [n for n in self.shapes if not n.startswith(prefixes)]
+        return sorted(names, key=lambda n: n != self.embedding)
+
+    def outside_before_layers(self) -> list[str]:
+        """Those of `outside` that the hidden states of the first layer are made of, or may be.
+
+        The head is not; nor is what follows the layers in the model's own order, the last norm.
+        """
+        names = list(self.shapes)
+        last_inside = max(i for i, n in enumerate(names) if n.startswith(self.layers[-1].name + "."))
+        return [n for n in self.outside() if n != self.head and names.index(n) < last_inside]
+
+    def inside(self, layer: LayerSpec) -> list[str]:
+        """Names of the tensors of one decoder layer, relative to it."""
+        return [n[len(layer.name) + 1 :] for n in self.shapes if n.startswith(layer.name + ".")]
+
+
+def build_model(config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool) -> nn.Module:
+    """transformers' model with its parameters on the meta device: structure without memory.
+
+    buffers: whether non-persistent buffers (rotary frequencies, causal masks) are real, as a model
+    that is going to run needs, or on meta too, as a probe does.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    context = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
+    try:
+        with context:
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        kind = getattr(config, "model_type", "this model type")
+        raise ArchitectureError(
+            f"transformers has no causal language model for {kind!r}",
+            "lowmem converts decoder-only models such as gpt_bigcode, llama and starcoder2",
+        ) from error
+    model.eval()
+    return model
+
+
+def decoder_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers and its name: the outermost one of the configured length."""
+    count = config.get_text_config().num_hidden_layers
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not found:
+        raise ArchitectureError(f"{config.model_type!r} has no list of {count} decoder layers")
+    return min(found, key=lambda item: item[0].count("."))
+
+
+def inspect(config: PretrainedConfig) -> Architecture:
+    """Read the architecture off the config alone; no weight is needed.
+
+    Raises ArchitectureError for models that are not decoder layers of plain nn.Linear.
+    """
+    model = build_model(config, torch.float32, buffers=False)
+    name, layers = decoder_layers(model, config)
+    for index, layer in enumerate(layers):
+        _check_plain(config.model_type, f"{name}.{index}", layer)
+    calls = _probe(model, layers, config.model_type)
+    specs = []
+    for index, layer in enumerate(layers):
+        record = calls[index]
+        missing = [n for n, m in layer.named_modules() if type(m) is nn.Linear and n not in record.order]
+        if missing:
+            raise ArchitectureError(
+                f"{name}.{index}.{missing[0]} does not run for every token, as in a mixture of experts",
+                "lowmem converts models whose linears all run",
+            )
+        specs.append(LayerSpec(f"{name}.{index}", _grouped(layer, record), record.returns_tuple))
+    embedding, head, tied = _ends(model, config)
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if not (tied and n == head)}
+    return Architecture(config.model_type, tuple(specs), embedding, head, tied, shapes)
+
+
+def _probe(model: nn.Module, layers: nn.ModuleList, model_type: str) -> list[_Calls]:
+    """One forward pass without data, and what each layer did in it."""
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
+    # A ready-made mask, so that transformers does not look into tensors that hold nothing; the few
+    # models that cannot take one make their own.
+    masks = (torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, device="meta"), None)
+    failure: Exception | None = None
+    for mask in masks:
+        try:
+            with _watched(layers) as calls, torch.no_grad():
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+            return calls
+        except Exception as error:  # whatever the model's own code raises
+            failure = failure or error
+    raise ArchitectureError(
+        f"{model_type!r} cannot be followed without data: {type(failure).__name__}: {failure}",
+        "lowmem needs layers whose linears run for every token",
+    ) from failure
+
+
+def _check_plain(model_type: str, name: str, layer: nn.Module) -> None:
+    linears = {n for n, m in layer.named_modules() if type(m) is nn.Linear}
+    if not linears:
+        kinds = sorted({type(m).__name__ for m in layer.modules() if list(m.parameters(recurse=False))})
+        raise ArchitectureError(
+            f"{model_type!r} has no nn.Linear in its decoder layers (they hold {', '.join(kinds)})",
+            "lowmem converts models such as gpt_bigcode, llama and starcoder2",
+        )
+    for parameter_name, parameter in layer.named_parameters():
+        owner = parameter_name.rpartition(".")[0]
+        if parameter.dim() >= 2 and owner not in linears and parameter.numel() >= 1 << 16:
+            raise ArchitectureError(
+                f"{name}.{parameter_name} of shape {tuple(parameter.shape)} is not a plain linear's weight",
+                "lowmem converts models whose decoder layers are plain nn.Linear",
+            )
+
+
+class _Calls:
+    """What one layer did in the probe."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.inputs: dict[str, torch.Tensor] = {}  # kept alive, so that identity means sameness
+        self.returns_tuple = False
+
+
+@contextlib.contextmanager
+def _watched(layers: nn.ModuleList) -> Iterator[list[_Calls]]:
+    """Hooks that note the order of the linears, what each one reads, and what each layer returns."""
+    calls = [_Calls() for _ in layers]
+    handles = []
+
+    def watch(record: _Calls, name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            record.order.append(name)
+            record.inputs[name] = args[0]
+
+        return hook
+
+    def finish(record: _Calls) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            record.returns_tuple = isinstance(output, tuple)
+
+        return hook
+
+    for layer, record in zip(layers, calls, strict=True):
+        for name, module in layer.named_modules():
+            if type(module) is nn.Linear:
+                handles.append(module.register_forward_pre_hook(watch(record, name)))
+        handles.append(layer.register_forward_hook(finish(record)))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _grouped(layer: nn.Module, record: _Calls) -> tuple[tuple[LinearSpec, ...], ...]:
+    groups: list[list[LinearSpec]] = []
+    last: torch.Tensor | None = None
+    for name in record.order:
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        spec = LinearSpec(name, linear.in_features, linear.out_features, linear.bias is not None)
+        if groups and record.inputs[name] is last:
+            groups[-1].append(spec)
+        else:
+            groups.append([spec])
+        last = record.inputs[name]
+    return tuple(tuple(group) for group in groups)
+
+
+def _ends(model: nn.Module, config: PretrainedConfig) -> tuple[str, str, bool]:
+    """Names of the embedding's and the head's weights, and whether the head is tied."""
+    names = {id(module): name for name, module in model.named_modules()}
+    get_in: Any = model.get_input_embeddings
+    get_out: Any = model.get_output_embeddings
+    embedding, head = get_in(), get_out()
+    if embedding is None or head is None:
+        raise ArchitectureError(f"{config.model_type!r} has no token embedding or no head")
+    tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    return f"{names[id(embedding)]}.weight", f"{names[id(head)]}.weight", tied

@@ -1,0 +1,180 @@
+"""StarChat's dialogue: its template, its stop tokens, and the fill-in-the-middle tokens of its family.
+
+    <|system|>
+    {system}<|end|>
+    <|user|>
+    {query}<|end|>
+    <|assistant|>
+    {answer}<|end|>
+
+A prompt ends with `<|assistant|>` and no newline: the model writes that itself. The system turn is always
+there, empty unless one is given.
+
+What a user types is text, whatever it looks like: `Dialogue.encode` sets the markers by id and tokenizes
+the contents with special tokens switched off, so that an `<|end|>` inside a question ends nothing.
+`render` gives the text for people and for the chat template; it cannot make that distinction.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lowmem.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SYSTEM, USER, ASSISTANT, END = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+# (prefix, middle, suffix): StarCoder's spelling, then SantaCoder's.
+FIM_SPELLINGS = (
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
+    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
+)
+
+CHAT_TEMPLATE = """\
+{%- set first = messages[0] if messages else none -%}
+{{- '<|system|>\\n' + (first['content'] if first and first['role'] == 'system' else '') + '<|end|>\\n' -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' or message['role'] == 'assistant' -%}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' -}}
+{%- elif message['role'] != 'system' or not loop.first -%}
+{{- raise_exception('roles are system (first only), user and assistant, not ' + message['role']) -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|assistant|>' -}}
+{%- endif -%}
+"""
+"""Jinja text for `chat_template.jinja`; renders what `Dialogue.render` renders."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: `role` is "system" (the first message only), "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """StarChat's four markers, as text and as token ids of one tokenizer."""
+
+    system_id: int
+    user_id: int
+    assistant_id: int
+    end_id: int
+    system: str = SYSTEM
+    user: str = USER
+    assistant: str = ASSISTANT
+    end: str = END
+
+    @classmethod
+    def detect(cls, tokenizer: PreTrainedTokenizerBase) -> Dialogue | None:
+        """The dialogue of a tokenizer whose vocabulary holds all four markers, else None."""
+        vocabulary = tokenizer.get_vocab()
+        if not all(marker in vocabulary for marker in (SYSTEM, USER, ASSISTANT, END)):
+            return None
+        return cls(vocabulary[SYSTEM], vocabulary[USER], vocabulary[ASSISTANT], vocabulary[END])
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """The dialogue as text.
+
+        Raises InvalidRequestError for an unknown role, or a system message that is not the first.
+        """
+        turns = _with_system(messages)
+        text = "".join(f"{self._marker(turn.role)[0]}\n{turn.content}{self.end}\n" for turn in turns)
+        return text + self.assistant if add_generation_prompt else text
+
+    def encode(
+        self, tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
+    ) -> list[int]:
+        """The dialogue as token ids; contents cannot forge a marker.
+
+        Equal to tokenizing `render`'s text when no content spells a special token. Raises as `render` does.
+        """
+        newline = encode_plain(tokenizer, "\n")
+        ids: list[int] = []
+        for turn in _with_system(messages):
+            content = encode_plain(tokenizer, "\n" + turn.content)
+            ids += [self._marker(turn.role)[1], *content, self.end_id, *newline]
+        return [*ids, self.assistant_id] if add_generation_prompt else ids
+
+    def _marker(self, role: str) -> tuple[str, int]:
+        """The text and the id of the marker that opens a turn."""
+        return {
+            "system": (self.system, self.system_id),
+            "user": (self.user, self.user_id),
+            "assistant": (self.assistant, self.assistant_id),
+        }[role]
+
+
+def _with_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages behind a system message, an empty one where none is given; roles are checked."""
+    for position, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise InvalidRequestError(f"{message.role!r} is not a role", f"Use one of {', '.join(ROLES)}")
+        if message.role == "system" and position:
+            raise InvalidRequestError(
+                f"message {position + 1} is a system message", "Only the first message can be one"
+            )
+    if messages and messages[0].role == "system":
+        return list(messages)
+    return [Message("system", ""), *messages]
+
+
+def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text as text: no special token is recognised in it, none is added.
+
+    Where a tokenizer does not obey `split_special_tokens` (slow ones, or markers that were added without
+    being declared special), each marker in the text is broken after its first character instead.
+    """
+    ids = _tokenize(tokenizer, text)
+    markers = {
+        added.content: token
+        for token, added in tokenizer.added_tokens_decoder.items()
+        if len(added.content) > 1 and (added.special or re.fullmatch(r"<[^<>\s]+>", added.content))
+    }
+    present = [marker for marker in markers if marker in text]
+    if not present or not {markers[marker] for marker in present}.intersection(ids):
+        return ids
+    # The lookahead finds every start, also where two markers overlap.
+    starts = re.finditer("(?=" + "|".join(map(re.escape, present)) + ")", text)
+    cuts = [0, *(match.start() + 1 for match in starts), len(text)]
+    return [token for a, b in zip(cuts, cuts[1:], strict=False) for token in _tokenize(tokenizer, text[a:b])]
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids without added special tokens, and without the warning about long texts."""
+    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    return list(encoding["input_ids"])
+
+
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None, config: Any = None
+) -> tuple[int, ...]:
+    """The ids that stop generation: the end of a turn first, then every end of text.
+
+    `config` is a model's or generation config (anything with `eos_token_id`, an int or a list of them);
+    StarChat's own names only `<|endoftext|>`, which is why the turn's end is added here.
+    """
+    ids: list[int] = [] if dialogue is None else [dialogue.end_id]
+    for eos in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
+        ids += [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return tuple(dict.fromkeys(ids))
+
+
+def fim_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | None:
+    """Ids of the fill-in-the-middle tokens (prefix, middle, suffix), or None where there are none.
+
+    A prompt is prefix, code before, suffix, code after, middle; the model then writes the middle.
+    """
+    vocabulary = tokenizer.get_vocab()
+    for prefix, middle, suffix in FIM_SPELLINGS:
+        if prefix in vocabulary and middle in vocabulary and suffix in vocabulary:
+            return vocabulary[prefix], vocabulary[middle], vocabulary[suffix]
+    return None

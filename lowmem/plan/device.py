@@ -1,0 +1,96 @@
+"""What this machine has: the only place that asks CUDA."""
+
+from __future__ import annotations
+
+import re
+
+import psutil
+import torch
+
+from lowmem.errors import MemoryBudgetError, RecipeError
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """`8GiB`, `512 MiB`, `8G`, `8GB` or plain bytes. Raises RecipeError naming the option."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
+    if not match:
+        raise RecipeError(f"{option} {text!r} is not an amount of memory", "Write it as 8GiB or 512MiB")
+    unit = match[2] or ""
+    amount = int(float(match[1]) * {**_UNITS, **_BINARY}[unit])
+    if amount <= 0:
+        raise RecipeError(f"{option} {text!r} is nothing", "Write it as 8GiB or 512MiB")
+    return amount
+
+
+def format_bytes(count: float) -> str:
+    """`8.25 GiB`, `512 MiB`, `12 KiB`."""
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):.2f} GiB"
+    if count >= 1 << 20:
+        return f"{count / (1 << 20):.0f} MiB"
+    return f"{max(count, 0) / (1 << 10):.0f} KiB"
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (the first CUDA card, or else the CPU), `cpu`, `cuda` or `cuda:N`."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if not match:
+        raise RecipeError(f"--device {name!r} is not known", "Use auto, cpu, cuda or cuda:N")
+    index = int(match[1] or 0)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        found = f"torch sees {count} CUDA card{'s' if count != 1 else ''}"
+        raise RecipeError(f"--device {name} is not there: {found}", "Use --device cpu, or install the driver")
+    return torch.device("cuda", index)
+
+
+def host_memory_used() -> int:
+    """Resident bytes of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def host_memory_peak() -> int:
+    """The most resident bytes that this process has had."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def host_memory_available() -> int:
+    """Bytes that this process may still take: the machine's, or its container's if that is less."""
+    available = int(psutil.virtual_memory().available)
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            with open(limit_file) as limit, open(used_file) as used:
+                available = min(available, int(limit.read()) - int(used.read()))
+        except (OSError, ValueError):
+            continue
+    return max(available, 0)
+
+
+def card_memory_free(device: torch.device) -> int:
+    """Free bytes of a CUDA card as it stands now."""
+    try:
+        free, _total = torch.cuda.mem_get_info(device)
+    except RuntimeError as error:
+        raise MemoryBudgetError(
+            f"{device} does not tell its free memory: {error}", "Use --device cpu"
+        ) from error
+    return int(free)
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run in hardware here."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

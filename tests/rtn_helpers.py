@@ -1,0 +1,122 @@
+"""A GPTQ checkpoint by round-to-nearest: what the runtime's tests read.
+
+Written with nothing of the converter, so that reading is tested against a second writer.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lowmem.checkpoint.manifest import quantization_config_dict
+from lowmem.checkpoint.packing import pack_rows, pack_zeros
+from lowmem.config import QuantConfig
+from tests.helpers import embedding_name, save_source
+
+
+@dataclass(frozen=True)
+class Rtn:
+    """A linear's integers q [in, out], zeros and scales [groups, out], and g_idx [in]."""
+
+    q: torch.Tensor
+    zeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+
+    def weight(self) -> torch.Tensor:
+        """The float32 weight [out, in] that they stand for."""
+        rows = self.g_idx.long()
+        return ((self.q.float() - self.zeros.float()[rows]) * self.scales.float()[rows]).T.contiguous()
+
+
+def rtn(weight: torch.Tensor, bits: int, group_size: int, *, act_order_seed: int | None = None) -> Rtn:
+    """weight [out, in] rounded to nearest, asymmetric; act_order_seed: columns in random groups."""
+    columns = weight.shape[1]
+    size = columns if group_size == -1 else group_size
+    g_idx = torch.arange(columns) // size
+    if act_order_seed is not None:
+        g_idx = g_idx[torch.randperm(columns, generator=torch.Generator().manual_seed(act_order_seed))]
+    groups = int(g_idx.max()) + 1
+    maxq = 2**bits - 1
+    transposed = weight.detach().float().T  # [in, out]
+    scales, zeros = torch.empty(groups, weight.shape[0]), torch.empty(groups, weight.shape[0])
+    for group in range(groups):
+        part = transposed[g_idx == group]
+        low, high = part.amin(0).clamp(max=0), part.amax(0).clamp(min=0)
+        scales[group] = ((high - low) / maxq).clamp(min=1e-4).half().float()
+        zeros[group] = (-low / scales[group]).round().clamp(1, maxq)
+    q = (transposed / scales[g_idx] + zeros[g_idx]).round().clamp(0, maxq).to(torch.uint8)
+    return Rtn(q, zeros.long(), scales.half(), g_idx.int())
+
+
+def layer_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of the decoder layers, by name: all but the head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "lm_head" not in name
+    }
+
+
+def write_rtn_checkpoint(
+    model: Any,
+    folder: Path,
+    *,
+    bits: int = 4,
+    group_size: int = 32,
+    shards: int = 1,
+    v2: bool = False,
+    act_order_seed: int | None = None,
+    tokenizer: bool = True,
+) -> Any:
+    """Write `model` quantized into `folder`, and put the dequantized weights into `model` itself.
+
+    After it, `model` is the oracle for what a reader of the folder must compute.
+    """
+    save_source(model, folder, tokenizer=tokenizer)
+    (folder / "model.safetensors").unlink()
+    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings and embedding_name(model) != "lm_head.weight":
+        tensors.pop("lm_head.weight", None)
+    for name, linear in layer_linears(model).items():
+        packed = rtn(linear.weight, bits, group_size, act_order_seed=act_order_seed)
+        linear.weight.data = packed.weight().to(linear.weight.dtype)
+        del tensors[f"{name}.weight"]
+        stored_zeros = (
+            pack_rows(packed.zeros.T, bits).T.contiguous() if v2 else pack_zeros(packed.zeros, bits)
+        )
+        tensors[f"{name}.qweight"] = pack_rows(packed.q, bits)
+        tensors[f"{name}.qzeros"] = stored_zeros
+        tensors[f"{name}.scales"] = packed.scales
+        tensors[f"{name}.g_idx"] = packed.g_idx
+    config = json.loads((folder / "config.json").read_text())
+    quant = QuantConfig(bits=bits, group_size=group_size, sym=False, desc_act=False)
+    config["quantization_config"] = quantization_config_dict(quant, version="0")
+    if v2:
+        config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (folder / "config.json").write_text(json.dumps(config))
+    save_shards(tensors, folder, shards)
+    return model
+
+
+def save_shards(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
+    """Safetensors in `folder`: one file, or `shards` of them with an index."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = list(tensors)
+    weight_map = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
