@@ -82,7 +82,7 @@ def make_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         rows = torch.randn(shape[0], directions, generator=generator) * strength
         noise.mul_(0.3).addmm_(rows, torch.randn(directions, width, generator=generator))
         noise[:, few[: max(1, width // 200)]] *= 8
-        noise *= 0.02
+        noise *= 0.2  # as loud as what a layer adds, so that the residual stream counts
     else:
         # 0.02 at the full width; wider for a smaller scale, so that activations stay as large.
         noise *= 0.02 * math.sqrt(N_EMBD / min(width, N_EMBD))
@@ -96,7 +96,7 @@ def make_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
 def make_checkpoint(folder: Path, scale: int, layers: int) -> None:
     """Write the float16 checkpoint, one tensor in memory at a time, and its token rows beside it."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from benchmarks.quality import text_rows
     from convert.calibration import CalibrationSpec, load_rows
@@ -109,8 +109,6 @@ def make_checkpoint(folder: Path, scale: int, layers: int) -> None:
     write_json(folder / "config.json", layer_config(scale, layers))
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(TINY / name, folder)
-    from transformers import AutoConfig
-
     arch = inspect(AutoConfig.from_pretrained(folder, local_files_only=True))
     shapes = {name: shape for name, shape in arch.shapes.items() if name != arch.head}
     seeds = {name: seed for seed, name in enumerate(shapes)}
@@ -138,7 +136,7 @@ def make_checkpoint(folder: Path, scale: int, layers: int) -> None:
 
 
 def run_gptqmodel(work: Path, report: Path) -> None:
-    """Convert with GPTQModel, its own defaults but for what both must share; phases and settings to `report`."""
+    """Convert with GPTQModel: its own defaults, but for what both share. Phases and settings to `report`."""
     started = time.perf_counter()
     from gptqmodel import GPTQModel, QuantizeConfig
 
@@ -157,7 +155,9 @@ def run_gptqmodel(work: Path, report: Path) -> None:
     settings = ("bits", "group_size", "sym", "desc_act", "act_group_aware", "static_groups", "damp_percent",
                 "damp_auto_increment", "mse", "true_sequential", "offload_to_disk")  # fmt: skip
     data = {
-        "seconds": {name: round(end - begin, 3) for name, begin, end in zip(marks, times, times[1:])},
+        "seconds": {
+            n: round(end - begin, 3) for n, begin, end in zip(marks, times[:-1], times[1:], strict=True)
+        },
         "settings": {name: getattr(config, name) for name in settings if hasattr(config, name)}
         | {"compute_dtype": dtype, "rows_at_a_time": ROWS_AT_A_TIME},
     }
@@ -227,9 +227,11 @@ def measure(work: Path, names: Sequence[str], report: Path) -> None:
         return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
     def packed(name: str, linear: str) -> torch.Tensor:
-        format, read = formats[name], shards[name].read
-        parts = [read(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")]
-        return dequantize(*parts, format.bits, v2=format.zeros_v2)
+        format = formats[name]
+        words, zeros, scales, groups = (
+            shards[name].read(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
+        )
+        return dequantize(words, zeros, scales, groups, format.bits, v2=format.zeros_v2)
 
     for index, spec in enumerate(arch.layers):
         layer = layers[index]
@@ -256,9 +258,7 @@ def measure(work: Path, names: Sequence[str], report: Path) -> None:
                 put(layer, f"{linear.name}.weight", packed(name, f"{spec.name}.{linear.name}"))
             states[name] = calls[index].run(layer, states[name])
             missed = energy(states[name] - output)
-            found[name].append(
-                {"output": missed / energy(output), "added": missed / energy(output - hidden)}
-            )
+            found[name].append({"output": missed / energy(output), "added": missed / energy(output - hidden)})
         hidden = output
         empty(layer)
     result = {name: {"linears": linears[name], "layers": found[name]} for name in names}
@@ -335,14 +335,14 @@ def run_step(work: Path, *arguments: str) -> Usage:
 
 def hardware() -> dict[str, Any]:
     """The processor, its cores and the memory."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    model = next((line.partition(":")[2].strip() for line in cpuinfo.splitlines() if "model name" in line), "?")
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-    flags = set(next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split())
+    flags = fields.get("flags", "").split()
     return {
-        "cpu": model,
-        "flags": [f for f in wanted if f in flags],
+        "cpu": fields.get("model name", "?"),
+        "flags": [flag for flag in wanted if flag in flags],
         "cores": os.cpu_count(),
         "memory_bytes": total,
     }

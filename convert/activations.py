@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lowmem.checkpoint.values import all_finite
 from lowmem.checkpoint.writer import tensor_bytes, write_whole
 from lowmem.errors import CalibrationError, OutputError
 
@@ -104,7 +105,7 @@ def _write(path: Path, chunks: Iterator[torch.Tensor], kept: torch.Tensor | None
     def encode() -> Iterator[memoryview]:
         start = 0
         for chunk in chunks:
-            if not bool(torch.isfinite(chunk).all()):
+            if not all_finite(chunk):
                 raise CalibrationError(
                     f"the activations are not finite {where}",
                     "The source's weights may be damaged, or overflow: try --compute-dtype float32",

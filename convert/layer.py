@@ -15,6 +15,7 @@ from convert.activations import HiddenStates
 from convert.gptq import Prepared, Quantized, prepare, quantize
 from convert.hessian import Hessian
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
+from lowmem.checkpoint.values import all_finite
 from lowmem.config import QuantConfig
 from lowmem.errors import SourceError
 from lowmem.kernels.reference import dequantize
@@ -214,7 +215,7 @@ def _quantize_linear(
 ) -> Quantized:
     started = time.perf_counter()
     weight = linear.weight.detach()
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise SourceError(f"{name}.weight holds values that are not finite", "Download the source again")
     transposed = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)
     transposed.copy_(weight.T)

@@ -114,6 +114,7 @@ def _prepare(
 
 def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
     arch, state = work.arch, job.state
+    machine.return_freed_memory()
     plan = memory.plan(
         arch,
         work.config,
@@ -150,6 +151,7 @@ def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
         job.commit()
         job.hidden(index).unlink(missing_ok=True)
         reporter.layer(index, result)
+        del result  # its packed tensors are on disk, and the plan does not count them for the next layer
     summary = put_together(
         job, work.source, work.weights, work.config, work.rows, work.options, work.dialogue, work.tokenizer
     )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lowmem.checkpoint.source import Source, head_is_tied, resolve_names
+from lowmem.checkpoint.values import all_finite
 from lowmem.checkpoint.writer import TensorPlan
 from lowmem.errors import SourceError
 from lowmem.models.architecture import Architecture, LayerSpec
@@ -52,7 +53,7 @@ class Weights:
         """One tensor as `plan` says it is stored. Raises SourceError where float16 could not hold it."""
         tensor = self.read(name)
         result = tensor.to(stored_dtype(tensor.dtype))
-        if not bool(torch.isfinite(result).all()):
+        if not all_finite(result):
             raise SourceError(
                 f"{name} holds values that are not finite in 16 bits",
                 "The source is damaged, or its values do not fit float16",

@@ -129,7 +129,6 @@ def add(name: str) -> Callable[[Tensors], None]:
         (set_tensor(f"{UP}.scales", lambda t: t.int()), f"{UP}.scales", "int32"),
         (set_value(f"{UP}.scales", float("nan")), f"{UP}.scales", "not finite"),
         (set_value(f"{UP}.scales", float("inf")), f"{UP}.scales", "not finite"),
-        (set_value(f"{UP}.scales", -0.5), f"{UP}.scales", "negative"),
         (set_value(f"{UP}.g_idx", 2), f"{UP}.g_idx", "groups 0 to 2"),
         (set_value(f"{UP}.g_idx", -1), f"{UP}.g_idx", "groups -1"),
         (set_value(f"{UP}.g_idx", 1), f"{UP}.g_idx", "out of order"),

@@ -135,6 +135,11 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
     """
     if config.group_size == 0:
         raise ValueError("the group size is not chosen yet")
+    quantizer = [f"lowmem:{version}"]
+    if not config.sym:
+        # GPTQModel refuses asymmetric v1 files unless this names a version of its own from which on
+        # their zero-points are exact. Ours are (1..2^bits-1, see packing.py).
+        quantizer.append("gptqmodel:0.9.0:zero-points")
     return {
         "quant_method": "gptq",
         "bits": config.bits,
@@ -147,7 +152,7 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
         "lm_head": False,
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
-        "meta": {"quantizer": [f"lowmem:{version}"], "act_order": config.desc_act},
+        "meta": {"quantizer": quantizer, "act_order": config.desc_act},
     }
 
 

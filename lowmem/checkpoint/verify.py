@@ -347,8 +347,6 @@ class _Verification:
         if part == "scales":
             if not bool(values.isfinite().all()):
                 self._fault(file, tensor, "has values that are not finite")
-            elif bool((values < 0).any()):
-                self._fault(file, tensor, "has negative values")
         elif part == "g_idx":
             groups = 1 if format.group_size == -1 else -(-columns // format.group_size)
             low, high = int(values.min()), int(values.max())

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import InvalidRequestError
@@ -145,7 +146,7 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # The lookahead finds every start, also where two markers overlap.
     starts = re.finditer("(?=" + "|".join(map(re.escape, present)) + ")", text)
     cuts = [0, *(match.start() + 1 for match in starts), len(text)]
-    return [token for a, b in zip(cuts, cuts[1:], strict=False) for token in _tokenize(tokenizer, text[a:b])]
+    return [token for a, b in pairwise(cuts) for token in _tokenize(tokenizer, text[a:b])]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,0 +1,12 @@
+"""Settings that all tests share."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+# The matrices of tests are tiny: a second thread would only wait for the first, and badly so on a busy
+# machine.
+torch.set_num_threads(1)

@@ -1,0 +1,136 @@
+"""The command line: quick help, and one line for every mistake."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.convert_helpers import calibration_file, digest_of
+from tests.helpers import save_source, tiny_model
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def lowmem(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lowmem", *arguments], capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["convert", "--help"], ["run", "--help"], ["convert", "--bits", "5"]]
+)
+def test_help_and_mistakes_do_not_load_torch(arguments):
+    """Answers at once: the libraries that take seconds are not imported for a typo."""
+    code = (
+        "import sys\nfrom lowmem.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'rich', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["convert"], "SOURCE"),
+        (["convert", "nowhere", "out"], "nowhere"),
+        (["convert", "empty.safetensors", "out"], "empty"),
+        (["convert", "a", "b", "--bits", "5"], "choose from"),
+        (["convert", "a", "b", "--group-size", "7"], "group size 7"),
+        (["convert", "a", "b", "--damp-percent", "2"], "damp"),
+        (["convert", "a", "b", "--memory", "lots"], "--memory 'lots'"),
+        (["convert", "a", "b", "--rows", "0"], "rows"),
+        (["run", "nowhere", "-p", "x"], "nowhere"),
+        (["verify", "nowhere"], "nowhere"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, tmp_path):
+    (tmp_path / "empty.safetensors").touch()
+    result = lowmem(*arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert words in lines[0]
+    assert result.stdout == ""
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "source"
+    return save_source(tiny_model("gpt_bigcode_mqa", layers=3), folder)
+
+
+def arguments_for(source: Path, out: Path) -> list[str]:
+    text = calibration_file(source.parent)
+    return ["convert", str(source), str(out), "--calibration", str(text), "--rows", "8", "--row-length", "64"]
+
+
+def test_convert_verify_run(source, tmp_path):
+    out = tmp_path / "out"
+    result = lowmem(*arguments_for(source, out), "--bits", "8")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.strip().splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("layer ")] == ["1/3", "2/3", "3/3"]
+    assert lowmem("verify", str(out)).returncode == 0
+    answer = lowmem("run", str(out), "-p", "Hello", "--max-new-tokens", "4", "--seed", "1")
+    assert answer.returncode == 0, answer.stderr
+    assert "tokens/s" in answer.stderr
+    assert "tokens/s" not in answer.stdout
+    # A damaged byte is found, and the file and tensor at fault are named.
+    shard = out / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 0xFF
+    shard.write_bytes(data)
+    damaged = lowmem("verify", str(out))
+    assert damaged.returncode == 2
+    assert "model.safetensors" in damaged.stdout + damaged.stderr
+
+
+def test_quiet_says_nothing(source, tmp_path):
+    result = lowmem(*arguments_for(source, tmp_path / "out"), "--quiet")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_job_and_says_how_to_go_on(source, tmp_path, number):
+    whole = tmp_path / "whole"
+    assert lowmem(*arguments_for(source, whole)).returncode == 0
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lowmem", *arguments_for(source, out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith("layer 1/"):
+            process.send_signal(number)
+            break
+    said += process.stderr.read()
+    if process.wait() == 0:
+        pytest.skip("the conversion was over before the signal arrived")
+    assert process.returncode == 130
+    assert "same command again" in said
+    assert "Traceback" not in said
+    assert not out.exists()
+    assert lowmem(*arguments_for(source, out)).returncode == 0
+    assert digest_of(out) == digest_of(whole)
+
