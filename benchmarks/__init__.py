@@ -1,0 +1,1 @@
+"""What conversion costs in output quality, time and memory."""

@@ -7,7 +7,6 @@ mapped file would count as memory.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -115,8 +114,4 @@ def _write(path: Path, chunks: Iterator[torch.Tensor], kept: torch.Tensor | None
                 start += chunk.shape[0]
             yield tensor_bytes(chunk)
 
-    try:
-        write_whole(path, encode())
-    finally:
-        if os.path.exists(path.with_name(path.name + ".part")):
-            path.with_name(path.name + ".part").unlink(missing_ok=True)
+    write_whole(path, encode())

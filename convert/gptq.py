@@ -14,7 +14,6 @@ contiguous row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +86,6 @@ def quantize(
     prepared: Prepared,
     config: QuantConfig,
     column_block: int = COLUMN_BLOCK,
-    on_column: Callable[[int], None] | None = None,
 ) -> Quantized:
     """Quantize W^T, weight_t [in, out] (float32 or float64, as the factor is).
 
@@ -97,7 +95,7 @@ def quantize(
     order = prepared.order
     if order is not None:
         _permute_rows_in_place(weight_t, order)
-    result = _round_columns(weight_t, prepared.factor, config, order, column_block, on_column)
+    result = _round_columns(weight_t, prepared.factor, config, order, column_block)
     if order is not None:
         _permute_rows_in_place(result.codes, torch.argsort(order))
     return result
@@ -114,7 +112,6 @@ def _round_columns(
     config: QuantConfig,
     order: torch.Tensor | None,
     column_block: int,
-    on_column: Callable[[int], None] | None,
 ) -> Quantized:
     n, out = weight_t.shape
     r = factor.matrix
@@ -154,8 +151,6 @@ def _round_columns(
             error[j].sub_(value)
         # sum_j R[j,j]^2 (target - value)^2 = ||(W - Q) R||^2, the error that H measures
         squared_error += misses.square().sum(1).mul(diagonal[start:end].square()).sum().double()
-        if on_column is not None:
-            on_column(end)
     return Quantized(
         codes,
         scales.to(torch.float16),

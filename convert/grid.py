@@ -2,7 +2,8 @@
 
 A weight w is stored as q = clamp(round(w / scale) + zero, 0, 2^bits - 1) and read as (q - zero) * scale.
 Plain min-max spends levels on the outermost weight. Here several ranges are tried, each is refitted by
-least squares to the integers that it gives, and what leaves the least weighted squared error stays. The weights of that error come from the Hessian, so a column that matters counts for more.
+least squares to the integers that it gives, and what leaves the least weighted squared error stays. The
+weights of that error come from the Hessian, so a column that matters counts for more.
 
 A symmetric grid has one level more on its negative side (-8..7). The scale's sign says which side of
 the weights gets it: the format allows a negative scale, and at 3 bits the extra level is worth much.
@@ -44,8 +45,7 @@ def find_grid(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bo
     out = weight.shape[1]
     step = max(1, ROW_CHUNK_ELEMENTS // weight.shape[0])
     parts = [
-        _search(weight[:, i : i + step].contiguous(), importance, bits, sym)
-        for i in range(0, out, step)
+        _search(weight[:, i : i + step].contiguous(), importance, bits, sym) for i in range(0, out, step)
     ]
     return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
 

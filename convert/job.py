@@ -190,7 +190,10 @@ class Job:
         """Whether a process was stopped after OUT appeared, and only its job folder is left over."""
         if not (self.folder / "job.json").is_file() or self.result.exists():
             return False
-        state = self.load()
+        try:
+            state = self.load()
+        except OutputError:
+            return False  # damaged; `begin` says so
         return state is not None and state.publishing and (self.out / MANIFEST_FILE).is_file()
 
     def discard(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ class LinearReport:
     in_features: int
     out_features: int
     error: float
-    """Squared error of the outputs as a share of their energy: ||x(W-Q)||^2 / ||xW||^2."""
+    """Squared error of the outputs as a share of their energy: ||x(W-Q)||^2 / ||xW||^2; 0 without energy."""
     damping: float
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
     dead_columns: int
@@ -140,7 +139,8 @@ def quantize_layer(
     *,
     rows: int,
     device: torch.device,
-    on_linear: Callable[[LinearReport], None] | None = None,
+    on_phase: Callable[[str], None] = lambda _: None,
+    on_linear: Callable[[LinearReport], None] = lambda _: None,
 ) -> LayerResult:
     """Quantize every linear of `layer` (on `device`), whose weights become the dequantized ones.
 
@@ -154,14 +154,17 @@ def quantize_layer(
     seconds = Seconds()
     passes = [[group] for group in spec.groups] if config.true_sequential else [list(spec.groups)]
     for groups in passes:
+        on_phase(f"inputs of {groups[0][0].name}")
         capture = _capture(layer, groups, call, states, rows, device, seconds)
         for group in groups:
             hessian = capture.hessians.pop(0)
             tokens = hessian.tokens
+            on_phase(f"factor for {group[0].name}")
             started = time.perf_counter()
             prepared = prepare(hessian.finish(), config)
             seconds.factor += time.perf_counter() - started
             for linear_spec in group:
+                on_phase(f"rounding {linear_spec.name}")
                 linear = layer.get_submodule(linear_spec.name)
                 assert isinstance(linear, nn.Linear)
                 name = f"{spec.name}.{linear_spec.name}"
@@ -169,7 +172,7 @@ def quantize_layer(
                 stored.update(_pack(linear_spec.name, linear, result, config, seconds))
                 _restore(linear, linear_spec.name, stored, config)
                 energy = capture.energy[linear_spec.name] / tokens
-                error = result.squared_error / energy if energy > 0 else math.nan
+                error = result.squared_error / energy if energy > 0 else 0.0
                 report = LinearReport(
                     linear_spec.name,
                     linear_spec.in_features,
@@ -179,8 +182,7 @@ def quantize_layer(
                     result.dead_columns,
                 )
                 reports.append(report)
-                if on_linear is not None:
-                    on_linear(report)
+                on_linear(report)
             del prepared
     return LayerResult(stored, tuple(reports), seconds)
 

@@ -201,6 +201,7 @@ def _convert_layer(
         work.config,
         rows=plan.rows_at_a_time,
         device=work.device,
+        on_phase=lambda text: reporter.phase(index, text),
         on_linear=lambda report: reporter.linear(index, report),
     )
     for report in result.reports:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from dataclasses import asdict
@@ -28,6 +27,9 @@ class Reporter:
     def message(self, text: str) -> None:
         """Something that a person should know."""
 
+    def phase(self, layer: int, text: str) -> None:
+        """What is being done now, as `rounding mlp.c_fc`."""
+
     def linear(self, layer: int, report: LinearReport) -> None:
         """One linear is quantized."""
 
@@ -51,8 +53,7 @@ def _duration(seconds: float) -> str:
 
 
 def _mean_error(result: LayerResult) -> float:
-    errors = [r.error for r in result.reports if math.isfinite(r.error)]
-    return sum(errors) / len(errors) if errors else math.nan
+    return sum(r.error for r in result.reports) / len(result.reports)
 
 
 def describe_plan(plan: MemoryPlan) -> str:
@@ -90,7 +91,7 @@ class LineReporter(Reporter):
     def layer(self, layer: int, result: LayerResult) -> None:
         done = layer + 1 - self._first
         left = (time.monotonic() - self._began) / done * (self.layers - layer - 1)
-        worst = max(result.reports, key=lambda r: r.error if math.isfinite(r.error) else -1)
+        worst = max(result.reports, key=lambda r: r.error)
         self._line(
             f"layer {layer + 1}/{self.layers}  error {_mean_error(result):.2e} "
             f"(most: {worst.name} {worst.error:.2e})  {_duration(left)} left"
@@ -124,7 +125,7 @@ class BarReporter(LineReporter):
             console=Console(stderr=True),
         )
         self._task: TaskID | None = None
-        self._linears = 0
+        self._phase = self._last = ""
 
     def _line(self, text: str) -> None:
         self._bar.console.print(text, highlight=False, markup=False)
@@ -134,9 +135,18 @@ class BarReporter(LineReporter):
         self._bar.start()
         self._task = self._bar.add_task("", total=layers, completed=finished)
 
+    def phase(self, layer: int, text: str) -> None:
+        self._phase = text
+        self._describe()
+
     def linear(self, layer: int, report: LinearReport) -> None:
+        self._last = f"{report.name} {report.error:.1e}"
+        self._describe()
+
+    def _describe(self) -> None:
         if self._task is not None:
-            self._bar.update(self._task, description=f"{report.name}  error {report.error:.2e}")
+            last = f"  (error of {self._last})" if self._last else ""
+            self._bar.update(self._task, description=f"{self._phase}{last}")
 
     def layer(self, layer: int, result: LayerResult) -> None:
         if self._task is not None:

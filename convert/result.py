@@ -197,7 +197,7 @@ def _generation_config(
 ) -> dict[str, Any]:
     """generation_config.json, where generation also stops at the end of a turn."""
     own = source.path / "generation_config.json"
-    data = json.loads(own.read_bytes()) if own.is_file() else {}
+    data = json.loads(own.read_bytes()) if own.is_file() and source.kind != "gguf" else {}
     if not isinstance(data, dict):
         data = {}
     config = source.config()

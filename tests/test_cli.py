@@ -24,7 +24,8 @@ def lowmem(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["convert", "--help"], ["run", "--help"], ["convert", "--bits", "5"]]
+    "arguments",
+    [["--help"], ["--version"], ["convert", "--help"], ["run", "--help"], ["convert", "--bits", "5"]],
 )
 def test_help_and_mistakes_do_not_load_torch(arguments):
     """Answers at once: the libraries that take seconds are not imported for a typo."""
@@ -133,4 +134,3 @@ def test_ctrl_c_leaves_a_job_and_says_how_to_go_on(source, tmp_path, number):
     assert not out.exists()
     assert lowmem(*arguments_for(source, out)).returncode == 0
     assert digest_of(out) == digest_of(whole)
-

@@ -73,7 +73,9 @@ def test_starchat_alphas_layout_converts_and_runs(tmp_path):
     assert "use restrictions" in card
     loaded = load(out)
     assert loaded.stop_ids == (49155, 0)
-    answer = Session(loaded).complete("How do I sort a list?", SamplingParams(max_new_tokens=5, temperature=0))
+    answer = Session(loaded).complete(
+        "How do I sort a list?", SamplingParams(max_new_tokens=5, temperature=0)
+    )
     assert 0 < answer.new_tokens <= 5
     from transformers import AutoTokenizer
 

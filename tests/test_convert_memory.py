@@ -49,7 +49,9 @@ def sources(tmp_path_factory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("sources")
     return {
         n: save_source(
-            tiny_model("gpt_bigcode_mqa", layers=n, hidden=1024, heads=8), folder / str(n), dtype=torch.float16
+            tiny_model("gpt_bigcode_mqa", layers=n, hidden=1024, heads=8),
+            folder / str(n),
+            dtype=torch.float16,
         )
         for n in (2, 6)
     }

@@ -80,6 +80,9 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise as_output_error(error, path) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     return FileDigest(digest.hexdigest(), count)
 
 

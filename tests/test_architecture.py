@@ -1,0 +1,85 @@
+"""The house's one rule of traffic: a room imports from the rooms before it, never back."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A room may import from itself and from rooms of a lower rank.
+RANKS = {
+    "lowmem": 0,
+    "lowmem.errors": 0,
+    "lowmem.config": 1,
+    "lowmem.checkpoint": 2,
+    "lowmem.models": 3,
+    "lowmem.kernels": 4,
+    "lowmem.quant_linear": 5,
+    "lowmem.plan": 6,
+    "lowmem.generate": 6,
+    "lowmem.loader": 7,
+    "lowmem.session": 8,
+    "lowmem.run_command": 9,
+    "lowmem.verify_command": 9,
+    "lowmem.cli": 10,
+    "lowmem.__main__": 11,
+    "convert": 12,
+    "benchmarks": 13,
+}
+FILES = sorted(p for room in ("lowmem", "convert", "benchmarks") for p in (ROOT / room).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """`lowmem.checkpoint.packing` → `lowmem.checkpoint`; `convert.gptq` → `convert`."""
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "lowmem" else 1])
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return {name for name in found if name.split(".")[0] in ("lowmem", "convert", "benchmarks")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = room_of(module_of(path))
+    assert own in RANKS, f"{own} is a new room: give it a rank here and a place in ARCHITECTURE.md"
+    for name in imports_of(path):
+        other = room_of(name)
+        assert other == own or RANKS[other] < RANKS[own], f"{path.name} of {own} imports {name}"
+
+
+def test_every_room_is_in_the_picture():
+    picture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert path.name in picture, f"{path.name} is missing in ARCHITECTURE.md"
+
+
+def test_no_pickle_but_torchs_own_safe_loading():
+    """Nothing untrusted is executed: no pickle, no eval, no remote code anywhere."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not {"pickle", "marshal", "shelve", "dill"} & {a.name for a in node.names}, path
+            if isinstance(node, ast.Call):
+                name = ast.unparse(node.func)
+                assert name not in ("eval", "exec", "pickle.loads", "pickle.load"), path
+                if name == "torch.load":
+                    flags = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    assert flags.get("weights_only") == "True", path
+                for keyword in node.keywords:
+                    if keyword.arg == "trust_remote_code":
+                        assert ast.unparse(keyword.value) == "False", path
