@@ -60,7 +60,8 @@ def run_process(command: Sequence[str], log: Path) -> Usage:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         raise SystemExit(f"{' '.join(command[1:4])} … failed with exit code {process.returncode}:\n{tail}")
     cpu = usage.ru_utime + usage.ru_stime
-    return Usage(round(wall, 2), round(cpu, 2), max(peak, usage.ru_maxrss * 1024), anonymous, round(load, 2))
+    # ru_maxrss counts this process's own memory at the fork too, so the high-water mark goes before it.
+    return Usage(round(wall, 2), round(cpu, 2), peak or usage.ru_maxrss * 1024, anonymous, round(load, 2))
 
 
 def resident(pid: int) -> dict[str, int]:

@@ -17,24 +17,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.processes import ROOT, Usage, hardware, run_process
+
 if TYPE_CHECKING:
     import torch
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "starchat_layer.json"
 TINY = ROOT / "lowmem" / "data" / "tiny-starchat"
 CONVERTERS = ("ours", "gptqmodel")
@@ -45,7 +44,6 @@ BITS, GROUP_SIZE = 4, 128
 ROWS, ROW_LENGTH = 16, 512
 ROWS_AT_A_TIME = 4  # what lowmem chooses for rows of 512; GPTQModel is given the same batch
 HELDOUT_ROWS = 4
-SAMPLE_SECONDS = 0.05
 
 
 # --- the checkpoint ---------------------------------------------------------------------------------------
@@ -268,84 +266,10 @@ def measure(work: Path, names: Sequence[str], report: Path) -> None:
 # --- processes --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a process took: seconds and bytes.
-
-    peak_bytes: the most that was resident, mapped files included. peak_anonymous_bytes: the most of it that
-    no file backs, sampled; the kernel cannot drop that.
-    """
-
-    wall_seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    peak_anonymous_bytes: int
-    load_average_before: float
-
-
-def run_process(command: Sequence[str], log: Path) -> Usage:
-    """Run a command to its end, its output to `log`, and watch its memory. SystemExit if it fails."""
-    environment = dict(os.environ)
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's figures, on machines with a card too
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # GPTQModel's own default, but never the one worker with which it cannot load.
-    environment.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, ((os.cpu_count() or 1) + 1) // 2)))
-    load, peak, anonymous = os.getloadavg()[0], 0, 0
-    started = time.perf_counter()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, cwd=log.parent, env=environment, stdout=stream, stderr=subprocess.STDOUT
-        )
-        try:
-            while True:
-                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-                if pid:
-                    break
-                memory = resident(process.pid)
-                peak = max(peak, memory.get("VmHWM", 0))
-                anonymous = max(anonymous, memory.get("RssAnon", 0))
-                time.sleep(SAMPLE_SECONDS)
-        except BaseException:
-            process.kill()
-            raise
-    process.returncode = os.waitstatus_to_exitcode(status)
-    wall = time.perf_counter() - started
-    if process.returncode:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise SystemExit(f"{' '.join(command[1:4])} … failed with exit code {process.returncode}:\n{tail}")
-    cpu = usage.ru_utime + usage.ru_stime
-    return Usage(round(wall, 2), round(cpu, 2), max(peak, usage.ru_maxrss * 1024), anonymous, round(load, 2))
-
-
-def resident(pid: int) -> dict[str, int]:
-    """The memory lines of /proc/PID/status in bytes; empty when the process has gone."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    fields = (line.split() for line in lines if line.endswith(" kB"))
-    return {name.rstrip(":"): int(value) * 1024 for name, value, _ in fields}
-
-
 def run_step(work: Path, *arguments: str) -> Usage:
     """One of this module's own steps, in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.starchat_layer", *arguments, "--work", str(work)]
     return run_process(command, work / f"{arguments[1]}.log")
-
-
-def hardware() -> dict[str, Any]:
-    """The processor, its cores and the memory."""
-    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-    fields = {name.strip(): value.strip() for name, _, value in lines}
-    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
-    flags = fields.get("flags", "").split()
-    return {
-        "cpu": fields.get("model name", "?"),
-        "flags": [flag for flag in wanted if flag in flags],
-        "cores": os.cpu_count(),
-        "memory_bytes": total,
-    }
 
 
 def compare(work: Path, scale: int, layers: int, chosen: Sequence[str]) -> dict[str, Any]:

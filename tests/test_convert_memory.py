@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.processes import resident
 from convert import memory
 from lowmem.config import QuantConfig
 from lowmem.errors import MemoryBudgetError, OutputError
@@ -23,7 +25,8 @@ MIB = 1 << 20
 
 def run_convert(source: Path, out: Path, *options: str) -> tuple[int, dict, str]:
     """`lowmem convert` in a process of its own: its exit code, JSON events by kind, and standard error.
-    The kernel's own account of the peak comes with the events, in bytes."""
+    The peak that the kernel kept account of comes with the events, in bytes: VmHWM only grows, so a look
+    every few milliseconds misses nothing but the very end."""
     text = calibration_file(out.parent)
     command = [sys.executable, "-m", "lowmem", "convert", str(source), str(out), "--json"]
     command += ["--device", "cpu", "--compute-dtype", "float32", "--calibration", str(text)]
@@ -34,12 +37,14 @@ def run_convert(source: Path, out: Path, *options: str) -> tuple[int, dict, str]
         (out.parent / "stderr").open("w+") as stderr,
     ):
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd=out.parent)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid).get("VmHWM", 0))
+            time.sleep(0.005)
         stdout.seek(0)
         stderr.seek(0)
         events = {event["event"]: event for event in map(json.loads, stdout)}
-        events["peak"] = usage.ru_maxrss * 1024
+        events["peak"] = peak
         return process.returncode, events, stderr.read()
 
 
@@ -64,7 +69,7 @@ def test_peak_is_what_was_planned_and_flat_in_layers(sources, tmp_path):
         assert code == 0, errors
         planned = events["started"]["plan"]["host_peak"]
         assert events["peak"] <= planned, "the plan promised less than the process took"
-        assert events["finished"]["peak_memory"] <= events["peak"]
+        assert events["finished"]["peak_memory"] == pytest.approx(events["peak"], rel=0.02)
         # The part that the model decides, beside the libraries, is not guessed generously either.
         base = events["started"]["plan"]["base"] + memory.LIBRARIES
         assert planned - base < 3 * max(events["peak"] - base, 100 * MIB)
