@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.quality import Comparison, Quality
 
-PROMPT = "Write a Python function add. Add two numbers."
+PROMPT = "Write a Python function get_name. Return the name of this object."
 BITS = (8, 4)
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", metavar="DIR", help="keep the converted checkpoints in this folder")
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows (%(default)s)")
     parser.add_argument(
-        "--new-tokens", type=int, default=48, metavar="N", help="of each answer (%(default)s)"
+        "--new-tokens", type=int, default=64, metavar="N", help="of each answer (%(default)s)"
     )
 
 

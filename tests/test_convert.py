@@ -85,6 +85,16 @@ def test_starchat_alphas_layout_converts_and_runs(tmp_path):
     assert prompt == "<|system|>\n<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>"
 
 
+def test_stop_tokens_of_the_source_are_kept(tmp_path):
+    """Llama 3 lists its stop tokens in generation_config.json alone; the turn's end comes first."""
+    source = save_source(tiny_model("llama"), tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.6}))
+    quick_convert(source, tmp_path / "out", rows=4)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [4095, 0, 7, 9]
+    assert generation["temperature"] == 0.6
+
+
 def test_store_head_writes_the_tied_head_for_old_readers(tmp_path):
     source = save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "source")
     options = Options(device="cpu", compute_dtype="float32", store_head=True)
