@@ -19,7 +19,7 @@ from lowmem.errors import OutputError, RecipeError
 from tests.convert_helpers import digest_of, quick_convert
 from tests.helpers import save_source, tiny_model
 
-KILLS = 24
+KILLS = 40
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,18 @@ def child(source: str, out: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def spawner():
+def monkeypatch_module():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def spawner(monkeypatch_module):
     """Processes that have the libraries loaded already, so that a kill falls into the work."""
+    # The server is a process of its own, and passes over what it cannot import.
+    monkeypatch_module.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.convert_helpers", "transformers.models.gpt_bigcode", "tests.test_resume"]
-    )
+    context.set_forkserver_preload(["tests.preload"])
     return context
 
 
@@ -64,12 +70,14 @@ def start(spawner, source: Path, out: Path):
 
 
 def test_killed_at_random_moments_gives_the_same_bytes(source, spawner, tmp_path):
+    reference = tmp_path / "reference"
+    process = start(spawner, source, reference)
+    wait_for_work(process)
     started = time.monotonic()
-    process = start(spawner, source, tmp_path / "reference")
     process.join()
     assert process.exitcode == 0
     duration = time.monotonic() - started
-    expected = digest_of(tmp_path / "reference")
+    expected = digest_of(reference)
     random_moment = random.Random(os.environ.get("LOWMEM_TEST_SEED", "7"))
     kills, moments = 0, set()
     attempt = 0
@@ -79,7 +87,9 @@ def test_killed_at_random_moments_gives_the_same_bytes(source, spawner, tmp_path
         out = tmp_path / f"out{attempt}"
         while not out.exists():
             process = start(spawner, source, out)
-            process.join(random_moment.uniform(0.02, duration))
+            wait_for_work(process)
+            # Enough kills: let it end now.
+            process.join(random_moment.uniform(0, 1.2 * duration) if kills < KILLS else None)
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
@@ -95,6 +105,15 @@ def test_killed_at_random_moments_gives_the_same_bytes(source, spawner, tmp_path
         assert digest_of(out) == expected
         assert not Job(out).folder.exists()
     assert len(moments) >= 4, f"the kills all fell into {moments}"
+
+
+def wait_for_work(process) -> None:
+    """Until the process holds its job's lock (the kernel lists it): what comes before is start-up."""
+    while process.is_alive():
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        if any(fields[1] == "FLOCK" and fields[4] == str(process.pid) for fields in locks):
+            return
+        time.sleep(0.001)
 
 
 def moment(out: Path) -> str:
