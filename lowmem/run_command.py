@@ -12,8 +12,6 @@ from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    import torch
-
     from lowmem.loader import LoadedModel
     from lowmem.session import Response
 
@@ -77,12 +75,13 @@ def run(args: argparse.Namespace) -> int:
 
     from lowmem.generate.sampling import check_sampling
     from lowmem.loader import load
+    from lowmem.plan.device import resolve_device
     from lowmem.session import Session
 
     check_sampling(params)
     try:
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        loaded = load(args.model, device=choose_device(args.device), dtype=dtype)
+        loaded = load(args.model, device=resolve_device(args.device), dtype=dtype)
         _note(describe(loaded))
         responses = Session(loaded).stream(prompt, params, system=args.system, raw=args.raw)
         final = None
@@ -104,30 +103,6 @@ def run(args: argparse.Namespace) -> int:
         print(flush=True)
         _note(figures(final))
     return 0
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that the option names; auto takes the first CUDA device, or else the CPU.
-
-    Raises InvalidRequestError for a name that means nothing, or a device that is not there.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidRequestError(f"{name!r} is no device", "Use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise InvalidRequestError(
-            f"there is no device {name}: torch sees {found} CUDA device{'s' * (found != 1)}",
-            "Use --device cpu, or install a torch that is built for CUDA",
-        )
-    return device
 
 
 def describe(loaded: LoadedModel) -> str:

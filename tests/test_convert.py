@@ -13,7 +13,14 @@ from convert.recipe import Options
 from lowmem.checkpoint.safetensors_file import read_header
 from lowmem.checkpoint.verify import verify
 from lowmem.config import QuantConfig, SamplingParams
-from lowmem.errors import ArchitectureError, CalibrationError, MemoryBudgetError, RecipeError, SourceError
+from lowmem.errors import (
+    ArchitectureError,
+    CalibrationError,
+    InvalidRequestError,
+    MemoryBudgetError,
+    RecipeError,
+    SourceError,
+)
 from lowmem.kernels.reference import dequantize
 from lowmem.loader import load
 from lowmem.quant_linear import QuantLinear
@@ -200,7 +207,7 @@ def test_refusals_leave_nothing_behind(tmp_path):
             source,
             {"options": Options(device="cpu", memory=100 << 20)},
         ),
-        (RecipeError, "--device", source, {"options": Options(device="cuda:99")}),
+        (InvalidRequestError, "--device", source, {"options": Options(device="cuda:99")}),
         (CalibrationError, "missing.txt", source, {"calibration": str(tmp_path / "missing.txt")}),
     ]
     for kind, words, folder, arguments in cases:

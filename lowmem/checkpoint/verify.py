@@ -25,6 +25,7 @@ from lowmem.checkpoint.manifest import (
 )
 from lowmem.checkpoint.packing import stored_shapes, unpack_zeros
 from lowmem.checkpoint.safetensors_file import SafetensorsHeader, StoredTensor, read_header, read_tensor
+from lowmem.checkpoint.values import all_finite
 from lowmem.errors import LowmemError, VerifyError
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ class _Verification:
         if values is None or part == "qweight":
             return
         if part == "scales":
-            if not bool(values.isfinite().all()):
+            if not all_finite(values):
                 self._fault(file, tensor, "has values that are not finite")
         elif part == "g_idx":
             groups = 1 if format.group_size == -1 else -(-columns // format.group_size)
@@ -370,7 +371,7 @@ class _Verification:
             self._fault(file, name, f"has shape {list(stored.shape)}, the model needs {list(shape)}")
             return
         values = self._read(shards, name)
-        if values is not None and values.dtype.is_floating_point and not bool(values.isfinite().all()):
+        if values is not None and not all_finite(values):
             self._fault(file, name, "has values that are not finite")
 
     def _read(self, shards: Shards, name: str) -> torch.Tensor | None:

@@ -8,7 +8,7 @@ import re
 import psutil
 import torch
 
-from lowmem.errors import MemoryBudgetError, RecipeError
+from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
@@ -36,19 +36,24 @@ def format_bytes(count: float) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` (the first CUDA card, or else the CPU), `cpu`, `cuda` or `cuda:N`."""
+    """`auto` (the first CUDA card, or else the CPU), `cpu`, `cuda` or `cuda:N`.
+
+    Raises InvalidRequestError for a name that means nothing, or a card that is not there.
+    """
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if not match:
-        raise RecipeError(f"--device {name!r} is not known", "Use auto, cpu, cuda or cuda:N")
+        raise InvalidRequestError(f"--device {name!r} is not known", "Use auto, cpu, cuda or cuda:N")
     index = int(match[1] or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
         found = f"torch sees {count} CUDA card{'s' if count != 1 else ''}"
-        raise RecipeError(f"--device {name} is not there: {found}", "Use --device cpu, or install the driver")
+        raise InvalidRequestError(
+            f"--device {name} is not there: {found}", "Use --device cpu, or install the driver"
+        )
     return torch.device("cuda", index)
 
 
