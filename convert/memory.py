@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +69,12 @@ def packed_bytes(spec: LinearSpec, config: QuantConfig) -> int:
 
 
 def _layer_stages(
-    layer: LayerSpec, arch: Architecture, config: QuantConfig, tokens: int, itemsize: int
+    layer: LayerSpec,
+    arch: Architecture,
+    config: QuantConfig,
+    tokens: int,
+    itemsize: int,
+    read_overhead: Callable[[int], int],
 ) -> list[Stage]:
     """The moments of one decoder layer, on the compute device."""
     weights = sum(_numel(arch.shapes[f"{layer.name}.{n}"]) for n in arch.inside(layer)) * itemsize
@@ -79,7 +84,7 @@ def _layer_stages(
     # The residual stream, norms and attention's heads; the widest linear's output and its activation.
     forward = tokens * (8 * hidden + 4 * widest) * max(itemsize, 2)
     done = 0
-    stages = [Stage("read", weights + largest * FLOAT32)]
+    stages = [Stage("read", weights + read_overhead(largest))]
     groups = [[g] for g in layer.groups] if config.true_sequential else [list(layer.groups)]
     for together in groups:
         matrices = sum(g[0].in_features ** 2 for g in together) * FLOAT32
@@ -116,11 +121,13 @@ def plan(
     host_budget: int,
     device_budget: int = 0,
     fixed_rows: int | None = None,
+    read_overhead: Callable[[int], int] = lambda numel: FLOAT32 * numel,
 ) -> MemoryPlan:
     """The fastest way that stays inside the budgets.
 
     base: bytes that this process holds already. host_budget counts them too. fixed_rows: rows at a time
-    of an interrupted job, since another choice would not give the same bytes.
+    of an interrupted job, since another choice would not give the same bytes. read_overhead: bytes that
+    reading a tensor of so many values takes, as the source says.
     Raises MemoryBudgetError naming the least budget that would do.
     """
     hidden = arch.shapes[arch.embedding][1]
@@ -131,7 +138,8 @@ def plan(
         sensible = [fixed_rows]
     choices = [(d, keep) for keep in (True, False) for d in sensible]
     plans = [
-        _measure(arch, config, d, row_length, dtype, device, base, hidden_bytes, keep) for d, keep in choices
+        _measure(arch, config, d, row_length, dtype, device, base, hidden_bytes, keep, read_overhead)
+        for d, keep in choices
     ]
     for candidate in plans:
         if candidate.host_peak <= host_budget and candidate.device_peak <= (device_budget or math.inf):
@@ -161,6 +169,7 @@ def _measure(
     base: int,
     hidden_bytes: int,
     keep: bool,
+    read_overhead: Callable[[int], int],
 ) -> MemoryPlan:
     tokens = rows_at_a_time * row_length
     item = dtype.itemsize
@@ -168,23 +177,26 @@ def _measure(
     outside = [_numel(arch.shapes[n]) for n in arch.outside()]
     chunk = 3 * tokens * hidden * item
     # Embeddings are read whole, one after the other, each in its stored and its compute dtype.
-    stages = [Stage("embedding", sum(outside) * item + max(outside) * FLOAT32 + chunk)]
+    stages = [Stage("embedding", sum(outside) * item + read_overhead(max(outside)) + chunk)]
     seen: set[tuple[object, ...]] = set()
     for layer in arch.layers:
         kind = (layer.groups, tuple(arch.shapes[f"{layer.name}.{n}"] for n in arch.inside(layer)))
         if kind not in seen:
             seen.add(kind)
-            stages += _layer_stages(layer, arch, config, tokens, item)
-    stages.append(Stage("storing the embedding", max(outside) * 2 * FLOAT32))
+            stages += _layer_stages(layer, arch, config, tokens, item, read_overhead)
+    stages.append(Stage("storing the embedding", max(outside) * FLOAT32 + read_overhead(max(outside))))
     held = hidden_bytes if keep else 2 * chunk
     peak = max(stage.nbytes for stage in stages)
     if device.type == "cpu":
         host, card = base + LIBRARIES + held + peak, 0
     else:
         # The host holds a layer as it is read and as it is stored; the card does the rest.
-        largest = max(_numel(shape) for shape in arch.shapes.values()) * FLOAT32
+        largest = max(_numel(shape) for shape in arch.shapes.values())
         packed = max(sum(packed_bytes(s, config) for s in layer.linears) for layer in arch.layers)
-        host, card = base + LIBRARIES + held + 2 * largest + packed, LIBRARIES + chunk + peak
+        host, card = (
+            base + LIBRARIES + held + largest * FLOAT32 + read_overhead(largest) + packed,
+            LIBRARIES + chunk + peak,
+        )
     return MemoryPlan(rows_at_a_time, keep, hidden_bytes, base, tuple(stages), host, card)
 
 

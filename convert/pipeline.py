@@ -126,6 +126,7 @@ def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
         host_budget=work.options.memory or machine.host_memory_available() + machine.host_memory_used(),
         device_budget=machine.card_memory_free(work.device) if work.device.type == "cuda" else 0,
         fixed_rows=state.run.get("rows_at_a_time"),
+        read_overhead=work.source.read_overhead,
     )
     memory.check_disk(job.folder, arch, work.config, plan, state.finished_layers)
     if job.resumed:

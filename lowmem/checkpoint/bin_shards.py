@@ -161,6 +161,10 @@ class BinSource(Source):
             return tensor.to(torch.float32, memory_format=torch.contiguous_format)
         return tensor.clone(memory_format=torch.contiguous_format)
 
+    def read_overhead(self, numel: int) -> int:
+        """See Source.read_overhead; the mapped pages of the shard count until `release`."""
+        return REMAP_BYTES + 8 * numel
+
     def release(self) -> None:
         """Unmap the shard."""
         self._tensors, self._mapped, self._copied = {}, None, 0

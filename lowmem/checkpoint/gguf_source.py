@@ -93,6 +93,10 @@ class GgufSource(Source):
         with self.file.open("rb") as stream:
             return [(self.file, stream.read(self.header.data_start))]
 
+    def read_overhead(self, numel: int) -> int:
+        """See Source.read_overhead; dequantizing makes float32 copies on the way."""
+        return 16 * numel
+
     def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
         """See Source.read. Quantized blocks come as float32."""
         info, stored = self.infos[name], self._stored[name]

@@ -110,6 +110,10 @@ class Source(ABC):
     def shards(self) -> list[tuple[Path, bytes]]:
         """Every weight file in a fixed order, with the bytes of its header."""
 
+    def read_overhead(self, numel: int) -> int:
+        """Bytes that reading one tensor of `numel` values takes at most, the tensor itself included."""
+        return 4 * numel
+
     def release(self) -> None:
         """Drop what is mapped or cached (call it after each decoder layer)."""
         return
