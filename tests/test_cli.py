@@ -118,6 +118,8 @@ def test_ctrl_c_leaves_a_job_and_says_how_to_go_on(tmp_path, number):
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
+        # A shell starts its background jobs with Ctrl-C switched off, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None
     said = ""
