@@ -92,6 +92,7 @@ class Job:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Hold the folder against other processes; made here, and gone if nothing came of it."""
+        shutil.rmtree(self._waste, ignore_errors=True)
         try:
             self.folder.mkdir(exist_ok=True)
             lock = (self.folder / "lock").open("w")
@@ -196,9 +197,15 @@ class Job:
             return False  # damaged; `begin` says so
         return state is not None and state.publishing and (self.out / MANIFEST_FILE).is_file()
 
+    @property
+    def _waste(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".done")
+
     def discard(self) -> None:
-        """Remove the job's folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the job's folder: at once by its name, so that half of it is never taken for a job."""
+        shutil.rmtree(self._waste, ignore_errors=True)
+        os.rename(self.folder, self._waste)
+        shutil.rmtree(self._waste, ignore_errors=True)
 
     def publish(self) -> None:
         """The finished result becomes OUT in one rename, and the job's folder goes."""

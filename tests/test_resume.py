@@ -158,6 +158,29 @@ def begin(source: Path, out: Path, config: QuantConfig, layers: int = 2) -> None
         )
 
 
+def test_killed_while_the_finished_job_is_cleared_away(source, whole, tmp_path, monkeypatch):
+    """Once the job's folder lost job.json before the rest of it: the same command then said that OUT
+    exists, with OUT whole and a useless folder beside it."""
+    import convert.job as job_module
+
+    out = tmp_path / "out"
+
+    def killed(folder, ignore_errors=False):
+        if Path(folder).exists():
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module.shutil, "rmtree", killed)
+        with pytest.raises(Interrupted):
+            quick_convert(source, out, shards())
+    assert digest_of(out) == whole
+    assert not Job(out).folder.exists()
+    # What is left has another name, and goes with the next conversion into the same place.
+    options = Options(device="cpu", compute_dtype="float32", force=True)
+    quick_convert(source, out, shards(), options=options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calibration.txt", "out"]
+
+
 def test_finished_layers_are_not_done_again(source, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     begin(source, out, shards(), layers=3)
