@@ -201,9 +201,7 @@ def _generation_config(
     if not isinstance(data, dict):
         data = {}
     config = source.config()
-    own_stops = data.get("eos_token_id") or []  # Llama 3 names several here, and only one in config.json
-    own_stops = own_stops if isinstance(own_stops, list) else [own_stops]
-    stops = list(dict.fromkeys([*end_token_ids(tokenizer, dialogue, config), *own_stops]))
+    stops = end_token_ids(tokenizer, dialogue, config, data)
     data.pop("transformers_version", None)
     data.setdefault("bos_token_id", getattr(config, "bos_token_id", None))
     data["eos_token_id"] = stops if len(stops) > 1 else next(iter(stops), None)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -231,13 +230,8 @@ def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _stop_ids(checkpoint: _Checkpoint, dialogue: Dialogue | None) -> tuple[int, ...]:
     """Where an answer ends: the end of a turn, and whatever the checkpoint's files call the end of text."""
     file = checkpoint.path / "generation_config.json"
-    stored = read_json(file).get("eos_token_id") if file.is_file() else None
-    ids = [
-        token
-        for config in (checkpoint.config, SimpleNamespace(eos_token_id=stored))
-        for token in end_token_ids(checkpoint.tokenizer, dialogue, config)
-    ]
-    return tuple(dict.fromkeys(token for token in ids if type(token) is int))
+    stored = read_json(file) if file.is_file() else {}
+    return end_token_ids(checkpoint.tokenizer, dialogue, checkpoint.config, stored)
 
 
 def _fix_generation_config(model: Any, stop_ids: tuple[int, ...]) -> None:

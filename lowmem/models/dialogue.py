@@ -18,7 +18,7 @@ the contents with special tokens switched off, so that an `<|end|>` inside a que
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -156,17 +156,23 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def end_token_ids(
-    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None, config: Any = None
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None, *configs: Any
 ) -> tuple[int, ...]:
     """The ids that stop generation: the end of a turn first, then every end of text.
 
-    `config` is a model's or generation config (anything with `eos_token_id`, an int or a list of them);
-    StarChat's own names only `<|endoftext|>`, which is why the turn's end is added here.
+    `configs` are the model's and the generation config: anything with `eos_token_id`, an int or a list of
+    them, or a mapping, as a JSON file gives it. StarChat's own name only `<|endoftext|>`, which is why the
+    turn's end is added here; Llama 3's generation config names several. What is no int is passed over.
     """
-    ids: list[int] = [] if dialogue is None else [dialogue.end_id]
-    for eos in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None)):
-        ids += [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return tuple(dict.fromkeys(ids))
+    ids: list[Any] = [] if dialogue is None else [dialogue.end_id]
+    for config in (tokenizer, *configs):
+        eos = (
+            config.get("eos_token_id")
+            if isinstance(config, Mapping)
+            else getattr(config, "eos_token_id", None)
+        )
+        ids += eos if isinstance(eos, (list, tuple)) else [eos]
+    return tuple(dict.fromkeys(token for token in ids if type(token) is int))
 
 
 def fim_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | None:
