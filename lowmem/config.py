@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from lowmem.errors import RecipeError
 
 BITS = (8, 4, 3, 2)
+PREFILL_CHUNK = 512
+"""Tokens of a prompt that go through the model at once: what bounds the workspace at any prompt length."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,21 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen; the defaults are those of StarChat Alpha's card.
+    """How the next token is chosen, and what ends an answer; the defaults are those of StarChat Alpha's card.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 turn their filters off.
+    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 turn their filters off.
+    min_p: a token needs at least this share of the most likely token's probability. repetition_penalty:
+    logits of tokens that are there already are divided (if positive, else multiplied) by it. seed: the same
+    seed gives the same tokens; None differs from run to run. stop: texts that end an answer and are not part
+    of it. logprobs: give each token's log-probability and those of so many of the likeliest; None gives none.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.2
     top_k: int = 50
     top_p: float = 0.95
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
