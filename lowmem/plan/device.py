@@ -1,14 +1,21 @@
-"""What this machine has: the only place that asks CUDA."""
+"""What this machine has: the only place that asks CUDA.
+
+torch is imported when a card is asked for, not before: a plan for a card that is only named needs none.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
 
 from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError
+
+if TYPE_CHECKING:
+    import torch
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
@@ -35,11 +42,47 @@ def format_bytes(count: float) -> str:
     return f"{max(count, 0) / (1 << 10):.0f} KiB"
 
 
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes of this process: resident on the host, now and at most; allocated by torch on a card (0: none)."""
+
+    host: int
+    host_peak: int
+    card: int = 0
+    card_peak: int = 0
+
+
+def memory_use(device: torch.device) -> MemoryUse:
+    """What this process holds now, and has held at most."""
+    host, peak = host_memory_used(), host_memory_peak()
+    if device.type != "cuda":
+        return MemoryUse(host, max(host, peak))
+    import torch
+
+    return MemoryUse(
+        host,
+        max(host, peak),
+        int(torch.cuda.memory_allocated(device)),
+        int(torch.cuda.max_memory_allocated(device)),
+    )
+
+
+def cuda_driver_present() -> bool:
+    """Whether the CUDA driver's library is on this machine; without it no card can be there."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def resolve_device(name: str) -> torch.device:
     """`auto` (the first CUDA card, or else the CPU), `cpu`, `cuda` or `cuda:N`.
 
     Raises InvalidRequestError for a name that means nothing, or a card that is not there.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if name == "cpu":
@@ -106,7 +149,9 @@ def return_freed_memory() -> None:
 
 
 def card_memory_free(device: torch.device) -> int:
-    """Free bytes of a CUDA card as it stands now."""
+    """Free bytes of a CUDA card as it stands now, this process's own context already taken off."""
+    import torch
+
     try:
         free, _total = torch.cuda.mem_get_info(device)
     except RuntimeError as error:
@@ -118,6 +163,8 @@ def card_memory_free(device: torch.device) -> int:
 
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run in hardware here."""
+    import torch
+
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
