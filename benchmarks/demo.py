@@ -106,13 +106,12 @@ def _measure(name: str, path: Path, comparison: Comparison, new_tokens: int) -> 
     from benchmarks.quality import log_probabilities
     from lowmem.config import SamplingParams
     from lowmem.loader import load
-    from lowmem.plan.memory import kv_cache_bytes, weights_bytes
+    from lowmem.plan.request import Request, plan_for
     from lowmem.session import Session
 
+    need = plan_for(Request(str(path), device="cpu", method=None if name.startswith("GPTQ") else "dense"))
     loaded = load(path)
-    config = loaded.model.config
-    weights = weights_bytes(path)
-    kv_cache = kv_cache_bytes(config, config.max_position_embeddings)
+    weights, kv_cache = need.chosen.need.weights, need.chosen.need.kv_cache
     _say(f"{name} answers {PROMPT!r}")
     params = SamplingParams(max_new_tokens=new_tokens, temperature=0)
     session = Session(loaded)

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", metavar="SOURCE", help="folder or file of the 16-bit checkpoint, a GGUF, or a hub id"
     )
-    parser.add_argument("out", metavar="OUT", help="folder to create")
+    parser.add_argument(
+        "out", metavar="OUT", nargs="?", help="folder to create (a place in lowmem's cache, see lowmem list)"
+    )
     quant = parser.add_argument_group("quantization")
     quant.add_argument(
         "--bits", type=int, choices=(8, 4, 3, 2), default=4, help="bits a weight (%(default)s)"
@@ -115,13 +117,22 @@ def run(args: argparse.Namespace) -> int:
         compute_dtype=args.compute_dtype,
     )
     reporter = make_reporter(quiet=args.quiet, as_json=args.json)
+    target: list[Path] = []
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        convert(args.source, args.out, config, calibration=calibration, options=options, reporter=reporter)
+        convert(
+            args.source,
+            args.out,
+            config,
+            calibration=calibration,
+            options=options,
+            reporter=reporter,
+            on_target=target.append,
+        )
     except KeyboardInterrupt:
-        job = Job(Path(args.out).expanduser().absolute())
-        state = job.load()
-        if state is None:
+        job = Job(target[0]) if target else None
+        state = job.load() if job else None
+        if job is None or state is None:
             print("stopped before anything was written", file=sys.stderr)
         else:
             print(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,18 @@ from convert.progress import Reporter
 from convert.recipe import Options, compute_dtype, describe, fit_group_size, recipe_of
 from convert.result import ResultSummary, put_together
 from convert.weights import Weights, empty, move_buffers
+from lowmem.checkpoint import cache
+from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.checkpoint.source import Source, open_source
 from lowmem.checkpoint.writer import TensorPlan, write_tensors
 from lowmem.config import QuantConfig
-from lowmem.errors import CalibrationError
+from lowmem.errors import CalibrationError, OutputError
 from lowmem.models.architecture import Architecture, build_model, decoder_layers, inspect
 from lowmem.models.dialogue import Dialogue
 from lowmem.plan import device as machine
+
+# Of Options: what changes the result, beside the quantization itself.
+_RESULT_OPTIONS = ("shard_size", "store_head", "revision", "compute_dtype")
 
 
 @dataclass(frozen=True)
@@ -47,41 +53,85 @@ class _Work:
 
 def convert(
     source: str | Path,
-    out: str | Path,
+    out: str | Path | None = None,
     config: QuantConfig | None = None,
     *,
     calibration: CalibrationSpec | None = None,
     options: Options | None = None,
     reporter: Reporter | None = None,
+    on_target: Callable[[Path], None] | None = None,
 ) -> ResultSummary:
     """Quantize the checkpoint `source` into the folder `out` with GPTQ.
 
-    source: a folder, file or hub id (see lowmem.checkpoint.source). The folder appears whole or not at
-    all. An interrupted conversion goes on after its last finished layer when it is called again with the
-    same arguments, and gives the same bytes.
+    source: a folder, file or hub id (see lowmem.checkpoint.source). out: None is the place in lowmem's own
+    cache that belongs to the source and the recipe (see lowmem.checkpoint.cache). on_target: called with the
+    folder once it is known, before anything is written. The folder appears whole or not at all. An
+    interrupted conversion goes on after its last finished layer when it is called again with the same
+    arguments, and gives the same bytes.
     Raises LowmemError in one line for everything that the caller can mend.
     """
     options = options or Options()
     reporter = reporter or Reporter()
-    out = Path(out).expanduser().absolute()
-    job = Job(out)
-    leftover = job.was_published()
-    if not leftover:
-        job.check_out(options.force)
-    work = _prepare(str(source), config, calibration or CalibrationSpec(), options, reporter)
+    calibration = calibration or CalibrationSpec()
+    on_target = on_target or (lambda _: None)
+    target = None if out is None else Path(out).expanduser().absolute()
+    if target is not None:  # before the slow part
+        on_target(target)
+        _check_out(Job(target), options)
+    work = _prepare(str(source), config, calibration, options, reporter)
+    if target is None:
+        target = _place_in_cache(str(source), work.config, calibration, options)
+        on_target(target)
+        reporter.message(f"converting into {target}")
+    try:
+        summary = _convert_into(Job(target), work, reporter)
+        if out is None:
+            reporter.message(f"use it with: lowmem run {shlex.quote(str(source))}")
+        return summary
+    finally:
+        reporter.close()
+        if out is None:
+            cache.prune(target)
+
+
+def _check_out(job: Job, options: Options) -> bool:
+    """Refuse what cannot be written; True if all is written, and only the job's folder was left over."""
+    if job.was_published():
+        return True
+    job.check_out(options.force)
+    return False
+
+
+def _place_in_cache(source: str, config: QuantConfig, calibration: CalibrationSpec, options: Options) -> Path:
+    """The folder of the cache for this source and recipe; OutputError if the same is there already."""
+    asked, usual = (
+        asdict(spec) | {name: getattr(given, name) for name in _RESULT_OPTIONS}
+        for spec, given in ((calibration, options), (CalibrationSpec(), Options()))
+    )
+    others = {name: value for name, value in asked.items() if value != usual[name]}
+    target = cache.claim(source, cache.label_of(config, others))
+    if (target / MANIFEST_FILE).is_file() and not options.force and not Job(target).was_published():
+        raise OutputError(
+            f"{source} is converted already, in {target}",
+            f"Type lowmem run {shlex.quote(source)}, or convert it again with --force",
+        )
+    return target
+
+
+def _convert_into(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
+    """The conversion, once it is known of what and where to."""
+    options = work.options
+    leftover = _check_out(job, options)
     recipe = recipe_of(
         work.source.fingerprint(), work.config, work.rows.digest, work.dtype, work.device, options
     )
     with job.working():
         if leftover and (finished := job.load()) and not differences(finished.recipe, recipe):
             job.discard()
-            return ResultSummary.of_folder(out)
+            return ResultSummary.of_folder(job.out)
         job.check_out(options.force)
-        try:
-            job.begin(recipe, options.force)
-            return _run(job, work, reporter)
-        finally:
-            reporter.close()
+        job.begin(recipe, options.force)
+        return _run(job, work, reporter)
 
 
 def _prepare(

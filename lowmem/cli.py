@@ -29,10 +29,15 @@ class Command:
 
 COMMANDS = (
     Command("convert", "convert.cli", "quantize a checkpoint to 8, 4, 3 or 2 bits with GPTQ"),
-    Command("run", "lowmem.run_command", "load a checkpoint and answer a prompt"),
+    Command("plan", "lowmem.plan_command", "what every form of a model needs, and which one runs here"),
+    Command("run", "lowmem.run_command", "chat with the best form of a model that fits, or answer a prompt"),
+    Command("fim", "lowmem.fim_command", "fill in what is missing in the middle of a file"),
     Command(
         "verify", "lowmem.verify_command", "check a converted checkpoint, file by file and tensor by tensor"
     ),
+    Command("list", "lowmem.list_command", "the converted checkpoints in lowmem's cache"),
+    Command("rm", "lowmem.rm_command", "remove checkpoints from the cache"),
+    Command("doctor", "lowmem.doctor_command", "check what works on this machine, and say what does not"),
     Command("demo", "benchmarks.demo", "convert the embedded model, answer a prompt, measure: a few minutes"),
 )
 

@@ -11,6 +11,10 @@ PREFILL_CHUNK = 512
 """Tokens of a prompt that go through the model at once: what bounds the workspace at any prompt length."""
 
 
+SLICE_BYTES = 32 << 20
+"""Of a stored tensor that passes through host memory at a time while a model is loaded."""
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How the linears are quantized (the fields that GPTQ readers know by the same names).

@@ -1,15 +1,16 @@
 """A checkpoint → a model that runs: built without memory, then filled tensor by tensor.
 
-transformers' model is built on the meta device from config.json, its packed linears are swapped in, and
-each tensor is read from its shard straight into place: the peak is the model and one tensor. Quantized
-and 16-bit checkpoints come through this one door. (transformers' own from_pretrained cannot load a GPTQ
-checkpoint of gpt_bigcode: its weight initialisation reaches for `c_proj.weight`, which is packed.)
+transformers' model is built on the meta device from config.json, its linears are swapped for packed ones,
+and each tensor goes from its shard straight into place. Quantized checkpoints, 16-bit sources and
+bitsandbytes' quantization on the fly come through this one door, for the CPU and for cards.
+(transformers' own from_pretrained cannot load a GPTQ checkpoint of gpt_bigcode: its weight initialisation
+reaches for `c_proj.weight`, which is packed.)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,18 @@ from torch import nn
 
 from lowmem.checkpoint.files import one_line, read_json
 from lowmem.checkpoint.manifest import GptqFormat, find_quantization
-from lowmem.checkpoint.safetensors_file import SafetensorsSource
-from lowmem.checkpoint.source import TensorInfo, open_source, resolve_names
-from lowmem.checkpoint.verify import QUANT_PARTS, read_shards, unique_tensors
+from lowmem.checkpoint.mapped import MappedFiles
+from lowmem.checkpoint.safetensors_file import SafetensorsHeader, SafetensorsSource, read_tensor
+from lowmem.checkpoint.source import Source, TensorInfo, open_source
+from lowmem.checkpoint.verify import read_shards
 from lowmem.errors import SourceError
-from lowmem.models.architecture import build_model
+from lowmem.kernels import bnb, dispatch
+from lowmem.models.architecture import build_model, decoder_layers
 from lowmem.models.dialogue import Dialogue, end_token_ids
-from lowmem.quant_linear import QuantLinear, swap_linears
+from lowmem.placing import Placement, Weights, connect, fill
+from lowmem.plan.device import return_freed_memory
+from lowmem.plan.planner import Option, Plan
+from lowmem.quant_linear import swap_linears
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,10 +40,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class LoadedModel:
     """A model ready to generate, and what belongs to it.
 
-    model: transformers' causal LM in eval mode, its packed linears QuantLinears. tokenizer: the fast one.
-    dialogue: the dialogue format that the tokenizer has tokens for, or None. stop_ids: an answer ends at
-    any of them. format: of the packed linears, or None in a 16-bit model. dtype: of activations and dense
-    weights. load_seconds: from the call to the last tensor in place. weight_bytes: of all weights in memory.
+    model: transformers' causal LM in eval mode, its packed linears QuantLinears, or bitsandbytes' linears.
+    tokenizer: the fast one. dialogue: the dialogue format that the tokenizer has tokens for, or None.
+    stop_ids: an answer ends at any of them. format: of the packed linears, or None. dtype: of activations
+    and dense weights. load_seconds: from the call to the last tensor in place. weight_bytes: of all weights
+    in memory. label: what a user calls the form, as "4-bit g128". kernel: what multiplies its linears.
+    context: the tokens that were planned for, or None. cpu_layers: decoder layers beside a card, on the CPU.
+    plan, option: what was planned, and which of it was loaded, where a plan was made.
     """
 
     model: Any
@@ -49,40 +58,70 @@ class LoadedModel:
     device: torch.device
     load_seconds: float
     weight_bytes: int
+    label: str = ""
+    kernel: str = "torch"
+    context: int | None = None
+    cpu_layers: int = 0
+    plan: Plan | None = None
+    option: Option | None = None
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """Both kinds of checkpoint in one form: what is stored, and how to read one tensor of it."""
+    """Both kinds of checkpoint in one form."""
 
     path: Path
-    infos: Mapping[str, TensorInfo]
-    read: Callable[[str], torch.Tensor]
-    release: Callable[[], None]
+    weights: Weights
     config: Any
     tokenizer: Any
     format: GptqFormat | None
 
 
 def load(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    on_the_fly: bnb.Method | None = None,
+    context: int | None = None,
+    split: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Load a converted checkpoint, anybody's GPTQ, or a 16-bit source, from disk alone.
 
     dtype: the config's, unless given; but a float16 model on a CPU runs in bfloat16, since CPUs without
     float16 arithmetic multiply it many times slower (see `default_dtype`). Scales stay as they are stored.
-    Raises SourceError for a checkpoint that is damaged, incomplete, or not of its config's model.
+    on_the_fly: quantize the decoder layers' linears of a 16-bit source with bitsandbytes while they are read.
+    split: only so many decoder layers on `device`, the others on the CPU. progress: bytes read, and in all.
+    Raises SourceError for a checkpoint that is damaged, incomplete, or not of its config's model; torch's
+    own errors where memory is short.
     """
     start = time.perf_counter()
     device = torch.device(device)
     if device.type == "meta" or (dtype is not None and dtype not in _DTYPES):
         raise ValueError(f"cannot load to {device} as {dtype}")
+    # Or the plan's bytes would not be the system's. bitsandbytes' int8 leaves 300 MiB of holes in the heap of
+    # a small model otherwise, for a prefill that is half as long.
+    return_freed_memory(1 << 20 if on_the_fly == "int8" else 4 << 20)
     checkpoint = _open(folder)
     dtype = dtype or default_dtype(checkpoint.config, device)
     model = build_model(checkpoint.config, dtype, buffers=True)
+    _drop_old_masks(model)
+    layers_name, layers = decoder_layers(model, checkpoint.config)
     if checkpoint.format:
-        swap_linears(model, _packed_names(checkpoint.infos), checkpoint.format)
-    _fill(model, checkpoint, device, dtype)
+        if on_the_fly:
+            raise SourceError(f"{folder} is quantized already", "Give the 16-bit original, or no --quantize")
+        swap_linears(model, _packed_names(checkpoint.weights.infos), checkpoint.format)
+    elif on_the_fly:
+        _swap_for_bnb(layers, on_the_fly)
+    placement = Placement(device, layers_name, None if split is None or split >= len(layers) else split)
+    fill(model, checkpoint.weights, placement, dtype, progress)
+    kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
+    if checkpoint.format:
+        kernel = dispatch.install(model, checkpoint.format, device, dtype)
+    connect(model, placement)
+    # transformers' pipelines then leave the model where it is.
+    model.hf_device_map = placement.device_map(len(layers))
     model.eval()
     dialogue = Dialogue.detect(checkpoint.tokenizer)
     stop_ids = _stop_ids(checkpoint, dialogue)
@@ -97,6 +136,10 @@ def load(
         device=device,
         load_seconds=time.perf_counter() - start,
         weight_bytes=weight_bytes(model),
+        label=_label(checkpoint.format, on_the_fly, dtype),
+        kernel=kernel,
+        context=context,
+        cpu_layers=0 if placement.split is None else len(layers) - placement.split,
     )
 
 
@@ -112,9 +155,36 @@ def default_dtype(config: Any, device: torch.device) -> torch.dtype:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers; what is shared counts once."""
+    """Bytes of all parameters and buffers, and of bitsandbytes' scales; what is shared counts once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.nbytes for t in tensors.values())
+    total = sum(t.nbytes for t in tensors.values())
+    return total + sum(bnb.scale_bytes(module) for module in model.modules())
+
+
+def _label(format: GptqFormat | None, on_the_fly: bnb.Method | None, dtype: torch.dtype) -> str:
+    if format:
+        return f"{format.bits}-bit g{format.group_size}"
+    if on_the_fly:
+        return {"int8": "int8 bnb", "nf4": "NF4 bnb"}[on_the_fly]
+    return str(dtype).removeprefix("torch.")
+
+
+def _swap_for_bnb(layers: nn.ModuleList, method: bnb.Method) -> None:
+    for module in list(layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, bnb.empty_linear(method, child))
+
+
+def _drop_old_masks(model: nn.Module) -> None:
+    """Free the causal masks [positions, positions] that transformers keeps for code that is gone.
+
+    StarChat's takes 64 MiB. An empty one stays in its place: whatever used it would fail, not err.
+    """
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.dtype is torch.bool and buffer.dim() == 2 and buffer.shape[0] == buffer.shape[1]:
+                module._buffers[name] = torch.empty((0, 0), dtype=torch.bool)
 
 
 def _open(folder: str | Path) -> _Checkpoint:
@@ -122,18 +192,34 @@ def _open(folder: str | Path) -> _Checkpoint:
     format = find_quantization(path) if path.is_dir() else None
     if format is None:
         source = open_source(str(folder), offline=True)
-        return _Checkpoint(
-            source.path, source.infos, source.read, source.release, source.config(), source.tokenizer(), None
-        )
+        return _Checkpoint(source.path, _source_weights(source), source.config(), source.tokenizer(), None)
     shards = read_shards(path)
     if shards.problems:
         raise SourceError(f"{path}: {shards.problems[0]}", "See all that is wrong with: lowmem verify DIR")
     if (path / "adapter_config.json").is_file():
         raise SourceError(f"{path} holds an adapter, not a model", "Give the folder of the whole model")
     source = SafetensorsSource(path, str(folder), shards.tensors)
-    return _Checkpoint(
-        path, source.infos, shards.read, source.release, _config(path), source.tokenizer(), format
-    )
+    headers: dict[str, SafetensorsHeader] = dict(shards.tensors)
+
+    def read(name: str, rows: slice | None) -> torch.Tensor:
+        header = headers[name]
+        return read_tensor(header.path, name, header.tensors[name], rows)
+
+    weights = Weights(source.infos, read, _mapper(headers), source.release, sliceable=True)
+    return _Checkpoint(path, weights, _config(path), source.tokenizer(), format)
+
+
+def _source_weights(source: Source) -> Weights:
+    """Of a 16-bit source; only safetensors files can be mapped, and a GGUF is dequantized whole."""
+    mapped: Callable[[str], torch.Tensor | None] = lambda _name: None  # noqa: E731
+    if isinstance(source, SafetensorsSource):
+        mapped = _mapper(source.headers)
+    return Weights(source.infos, source.read, mapped, source.release, sliceable=source.kind != "gguf")
+
+
+def _mapper(headers: Mapping[str, SafetensorsHeader]) -> Callable[[str], torch.Tensor | None]:
+    files = MappedFiles()
+    return lambda name: files.tensor(headers[name], name)
 
 
 def _config(folder: Path) -> Any:
@@ -154,77 +240,6 @@ def _packed_names(infos: Mapping[str, TensorInfo]) -> list[str]:
     if not names:
         raise SourceError("the config says that the model is quantized, and no tensor is", "Convert it again")
     return names
-
-
-def _fill(model: nn.Module, checkpoint: _Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Read every tensor into its place, tie what is tied, and leave nothing on meta."""
-    infos, modules = checkpoint.infos, dict(model.named_modules())
-    model.tie_weights()  # type: ignore[operator]  # building without memory has parted what is tied
-    names: list[str] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (aliases, shape) in unique_tensors(model):
-        # A tied head is read once, under whichever of its names the checkpoint has.
-        stored = next((alias for alias in aliases if alias in infos), name)
-        names.append(stored)
-        shapes[stored] = shape
-    places = resolve_names(infos, names)
-    for name in names:
-        info = infos[places[name]]
-        if info.shape != shapes[name]:
-            raise SourceError(
-                f"{info.file}: tensor {places[name]!r} has shape {list(info.shape)}, "
-                f"the model of config.json needs {list(shapes[name])}",
-                "The config.json and the weights are not of the same model",
-            )
-    for name in sorted(names, key=lambda name: infos[places[name]].file):
-        parent, _, leaf = name.rpartition(".")
-        _place(modules[parent], leaf, checkpoint.read(places[name]), places[name], device, dtype)
-        checkpoint.release()
-    model.tie_weights()  # type: ignore[operator]  # to the tensors that have just been read
-    for module in modules.values():
-        for leaf, buffer in module.named_buffers(recurse=False):
-            if buffer.device != device and not buffer.is_meta:  # causal masks and rotary frequencies
-                module._buffers[leaf] = buffer.to(device)
-    left = [name for name, tensor in _all_tensors(model) if tensor.is_meta]
-    if left:
-        raise SourceError(
-            f"the checkpoint holds no tensor for {left[0]!r} ({len(left)} in all)", "It is not whole"
-        )
-
-
-def _place(
-    module: nn.Module,
-    leaf: str,
-    tensor: torch.Tensor,
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Put one tensor into its module; packed words, groups and scales keep the dtype they are stored in."""
-    if isinstance(module, QuantLinear) and leaf in QUANT_PARTS:
-        if leaf == "scales":
-            if not tensor.dtype.is_floating_point:
-                raise SourceError(f"tensor {name!r} is {tensor.dtype}, not a float", "Convert it again")
-        elif tensor.dtype is not torch.int32:
-            raise SourceError(f"tensor {name!r} is {tensor.dtype}, not int32", "Convert it again")
-        if leaf == "g_idx" and not 0 <= int(tensor.min()) <= int(tensor.max()) < module.scales.shape[0]:
-            raise SourceError(
-                f"tensor {name!r} names groups {int(tensor.min())} to {int(tensor.max())}, "
-                f"there are {module.scales.shape[0]}",
-                "See all that is wrong with: lowmem verify DIR",
-            )
-        setattr(module, leaf, tensor.to(device))
-    elif leaf in module._buffers:
-        buffer = module._buffers[leaf]
-        wanted = buffer.dtype if buffer is not None and not buffer.dtype.is_floating_point else dtype
-        setattr(module, leaf, tensor.to(device, wanted))
-    else:
-        setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-
-
-def _all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _stop_ids(checkpoint: _Checkpoint, dialogue: Dialogue | None) -> tuple[int, ...]:

@@ -1,152 +1,297 @@
-"""`lowmem run MODEL -p PROMPT`: the answer goes to stdout, everything about it to stderr."""
+"""`lowmem run MODEL`: a chat at a terminal; with a prompt, one answer on stdout and all else on stderr."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
+from lowmem.plan_arguments import add_plan_arguments, request_of
 
 if TYPE_CHECKING:
+    from lowmem.chat.store import Saved
     from lowmem.loader import LoadedModel
-    from lowmem.session import Response
+    from lowmem.session import Response, Session
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_LARGEST = 64 << 20  # bytes of a prompt: no context is nearly as long, and /dev/zero has no end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem run`."""
-    defaults = SamplingParams()
-    parser.add_argument("model", metavar="MODEL", help="folder of a converted or a 16-bit checkpoint")
-    parser.add_argument("-p", "--prompt", help="the question; read from standard input when left out")
-    parser.add_argument("--system", metavar="TEXT", help="text of the system turn before the question")
-    parser.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=defaults.max_new_tokens,
-        metavar="N",
-        help="end the answer after N tokens (%(default)s)",
+    add_plan_arguments(parser)
+    prompt = parser.add_argument_group("what is asked (nothing, at a terminal: a chat)")
+    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="answer this, and end; stdin is not read")
+    prompt.add_argument(
+        "-f", "--file", metavar="FILE", help="a file with the question, or to go with -p; - is stdin"
     )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=defaults.temperature,
-        metavar="T",
-        help="0 always takes the most likely token (%(default)s)",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=defaults.top_k,
-        metavar="K",
-        help="sample among the K most likely tokens; 0 is off (%(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=defaults.top_p,
-        metavar="P",
-        help="sample among the tokens that make up probability P; 1 is off (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="of the activations (%(default)s)")
+    prompt.add_argument("--system", metavar="TEXT", help="text of the system turn before the question")
+    prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
+    prompt.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    add_sampling_arguments(parser)
+    parser.add_argument("--no-speculation", action="store_true", help="compute every token by itself")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how tokens are chosen; a default of None leaves it to a loaded conversation, or the card."""
+    card = SamplingParams()
+    group = parser.add_argument_group("how the answer is chosen")
+    numbers: tuple[tuple[str, type, str, str], ...] = (
+        ("max_new_tokens", int, "N", "end the answer after N tokens"),
+        ("temperature", float, "T", "0 always takes the most likely token"),
+        ("top_k", int, "K", "sample among the K most likely tokens; 0 is off"),
+        ("top_p", float, "P", "sample among the tokens that make up probability P; 1 is off"),
+        ("min_p", float, "P", "only tokens with P times the probability of the most likely one; 0 is off"),
+        ("repetition_penalty", float, "R", "above 1 makes tokens that were there less likely; 1 is off"),
+    )
+    for name, kind, metavar, text in numbers:
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} ({getattr(card, name)})")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer the prompt; the exit code. Raises LowmemError for what the user can mend."""
-    params = SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-    prompt = args.prompt if args.prompt is not None else _read_stdin()
-    # Only now: torch takes seconds to import, and what is wrong above needs none of it.
-    import torch
+    """Chat or answer; the exit code. Raises LowmemError for what the user can mend."""
+    chat = args.prompt is None and args.file is None and _at_terminal()
+    if chat and (args.raw or args.json):
+        raise InvalidRequestError(
+            f"{'--raw' if args.raw else '--json'} is for a single prompt", "Give one with -p"
+        )
+    prompt = "" if chat else read_prompt(args)
+    from lowmem.chat.terminal import restored_terminal
 
+    with restored_terminal():
+        try:
+            with _loading(args.model, quiet=args.quiet) as progress:
+                session, params, saved = _open(args, progress)
+            if chat:
+                return _chat(args, session, params, saved)
+            return _answer(args, session, params, saved, prompt)
+        except KeyboardInterrupt:
+            if not args.quiet:
+                _note("interrupted")
+            return INTERRUPTED
+
+
+def _open(args: argparse.Namespace, progress: Any) -> tuple[Session, SamplingParams, Saved | None]:
+    """The model, loaded, and what the conversation starts from."""
+    # Only now: torch takes seconds to import, and what was wrong before needs none of it.
+    from lowmem.chat.settings import check_seed
+    from lowmem.chat.store import load
     from lowmem.generate.sampling import check_sampling
-    from lowmem.loader import load
-    from lowmem.plan.device import resolve_device
+    from lowmem.opening import open_model
     from lowmem.session import Session
 
+    saved = load(args.load, SamplingParams()) if args.load else None
+    params = sampling_params(args, saved.params if saved else SamplingParams())
     check_sampling(params)
+    check_seed(params)
+    loaded = open_model(request_of(args), _silent if args.quiet else _note, progress)
+    return Session(loaded, speculate=not args.no_speculation), params, saved
+
+
+def sampling_params(args: argparse.Namespace, base: SamplingParams) -> SamplingParams:
+    """`base` with what was given on the command line."""
+    values: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in (
+            "max_new_tokens",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "seed",
+        )
+        if getattr(args, name) is not None
+    }
+    if args.stop is not None:
+        values["stop"] = tuple(args.stop)
+    return replace(base, **values)
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt: -p, a file, both with an empty line between, or standard input.
+
+    Raises InvalidRequestError where there is none, or none that is text.
+    """
+    if args.prompt is None and args.file is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise InvalidRequestError("there is no prompt", 'Give one with -p "…", or pipe a text in')
+    parts = [] if args.prompt is None else [args.prompt.encode("utf-8", "replace").decode("utf-8")]
+    if args.file is not None or args.prompt is None:
+        parts.append(_read(args.file or "-"))
+    text = "\n\n".join(parts)
+    if not text.strip():
+        where = "on standard input " if args.prompt is None and args.file in (None, "-") else ""
+        raise InvalidRequestError(f"the prompt {where}is empty", 'Give one with -p "…"')
+    return text
+
+
+def _read(name: str) -> str:
+    """A file's text without the line ends at its end; - is standard input."""
+    where = "standard input" if name == "-" else name
     try:
-        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        loaded = load(args.model, device=resolve_device(args.device), dtype=dtype)
-        _note(describe(loaded))
-        responses = Session(loaded).stream(prompt, params, system=args.system, raw=args.raw)
-        final = None
-        text = ""
-        for response in responses:
-            text += response.text
+        if name == "-":
+            stream = getattr(sys.stdin, "buffer", None)
+            data = stream.read(_LARGEST + 1) if stream else sys.stdin.read().encode()
+        else:
+            with Path(name).expanduser().open("rb") as file:
+                data = file.read(_LARGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise InvalidRequestError(f"cannot read {where}: {reason}", "Give the path of a text file") from error
+    if len(data) > _LARGEST:
+        raise InvalidRequestError(
+            f"{where} is larger than {_LARGEST >> 20} MiB", "Give the part that matters"
+        )
+    try:
+        text: str = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"{where} is not UTF-8 text (byte {error.start + 1})",
+            "Give a text file, or convert it with iconv",
+        ) from error
+    return text.rstrip("\r\n")
+
+
+def _chat(args: argparse.Namespace, session: Session, params: SamplingParams, saved: Saved | None) -> int:
+    from rich.console import Console
+
+    from lowmem.chat.conversation import Conversation
+    from lowmem.chat.markdown import THEME
+    from lowmem.chat.repl import open_chat
+
+    conversation = saved.conversation if saved else Conversation()
+    if args.system is not None:
+        conversation = replace(conversation, system=args.system)
+    # What cannot be encoded is shown as a question mark, not raised in the middle of an answer.
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")
+    console = Console(theme=THEME, highlight=False, markup=False, emoji=False)
+    return open_chat(
+        session,
+        console,
+        notify=_silent if args.quiet else _note,
+        params=params,
+        conversation=conversation,
+        model_name=args.model,
+        quiet=args.quiet,
+    ).run()
+
+
+def _answer(
+    args: argparse.Namespace, session: Session, params: SamplingParams, saved: Saved | None, prompt: str
+) -> int:
+    """One answer: the text on stdout as it comes, or one JSON object at the end."""
+    from lowmem.chat.figures import describe, dropped_note, figures, memory_now
+    from lowmem.chat.text import clean
+
+    note = _silent if args.quiet else _note
+    note(describe(session.loaded, session.context))
+    # A terminal obeys what it is shown; a file or a pipe gets the answer as it is.
+    shown = clean if sys.stdout.isatty() else str
+    final: Response | None = None
+    text = ""
+    try:
+        for response in _responses(args, session, params, saved, prompt):
+            # The model writes the line end that its template has before an answer: it is no part of it.
+            piece = response.text if text or args.raw else response.text.removeprefix("\n")
             if not args.json:
-                print(response.text, end="", flush=True)
+                sys.stdout.write(shown(piece))
+                sys.stdout.flush()
+            text += piece
             final = response
     except KeyboardInterrupt:
-        # A half-written line is finished, so that the shell's prompt starts on its own.
-        print(file=sys.stderr if args.json else sys.stdout, flush=True)
-        _note("interrupted")
-        return INTERRUPTED
+        if text and not args.json and not text.endswith("\n"):
+            print(flush=True)  # the shell's prompt starts on a line of its own
+        raise
     assert final is not None, "the engine gives at least one token"
     if args.json:
-        print(json.dumps(_record(replace(final, text=text), loaded), ensure_ascii=False))
-    else:
+        print(json.dumps(_record(replace(final, text=text), session.loaded), ensure_ascii=False), flush=True)
+    elif not text.endswith("\n"):
         print(flush=True)
-        _note(figures(final))
+    if final.dropped_turns:
+        note(dropped_note(final.dropped_turns))
+    note(figures(final, memory_now(session.loaded)))
     return 0
 
 
-def describe(loaded: LoadedModel) -> str:
-    """One line on the model that was loaded."""
-    format = loaded.format
-    weights = f"{format.bits}-bit g{format.group_size}" if format else "not quantized"
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    mib = loaded.weight_bytes / 2**20
-    return (
-        f"{weights}, {mib:,.0f} MiB of weights, {dtype} on {loaded.device}, "
-        f"loaded in {loaded.load_seconds:.1f} s"
-    )
-
-
-def figures(response: Response) -> str:
-    """One line on an answer: tokens, TTFT, tokens/s."""
-    rate = f", {response.tokens_per_second:.1f} tokens/s" if response.tokens_per_second else ""
-    return (
-        f"{response.prompt_tokens} + {response.new_tokens} tokens ({response.finish_reason}), "
-        f"TTFT {response.ttft_seconds:.2f} s{rate}"
-    )
+def _responses(
+    args: argparse.Namespace, session: Session, params: SamplingParams, saved: Saved | None, prompt: str
+) -> Iterator[Response]:
+    system = args.system
+    if saved is None:
+        return session.stream(prompt, params, system=system, raw=args.raw)
+    system = system if system is not None else saved.conversation.system
+    return session.stream(saved.conversation.messages(prompt), params, system=system, raw=args.raw)
 
 
 def _record(response: Response, loaded: LoadedModel) -> dict[str, object]:
+    """The answer, its figures, and what gave it."""
+    from lowmem.chat.figures import memory_now
+
+    figures = asdict(response)
+    del figures["logprobs"], figures["cut_tokens"]  # neither can be asked for here
     return {
-        **vars(response),
-        "load_seconds": loaded.load_seconds,
-        "weight_bytes": loaded.weight_bytes,
+        **figures,
+        "label": loaded.label,
+        "kernel": loaded.kernel,
         "bits": loaded.format.bits if loaded.format else None,
         "group_size": loaded.format.group_size if loaded.format else None,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": str(loaded.device),
+        "cpu_layers": loaded.cpu_layers,
+        "context": loaded.context,
+        "reason": loaded.plan.reason if loaded.plan else None,
+        "load_seconds": loaded.load_seconds,
+        "weight_bytes": loaded.weight_bytes,
+        "memory": asdict(memory_now(loaded)),
     }
 
 
-def _read_stdin() -> str:
-    if sys.stdin is None or sys.stdin.isatty():
-        raise InvalidRequestError("there is no prompt", 'Give one with -p "…", or pipe a text in')
-    text = sys.stdin.read()
-    if not text.strip():
-        raise InvalidRequestError("the prompt on standard input is empty", 'Give one with -p "…"')
-    return text.rstrip("\n")
+@contextmanager
+def _loading(model: str, *, quiet: bool) -> Iterator[Any]:
+    """A spinner on a terminal's stderr, with the bytes read so far; the function that hears of them."""
+    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        yield None
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    from lowmem.chat.text import one_line
+    from lowmem.plan.device import format_bytes
+
+    name = one_line(model)
+    with Console(stderr=True).status(Text(f"loading {name}", "dim")) as status:
+
+        def progress(done: int, total: int) -> None:
+            amount = f"{format_bytes(done)} of {format_bytes(total)}"
+            status.update(Text(f"loading {name}: {amount}", "dim"))
+
+        yield progress
+
+
+def _at_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def _silent(line: str) -> None:
+    """Says nothing."""
 
 
 def _note(line: str) -> None:
-    """A dim line on stderr; plain where stderr is no terminal."""
-    print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)
+    """A dim line on stderr; plain where stderr is no terminal, or nobody wants colours."""
+    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print(f"\x1b[2m{line}\x1b[0m" if dim else line, file=sys.stderr, flush=True)

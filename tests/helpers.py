@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.replicas import STARCHAT_VOCAB, starchat_config
 from lowmem.checkpoint.source import open_source
 from lowmem.errors import SourceError
 
@@ -22,7 +23,6 @@ REPO = Path(__file__).resolve().parent.parent
 TINY_STARCHAT = REPO / "lowmem" / "data" / "tiny-starchat"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 DIALOGUE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-STARCHAT_VOCAB = 49156  # StarCoderBase's 49152 and the four dialogue tokens
 KINDS = ("gpt_bigcode_mqa", "gpt_bigcode_mha", "llama", "starcoder2", "qwen2")
 
 
@@ -214,43 +214,7 @@ def starchat_replica(
     save_source(
         model, folder, format="bin", shards=4, dtype=torch.float16, duplicate_head=True, tokenizer=False
     )
-    config = {
-        "_name_or_path": "bigcode/starcoderbase",
-        "activation_function": "gelu",
-        "architectures": ["GPTBigCodeForCausalLM"],
-        "attention_softmax_in_fp32": True,
-        "multi_query": True,
-        "attn_pdrop": 0.1,
-        "bos_token_id": 0,
-        "embd_pdrop": 0.1,
-        "eos_token_id": 0,
-        "inference_runner": 0,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-05,
-        "max_batch_size": None,
-        "max_sequence_length": None,
-        "model_type": "gpt_bigcode",
-        "n_embd": n_embd,
-        "n_head": heads,
-        "n_inner": 4 * n_embd,
-        "n_layer": layers,
-        "n_positions": n_positions,
-        "pad_key_length": True,
-        "pre_allocate_kv_cache": False,
-        "resid_pdrop": 0.1,
-        "scale_attention_softmax_in_fp32": True,
-        "scale_attn_weights": True,
-        "summary_activation": None,
-        "summary_first_dropout": 0.1,
-        "summary_proj_to_labels": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "torch_dtype": "float16",
-        "transformers_version": "4.28.1",
-        "use_cache": True,
-        "validate_runner_input": True,
-        "vocab_size": STARCHAT_VOCAB,
-    }
+    config = starchat_config(layers=layers, n_embd=n_embd, heads=heads, n_positions=n_positions)
     _write_json(folder / "config.json", config)
     _write_json(
         folder / "generation_config.json",

@@ -83,6 +83,9 @@ def test_buffers_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     got = dict(load(tmp_path).model.named_buffers())
     assert got.keys() == expected.keys()
     for name, buffer in expected.items():
+        if buffer.dtype is torch.bool and buffer.shape[0] == buffer.shape[1]:
+            assert got[name].numel() == 0  # nothing reads this mask: see the logits' tests
+            continue
         assert got[name].dtype is buffer.dtype and torch.equal(got[name], buffer), name
 
 
@@ -232,10 +235,10 @@ def test_tensors_come_one_at_a_time(checkpoint: Path, monkeypatch: pytest.Monkey
     """No second copy: when a tensor is read, every one before it is in the model already or dropped."""
     import weakref
 
-    from lowmem.checkpoint import verify
+    from lowmem import loader
 
     seen: list[tuple[int, weakref.ref[torch.Tensor]]] = []
-    real = verify.read_tensor
+    real = loader.read_tensor
     loose: list[int] = []
 
     def watched(path: Path, name: str, stored: Any, rows: Any = None) -> torch.Tensor:
@@ -245,6 +248,7 @@ def test_tensors_come_one_at_a_time(checkpoint: Path, monkeypatch: pytest.Monkey
         seen.append((tensor.nbytes, weakref.ref(tensor)))
         return tensor
 
-    monkeypatch.setattr(verify, "read_tensor", watched)
+    monkeypatch.setattr(loader, "read_tensor", watched)
     load(checkpoint, dtype=torch.bfloat16)
-    assert len(seen) > 30 and max(loose) == 0
+    # What is not cast lies mapped in its file; the rest came one at a time.
+    assert len(seen) >= 7 and max(loose) == 0

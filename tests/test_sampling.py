@@ -9,14 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem.config import SamplingParams
-from lowmem.errors import InvalidRequestError
+from lowmem.errors import InvalidRequestError, LowmemError
 from lowmem.generate.sampling import (
+    Sampler,
+    candidates,
     check_sampling,
-    choose,
+    draw,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
+    penalize,
     probabilities,
-    seeded_generator,
 )
 
 
@@ -36,7 +39,8 @@ def numpy_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p
     result = np.zeros(len(logits))
     for token in nucleus:
         result[token] = weights[token]
-    return result / result.sum()
+    result /= result.sum()
+    return result
 
 
 @settings(deadline=None, max_examples=200)
@@ -50,7 +54,7 @@ def numpy_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p
 def test_distribution_is_numpys(seed: int, vocab: int, temperature: float, top_k: int, top_p: float) -> None:
     logits = np.random.default_rng(seed).normal(size=vocab).astype(np.float32) * 3
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    got = probabilities(torch.from_numpy(logits)[None], params)[0].double().numpy()
+    got = probabilities(torch.from_numpy(logits), params).double().numpy()
     expected = numpy_distribution(logits, temperature, top_k, top_p)
     # A nucleus that ends within float32's rounding of top_p may have one token more or less.
     cumulative = np.cumsum(np.sort(numpy_distribution(logits, temperature, top_k, 1.0))[::-1])
@@ -82,35 +86,188 @@ def test_the_most_likely_token_always_stays() -> None:
     assert keep_top_k(logits, 1).isfinite().tolist() == [[False, True, False]]
 
 
+def transformers_distribution(logits: torch.Tensor, params: SamplingParams, ids: list[int]) -> torch.Tensor:
+    """What transformers' generate samples from: its processors in the order in which it applies them."""
+    from transformers.generation import logits_process as hf
+
+    scores, before = logits.float()[None], torch.tensor([ids])
+    processors: list[object] = [hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)]
+    processors.append(hf.TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        processors.append(hf.TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        processors.append(hf.TopPLogitsWarper(params.top_p))
+    processors.append(hf.MinPLogitsWarper(params.min_p))
+    for processor in processors:
+        scores = processor(before, scores)  # type: ignore[operator]
+    return scores.softmax(-1)[0]
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    seed=st.integers(0, 2**31),
+    vocab=st.integers(2, 60),
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(0, 65),
+    top_p=st.floats(0.05, 1),
+    min_p=st.floats(0, 1),
+    penalty=st.floats(0.5, 2),
+    rounded=st.booleans(),
+)
+def test_distribution_is_transformers(
+    seed: int,
+    vocab: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
+    rounded: bool,
+) -> None:
+    """Also with bfloat16's many ties (`rounded`), where the k likeliest are more than k."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(vocab, generator=generator) * 3
+    if rounded:  # which of tied tokens leaves a nucleus is the sort's choice, there as here
+        logits, top_p = (logits * 2).round() / 2, 1.0
+    ids = torch.randint(0, vocab, (5,), generator=generator).tolist()
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
+    seen = torch.zeros(vocab, dtype=torch.bool)
+    seen[ids] = True
+    got, expected = probabilities(logits, params, seen), transformers_distribution(logits, params, ids)
+    if not torch.equal(got > 0, expected > 0):
+        # A token at the very border of the nucleus or of min_p is float32's to decide.
+        loose = [
+            transformers_distribution(logits, SamplingParams(**{**vars(params), "top_p": p, "min_p": m}), ids)
+            for p in {min(1.0, top_p * 1.00001), top_p * 0.99999}
+            for m in {min(1.0, min_p * 1.00001), min_p * 0.99999}
+        ]
+        assert any(torch.equal(got > 0, other > 0) for other in loose)
+        return
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_single_filters_are_transformers() -> None:
+    from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+
+    logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 3
+    ids = torch.zeros(50, 1, dtype=torch.long)
+    for p in (0.02, 0.3, 1.0):
+        assert torch.equal(keep_min_p(logits, p), MinPLogitsWarper(p)(ids, logits))
+    before = torch.tensor([[3, 299, 3, 8]]).expand(50, -1)
+    seen = torch.zeros(300, dtype=torch.bool)
+    seen[[3, 299, 8]] = True
+    for penalty in (0.7, 1.3):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(before, logits.clone())
+        assert torch.equal(penalize(logits, seen, penalty), expected)
+
+
+def test_top_k_never_sorts_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, sizes = torch.randn(5000, generator=torch.Generator().manual_seed(0)), []
+    real = torch.Tensor.sort
+
+    def sort(tensor: torch.Tensor, *args: object, **options: object) -> object:
+        sizes.append(tensor.shape[-1])
+        return real(tensor, *args, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(torch.Tensor, "sort", sort)
+    likely, ids = candidates(logits, SamplingParams())
+    assert ids is not None and likely.shape == ids.shape == (50,)
+    assert all(size == 50 for size in sizes)
+
+
+def greedy(**options: float) -> SamplingParams:
+    return SamplingParams(temperature=0, **options)  # type: ignore[arg-type]
+
+
 def test_greedy_ignores_the_filters() -> None:
-    logits = torch.tensor([[0.0, 5.0, 1.0], [9.0, 5.0, 1.0]])
-    assert choose(logits, SamplingParams(temperature=0, top_k=1, top_p=0.1)).tolist() == [1, 0]
+    params = greedy(top_k=1, top_p=0.1, min_p=0.9)
+    assert Sampler(params, [], 3, "cpu").choose(torch.tensor([0.0, 5.0, 1.0])).id == 1
+    assert Sampler(params, [], 3, "cpu").choose(torch.tensor([9.0, 5.0, 1.0])).id == 0
+
+
+def test_the_penalty_is_over_prompt_and_answer_and_for_greedy_too() -> None:
+    sampler = Sampler(greedy(repetition_penalty=2), [1], 4, "cpu")
+    logits = torch.tensor([-1.0, 5.0, 3.0, 2.6])
+    assert [sampler.choose(logits).id for _ in range(3)] == [
+        2,
+        3,
+        1,
+    ]  # 1 is 2.5 all along, 2 is 1.5 from then on
 
 
 def test_frequencies_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
     params = SamplingParams(temperature=0.8, top_k=4, top_p=0.97)
-    draws = choose(logits.expand(40_000, -1), params, seeded_generator(3, "cpu"))
-    frequencies = np.bincount(draws.numpy(), minlength=5) / 40_000
+    points = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    frequencies = np.bincount(draw(probabilities(logits, params), points).numpy(), minlength=5) / 40_000
     np.testing.assert_allclose(frequencies, numpy_distribution(logits.numpy(), 0.8, 4, 0.97), atol=0.01)
+    sampler = Sampler(SamplingParams(**{**vars(params), "seed": 1}), [], 5, "cpu")
+    chosen = np.bincount([sampler.choose(logits).id for _ in range(3000)], minlength=5) / 3000
+    np.testing.assert_allclose(chosen, numpy_distribution(logits.numpy(), 0.8, 4, 0.97), atol=0.03)
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    likely = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
+    points = torch.tensor([0.0, 0.25 - 2**-50, 0.25, 1 - 2**-53], dtype=torch.float64)
+    assert draw(likely, points).tolist() == [1, 1, 3, 3]
 
 
 def test_a_seed_repeats_and_no_seed_does_not() -> None:
-    logits = torch.zeros(64, 1000)
-    params = SamplingParams(temperature=1, top_k=0, top_p=1)
+    logits = torch.zeros(1000)
 
-    def draw(seed: int | None) -> list[int]:
-        return choose(logits, params, seeded_generator(seed, "cpu")).tolist()  # type: ignore[no-any-return]
+    def draws(seed: int | None) -> list[int]:
+        sampler = Sampler(SamplingParams(temperature=1, top_k=0, top_p=1, seed=seed), [], 1000, "cpu")
+        return [sampler.choose(logits).id for _ in range(64)]
 
-    assert draw(5) == draw(5) != draw(6)
-    assert draw(None) != draw(None)
+    assert draws(5) == draws(5) != draws(6)
+    assert draws(None) != draws(None)
 
 
 def test_bfloat16_logits_are_sampled_in_float32() -> None:
-    logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(1)).bfloat16()
+    logits = torch.randn(200, generator=torch.Generator().manual_seed(1)).bfloat16()
     params = SamplingParams(temperature=0.7, top_k=50, top_p=0.9)
     assert probabilities(logits, params).dtype is torch.float32
     assert torch.equal(probabilities(logits, params), probabilities(logits.float(), params))
+
+
+@settings(deadline=None, max_examples=150)
+@given(seed=st.integers(0, 2**31), temperature=st.sampled_from([0.0, 0.2, 1.0]), scale=st.floats(0, 0.05))
+def test_a_clear_choice_is_the_same_on_logits_that_are_off(
+    seed: int, temperature: float, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(40, generator=generator) * 3
+    params = SamplingParams(temperature=temperature, top_k=0, top_p=1, seed=seed)
+    # Two logits off by half of it each move their gap by all of it.
+    wrong = logits + (torch.rand(40, generator=generator) - 0.5) * scale * float(logits.max().abs())
+    clear = Sampler(params, [], 40, "cpu").choose_clear(logits, 1.05 * scale + 1e-6)
+    if clear is not None:
+        assert Sampler(params, [], 40, "cpu").choose(wrong).id == clear.id
+
+
+def test_an_unclear_choice_changes_nothing() -> None:
+    params = SamplingParams(temperature=1, top_k=0, top_p=1, seed=7, repetition_penalty=1.5)
+    one, other = (Sampler(params, [0], 50, "cpu") for _ in range(2))
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    for _ in range(20):
+        assert one.choose_clear(logits, 1e6) is None
+        assert one.choose(logits) == other.choose(logits)
+    tie = torch.tensor([1.0, 2.0, 2.0])
+    assert Sampler(greedy(), [], 3, "cpu").choose_clear(tie, 1e-9) is None
+    assert Sampler(greedy(), [], 3, "cpu").choose_clear(torch.tensor([1.0, 2.5, 2.0]), 0.1).id == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, None])
+def test_what_is_not_finite_is_an_error(temperature: float, bad: float | None) -> None:
+    logits = torch.full((8,), -torch.inf) if bad is None else torch.zeros(8)
+    logits[3] = -torch.inf if bad is None else bad
+    with pytest.raises(LowmemError, match="not finite"):
+        Sampler(SamplingParams(temperature=temperature), [], 8, "cpu").choose(logits)
+    masked = torch.tensor([-torch.inf, 1.0])
+    assert Sampler(SamplingParams(temperature=temperature), [], 2, "cpu").choose(masked).id == 1
 
 
 @pytest.mark.parametrize(
@@ -123,9 +280,19 @@ def test_bfloat16_logits_are_sampled_in_float32() -> None:
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"min_p": float("nan")},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": float("inf")},
+        {"repetition_penalty": float("nan")},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"stop": ("a", "")},
+        {"stop": "abc"},
     ],
     ids=str,
 )
-def test_settings_that_mean_nothing_are_refused(bad: dict[str, float]) -> None:
+def test_settings_that_mean_nothing_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(InvalidRequestError, match=next(iter(bad))):
         check_sampling(SamplingParams(**bad))  # type: ignore[arg-type]

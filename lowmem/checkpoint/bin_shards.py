@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from lowmem.checkpoint.bin_header import MAX_PICKLE, check_archive
 from lowmem.checkpoint.files import one_line, row_numbers
 from lowmem.checkpoint.source_base import Source, TensorInfo, check_readable, check_rows
 from lowmem.errors import SourceError
 
-MAX_PICKLE = 256 * 2**20  # the pickle of a 10 GB shard is a few tens of KB
 # Pages that were copied out stay resident while their shard is mapped: map anew after this much.
 REMAP_BYTES = 256 * 2**20
 _AGAIN = "Download or copy it again"
@@ -34,50 +34,12 @@ class BinShard:
     tensors: Mapping[str, TensorInfo]
 
 
-def check_archive(path: Path) -> tuple[zipfile.ZipInfo, set[int]]:
-    """The pickle's entry and the sizes of all entries, of a zip that torch.save wrote.
-
-    SourceError for a truncated or damaged archive, for compressed entries (torch never writes
-    them; they could unpack to any size) and for the old format that cannot be mapped.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            magic = stream.read(4)
-        if size == 0:
-            raise SourceError(f"{path.name} is empty (0 bytes)", _AGAIN)
-        if magic != b"PK\x03\x04":
-            if magic[:1] == b"\x80":  # a bare pickle: torch before 1.6
-                raise SourceError(
-                    f"{path.name} is in torch's old format, which cannot be read piece by piece",
-                    "Where it fits in memory, torch.load(weights_only=True) it and torch.save it again",
-                )
-            raise SourceError(f"{path.name} is not a file that torch.save wrote", _AGAIN)
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise SourceError(f"{path.name} is truncated or damaged: {one_line(error)}", _AGAIN) from error
-    except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
-            raise SourceError(f"{path.name} has compressed entries, which torch.save does not write", _AGAIN)
-        if entry.header_offset + entry.file_size > size:
-            raise SourceError(
-                f"{path.name} is truncated: entry {entry.filename!r} ends after the file", _AGAIN
-            )
-    pickles = [entry for entry in entries if entry.filename.split("/")[1:] == ["data.pkl"]]
-    if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
-        raise SourceError(f"{path.name} is not a file that torch.save wrote", _AGAIN)
-    return pickles[0], {entry.file_size for entry in entries}
-
-
 def load_shard(path: Path) -> dict[str, torch.Tensor]:
     """The mapped tensors of a shard, each checked to lie inside the file.
 
     SourceError for anything but a flat dictionary of plain CPU tensors.
     """
-    _, entry_sizes = check_archive(path)
+    entry_sizes = set(check_archive(path).sizes.values())
     size = path.stat().st_size
     try:
         loaded = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
@@ -173,7 +135,7 @@ class BinSource(Source):
         """See Source.shards: the pickle and the zip directory, whose checksums cover every tensor."""
         result = []
         for path in sorted(set(self._paths.values()), key=lambda path: path.name):
-            entry, _ = check_archive(path)
+            entry = check_archive(path).pickle
             try:
                 with zipfile.ZipFile(path) as archive:
                     start = archive.start_dir

@@ -1,7 +1,7 @@
 """Reading files that we did not write: bounded, exact, and never through a memory map.
 
 Every length below comes from the file's real size or is checked against it before anything is
-allocated. Errors are `SourceError`s that name the file.
+allocated. Errors are `SourceError`s that name the file. torch is imported only by what fills a tensor.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lowmem.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_JSON = 100_000_000
 CHUNK = 65536
@@ -69,12 +70,19 @@ def is_plain_name(name: object) -> bool:
     )
 
 
+def is_hub_id(text: str) -> bool:
+    """True for `owner/name`."""
+    return bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", text))
+
+
 def read_exact(stream: BinaryIO, offset: int, out: torch.Tensor, what: str) -> None:
     """Fill the contiguous CPU tensor `out` with the file's bytes from `offset`.
 
     Straight into the tensor's memory, without a map or a second copy: what a read costs is the
     tensor. SourceError naming `what` when the file ends before.
     """
+    import torch
+
     size = out.numel() * out.element_size()
     if not size:
         return

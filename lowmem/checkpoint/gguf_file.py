@@ -25,6 +25,25 @@ MAX_DIMS = 4
 # Scalar value types: struct format by type number.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# Tensor types: name, values in a block and its bytes, by number. The `gguf` package knows them too, but
+# takes numpy along; it is asked for what came after.
+TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    20: ("IQ4_NL", 32, 18),
+    23: ("IQ4_XS", 256, 136),
+    30: ("BF16", 1, 2),
+}
 _AGAIN = "Download or copy it again"
 
 
@@ -181,17 +200,36 @@ def _describe(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _place(reader: _Reader, name: str, shape: tuple[int, ...], type_number: int, begin: int) -> GgufTensor:
+    kind, per_block, block_bytes = _type(reader, name, type_number)
+    if 0 in shape or shape[-1] % per_block:
+        raise reader.fault(f"is damaged: tensor {name!r} of type {kind} has shape {list(shape)}")
+    row_bytes = shape[-1] // per_block * block_bytes
+    return GgufTensor(name, shape, kind, begin, math.prod(shape[:-1]) * row_bytes, row_bytes)
+
+
+def _type(reader: _Reader, tensor: str, number: int) -> tuple[str, int, int]:
+    """Name, values in a block and its bytes of a tensor type."""
+    if number in TYPES:
+        return TYPES[number]
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     try:
-        kind = GGMLQuantizationType(type_number)
-        per_block, block_bytes = GGML_QUANT_SIZES[kind]
+        kind = GGMLQuantizationType(number)
+        return (kind.name, *GGML_QUANT_SIZES[kind])
     except (ValueError, KeyError) as error:
-        raise reader.fault(f"has tensor {name!r} of unknown ggml type {type_number}") from error
-    if 0 in shape or shape[-1] % per_block:
-        raise reader.fault(f"is damaged: tensor {name!r} of type {kind.name} has shape {list(shape)}")
-    row_bytes = shape[-1] // per_block * block_bytes
-    return GgufTensor(name, shape, kind.name, begin, math.prod(shape[:-1]) * row_bytes, row_bytes)
+        raise reader.fault(f"has tensor {tensor!r} of unknown ggml type {number}") from error
+
+
+def check_whole_model(header: GgufHeader) -> None:
+    """SourceError for a part of a split model, or a file that names no architecture or holds no tensors."""
+    file = header.path.name
+    if not isinstance(header.values.get("general.architecture"), str):
+        raise SourceError(f"{file} does not name its architecture, so it is no model")
+    parts = header.values.get("split.count", 0)
+    if isinstance(parts, int) and parts > 1:
+        raise SourceError(f"{file} is one of {parts} parts", "Join them first: llama-gguf-split --merge")
+    if not header.tensors:
+        raise SourceError(f"{file} holds no tensors (a vocabulary only)")
 
 
 def is_gguf(path: Path) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lowmem.checkpoint.files import one_line, read_exact, row_numbers, runs
-from lowmem.checkpoint.gguf_file import GgufHeader, GgufTensor, read_gguf_header
+from lowmem.checkpoint.gguf_file import GgufHeader, GgufTensor, check_whole_model, read_gguf_header
 from lowmem.checkpoint.source_base import (
     LICENCE_PATTERNS,
     Source,
@@ -44,7 +44,7 @@ class GgufSource(Source):
     def __init__(self, file: Path, display: str) -> None:
         self.file = file
         self.header: GgufHeader = read_gguf_header(file)
-        _check_whole_model(self.header)
+        check_whole_model(self.header)
         self._config: PretrainedConfig | None = None
         self._stored: dict[str, GgufTensor] = {}
         super().__init__(file.parent, display, {})
@@ -244,15 +244,3 @@ class _Shallow:
     def named_children(self) -> list[tuple[str, _Shallow]]:
         children = self._model.named_children() if self._depth else ()
         return [(name, _Shallow(child, self._depth - 1)) for name, child in children]
-
-
-def _check_whole_model(header: GgufHeader) -> None:
-    """SourceError for a part of a split model, or a file that names no architecture."""
-    file = header.path.name
-    if not isinstance(header.values.get("general.architecture"), str):
-        raise SourceError(f"{file} does not name its architecture, so it is no model")
-    parts = header.values.get("split.count", 0)
-    if isinstance(parts, int) and parts > 1:
-        raise SourceError(f"{file} is one of {parts} parts", "Join them first: llama-gguf-split --merge")
-    if not header.tensors:
-        raise SourceError(f"{file} holds no tensors (a vocabulary only)")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from lowmem.checkpoint.files import one_line
-from lowmem.checkpoint.source_base import LICENCE_PATTERNS, SETTINGS_PATTERNS, TOKENIZER_PATTERNS
+from lowmem.checkpoint.patterns import LICENCE_PATTERNS, SETTINGS_PATTERNS, TOKENIZER_PATTERNS
 from lowmem.errors import SourceError
 
 TIMEOUT_S = 10.0
@@ -21,11 +21,6 @@ WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def is_hub_id(text: str) -> bool:
-    """True for `owner/name`."""
-    return bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", text))
 
 
 def choose_files(names: Iterable[str], repo: str) -> list[str]:

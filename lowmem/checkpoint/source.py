@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from lowmem.checkpoint.bin_shards import BinShard, BinSource, read_shard_header
-from lowmem.checkpoint.files import is_plain_name, read_json
+from lowmem.checkpoint.bin_shards import BinSource, read_shard_header
+from lowmem.checkpoint.files import is_hub_id
 from lowmem.checkpoint.gguf_file import is_gguf
 from lowmem.checkpoint.gguf_source import GgufSource
-from lowmem.checkpoint.hub import download, is_hub_id
-from lowmem.checkpoint.safetensors_file import SafetensorsHeader, SafetensorsSource, read_header
+from lowmem.checkpoint.headers import headers_by_name, layout_of
+from lowmem.checkpoint.hub import download
+from lowmem.checkpoint.safetensors_file import SafetensorsSource, read_header
 from lowmem.checkpoint.source_base import Source, TensorInfo, read_config
 from lowmem.errors import SourceError
 
 __all__ = ["Source", "TensorInfo", "head_is_tied", "open_source", "resolve_names"]
 
 _COMPARE_BYTES = 16 * 2**20
-_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def open_source(
@@ -71,94 +69,13 @@ def _open_file(path: Path, display: str) -> Source:
 
 
 def _open_folder(folder: Path, display: str) -> Source:
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    except OSError as error:
-        raise SourceError(f"{display} cannot be read: {error.strerror or error}") from error
-    index, bin_index = "model.safetensors.index.json", "pytorch_model.bin.index.json"
-    safetensors = [name for name in names if name.endswith(".safetensors")]
-    ggufs = [name for name in names if name.endswith(".gguf")]
-    if index in names:
-        read_config(folder)
-        return SafetensorsSource(folder, display, _files_of_index(folder, index, read_header))
-    if safetensors:
-        read_config(folder)
-        return SafetensorsSource(folder, display, _files_without_index(folder, safetensors))
-    if bin_index in names:
-        read_config(folder)
-        shards = _files_of_index(folder, bin_index, read_shard_header)
-        return BinSource(folder, display, shards)
-    if "pytorch_model.bin" in names:
-        read_config(folder)
-        shard = read_shard_header(folder / "pytorch_model.bin")
-        return BinSource(folder, display, dict.fromkeys(shard.tensors, shard))
-    if len(ggufs) == 1:
-        return GgufSource(folder / ggufs[0], display)
-    if ggufs:
-        raise SourceError(
-            f"{display} holds {len(ggufs)} GGUF files", f"Give one of them, such as {folder / ggufs[0]}"
-        )
-    raise SourceError(
-        f"{display} holds no weights: no safetensors, no pytorch_model.bin and no .gguf",
-        "Give the folder that the model was downloaded to",
-    )
-
-
-S = TypeVar("S", SafetensorsHeader, BinShard)
-
-
-def _files_of_index(folder: Path, index: str, read: Callable[[Path], S]) -> dict[str, S]:
-    """Tensor name → header of the shard that the index names, all of them checked to be there."""
-    weight_map = read_json(folder / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{folder / index} has no weight_map")
-    headers: dict[str, S] = {}
-    for name, file in weight_map.items():
-        if not is_plain_name(file):
-            raise SourceError(
-                f"{folder / index} puts tensor {name[:1024]!r} in {str(file)[:200]!r}, "
-                "which is not a plain file name"
-            )
-        if file not in headers:
-            if not (folder / file).is_file():
-                raise SourceError(
-                    f"{folder} has no {file}, which {index} names for tensor {name[:1024]!r}",
-                    "Download the checkpoint again: a download that was cut off goes on where it stopped",
-                )
-            headers[file] = read(folder / file)
-        if name not in headers[file].tensors:
-            raise SourceError(f"{file} does not hold tensor {name[:1024]!r}, which {index} says is there")
-    return {name: headers[file] for name, file in weight_map.items()}
-
-
-def _files_without_index(folder: Path, names: list[str]) -> dict[str, SafetensorsHeader]:
-    """Tensor name → header when the names alone say which files make the checkpoint."""
-    if "model.safetensors" in names:
-        names = ["model.safetensors"]
-    if len(names) > 1 or _NUMBERED.fullmatch(names[0]):
-        # Without an index, a complete numbered set is as clear: model-00001-of-00003.safetensors, …
-        matches = [_NUMBERED.fullmatch(name) for name in names]
-        first = matches[0]
-        if first is None or {m and (m[1], m[3]) for m in matches} != {(first[1], first[3])}:
-            raise SourceError(
-                f"{folder} holds {len(names)} safetensors files and no index to say which belong together",
-                "Add model.safetensors.index.json, or give one file",
-            )
-        count = int(first[3])
-        present = {int(m[2]) for m in matches if m}
-        missing = next((number for number in range(1, count + 1) if number not in present), None)
-        if missing is not None:
-            raise SourceError(
-                f"{folder} has no {first[1]}-{missing:05}-of-{first[3]}.safetensors", "Download the rest"
-            )
-    files: dict[str, SafetensorsHeader] = {}
-    for file in names:
-        header = read_header(folder / file)
-        for name in header.tensors:
-            if name in files:
-                raise SourceError(f"tensor {name!r} is both in {files[name].path.name} and in {file}")
-            files[name] = header
-    return files
+    layout = layout_of(folder, display)
+    if layout.kind == "gguf":
+        return GgufSource(folder / layout.files[0], display)
+    read_config(folder)
+    if layout.kind == "bin":
+        return BinSource(folder, display, headers_by_name(folder, layout, read_shard_header))
+    return SafetensorsSource(folder, display, headers_by_name(folder, layout, read_header))
 
 
 def resolve_names(infos: Mapping[str, TensorInfo], expected: Iterable[str]) -> dict[str, str]:

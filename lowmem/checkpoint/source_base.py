@@ -13,50 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem.checkpoint.files import one_line, read_json, update_with_bytes, update_with_sample
+from lowmem.checkpoint.files import one_line, update_with_bytes, update_with_sample
+from lowmem.checkpoint.headers import read_config_json
+from lowmem.checkpoint.patterns import (
+    CODE_SUFFIXES,
+    LICENCE_PATTERNS,
+    SETTINGS_PATTERNS,
+    TOKENIZER_PATTERNS,
+    VOCABULARIES,
+    WEIGHT_SUFFIXES,
+)
 from lowmem.errors import SourceError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 FLOATS = ("float32", "float16", "bfloat16")
-TOKENIZER_PATTERNS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "tokenizer.model.v*",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.tiktoken",
-)
-# Files of which one is enough to have a vocabulary.
-VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model*", "spiece.model", "*.tiktoken")
-SETTINGS_PATTERNS = (
-    "generation_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "dialogue_template.json",
-)
-LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-# Never copied, whatever they are called: code and weights.
-CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe")
-WEIGHT_SUFFIXES = (
-    ".bin",
-    ".safetensors",
-    ".gguf",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".pkl",
-)
 MAX_CARD = 4_000_000
 
 
@@ -213,12 +185,7 @@ class Source(ABC):
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a source folder, checked to be there, to be JSON, and not to be quantized."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise SourceError(
-            f"{folder} has no config.json", "Give the folder that holds the model's config and weights"
-        )
-    config = read_json(path)
+    config = read_config_json(folder)
     for key in ("quantization_config", "compression_config"):
         if config.get(key):
             raise SourceError(

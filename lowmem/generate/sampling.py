@@ -1,22 +1,31 @@
-"""How the next token is chosen: pure functions on logits, in the order temperature, top-k, top-p.
+"""How the next token is chosen: pure functions on logits, and the `Sampler` that carries one answer's state.
 
-The filters are those of transformers' logits processors (top-p: Holtzman et al. 2020, "The Curious Case
-of Neural Text Degeneration"), so that a model card's settings mean the same here.
+The order is that of transformers' generate: repetition penalty (greedy too), then temperature, top-k, top-p,
+min-p. The filters are those of its logits processors (repetition penalty: Keskar et al. 2019, "CTRL"; top-p:
+Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"; min-p: Nguyen et al. 2024, "Turning Up
+the Heat"), so that a model card's settings mean the same here.
 """
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from lowmem.config import SamplingParams
-from lowmem.errors import InvalidRequestError
+from lowmem.errors import InvalidRequestError, LowmemError
+
+MAX_LOGPROBS = 20
 
 
 def check_sampling(params: SamplingParams) -> None:
     """Raises InvalidRequestError for settings that mean nothing."""
     if params.max_new_tokens < 1:
         raise InvalidRequestError(f"max_new_tokens is {params.max_new_tokens}", "Ask for at least 1 token")
-    if not 0 <= params.temperature < float("inf"):
+    if not 0 <= params.temperature < math.inf:
         raise InvalidRequestError(
             f"temperature is {params.temperature}", "Use 0 for greedy, or a positive number such as 0.2"
         )
@@ -24,6 +33,21 @@ def check_sampling(params: SamplingParams) -> None:
         raise InvalidRequestError(f"top_k is {params.top_k}", "Use 0 to turn it off, or a positive number")
     if not 0 < params.top_p <= 1:
         raise InvalidRequestError(f"top_p is {params.top_p}", "Use a number above 0, and 1 to turn it off")
+    if not 0 <= params.min_p <= 1:
+        raise InvalidRequestError(f"min_p is {params.min_p}", "Use 0 to turn it off, or a number up to 1")
+    if not 0 < params.repetition_penalty < math.inf:
+        raise InvalidRequestError(
+            f"repetition_penalty is {params.repetition_penalty}", "Use 1 to turn it off, or 1.1, say"
+        )
+    if isinstance(params.stop, str) or not all(isinstance(text, str) and text for text in params.stop):
+        raise InvalidRequestError("a stop text is empty, or no text", "Leave it out, or give some text")
+    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
+        raise InvalidRequestError(f"logprobs is {params.logprobs}", f"Use a number from 0 to {MAX_LOGPROBS}")
+
+
+def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """logits [..., vocab] with those of `seen` (bool [vocab]) divided by penalty, or multiplied if < 0."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -34,45 +58,179 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
     return logits.masked_fill(logits < smallest, -torch.inf)
 
 
-def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+def keep_top_p(logits: torch.Tensor, p: float, *, ordered: bool = False) -> torch.Tensor:
     """logits [..., vocab] with all but the nucleus at -inf.
 
     The nucleus is the smallest set of most likely tokens with a total probability of at least p; the
-    most likely token is always in it. 1: all stay.
+    most likely token is always in it. 1: all stay. ordered: the logits fall already, so nothing is sorted.
     """
     if p >= 1:
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # the mass of the more likely tokens
+    falling, order = (logits, None) if ordered else logits.sort(dim=-1, descending=True)
+    likely = falling.softmax(dim=-1)
+    before = likely.cumsum(dim=-1) - likely  # the mass of the more likely tokens
     outside = before >= p
     outside[..., 0] = False
-    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -torch.inf)
+    if order is not None:
+        outside = torch.zeros_like(outside).scatter(-1, order, outside)
+    return logits.masked_fill(outside, -torch.inf)
 
 
-def probabilities(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """logits [..., vocab] → the float32 distribution that is sampled; temperature must not be 0."""
-    scaled = logits.to(torch.float32) / params.temperature
-    return keep_top_p(keep_top_k(scaled, params.top_k), params.top_p).softmax(dim=-1)
+def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """logits [..., vocab] with all below p times the likeliest's probability at -inf. 0: all stay."""
+    if p == 0:
+        return logits
+    likely = logits.softmax(dim=-1)
+    top = likely.amax(dim=-1, keepdim=True)
+    return logits.masked_fill((likely < p * top) & (likely < top), -torch.inf)
 
 
-def choose(
-    logits: torch.Tensor, params: SamplingParams, generator: torch.Generator | None = None
-) -> torch.Tensor:
-    """logits [batch, vocab] → token ids [batch], int64; greedy when temperature is 0.
+def candidates(
+    logits: torch.Tensor, params: SamplingParams, seen: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """logits [vocab] → (float32 probabilities [n], their token ids [n]); the temperature must not be 0.
 
-    `generator` lives on the device of the logits; the same seed gives the same tokens on one device.
+    ids None: the probabilities are those of the whole vocabulary. With top_k they are of the k likeliest
+    (more where tokens tie with the k-th), so that the vocabulary is never sorted; in the vocabulary's order,
+    so that two tokens of almost one probability may change ranks and a number still means the same token.
+    seen: bool [vocab], the tokens that the repetition penalty is for.
     """
-    if params.temperature == 0:
-        return logits.argmax(dim=-1)
-    return torch.multinomial(probabilities(logits, params), 1, generator=generator)[:, 0]
-
-
-def seeded_generator(seed: int | None, device: torch.device | str) -> torch.Generator:
-    """A generator on `device`; without a seed, one that differs from run to run."""
-    generator = torch.Generator(device=device)
-    if seed is None:
-        generator.seed()
+    scores = logits.to(torch.float32)
+    if seen is not None and params.repetition_penalty != 1:
+        scores = penalize(scores, seen, params.repetition_penalty)
+    scores = scores / params.temperature
+    ids = None
+    # A sort is cheap on a GPU, and waiting for the number of ties is not.
+    if 0 < params.top_k < scores.shape[-1] and scores.device.type == "cpu":
+        values, ids = scores.topk(params.top_k)
+        tied = int((scores >= values[-1]).sum())
+        if tied > params.top_k:
+            values, ids = scores.topk(tied)
+        scores = values
     else:
-        generator.manual_seed(seed)
-    return generator
+        scores = keep_top_k(scores, params.top_k)
+    scores = keep_min_p(keep_top_p(scores, params.top_p, ordered=ids is not None), params.min_p)
+    likely = scores.softmax(dim=-1)
+    if ids is None:
+        return likely, None
+    ids, order = ids.sort()
+    return likely[order], ids
+
+
+def probabilities(
+    logits: torch.Tensor, params: SamplingParams, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """logits [vocab] → the float32 distribution [vocab] that is sampled; the temperature must not be 0."""
+    likely, ids = candidates(logits, params, seen)
+    return likely if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(0, ids, likely)
+
+
+def draw(likely: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """probabilities [n], uniform numbers [...] in [0, 1) → indices [...]: the inverse of the distribution.
+
+    One number decides a token, and no value in `likely`, not even a NaN, makes it fail: on a GPU nothing has
+    to be waited for.
+    """
+    return _draw(likely, points)[0]
+
+
+def _draw(likely: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(indices, the mass before each, the mass with it); see `draw`."""
+    mass = likely.to(torch.float64).cumsum(dim=-1)
+    mass = mass / mass[-1]
+    index = torch.searchsorted(mass, points.to(mass), right=True).clamp(max=likely.shape[-1] - 1)
+    return index, torch.where(index > 0, mass[index - 1], 0.0), mass[index]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token. logprob and top (the likeliest tokens, best first): None and () unless asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses the tokens of one answer, one after the other.
+
+    Holds what the choice depends on beside the logits: the tokens that are there already, and a stream of
+    random numbers of which each token takes one, whatever the device and the number of rows in a forward.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int], vocabulary: int, device: torch.device | str
+    ) -> None:
+        self.params = params
+        self._random = random.Random(params.seed)  # without a seed it differs from run to run
+        self._point = self._random.random()
+        self._seen: torch.Tensor | None = None
+        if params.repetition_penalty != 1:
+            self._seen = torch.zeros(vocabulary, dtype=torch.bool)
+            self._seen[list(prompt)] = True
+            self._seen = self._seen.to(device)
+
+    def choose(self, logits: torch.Tensor) -> Choice:
+        """logits [vocab] → the next token; LowmemError when they are not finite.
+
+        logprob and top are log-softmax of the raw logits in float32: the model's own distribution, before
+        penalty, temperature and filters.
+        """
+        choice = self.choose_clear(logits, 0.0)
+        assert choice is not None
+        return choice
+
+    def choose_clear(self, logits: torch.Tensor, noise: float) -> Choice | None:
+        """As `choose`, on logits that may be off by `noise` as a share of the largest.
+
+        None: that much could make it another token. Then nothing has changed, and the choice can be made once
+        more on better logits. (Sampling looks at the borders of the chosen token's share; that another token
+        may just be in the nucleus, or not, is left out.)
+        """
+        if self.params.temperature == 0:
+            chosen, low, high = self._greedy(logits, second=noise > 0)
+        else:
+            likely, ids = candidates(logits, self.params, self._seen)
+            index, low, high = _draw(likely, torch.tensor(self._point, dtype=torch.float64))
+            chosen = index if ids is None else ids[index]
+        # All numbers in one transfer: a GPU is waited for once a token. A NaN is its own maximum.
+        numbers = [part.to(torch.float64) for part in (chosen, logits.max(), low, high)]
+        token, peak, below, above = torch.stack(numbers).tolist()
+        if not math.isfinite(peak):
+            raise LowmemError(
+                "the model's output is not finite",
+                "Check the checkpoint with `lowmem verify`; float16 may overflow where bfloat16 does not",
+            )
+        if noise > 0 and not self._clear(below, above, noise * abs(peak)):
+            return None
+        self._point = self._random.random()
+        if self._seen is not None:
+            self._seen[int(token)] = True
+        return self._choice(int(token), logits)
+
+    def _greedy(
+        self, logits: torch.Tensor, *, second: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(token, the runner-up's score, the token's score)."""
+        scores = logits
+        if self._seen is not None:
+            scores = penalize(logits.to(torch.float32), self._seen, self.params.repetition_penalty)
+        best, token = scores.max(dim=-1)
+        return token, scores.topk(2).values[1] if second and scores.shape[-1] > 1 else best, best
+
+    def _clear(self, low: float, high: float, error: float) -> bool:
+        """Whether no logits that are off by less than `error` choose another token."""
+        if self.params.temperature == 0:
+            return high - low > error
+        # d(mass)/d(logits): a border at mass c moves by at most 2 c (1 - c) error / temperature.
+        shift = 2 * error / self.params.temperature
+        point = self._point
+        return point - low >= shift * low * (1 - low) and high - point >= shift * high * (1 - high)
+
+    def _choice(self, token: int, logits: torch.Tensor) -> Choice:
+        if self.params.logprobs is None:
+            return Choice(token)
+        logprobs = logits.to(torch.float32).log_softmax(dim=-1)
+        best = logprobs.topk(min(self.params.logprobs, logprobs.shape[-1]))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        return Choice(token, float(logprobs[token]), top)

@@ -128,6 +128,37 @@ def _with_system(messages: Sequence[Message]) -> list[Message]:
     return [Message("system", ""), *messages]
 
 
+def split_turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """Messages without the system text → turns: a user message with all that follows up to the next."""
+    starts = [at for at, message in enumerate(messages) if message.role == "user" or at == 0]
+    return [tuple(messages[a:b]) for a, b in pairwise([*starts, len(messages)])]
+
+
+def first_turn(wholes: Sequence[int], questions: Sequence[int], budget: int) -> int:
+    """The first turn that stays when a dialogue is to fit `budget` tokens; earlier ones are left out.
+
+    questions[i]: tokens of turn i as the last one, without its answer. wholes[i]: tokens that turn i adds to
+    the dialogues after it; not needed for the last.
+
+    Dropping only what must go would give every further turn another start, and with it a prompt that is
+    computed from the beginning. So when a dialogue is too long, turns go until half of the budget is free
+    (but not the one before the last, if it fits), and the start then stays for many turns. The past is
+    replayed to know where it was: the same dialogue with a turn more has the same start until it is full.
+    (Dropping to a share k costs k / (1 - k) tokens of prefill for each new one: 1 at a half, 3 at 3/4.)
+    """
+    first = kept = 0  # kept: tokens of the whole turns before the present one that have stayed
+    for now, question in enumerate(questions):
+        kept += wholes[now - 1] if now else 0
+        if kept + question <= budget:
+            continue
+        while first < now and (
+            kept + question > budget or (kept + question > budget // 2 and first < now - 1)
+        ):
+            kept -= wholes[first]
+            first += 1
+    return first
+
+
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of text as text: no special token is recognised in it, none is added.
 
@@ -185,3 +216,12 @@ def fim_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | Non
         if prefix in vocabulary and middle in vocabulary and suffix in vocabulary:
             return vocabulary[prefix], vocabulary[middle], vocabulary[suffix]
     return None
+
+
+def share_room(before: int, after: int, room: int) -> tuple[int, int]:
+    """Tokens that stay of those before and after a hole: 3 to 1 in `room` tokens when both are long.
+
+    What either does not need is the other's.
+    """
+    kept_after = min(after, max(room // 4, room - before))
+    return min(before, room - kept_after), kept_after

@@ -44,7 +44,7 @@ def format_bytes(count: float) -> str:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of this process: resident on the host, now and at most; allocated by torch on a card (0: none)."""
+    """Bytes of this process: resident on the host, and allocated by torch on a card, now and at most."""
 
     host: int
     host_peak: int
@@ -135,15 +135,15 @@ def host_memory_available() -> int:
     return max(available, 0)
 
 
-def return_freed_memory() -> None:
-    """Have the C library give freed blocks of 4 MiB and more back to the system at once.
+def return_freed_memory(smallest: int = 4 << 20) -> None:
+    """Have the C library give freed blocks of `smallest` bytes and more back to the system at once.
 
-    glibc keeps blocks of up to 32 MiB for itself once it has seen one freed, which a plan cannot know.
+    Smaller ones cost time: each block is new pages. glibc keeps blocks of up to 32 MiB for itself once it has seen one freed, which a plan cannot know.
     Other C libraries are left as they are.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     try:
-        ctypes.CDLL(None).mallopt(mmap_threshold, 4 << 20)
+        ctypes.CDLL(None).mallopt(mmap_threshold, smallest)
     except (OSError, AttributeError):
         return
 
@@ -168,3 +168,21 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def host_memory_private() -> int:
+    """Resident bytes of this process that no file backs: what it would give back by ending."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
+    except (OSError, StopIteration):
+        return host_memory_used()
+
+
+def packs_nf4() -> bool:
+    """Whether bitsandbytes repacks NF4 weights for this CPU: it does where bfloat16 products are hardware."""
+    try:
+        with open("/proc/cpuinfo") as cpu:
+            return any("avx512_bf16" in line for line in cpu if line.startswith("flags"))
+    except OSError:
+        return False

@@ -1,31 +1,197 @@
-"""Bytes that a model needs to run: pure integers, from headers and the config."""
+"""Bytes that a model needs to run: pure integers, from its shape.
+
+Weights and KV cache are exact. The workspace is what a prefill chunk, the sampler and the kernels hold beside
+them; each term says what it is. `python -m benchmarks.memory` compares it all with what processes take.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-from lowmem.checkpoint.safetensors_file import read_header
-from lowmem.errors import SourceError
+from lowmem.config import PREFILL_CHUNK, SLICE_BYTES
+from lowmem.plan.shape import ModelShape, Tensor
+
+Method = Literal["dense", "gptq", "int8", "nf4"]
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+SLACK = 24 << 20
+"""Small buffers of the libraries and the allocator's rounding (measured: 13 to 30 MiB)."""
+FRAGMENTS = 96 << 20
+"""Holes that bitsandbytes' int8 products leave in the C library's heap on a CPU (measured: 60 to 110 MiB)."""
+CUDA_CONTEXT = 512 << 20
+"""An allowance for a process's own CUDA context, its kernels and cuBLAS' workspace. Free memory that a card
+tells us has ours taken off already; this is for cards that are only named."""
+HOST_CONTEXT = 480 << 20
+"""What Python, torch and transformers take for themselves, files not counted (measured: 431 to 476 MiB)."""
+REFERENCE_SLICE = 1 << 22
+"""Weights that the reference kernel unpacks at a time (see kernels/reference.py)."""
 
 
-def weights_bytes(folder: Path) -> int:
-    """Bytes of all tensors of a safetensors checkpoint, read off its headers.
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one device: what is there all the time, and the most that comes on top of it for a moment."""
 
-    Raises SourceError when there is none, or a header lies.
+    weights: int
+    kv_cache: int
+    workspace: int
+    context: int = 0
+    """The device's own context."""
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.weights + self.kv_cache + self.workspace + self.context
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is held: the method, and the dtype of its activations and dense weights."""
+
+    method: Method
+    dtype: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one activation."""
+        return ITEMSIZE[self.dtype]
+
+
+def weights_bytes(shape: ModelShape, form: Form, layers: range | None = None, outside: bool = True) -> int:
+    """Bytes of the weights: of the given decoder layers (None: all), and of what lies outside of them."""
+    total = 0
+    for tensor in shape.tensors:
+        wanted = outside if tensor.layer < 0 else layers is None or tensor.layer in layers
+        total += _held(tensor, form) if wanted else 0
+    return total
+
+
+def _held(tensor: Tensor, form: Form) -> int:
+    """Bytes of one tensor in the model."""
+    if tensor.packed:
+        return tensor.nbytes
+    if tensor.linear and form.method == "int8":
+        return tensor.numel + 4 * tensor.shape[0]  # a float32 scale a row
+    if tensor.linear and form.method == "nf4":
+        return -(-tensor.numel // 2) + 4 * -(-tensor.numel // 64)  # a float32 scale in 64
+    return tensor.numel * form.itemsize
+
+
+def kv_cache_bytes(shape: ModelShape, form: Form, context: int, layers: int | None = None) -> int:
+    """Bytes of keys and values of `context` tokens in so many decoder layers (None: all)."""
+    count = shape.layers if layers is None else layers
+    return 2 * count * shape.kv_heads * shape.head_dim * form.itemsize * context
+
+
+def workspace_bytes(
+    shape: ModelShape, form: Form, context: int, *, cuda: bool, packs_nf4: bool = False
+) -> int:
+    """The most that is held beside weights and KV cache at one moment, while loading or running.
+
+    packs_nf4: bitsandbytes repacks NF4 weights on their first use on this CPU.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise SourceError(f"{folder} holds no safetensors file", "Give the folder of a converted checkpoint")
-    return sum(t.end - t.begin for file in files for t in read_header(file).tensors.values())
+    return SLACK + max(
+        _loading(shape, form),
+        _activations(shape, form, context) + _kernel(shape, form, cuda=cuda, packs_nf4=packs_nf4),
+        _sampling(shape),
+    )
 
 
-def kv_cache_bytes(config: Any, context: int, itemsize: int = 2) -> int:
-    """Bytes of keys and values of `context` tokens, for a model whose layers all attend to all of them."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    if getattr(text, "multi_query", None) is not None:  # gpt_bigcode says it in its own word
-        kv_heads = 1 if text.multi_query else heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * text.num_hidden_layers * kv_heads * head_size * itemsize * context)
+def _loading(shape: ModelShape, form: Form) -> int:
+    """A slice of the largest stored tensor and what becomes of it; bitsandbytes makes float32 of it and more.
+
+    A GGUF is read a whole tensor at a time, and dequantized in float32; part of what is loaded later has its
+    place there.
+    """
+    largest = max(tensor.numel for tensor in shape.tensors)
+    if shape.whole_reads:
+        return largest * 3
+    return min(SLICE_BYTES, 4 * largest) * {"dense": 2, "gptq": 2, "int8": 4, "nf4": 6}[form.method]
+
+
+def _activations(shape: ModelShape, form: Form, context: int) -> int:
+    """Of one prefill chunk inside one decoder layer.
+
+    The MLP holds its widest activation before and after its non-linearity, the residual stream, the
+    normed input and the output; attention holds queries, keys and output, and the mask.
+    """
+    tokens = min(PREFILL_CHUNK, context)
+    mlp = tokens * (2 * shape.widest + 3 * shape.hidden) * form.itemsize
+    heads = shape.heads * shape.head_dim
+    attention = tokens * (3 * heads + 2 * shape.hidden) * form.itemsize + 2 * tokens * context
+    return max(mlp, attention)
+
+
+def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> int:
+    """What multiplying by quantized weights takes."""
+    largest, tokens = shape.largest_linear, PREFILL_CHUNK
+    if form.method == "int8":
+        # Inputs in float16 and int8, products in int32 and in float16.
+        return tokens * shape.widest * 9 + (0 if cuda else FRAGMENTS)
+    if form.method == "nf4":
+        # Repacking: nibbles as int32, as bytes, in the new order, and both halves of the result. Else the
+        # whole weight in 16 bits.
+        return 7 * largest if packs_nf4 and not cuda else 2 * largest
+    if form.method == "gptq":
+        # A slice as integers, in float32 and in the dtype. On a card the kernel that needs no compiler unpacks
+        # a whole weight, in 16-bit integers and in the dtype; the others take less.
+        unpacked = min(largest, REFERENCE_SLICE) * 8 if not cuda else largest * 2
+        return unpacked + (largest if cuda else min(largest, REFERENCE_SLICE)) * form.itemsize
+    return 0
+
+
+def _sampling(shape: ModelShape) -> int:
+    """Logits in float32, scaled, sorted with their order, as probabilities, for a few rows of drafts."""
+    return shape.vocab * 4 * 24
+
+
+def need_on_device(
+    shape: ModelShape,
+    form: Form,
+    context: int,
+    *,
+    cuda: bool,
+    packs_nf4: bool = False,
+    own_context: int = 0,
+) -> Need:
+    """The whole model on one device."""
+    return Need(
+        weights_bytes(shape, form),
+        kv_cache_bytes(shape, form, context),
+        workspace_bytes(shape, form, context, cuda=cuda, packs_nf4=packs_nf4),
+        own_context,
+    )
+
+
+def need_of_split(
+    shape: ModelShape, form: Form, context: int, split: int, *, packs_nf4: bool = False, own_context: int = 0
+) -> tuple[Need, Need]:
+    """(card, host) with the first `split` decoder layers on a card and the others on the CPU."""
+    card = Need(
+        weights_bytes(shape, form, range(split)),
+        kv_cache_bytes(shape, form, context, split),
+        workspace_bytes(shape, form, context, cuda=True),
+        own_context,
+    )
+    host = Need(
+        weights_bytes(shape, form, range(split, shape.layers), outside=False),
+        kv_cache_bytes(shape, form, context, shape.layers - split),
+        workspace_bytes(shape, form, context, cuda=False, packs_nf4=packs_nf4),
+        HOST_CONTEXT,
+    )
+    return card, host
+
+
+def bytes_read_a_token(
+    shape: ModelShape, form: Form, layers: range | None = None, outside: bool = True
+) -> int:
+    """Bytes of weights that decoding one token reads: all but the rows of tables that are looked up."""
+    total = weights_bytes(shape, form, layers, outside)
+    if outside:
+        total -= (shape.learned_positions + _looked_up(shape)) * shape.hidden * form.itemsize
+    return total
+
+
+def _looked_up(shape: ModelShape) -> int:
+    """Rows of an embedding that is not the head as well: a step reads one of them."""
+    tables = [t for t in shape.tensors if t.layer < 0 and len(t.shape) == 2 and t.shape[0] == shape.vocab]
+    return shape.vocab if len(tables) > 1 else 0

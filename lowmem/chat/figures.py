@@ -1,0 +1,63 @@
+"""One line on a model, one line on an answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lowmem.plan.device import MemoryUse, format_bytes, memory_use
+
+if TYPE_CHECKING:
+    from lowmem.loader import LoadedModel
+    from lowmem.session import Response
+
+
+def describe(loaded: LoadedModel, context: int | None = None) -> str:
+    """The model that was loaded: its form, weights, dtype, device, kernel and context."""
+    parts = [
+        loaded.label or "unquantized",
+        f"{format_bytes(loaded.weight_bytes)} of weights",
+        f"{str(loaded.dtype).removeprefix('torch.')} on {loaded.device}",
+    ]
+    if loaded.cpu_layers:
+        parts.append(f"{loaded.cpu_layers} layers on the CPU")
+    if loaded.kernel:
+        parts.append(f"kernel {loaded.kernel}")
+    if context:
+        parts.append(f"context of {context:,} tokens")
+    return ", ".join(parts) + f"; loaded in {loaded.load_seconds:.1f} s"
+
+
+def figures(response: Response, memory: MemoryUse, *, stopped: bool = False) -> str:
+    """An answer: tokens of prompt and answer, TTFT, tokens/s, memory, and what ended it too early."""
+    parts = [
+        f"{response.prompt_tokens} + {response.new_tokens} tokens",
+        f"TTFT {response.ttft_seconds:.2f} s",
+    ]
+    if response.tokens_per_second:
+        parts.append(f"{response.tokens_per_second:.1f} tokens/s")
+    parts.append(describe_memory(memory))
+    if stopped:
+        parts.append("stopped")
+    elif response.finish_reason == "length":
+        parts.append(f"cut at {response.new_tokens} new tokens")
+    elif response.finish_reason == "context":
+        parts.append("cut: the context is full")
+    return " · ".join(parts)
+
+
+def describe_memory(memory: MemoryUse) -> str:
+    """What is held now; on a card that is what counts."""
+    if memory.card:
+        return f"{format_bytes(memory.card)} on the card"
+    return format_bytes(memory.host)
+
+
+def memory_now(loaded: LoadedModel) -> MemoryUse:
+    """What this process holds for the model."""
+    return memory_use(loaded.device)
+
+
+def dropped_note(turns: int) -> str:
+    """One line on the turns that were left out to fit the context."""
+    what = "the oldest turn was" if turns == 1 else f"the oldest {turns} turns were"
+    return f"{what} left out to fit the context"

@@ -1,0 +1,319 @@
+"""Markdown → styled lines, one top-level block at a time, so that a block's lines never depend on another.
+
+markdown-it parses, rich lays out. Where CommonMark would drop what a coding assistant said, it is kept:
+`<int>` is no HTML tag, `__init__` is not bold, `2*3*4` holds no emphasis, `>>> x` is no quotation, a
+line's end and indentation stay, and links, images and entities are shown as they are written. So code that
+came without a fence can still be read and copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_block import StateBlock
+from markdown_it.rules_block.blockquote import blockquote
+from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline import emphasis as emphasis_rule
+from markdown_it.token import Token
+from rich import box, markdown
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.segment import Segment
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+CODE_THEME = "ansi_dark"  # the terminal's own sixteen colours, so that a light one is served as well
+THEME = Theme(
+    {
+        "markdown.code": "cyan",
+        "markdown.code_block": "none",
+        "markdown.block_quote": "italic",
+        "markdown.item.bullet": "bold",
+        "markdown.item.number": "bold",
+        "markdown.hr": "dim",
+        "markdown.table.border": "dim",
+        "markdown.table.header": "bold",
+        **{f"markdown.h{level}": "bold" for level in range(1, 7)},
+    }
+)
+"""rich's own without backgrounds and without colours that only suit dark terminals."""
+_TAB = 4
+_DEEPEST = 12  # levels of tokens; markdown-it itself drops what lies deeper than 20
+_NARROWEST = 16 + 2 * _DEEPEST  # columns that the deepest level needs; a narrower terminal wraps its lines
+
+Line = list[Segment]
+"""A line of output. One of code may be wider than the terminal, which then wraps it and copies it whole."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A top-level block: its tokens, and its lines [start, stop) of the source."""
+
+    tokens: tuple[Token, ...]
+    start: int
+    stop: int
+
+    @property
+    def kind(self) -> str:
+        """markdown-it's type of the token that opens it, as `fence` or `bullet_list_open`."""
+        return self.tokens[0].type
+
+    def item_starts(self) -> list[int]:
+        """The first lines of a list's own items."""
+        return [t.map[0] for t in self.tokens if t.type == "list_item_open" and t.level == 1 and t.map]
+
+
+def parse(source: str) -> list[Block]:
+    """The top-level blocks in order. Only the last can change when whole lines are added to the source."""
+    blocks: list[Block] = []
+    tokens: list[Token] = []
+    for token in _PARSER.parse(source):
+        tokens.append(token)
+        if token.level == 0 and token.nesting <= 0:
+            start, stop = tokens[0].map or (0, 0)
+            blocks.append(Block(tuple(tokens), start, stop))
+            tokens = []
+    return blocks
+
+
+def render_block(
+    block: Block, source: str, console: Console, width: int, number: int | None = None
+) -> list[Line]:
+    """The block's lines, at most `width` cells wide unless they are code or `width` is too narrow for any.
+
+    number: of the first item, where an ordered list goes on that began before the source did.
+    """
+    first = block.tokens[0]
+    if first.type == "fence":
+        return highlight(first.content, first.info)
+    depth = max(token.level for token in block.tokens)
+    width = max(width, _NARROWEST)
+    verbatim = first.type == "code_block" or depth > _DEEPEST
+    if not verbatim and first.type == "table_open":
+        verbatim = sum(token.type == "th_open" for token in block.tokens) * 6 > width
+    if verbatim:
+        lines = source.split("\n")[block.start : block.stop]
+        return _trim([_line(Text(line.expandtabs(_TAB).rstrip())) for line in lines])
+    if number is not None and first.type == "ordered_list_open":
+        first.attrs["start"] = number
+    options = console.options.update(width=width, height=None, highlight=False, markup=False)
+    rendered = console.render_lines(_Blocks(block.tokens), options, pad=False)
+    return _trim([_strip(line) for line in rendered])
+
+
+def render(source: str, console: Console, width: int) -> list[Line]:
+    """A whole text: its blocks with an empty line between them."""
+    lines: list[Line] = []
+    for block in parse(source):
+        rendered = render_block(block, source, console, width)
+        if lines and rendered:
+            lines.append([])
+        lines += rendered
+    return lines
+
+
+def highlight(code: str, info: str) -> list[Line]:
+    """The lines of a code block, all of them, with the colours of the language that `info` names."""
+    lines = [line.expandtabs(_TAB).rstrip() for line in code.split("\n")]
+    if lines and not lines[-1]:
+        lines.pop()  # the code ends with a line feed
+    plain = "\n".join(lines)
+    language = info.split()[0] if info.split() else "text"
+    # Most lexers see no comment in one that is not closed yet; lines below are closed for them.
+    open_comment = plain.rfind("/*") > plain.rfind("*/")
+    try:
+        syntax = Syntax("", language, theme=CODE_THEME, background_color="default")
+        text = syntax.highlight(plain + "\n*/" * open_comment)
+    except Exception:  # a lexer that chokes costs the colours, never the code
+        text = Text(plain)
+    styled = text.split("\n", allow_blank=True)[: len(lines)]
+    if [line.plain for line in styled] != lines:  # some lexers drop a byte order mark or a blank line
+        styled = type(styled)(Text(line) for line in lines)
+    return [_line(line) for line in styled]
+
+
+def plain_text(line: Line) -> str:
+    """The line without its styles."""
+    return "".join(segment.text for segment in line)
+
+
+def fold(line: Line, width: int) -> list[Line]:
+    """Break a line where a terminal of `width` columns would."""
+    if cell_len(plain_text(line)) <= width:
+        return [line]
+    rows: list[Line] = [[]]
+    used = 0
+    for text, style, _ in line:
+        run = ""
+        for character in text:
+            cells = cell_len(character)
+            if used + cells > width and used:
+                rows[-1].append(Segment(run, style))
+                rows.append([])
+                run, used = "", 0
+            run += character
+            used += cells
+        if run:
+            rows[-1].append(Segment(run, style))
+    return rows
+
+
+def _line(text: Text) -> Line:
+    """A text of one line as segments; its own style and spans only."""
+    console = _PLAIN
+    return [segment for segment in text.render(console, end="") if segment.text]
+
+
+def _strip(line: Line) -> Line:
+    """Without the blanks that rich pads with: they would be copied, and wrap when the window narrows."""
+    line = [segment for segment in line if segment.text and not segment.control]
+    while line and (line[-1].style is None or line[-1].style.bgcolor is None):
+        text = line[-1].text.rstrip()
+        if text:
+            line[-1] = Segment(text, line[-1].style)
+            break
+        line.pop()
+    return line
+
+
+def _trim(lines: list[Line]) -> list[Line]:
+    """Without empty lines at either end: what stands between blocks is decided in one place."""
+    while lines and not plain_text(lines[0]).strip():
+        del lines[0]
+    while lines and not plain_text(lines[-1]).strip():
+        lines.pop()
+    return lines
+
+
+class _Heading(markdown.Heading):
+    """Flush left, with its marks: in code without a fence they are comments."""
+
+    def on_enter(self, context: markdown.MarkdownContext) -> None:
+        super().on_enter(context)
+        self.text.append("#" * int(self.tag[1:]) + " ", context.current_style)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.text
+
+
+class _CodeBlock(markdown.CodeBlock):
+    """Code inside of a list or a quotation: no background, no frame."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in highlight(str(self.text), self.lexer_name):
+            for row in fold(line, options.max_width):
+                yield from row
+                yield Segment.line()
+
+
+class _ListItem(markdown.ListItem):
+    """A number takes as much room as it needs, and never less than two digits do.
+
+    rich gives all items the room of the last number, so that the tenth item would shift the nine before.
+    """
+
+    def render_number(
+        self, console: Console, options: ConsoleOptions, number: int, last_number: int
+    ) -> RenderResult:
+        label = f"{number}.".rjust(3) + " "
+        style = console.get_style("markdown.item.number", default="none")
+        lines = console.render_lines(
+            self.elements, options.update(width=options.max_width - len(label)), style=self.style
+        )
+        for position, line in enumerate(lines or [[]]):
+            yield Segment(" " * len(label) if position else label, style)
+            yield from line
+            yield Segment.line()
+
+
+class _Table(markdown.TableElement):
+    """Long words are folded; rich's own cuts them off."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=box.SIMPLE, pad_edge=False, style="markdown.table.border", collapse_padding=True)
+        for cell in self.header.row.cells if self.header and self.header.row else ():
+            table.add_column(cell.content, header_style="markdown.table.header", overflow="fold")
+        for row in self.body.rows if self.body else ():
+            table.add_row(*(cell.content for cell in row.cells))
+        yield table
+
+
+class _Rule(markdown.HorizontalRule):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text("─" * min(options.max_width, 40), style="markdown.hr")
+
+
+class _Blocks(markdown.Markdown):
+    """rich's renderer on tokens that are parsed already."""
+
+    elements: ClassVar[dict[str, type[markdown.MarkdownElement]]] = {
+        **markdown.Markdown.elements,
+        "heading_open": _Heading,
+        "fence": _CodeBlock,
+        "code_block": _CodeBlock,
+        "hr": _Rule,
+        "list_item_open": _ListItem,
+        "table_open": _Table,
+    }
+
+    def __init__(self, tokens: Sequence[Token]) -> None:
+        super().__init__("", code_theme=CODE_THEME, hyperlinks=False)
+        self.parsed = list(tokens)
+
+
+def _keep_line_ends(state: StateInline, silent: bool) -> bool:
+    """A line's end is a line's end, and the next line keeps its indentation."""
+    if state.src[state.pos] != "\n":
+        return False
+    if not silent:
+        state.pending = state.pending.rstrip(" ")
+        state.push("hardbreak", "br", 0)
+    state.pos += 1
+    return True
+
+
+def _stars_between_words(state: StateInline, silent: bool) -> bool:
+    """Emphasis by stars that do not stand inside of a word or a product; never by underscores."""
+    source, start = state.src, state.pos
+    if source[start] != "*" or (start and source[start - 1] == "*"):
+        return False
+    stop = start
+    while stop < state.posMax and source[stop] == "*":
+        stop += 1
+    before, after = source[start - 1 : start], source[stop : stop + 1]
+    if _is_ascii_word(before) and _is_ascii_word(after):
+        return False
+    return emphasis_rule.tokenize(state, silent)
+
+
+def _is_ascii_word(character: str) -> bool:
+    return character.isascii() and character.isalnum()
+
+
+def _quotation_but_no_doctest(state: StateBlock, start: int, stop: int, silent: bool) -> bool:
+    """`>>> x` is a Python prompt."""
+    first = state.bMarks[start] + state.tShift[start]
+    return not state.src.startswith(">>>", first) and blockquote(state, start, stop, silent)
+
+
+def _make_parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    # Definitions of references would change blocks that are printed already.
+    parser.disable(["reference", "html_block", "html_inline", "autolink", "link", "image", "entity"])
+    parser.inline.ruler.at("newline", _keep_line_ends)
+    parser.inline.ruler.at("emphasis", _stars_between_words)
+    parser.block.ruler.at(
+        "blockquote",
+        _quotation_but_no_doctest,
+        {"alt": ["paragraph", "reference", "blockquote", "list"]},
+    )
+    return parser
+
+
+_PARSER = _make_parser()
+_PLAIN = Console(file=None, force_terminal=False, width=80)

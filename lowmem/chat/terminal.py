@@ -1,0 +1,121 @@
+"""The terminal while the chat owns it: no echo into an answer, Ctrl-C where it can be taken, all put back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
+
+try:
+    import termios
+except ImportError:  # not on Windows, where the console echoes nothing that is not asked for
+    termios = None  # type: ignore[assignment]
+
+TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
+_INPUT_FLAGS, _LOCAL_FLAGS, _CONTROL_CHARACTERS = 0, 3, 6  # places in termios' list of attributes
+_SHOW_CURSOR, _NO_BRACKETED_PASTE, _WRAP, _NO_COLOUR = "\x1b[?25h", "\x1b[?2004l", "\x1b[?7h", "\x1b[0m"
+
+
+class Interrupts:
+    """Ctrl-C while an answer is made: raised inside of `armed`, remembered anywhere else.
+
+    So it ends the model's work at once, and never a drawing or the keeping of what was said.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._armed = False
+        self._before: Any = None
+
+    def __enter__(self) -> Interrupts:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    @contextmanager
+    def armed(self) -> Iterator[None]:
+        """Where KeyboardInterrupt may be raised; at once if Ctrl-C came before."""
+        self._armed = True
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._armed = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self._armed:
+            self._armed = False  # once is enough
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """Keys are not echoed, and wait for the next prompt as they were typed; Ctrl-C works, Ctrl-Z does not."""
+    try:
+        handle = sys.stdin.fileno()
+        before = termios.tcgetattr(handle) if termios else None
+    except (OSError, ValueError, AttributeError):
+        before = None
+    if before is None:
+        yield
+        return
+    quiet: list[Any] = [list(part) if isinstance(part, list) else part for part in before]
+    quiet[_LOCAL_FLAGS] &= ~(termios.ECHO | termios.ICANON)
+    quiet[_LOCAL_FLAGS] |= termios.NOFLSH  # or Ctrl-C would throw away what is on its way to the screen
+    quiet[_INPUT_FLAGS] &= ~termios.ICRNL
+    quiet[_CONTROL_CHARACTERS][termios.VSUSP] = b"\0"  # what is on the screen would be drawn over the shell
+    try:
+        termios.tcsetattr(handle, termios.TCSANOW, quiet)
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSANOW, before)
+
+
+def forget_typed() -> None:
+    """Drop what was typed ahead: Ctrl-C takes it back, as in a shell."""
+    try:
+        if termios:
+            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+    except (OSError, ValueError, AttributeError):
+        pass  # no terminal
+
+
+@contextmanager
+def restored_terminal() -> Iterator[None]:
+    """The terminal is afterwards what it was before, however the block is left; SIGTERM is an exit."""
+    handle, before = None, None
+    try:
+        handle = sys.stdin.fileno()
+        before = termios.tcgetattr(handle) if termios and os.isatty(handle) else None
+    except (OSError, ValueError, AttributeError):
+        pass
+    old = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    except BaseException:
+        if before is not None and sys.stdout.isatty():
+            try:
+                sys.stdout.write(_SHOW_CURSOR + _NO_BRACKETED_PASTE + _WRAP + _NO_COLOUR)
+                sys.stdout.flush()
+            except OSError:
+                pass  # the terminal itself has gone
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, old)
+        if handle is not None and before is not None:
+            try:
+                termios.tcsetattr(handle, termios.TCSANOW, before)
+            except OSError:
+                pass
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(TERMINATED)

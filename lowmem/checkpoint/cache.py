@@ -1,0 +1,361 @@
+"""lowmem's own cache of converted checkpoints: where `lowmem convert` writes when no folder is named.
+
+> $LOWMEM_CACHE, or $XDG_CACHE_HOME/lowmem, or ~/.cache/lowmem
+>   models/HuggingFaceH4--starchat-alpha/     a hub id, or NAME-1a2b3c4d of a local checkpoint
+>     origin.json                             {"source": the hub id, or the local path}
+>     4bit-g128/                              a finished checkpoint; its folder's time is that of its last use
+>     3bit-g64.partial/                       an unfinished conversion, see convert/job.py
+
+Needs no torch: a plan looks here first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.checkpoint.files import is_hub_id, read_json
+from lowmem.checkpoint.manifest import MANIFEST_FILE, find_quantization
+from lowmem.config import QuantConfig
+from lowmem.errors import InvalidRequestError, LowmemError, OutputError
+
+ORIGIN_FILE = "origin.json"
+# What convert/job.py adds to a checkpoint's name while it works, and while it clears up.
+PARTIAL, WASTE = ".partial", ".partial.done"
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint of the cache, finished or begun.
+
+    name: "key/label", as `remove` takes it. path: the finished folder (there if `complete`). source: the
+    hub id or the absolute path that it was made of. bits, group_size: 0 where nothing says it. nbytes: of
+    all its files, those of an unfinished job included. used: when it was last used or made, in seconds
+    since 1970. unfinished: a job lies beside it. layers_done: of that job.
+    """
+
+    name: str
+    path: Path
+    source: str
+    bits: int
+    group_size: int
+    nbytes: int
+    used: float
+    complete: bool
+    unfinished: bool
+    layers_done: int = 0
+
+    @property
+    def state(self) -> str:
+        """In words: ready, unfinished or damaged."""
+        if self.complete:
+            return "ready, and an unfinished job" if self.unfinished else "ready"
+        return f"unfinished, {self.layers_done} layers done" if self.unfinished else "damaged"
+
+
+def cache_root() -> Path:
+    """The cache's folder, which need not exist yet."""
+    own = os.environ.get("LOWMEM_CACHE")
+    if own:
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path("~/.cache")).expanduser().absolute() / "lowmem"
+
+
+def label_of(config: QuantConfig, others: Mapping[str, object] | None = None) -> str:
+    """The folder's name for a recipe, as "4bit-g128"; what differs from the defaults is added.
+
+    others: settings beyond `config` that were chosen otherwise than by default; they become six digits of
+    a checksum. Raises ValueError for a group size that the converter has yet to choose.
+    """
+    if config.group_size == 0:
+        raise ValueError("the group size is not chosen yet")
+    default = QuantConfig()
+    parts = [f"{config.bits}bit", "row" if config.group_size == -1 else f"g{config.group_size}"]
+    if not config.sym:
+        parts.append("asym")
+    if not config.desc_act:
+        parts.append("inorder")
+    if config.damp_percent != default.damp_percent:
+        parts.append(f"damp{config.damp_percent:g}")
+    if not config.true_sequential:
+        parts.append("atonce")
+    if others:
+        text = json.dumps(dict(others), sort_keys=True, default=str)
+        parts.append(hashlib.sha256(text.encode()).hexdigest()[:6])
+    return "-".join(parts)
+
+
+def entry_folder(source: str, label: str) -> Path:
+    """Where the checkpoint made of `source` belongs; nothing is created.
+
+    source: a hub id, or a path, which wins if it exists. Raises InvalidRequestError for a label that is no
+    plain name.
+    """
+    if not _is_label(label):
+        raise InvalidRequestError(f"{label!r} is no name for a checkpoint", "Use letters, digits and -")
+    return cache_root() / "models" / _key(_origin(source)) / label
+
+
+def claim(source: str, label: str) -> Path:
+    """As `entry_folder`, with the folder around it made and its origin written.
+
+    Raises OutputError when the cache cannot be written.
+    """
+    folder = entry_folder(source, label)
+    origin = folder.parent / ORIGIN_FILE
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if not origin.exists():
+            part = origin.with_name(f"{ORIGIN_FILE}.{os.getpid()}")
+            part.write_text(json.dumps({"source": _origin(source)}) + "\n", encoding="utf-8")
+            part.replace(origin)
+    except OSError as error:
+        raise OutputError(
+            f"the cache {cache_root()} cannot be written: {error.strerror or error}",
+            "Name a folder after SOURCE, or set LOWMEM_CACHE to one",
+        ) from error
+    return folder
+
+
+def prune(folder: Path) -> None:
+    """Remove the folder around the entry `folder` if nothing but its origin is left in it."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in folder.parent.iterdir()] == [ORIGIN_FILE]:
+            (folder.parent / ORIGIN_FILE).unlink()
+            folder.parent.rmdir()
+
+
+def mark_used(folder: Path) -> None:
+    """Note that a checkpoint is used now, if it is one of the cache."""
+    with contextlib.suppress(OSError):
+        if folder.resolve().parent.parent == (cache_root() / "models").resolve():
+            os.utime(folder)
+
+
+def entries() -> list[Entry]:
+    """Everything in the cache, sorted by name; what cannot be read is passed over."""
+    found = []
+    for key in _subfolders(cache_root() / "models"):
+        source = _read_origin(key)
+        names = {_without_suffix(path.name) for path in _subfolders(key)}
+        found += [_entry(key / label, source) for label in sorted(names) if _is_label(label)]
+    return found
+
+
+def entries_for(source: str) -> list[Entry]:
+    """The entries that were made of `source`: a hub id or a path."""
+    key = _key(_origin(source))
+    return [entry for entry in entries() if entry.name.partition("/")[0] == key]
+
+
+def find(text: str) -> Entry:
+    """The entry that a user means: "key/label", a label, the source's name, or how one of them begins.
+
+    Raises InvalidRequestError, naming what comes near, when none or several fit.
+    """
+    known = entries()
+    if not known:
+        raise InvalidRequestError(f"{text!r} is not in the cache: {cache_root()} is empty")
+    for fits in (str.__eq__, str.startswith):
+        for words_of in (_name, _label, _source):
+            matches = [entry for entry in known if text and fits(words_of(entry), text)]
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                names = ", ".join(entry.name for entry in matches)
+                raise InvalidRequestError(f"{text!r} could be {names}", "Give the whole name")
+    words = {word: entry.name for entry in known for word in (_source(entry), _label(entry), _name(entry))}
+    near = dict.fromkeys(words[word] for word in difflib.get_close_matches(text, words, n=3, cutoff=0.5))
+    raise InvalidRequestError(
+        f"{text!r} is not in the cache",
+        f"Did you mean {' or '.join(near)}?" if near else "See lowmem list",
+    )
+
+
+def remove(name: str) -> int:
+    """Remove the entry `name` ("key/label") with its unfinished job; the bytes that were freed.
+
+    Links are removed, never followed. Raises InvalidRequestError for a name that is not in the cache, and
+    OutputError while a conversion works on it, or when the disk refuses.
+    """
+    entry = next((entry for entry in entries() if entry.name == name), None)
+    if entry is None:
+        raise InvalidRequestError(f"{name!r} is not in the cache", "See lowmem list")
+    folder = entry.path
+    if folder.parent.is_symlink():
+        raise OutputError(
+            f"{folder.parent} is a link to {os.path.realpath(folder.parent)}, outside of the cache",
+            "Remove it yourself",
+        )
+    waste = _beside(folder, WASTE)
+    try:
+        with _job_lock(folder):
+            for path in (folder, _beside(folder, PARTIAL)):
+                if os.path.lexists(path):
+                    # At once by its name, so that half of it is never taken for a checkpoint or a job.
+                    _remove_tree(waste)
+                    path.rename(waste)
+            _remove_tree(waste)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be removed: {error.strerror or error}") from error
+    prune(folder)
+    return entry.nbytes
+
+
+@contextlib.contextmanager
+def _job_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of the unfinished job beside `folder`, if there is one, against a converter."""
+    import fcntl
+
+    try:
+        lock = (_beside(folder, PARTIAL) / "lock").open("r+b")
+    except (FileNotFoundError, NotADirectoryError):
+        yield
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"a conversion is working on {folder.parent.name}/{folder.name}", "Wait for it, or stop it"
+            ) from None
+        yield
+
+
+def _remove_tree(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _entry(path: Path, source: str) -> Entry:
+    job = _beside(path, PARTIAL)
+    folders = [folder for folder in (path, job, _beside(path, WASTE)) if folder.is_dir()]
+    complete = (path / MANIFEST_FILE).is_file()
+    state = _read_job(job)
+    bits, group_size = _format(path) if complete else _format_of_job(state)
+    done = state.get("finished_layers")
+    return Entry(
+        name=f"{path.parent.name}/{path.name}",
+        path=path,
+        source=source,
+        bits=bits,
+        group_size=group_size,
+        nbytes=sum(_size(folder) for folder in folders),
+        used=max((_time(folder) for folder in folders), default=0.0),
+        complete=complete,
+        unfinished=any(folder != path for folder in folders),
+        layers_done=done if type(done) is int else 0,
+    )
+
+
+def _format(folder: Path) -> tuple[int, int]:
+    """(bits, group size) of a finished checkpoint, or zeros."""
+    try:
+        found = find_quantization(folder)
+    except LowmemError:
+        return 0, 0
+    return (found.bits, found.group_size) if found else (0, 0)
+
+
+def _read_job(job: Path) -> dict[str, Any]:
+    try:
+        return read_json(job / "job.json")
+    except LowmemError:
+        return {}
+
+
+def _format_of_job(state: Mapping[str, Any]) -> tuple[int, int]:
+    recipe = state.get("recipe")
+    if not isinstance(recipe, dict):
+        return 0, 0
+    bits, group_size = recipe.get("bits"), recipe.get("group_size")
+    return (bits, group_size) if type(bits) is int and type(group_size) is int else (0, 0)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below; links inside are not followed."""
+    total = 0
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            with contextlib.suppress(OSError):  # a conversion may be at work
+                total += os.lstat(os.path.join(parent, name)).st_size
+    return total
+
+
+def _time(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _origin(source: str) -> str:
+    """A hub id as it is, or the absolute path of what exists here (or looks like no hub id)."""
+    path = os.path.expanduser(source)
+    if is_hub_id(source) and not os.path.exists(path):
+        return source
+    try:
+        return os.path.realpath(path)
+    except ValueError:  # a zero byte: it is no path, and nothing was made of it
+        return source
+
+
+def _key(origin: str) -> str:
+    if is_hub_id(origin):
+        return origin.replace("/", "--")
+    base = re.sub(r"[^A-Za-z0-9._-]", "_", os.path.basename(origin)).strip(".")[:60] or "model"
+    return f"{base}-{hashlib.sha256(os.fsencode(origin)).hexdigest()[:8]}"
+
+
+def _read_origin(key: Path) -> str:
+    try:
+        source = read_json(key / ORIGIN_FILE).get("source")
+    except LowmemError:
+        source = None
+    return source if isinstance(source, str) and source.isprintable() else key.name
+
+
+def _without_suffix(name: str) -> str:
+    for suffix in (WASTE, PARTIAL):
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _beside(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.name + suffix)
+
+
+def _is_label(text: str) -> bool:
+    return bool(_LABEL.fullmatch(text)) and _without_suffix(text) == text
+
+
+def _name(entry: Entry) -> str:
+    return entry.name
+
+
+def _label(entry: Entry) -> str:
+    return entry.path.name
+
+
+def _source(entry: Entry) -> str:
+    return entry.source

@@ -1,0 +1,1 @@
+"""`lowmem doctor`: what works on this machine, tried and not assumed."""

@@ -1,0 +1,115 @@
+"""From what the machine has to lines: pure functions of `Machine`."""
+
+from __future__ import annotations
+
+from lowmem.doctor.machine import Card, Machine
+from lowmem.doctor.report import Check, Checks
+from lowmem.plan.device import format_bytes
+
+NEEDED = ("torch", "transformers")
+_LEAST_DISK = 10 << 30
+_LEAST_CAPABILITY = (7, 5)  # Turing: what Marlin and Triton ask for
+
+
+def facts(machine: Machine) -> Checks:
+    """Software, cards, compilers, CPU, memory and disk, in the order of a report."""
+    yield from _software(machine)
+    yield from _cuda(machine)
+    yield from _compilers(machine)
+    yield from _host(machine)
+
+
+def _software(machine: Machine) -> Checks:
+    yield Check("system", "python", "ok", f"{machine.python} on {machine.platform}")
+    for name in NEEDED:
+        version = machine.versions.get(name)
+        if version is None:
+            yield Check(
+                "system", name, "missing", "not installed", "Install lowmem again: pip install lowmem"
+            )
+        elif name == "torch" and machine.torch_error:
+            yield Check("system", name, "missing", machine.torch_error, "Install torch again")
+        elif name == "torch":
+            build = f"built for CUDA {machine.cuda_build}" if machine.cuda_build else "built without CUDA"
+            yield Check("system", name, "ok", f"{version}, {build}")
+        else:
+            yield Check("system", name, "ok", version)
+
+
+def _cuda(machine: Machine) -> Checks:
+    if machine.torch_error:
+        return
+    if machine.driver is None and not machine.cards:
+        yield Check("card", "driver", "ok", "no NVIDIA driver here: models run on the CPU")
+        return
+    runs = f", runs CUDA up to {'.'.join(map(str, machine.driver_cuda))}" if machine.driver_cuda else ""
+    yield Check("card", "driver", "ok", f"NVIDIA {machine.driver}{runs}")
+    if not machine.cards:
+        yield _no_card(machine)
+    for card in machine.cards:
+        yield _card(card)
+
+
+def _no_card(machine: Machine) -> Check:
+    """There is a driver, and yet torch sees nothing."""
+    advice = "See what nvidia-smi says, and $CUDA_VISIBLE_DEVICES"
+    if machine.cuda_build is None:
+        advice = "Install torch with CUDA: https://pytorch.org/get-started/locally/"
+    elif machine.driver_cuda and machine.driver_cuda[0] < int(machine.cuda_build.split(".")[0]):
+        advice = f"Update the driver, or install a torch for CUDA {machine.driver_cuda[0]}"
+    return Check("card", "cards", "warning", "there is a driver, and torch sees no card", advice)
+
+
+def _card(card: Card) -> Check:
+    memory = f"{format_bytes(card.free)} free of {format_bytes(card.total)}"
+    capability = ".".join(map(str, card.capability))
+    bfloat16 = "bfloat16 in hardware" if card.bfloat16 else "no bfloat16 in hardware: float16 is used"
+    detail = f"{card.name}, compute capability {capability}, {memory}, {bfloat16}"
+    name = f"cuda:{card.index}"
+    if card.capability < _LEAST_CAPABILITY:
+        return Check(
+            "card", name, "warning", detail, "The fast kernels need 7.5; the plain one or the CPU is used"
+        )
+    if card.free < card.total // 2:
+        return Check("card", name, "warning", detail, "Close what else uses it to run a better quantization")
+    return Check("card", name, "ok", detail)
+
+
+def _compilers(machine: Machine) -> Checks:
+    if not machine.cards:
+        return
+    advice = (
+        "Marlin and ExLlamaV2 are built with it on first use: install the CUDA toolkit; Triton works without"
+    )
+    if machine.nvcc:
+        yield Check("card", "nvcc", "ok", machine.nvcc)
+    else:
+        yield Check("card", "nvcc", "warning", "not found", advice)
+    if machine.compiler:
+        yield Check("card", "C compiler", "ok", machine.compiler)
+    else:
+        yield Check("card", "C compiler", "warning", "not found", "Triton needs one: install gcc or clang")
+    for name in ("triton", "gptqmodel", "optimum"):
+        version = machine.versions.get(name)
+        if version:
+            yield Check("card", name, "ok", version)
+        else:
+            yield Check("card", name, "warning", "not installed", f"For the fast kernels: pip install {name}")
+
+
+def _host(machine: Machine) -> Checks:
+    flags = ", ".join(sorted(machine.flags)) or "none of those that matter"
+    if machine.flags & {"avx2", "avx512f"} or "x86" not in machine.platform:
+        yield Check("host", "CPU", "ok", f"{machine.cpu}: {flags}")
+    else:
+        yield Check("host", "CPU", "warning", f"{machine.cpu}: {flags}", "Without AVX2 a CPU answers slowly")
+    memory = f"{format_bytes(machine.memory_available)} free of {format_bytes(machine.memory_total)}"
+    if machine.limit is not None and machine.limit < machine.memory_total:
+        memory += f", limited to {format_bytes(machine.limit)} by the container"
+    yield Check("host", "memory", "ok", memory)
+    disk = f"{machine.cache}, {format_bytes(machine.disk_free)} free"
+    if machine.disk_free < _LEAST_DISK:
+        advice = "Conversions need more: see lowmem list and lowmem rm, or set $LOWMEM_CACHE"
+        yield Check("host", "cache", "warning", disk, advice)
+    else:
+        yield Check("host", "cache", "ok", disk)

@@ -1,0 +1,191 @@
+"""The checks of a card on the embedded model: what tests marked `gpu` run, and the doctor for the user.
+
+Each takes the device, returns what it found in a line, and raises RuntimeError when that is not right. On a
+CPU they compare it with itself, which is how they are tested.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.packing import pack_rows, pack_zeros
+from lowmem.config import BITS, SamplingParams
+from lowmem.doctor.report import Check, Checks, guarded
+from lowmem.generate.cache import KVCache
+from lowmem.generate.compiled import CUDA_GRAPH, CompiledDecode, CompileRefused
+from lowmem.generate.engine import Engine
+from lowmem.kernels import bnb, dispatch
+from lowmem.loader import LoadedModel, load
+from lowmem.models.architecture import decoder_layers
+from lowmem.plan.device import format_bytes
+from lowmem.quant_linear import QuantLinear
+
+_CONTEXT = 256
+_NEW_TOKENS = 24
+_GROUP_SIZE = 128
+_PROMPT = "def fibonacci(n):\n"
+
+
+def gpu_checks(device: torch.device, dtype: torch.dtype) -> Checks:
+    """Loading, memory, every kernel in a whole model, compiled decode, bitsandbytes: on `device`."""
+    area = f"a model on {device}"
+    report = "Report it, with this output"
+    yield guarded(area, "greedy tokens", lambda: same_tokens_as_cpu(device), report)
+    yield guarded(area, "memory", lambda: memory_is_accounted(device), report, "warning")
+    yield guarded(area, "compiled decode", lambda: decode_works(area, device, dtype), report, "warning")
+    for bits in BITS:
+        yield guarded(area, f"{bits}-bit GPTQ", lambda b=bits: kernel_in_model(b, device, dtype), report)  # type: ignore[misc]
+    for method in ("int8", "nf4"):
+        yield guarded(
+            area,
+            f"bitsandbytes {method}",
+            lambda m=method: bnb_in_model(m, device, dtype),  # type: ignore[misc]
+            "Convert the model instead of quantizing it while it loads",
+            "warning",
+        )
+
+
+def same_tokens_as_cpu(device: torch.device) -> str:
+    """The embedded model from disk to greedy tokens in float32, on the device and on the CPU."""
+    there = load(_tiny(), device=device, dtype=torch.float32)
+    here = load(_tiny(), device="cpu", dtype=torch.float32)
+    ours, theirs = _greedy(there), _greedy(here)
+    if ours != theirs:
+        at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+        raise RuntimeError(f"token {at + 1} is {ours[at]}, on the CPU {theirs[at]}")
+    return f"{len(ours)} tokens, the same as on the CPU; loaded in {there.load_seconds:.1f} s"
+
+
+def memory_is_accounted(device: torch.device) -> str:
+    """What a load takes on the device, by torch's own count, is what its weights are."""
+    if device.type != "cuda":
+        return "counted on a card alone"
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    loaded = load(_tiny(), device=device, dtype=torch.float16)
+    taken = torch.cuda.memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - before
+    # The allocator rounds each tensor up to 512 bytes.
+    slack = 512 * sum(1 for _ in [*loaded.model.parameters(), *loaded.model.buffers()])
+    if not loaded.weight_bytes <= taken <= loaded.weight_bytes + slack:
+        weights = format_bytes(loaded.weight_bytes)
+        raise RuntimeError(f"{format_bytes(taken)} are taken for {weights} of weights")
+    return f"{format_bytes(taken)} for the weights, {format_bytes(peak)} at the peak of loading"
+
+
+def decode_works(area: str, device: torch.device, dtype: torch.dtype) -> Check | str:
+    """Tokens of captured decode are those of eager decode; a refusal is a warning that says why."""
+    loaded = load(_tiny(), device=device, dtype=dtype)
+    layers = len(decoder_layers(loaded.model, loaded.model.config)[1])
+    cache = KVCache(layers, _CONTEXT)
+    # torch.compile's eager backend takes the same way where there is no card.
+    backend = CUDA_GRAPH if device.type == "cuda" else "eager"
+    try:
+        decode = CompiledDecode(loaded.model, cache, backend=backend)
+    except CompileRefused as refused:
+        return Check(
+            area, "compiled decode", "warning", refused.reason, "Decode stays eager, which is slower"
+        )
+    prompt = torch.tensor([_prompt(loaded)], device=device)
+    eager_cache, worst = KVCache(layers, _CONTEXT), 0.0
+    with torch.inference_mode():
+        loaded.model(input_ids=prompt, past_key_values=cache)
+        fed = int(loaded.model(input_ids=prompt, past_key_values=eager_cache).logits[0, -1].argmax())
+        for _ in range(_NEW_TOKENS):
+            step = torch.tensor([[fed]], device=device)
+            got = decode.step(step).float()
+            right = loaded.model(input_ids=step, past_key_values=eager_cache).logits[:, -1].float()
+            worst = max(worst, float((got - right).norm() / right.norm()))
+            fed = int(right.argmax())
+    if not worst < 0.05:
+        raise RuntimeError(f"its logits differ from the eager ones by {worst:.2g} of their norm")
+    return f"{_NEW_TOKENS} tokens, logits within {worst:.1%} of eager decode"
+
+
+def kernel_in_model(bits: int, device: torch.device, dtype: torch.dtype) -> str:
+    """The embedded model rounded to `bits`: its logits with the device's kernel and with the reference."""
+    loaded = load(_tiny(), device=device, dtype=dtype)
+    pack_model(loaded, bits)
+    ids = torch.tensor([_prompt(loaded)], device=device)
+    with torch.inference_mode():
+        right = loaded.model(input_ids=ids).logits.float()
+        format = GptqFormat(bits, _GROUP_SIZE)
+        name = dispatch.install(loaded.model, format, device, dtype)
+        got = loaded.model(input_ids=ids).logits.float()
+    error = float((got - right).norm() / right.norm())
+    if not error < 0.05:
+        raise RuntimeError(f"{name} differs from the reference by {error:.2g} of the logits' norm")
+    return f"{name}, logits within {error:.1%} of the reference's"
+
+
+def bnb_in_model(method: bnb.Method, device: torch.device, dtype: torch.dtype) -> str:
+    """The embedded model quantized while it loads must prefer the tokens that the 16-bit model prefers."""
+    dense = load(_tiny(), device=device, dtype=dtype)
+    packed = load(_tiny(), device=device, dtype=dtype, on_the_fly=method)
+    ids = torch.tensor([_prompt(dense)], device=device)
+    with torch.inference_mode():
+        right = dense.model(input_ids=ids).logits[0].argmax(-1)
+        got = packed.model(input_ids=ids).logits[0].argmax(-1)
+    share = float((right == got).float().mean())
+    if share < 0.6:
+        raise RuntimeError(f"only {share:.0%} of the likeliest tokens are those of the 16-bit model")
+    return f"{share:.0%} of the likeliest tokens are those of the 16-bit model"
+
+
+def pack_model(loaded: LoadedModel, bits: int) -> None:
+    """Round the decoder layers' linears to nearest, symmetric, in groups of 128, in the model itself."""
+    _, layers = decoder_layers(loaded.model, loaded.model.config)
+    for layer in layers:
+        modules = dict(layer.named_modules())
+        for path, linear in modules.items():
+            if isinstance(linear, nn.Linear):
+                parent, _, child = path.rpartition(".")
+                setattr(modules[parent], child, _packed(linear, bits))
+
+
+def _packed(linear: nn.Linear, bits: int) -> QuantLinear:
+    weight = linear.weight.detach().float().T  # [in, out]
+    groups = weight.reshape(-1, _GROUP_SIZE, weight.shape[1])
+    middle = 1 << (bits - 1)
+    scales = (groups.abs().amax(1) / max(middle - 1, 1)).clamp(min=1e-5).half()
+    q = (groups / scales.float()[:, None]).round().clamp(-middle, middle - 1) + middle
+    packed = QuantLinear(
+        linear.in_features,
+        linear.out_features,
+        bits=bits,
+        group_size=_GROUP_SIZE,
+        bias=linear.bias is not None,
+        device="meta",
+    )
+    zeros = torch.full(scales.shape, middle, device=weight.device)
+    packed.qweight = pack_rows(q.reshape(weight.shape).to(torch.int32), bits)
+    packed.qzeros = pack_zeros(zeros, bits)
+    packed.scales = scales
+    packed.g_idx = (torch.arange(linear.in_features, device=weight.device) // _GROUP_SIZE).int()
+    if linear.bias is not None:
+        packed.bias = linear.bias.detach()
+    return packed
+
+
+def _greedy(loaded: LoadedModel) -> list[int]:
+    engine = Engine(loaded.model, context=_CONTEXT, stop_ids=(), speculate=False)
+    params = SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0)
+    return [token.id for token in engine.generate(_prompt(loaded), params)]
+
+
+def _prompt(loaded: LoadedModel) -> list[int]:
+    tokenizer: Any = loaded.tokenizer
+    ids: list[int] = tokenizer.encode(_PROMPT, add_special_tokens=False)
+    return ids
+
+
+def _tiny() -> Path:
+    """The folder of the embedded model."""
+    return Path(str(files("lowmem") / "data" / "tiny-starchat"))

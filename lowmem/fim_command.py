@@ -1,0 +1,221 @@
+"""`lowmem fim MODEL …`: what belongs between two texts goes to stdout, everything about it to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem.config import SamplingParams
+from lowmem.errors import InvalidRequestError
+from lowmem.plan_arguments import add_plan_arguments, request_of
+
+if TYPE_CHECKING:
+    from lowmem.loader import LoadedModel
+    from lowmem.session import Response
+
+MARKER = "<FILL_HERE>"
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+
+_LARGEST = 64 * 2**20  # bytes of a file: no context is nearly as long, and /dev/zero has no end
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lowmem fim`."""
+    defaults = SamplingParams()
+    add_plan_arguments(parser)
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", help="a file with the marker where text is missing; - is stdin"
+    )
+    parser.add_argument("--marker", metavar="TEXT", default=MARKER, help="the marker in FILE (%(default)s)")
+    parser.add_argument("--prefix-file", metavar="A", help="instead of FILE: what comes before the hole")
+    parser.add_argument("--suffix-file", metavar="B", help="instead of FILE: what comes after the hole")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--whole", action="store_true", help="print the text around the hole as well")
+    output.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=defaults.max_new_tokens,
+        metavar="N",
+        help="end after N tokens (%(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="0, the default, always takes the most likely token",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=defaults.top_k,
+        metavar="K",
+        help="sample among the K most likely tokens; 0 is off (%(default)s)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        metavar="P",
+        help="sample among the tokens that make up probability P; 1 is off (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fill the hole; the exit code. Raises LowmemError for what the user can mend."""
+    # Greedy unless asked otherwise, as in node-llama-cpp's infill and llama-cpp-python's example of it: the
+    # text has to fit what is around it, and the same file should give the same text.
+    params = SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tuple(args.stop),
+    )
+    prefix, suffix = texts(args)
+    # Only now: torch takes seconds to import, and what is wrong above needs none of it.
+    from lowmem.generate.sampling import check_sampling
+    from lowmem.opening import open_model
+    from lowmem.session import Session
+
+    check_sampling(params)
+    streamed = not args.json and not args.whole
+    final: Response | None = None
+    middle = ""
+    try:
+        loaded = open_model(request_of(args), _note)
+        for response in Session(loaded).fill_in(prefix, suffix, params):
+            middle += response.text
+            if streamed:
+                print(response.text, end="", flush=True)
+            final = response
+    except KeyboardInterrupt:
+        _end_line(middle if streamed else "")
+        _note("interrupted")
+        return INTERRUPTED
+    assert final is not None, "the engine gives at least one token"
+    if args.json:
+        print(json.dumps(_record(replace(final, text=middle), loaded), ensure_ascii=False))
+    else:
+        # A file with the hole filled comes at once: whoever redirects it never has half of it.
+        shown = middle if streamed else prefix + middle + suffix
+        if not streamed:
+            print(shown, end="", flush=True)
+        _end_line(shown)
+    if final.cut_tokens:
+        _note(f"{final.cut_tokens} tokens far from the hole were left out: they did not fit the context")
+    _note(_figures(final))
+    return 0
+
+
+def texts(args: argparse.Namespace) -> tuple[str, str]:
+    """The texts before and after the hole. Raises InvalidRequestError for what is no such text."""
+    pair = (args.prefix_file, args.suffix_file)
+    if (args.file is None) == (pair == (None, None)):
+        raise InvalidRequestError(
+            "there is nothing to fill" if args.file is None else "there are two texts to fill",
+            "Give a FILE with a marker, or --prefix-file and --suffix-file",
+        )
+    if args.file is None:
+        prefix, suffix = ("" if path is None else _read(path) for path in pair)
+    else:
+        prefix, suffix = split_at(_read(args.file), args.marker, args.file)
+    if not prefix and not suffix:
+        raise InvalidRequestError(
+            "there is no text before or after the hole", "The files are empty: give at least one line"
+        )
+    return prefix, suffix
+
+
+def split_at(text: str, marker: str, name: str) -> tuple[str, str]:
+    """The text before and after its only marker; InvalidRequestError where there is none, or several."""
+    if not marker:
+        raise InvalidRequestError("the marker is empty", f"Leave --marker out, it is {MARKER}")
+    first, last = text.find(marker), text.rfind(marker)
+    if first < 0:
+        raise InvalidRequestError(
+            f"{name} has no {marker!r} in it", "Put it where text is missing, or name another with --marker"
+        )
+    if first != last:
+        lines = [text.count("\n", 0, at) + 1 for at in (first, last)]
+        raise InvalidRequestError(
+            f"{name} has {marker!r} more than once (lines {lines[0]} to {lines[1]})",
+            "One hole is filled at a time: leave one marker",
+        )
+    return text[:first], text[first + len(marker) :]
+
+
+def _read(name: str) -> str:
+    """A file's text as it is, line ends included; - is standard input."""
+    if name == "-":
+        data = sys.stdin.buffer.read(_LARGEST + 1) if sys.stdin else b""
+    else:
+        try:
+            with Path(name).open("rb") as file:
+                data = file.read(_LARGEST + 1)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+            reason = (isinstance(error, OSError) and error.strerror) or str(error)
+            raise InvalidRequestError(
+                f"cannot read {name}: {reason}", "Give the path of a text file"
+            ) from error
+    if len(data) > _LARGEST:
+        raise InvalidRequestError(
+            f"{name} is larger than {_LARGEST >> 20} MiB", "Give the part of it that is around the hole"
+        )
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(
+            f"{name} is not UTF-8 text (byte {error.start + 1})", "Give a text file, or convert it with iconv"
+        ) from error
+    if "\0" in text:
+        raise InvalidRequestError(f"{name} is not text: it has NUL bytes in it", "Give a text file")
+    return text
+
+
+def _record(response: Response, loaded: LoadedModel) -> dict[str, object]:
+    figures = asdict(response)
+    del figures["logprobs"], figures["dropped_turns"]  # neither belongs to a hole
+    return {
+        **figures,
+        "label": loaded.label,
+        "kernel": loaded.kernel,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "load_seconds": loaded.load_seconds,
+        "weight_bytes": loaded.weight_bytes,
+    }
+
+
+def _figures(response: Response) -> str:
+    """One line on the answer: tokens, why it ended, TTFT, tokens/s."""
+    rate = f", {response.tokens_per_second:.1f} tokens/s" if response.tokens_per_second else ""
+    return (
+        f"{response.prompt_tokens} + {response.new_tokens} tokens ({response.finish_reason}), "
+        f"TTFT {response.ttft_seconds:.2f} s{rate}"
+    )
+
+
+def _end_line(text: str) -> None:
+    """On a terminal the shell's prompt starts on a line of its own; a pipe gets the text and nothing else."""
+    if text and not text.endswith("\n") and sys.stdout.isatty():
+        print(flush=True)
+
+
+def _note(line: str) -> None:
+    """A dim line on stderr; plain where stderr is no terminal."""
+    print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

@@ -1,0 +1,217 @@
+"""Every form of a model that this machine can run, best first: converted, as published, on the fly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lowmem.checkpoint import cache
+from lowmem.checkpoint.files import is_hub_id, read_json
+from lowmem.config import BITS
+from lowmem.errors import LowmemError, SourceError
+from lowmem.plan.memory import Form
+from lowmem.plan.shape import ModelShape, as_converted, read_shape
+
+REPORT_FILE = "lowmem-report.json"
+_NEIGHBOURS = 500
+"""Folders beside a source that are looked at."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One form of the model. bits: of a linear's weights. kld: its measured KL divergence, where its report
+    has one. path: a folder, or a weight file."""
+
+    label: str
+    bits: int
+    form: Form
+    path: Path
+    shape: ModelShape
+    kld: float | None = None
+    command: str = ""
+    """Of a form that is not there yet: what makes it."""
+
+    @property
+    def where(self) -> str:
+        """The folder, or how the form comes about."""
+        if self.command:
+            return self.command
+        return "on the fly" if self.form.method in ("int8", "nf4") else str(self.path)
+
+
+def find_candidates(model: str, *, cuda: bool, dtype: str | None = None) -> list[Candidate]:
+    """All forms of `model` on this machine, ranked: see `ranked`.
+
+    model: a folder or weight file, a hub id, or a name from `lowmem list`. A quantized checkpoint is its only
+    form; a 16-bit one comes with what was converted from it, beside it and in lowmem's cache. Only headers
+    are read. Raises SourceError saying what to type when there is none.
+    """
+    path = Path(model).expanduser()
+    if _exists(path):
+        found = _of_path(path, model, cuda, dtype)
+    else:
+        folders = [e.path for e in cache.entries() if e.complete and e.name == model]
+        if not folders and is_hub_id(model):
+            downloaded = _downloaded(model)
+            folders = [e.path for e in cache.entries_for(model) if e.complete] + downloaded
+        if not folders:
+            raise _missing(model)
+        found = [c for folder in folders for c in _forms(folder, cuda, dtype)]
+    return ranked(found)
+
+
+def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> list[Candidate]:
+    """The forms that `lowmem convert` could make of a 16-bit source among `candidates`, and has not yet."""
+    found = list(candidates)
+    source = next((c for c in found if c.form.method == "dense"), None)
+    if source is None:
+        return []
+    there = {c.bits for c in found if c.form.method == "gptq"}
+    made = []
+    for bits in (bits for bits in BITS if bits not in there):
+        shape = as_converted(source.shape, bits)
+        dtype = "float16" if cuda else "bfloat16"
+        assert shape.format is not None
+        label = f"{bits}-bit g{shape.format.group_size}"
+        command = f"lowmem convert {model} --bits {bits}"
+        made.append(Candidate(label, bits, Form("gptq", dtype), source.path, shape, command=command))
+    return made
+
+
+def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Best quality first: by bits, GPTQ before bitsandbytes, small groups before large ones.
+
+    Those whose KL divergence was measured then change places among themselves so that it rises.
+    """
+    order = sorted(candidates, key=by_bits)
+    places = [i for i, c in enumerate(order) if c.kld is not None]
+    measured = sorted((order[i] for i in places), key=lambda c: c.kld or 0.0)
+    for place, candidate in zip(places, measured, strict=True):
+        order[place] = candidate
+    return order
+
+
+def by_bits(candidate: Candidate) -> tuple[int, int, int, str]:
+    """The order of `ranked` where nothing was measured."""
+    method = ("dense", "gptq", "int8", "nf4").index(candidate.form.method)
+    format = candidate.shape.format
+    group = format.group_size if format and format.group_size > 0 else 1 << 30
+    return (-candidate.bits, method, group, str(candidate.path))
+
+
+def _of_path(path: Path, model: str, cuda: bool, dtype: str | None) -> list[Candidate]:
+    if path.is_dir() and not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+        found = [c for child in _checkpoints_in(path) for c in _forms(child, cuda, dtype)]
+        if len({c.shape.signature for c in found}) > 1:
+            raise SourceError(f"{model} holds checkpoints of several models", "Give one of its folders")
+        if found:
+            return found
+    found = _forms(path, cuda, dtype)
+    shape = found[0].shape
+    if shape.format:
+        return found
+    own = path.resolve()
+    for folder in [*_neighbours(own), *(e.path for e in cache.entries_for(model) if e.complete)]:
+        found += _converted(folder, shape, cuda, dtype)
+    return found
+
+
+def _forms(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
+    """The forms of one checkpoint: one of a quantized, those of a 16- or 32-bit one with bitsandbytes'."""
+    shape = read_shape(path)
+    if shape.format:
+        return [_packed(path, shape, cuda, dtype)]
+    stored = dtype or shape.stored
+    if stored == "float16" and not cuda:
+        stored = "bfloat16" if dtype is None else dtype
+    short = "bfloat16" if stored == "float32" and dtype is None else stored
+    dense = [
+        Candidate(d, 32 if d == "float32" else 16, Form("dense", d), path, shape)
+        for d in dict.fromkeys((stored, short))
+    ]
+    return [
+        *dense,
+        Candidate("int8 bnb", 8, Form("int8", short), path, shape),
+        Candidate("NF4 bnb", 4, Form("nf4", short), path, shape),
+    ]
+
+
+def _packed(path: Path, shape: ModelShape, cuda: bool, dtype: str | None) -> Candidate:
+    assert shape.format is not None
+    stored = "bfloat16" if shape.stored == "float16" and not cuda else shape.stored
+    label = f"{shape.format.bits}-bit g{shape.format.group_size}"
+    form = Form("gptq", dtype or stored)
+    return Candidate(label, shape.format.bits, form, path, shape, _measured_kld(path))
+
+
+def _converted(folder: Path, source: ModelShape, cuda: bool, dtype: str | None) -> list[Candidate]:
+    """A converted folder as a form of the source; none if it is not, or cannot be read."""
+    try:
+        shape = read_shape(folder)
+    except LowmemError:
+        return []
+    if shape.format is None or shape.signature != source.signature:
+        return []
+    # The source says in which dtype it runs; a GGUF's converted form may have been written in another.
+    return [_packed(folder, replace(shape, stored=source.stored), cuda, dtype)]
+
+
+def _neighbours(source: Path) -> list[Path]:
+    """Folders beside the source that were made of it: by their report, or by a name that begins alike."""
+    base = source.stem if source.is_file() else source.name
+    folders = [f for f in _checkpoints_in(source.parent) if f != source]
+    return [f for f in folders if _base_model(f) in (source.name, base) or f.name.startswith(base)]
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    try:
+        children = sorted(folder.iterdir())[:_NEIGHBOURS]
+    except OSError:
+        return []
+    return [child for child in children if (child / "config.json").is_file()]
+
+
+def _base_model(folder: Path) -> object:
+    return _report(folder).get("base_model")
+
+
+def _measured_kld(folder: Path) -> float | None:
+    value = _report(folder).get("kld")
+    return float(value) if isinstance(value, (int, float)) and value >= 0 else None
+
+
+def _report(folder: Path) -> dict[str, object]:
+    try:
+        return read_json(folder / REPORT_FILE)
+    except LowmemError:
+        return {}
+
+
+def _downloaded(model: str) -> list[Path]:
+    """The snapshot of a hub repository that is on this machine already."""
+    from lowmem.checkpoint.hub import download
+
+    try:
+        return [download(model, offline=True)]
+    except SourceError:
+        return []
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _missing(model: str) -> SourceError:
+    if is_hub_id(model):
+        return SourceError(
+            f"{model} is not on this machine: neither converted nor downloaded, and no folder of that name",
+            f"With a network: lowmem convert {model}",
+        )
+    return SourceError(
+        f"{model!r} does not exist",
+        "Give a folder, a weight file, a hub id such as HuggingFaceH4/starchat-alpha, or see lowmem list",
+    )

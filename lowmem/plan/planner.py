@@ -1,0 +1,301 @@
+"""(candidates, what the device has, context) → what to run, with its reasons. Pure: nothing is measured here.
+
+The best candidate that fits the device whole. If none does, one with some decoder layers on the CPU: the best
+of which at least half stays on the card, or else the one with the fewest bytes on the CPU. If not even that
+fits, the best that fits the host's memory. A refusal names the least memory that would do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lowmem.errors import MemoryBudgetError
+from lowmem.plan.candidates import Candidate, by_bits
+from lowmem.plan.device import format_bytes
+from lowmem.plan.memory import (
+    HOST_CONTEXT,
+    Form,
+    Need,
+    bytes_read_a_token,
+    kv_cache_bytes,
+    need_of_split,
+    need_on_device,
+)
+from lowmem.plan.shape import ModelShape
+
+DEFAULT_CONTEXT = 8192
+"""Tokens that are planned for when none are asked for and the model has positions for more."""
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What there is: bytes that may be taken on the card (None: no card) and on the host.
+
+    device: "cpu", "cuda:0", or what a card is called that is only named. own_context: bytes that the process's
+    own CUDA context will take of `card`. bandwidths in bytes a second, where they are known. packs_nf4: see
+    memory.workspace_bytes.
+    """
+
+    device: str
+    host: int
+    card: int | None = None
+    own_context: int = 0
+    host_bandwidth: float | None = None
+    card_bandwidth: float | None = None
+    packs_nf4: bool = False
+
+
+@dataclass(frozen=True)
+class Option:
+    """One candidate on this budget.
+
+    device: "card", "split" or "cpu". cpu_layers: decoder layers on the CPU. need: on the device that decides
+    (the card where there is one); host: what the host needs besides. short: bytes that are missing there, 0
+    if it fits. longest: the longest context that fits, 0 if none does. ceiling: tokens/s that the measured
+    bandwidth allows, each weight read once, or None.
+    """
+
+    candidate: Candidate
+    device: str
+    cpu_layers: int
+    need: Need
+    host: Need | None
+    short: int
+    longest: int
+    ceiling: float | None
+
+    @property
+    def fits(self) -> bool:
+        """It fits whole, where it is planned."""
+        return self.short == 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found. chosen: the option to run. options: all, ranked, as they are on the device whole.
+
+    fallbacks: what to try next, in order, when an allocation fails in spite of the plan. possible: forms that
+    a conversion would make.
+    """
+
+    context: int
+    budget: Budget
+    chosen: Option
+    options: tuple[Option, ...]
+    fallbacks: tuple[Option, ...]
+    possible: tuple[Option, ...]
+    reason: str
+
+
+def default_context(candidates: Sequence[Candidate]) -> int:
+    """The model's positions, DEFAULT_CONTEXT at most."""
+    return min(candidates[0].shape.positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+
+def make_plan(
+    candidates: Sequence[Candidate], budget: Budget, context: int, possible: Sequence[Candidate] = ()
+) -> Plan:
+    """Choose among ranked candidates for `context` tokens of prompt and answer together.
+
+    possible: forms that are not there yet, and what they would need. Raises MemoryBudgetError, naming the least memory that would do, when nothing fits anywhere.
+    """
+    options = tuple(_whole(c, budget, context) for c in candidates)
+    others = tuple(_whole(c, budget, context) for c in possible)
+    order = [option for option in options if option.fits]
+    splits: list[Option] = []
+    if budget.card is not None:
+        splits = [s for s in (_split(c, budget, context) for c in candidates) if s is not None]
+        half = [s for s in splits if 2 * s.cpu_layers <= s.candidate.shape.layers]
+        rest = [s for s in splits if s not in half]
+        splits = half + sorted(rest, key=_host_weights)
+        on_host = (_on_host(c, budget, context) for c in candidates)
+        order += splits + [option for option in on_host if option.fits]
+    if not order:
+        raise _refusal(candidates, budget, context, others)
+    chosen = order[0]
+    smaller = [o for o in order[1:] if _weights(o) < _weights(chosen) or o.device != chosen.device]
+    reason = _reason(chosen, options, budget, context) + _advice(chosen, others)
+    return Plan(context, budget, chosen, options, tuple(smaller), others, reason)
+
+
+def _whole(candidate: Candidate, budget: Budget, context: int) -> Option:
+    """The candidate on the device alone: the card, or the CPU where there is none."""
+    if budget.card is None:
+        return _on_host(candidate, budget, context)
+    shape, form = candidate.shape, candidate.form
+
+    def need(tokens: int) -> Need:
+        return need_on_device(shape, form, tokens, cuda=True, own_context=budget.own_context)
+
+    rate = _rate([(bytes_read_a_token(shape, form), budget.card_bandwidth)])
+    longest = _longest(lambda tokens: need(tokens).total, budget.card, candidate)
+    short = max(0, need(context).total - budget.card)
+    return Option(candidate, "card", 0, need(context), None, short, longest, rate)
+
+
+def _on_host(candidate: Candidate, budget: Budget, context: int) -> Option:
+    shape, form = candidate.shape, candidate.form
+
+    def need(tokens: int) -> Need:
+        return need_on_device(
+            shape, form, tokens, cuda=False, packs_nf4=budget.packs_nf4, own_context=HOST_CONTEXT
+        )
+
+    rate = _rate([(bytes_read_a_token(shape, form), budget.host_bandwidth)])
+    longest = _longest(lambda tokens: need(tokens).total, budget.host, candidate)
+    short = max(0, need(context).total - budget.host)
+    cpu_layers = shape.layers if budget.card is not None else 0
+    return Option(candidate, "cpu", cpu_layers, need(context), None, short, longest, rate)
+
+
+def _split(candidate: Candidate, budget: Budget, context: int) -> Option | None:
+    """As many decoder layers on the card as fit, the others on the CPU; None where that does not fit."""
+    shape, form, card = candidate.shape, candidate.form, budget.card
+    assert card is not None
+
+    def needs(split: int, tokens: int) -> tuple[Need, Need]:
+        return need_of_split(
+            shape, form, tokens, split, packs_nf4=budget.packs_nf4, own_context=budget.own_context
+        )
+
+    fitting = [s for s in range(1, shape.layers) if needs(s, context)[0].total <= card]
+    if not fitting:
+        return None
+    split = max(fitting)
+    on_card, on_host = needs(split, context)
+    if on_host.total > budget.host:
+        return None
+
+    def least(tokens: int) -> int:
+        """Bytes over the tighter of the two budgets, as if both were the card's."""
+        first, second = needs(split, tokens)
+        return max(first.total, second.total - budget.host + card)
+
+    rate = _rate(
+        [
+            (bytes_read_a_token(shape, form, range(split)), budget.card_bandwidth),
+            (_read_on_host(shape, form, split), budget.host_bandwidth),
+        ]
+    )
+    longest = _longest(least, card, candidate)
+    return Option(candidate, "split", shape.layers - split, on_card, on_host, 0, longest, rate)
+
+
+def _read_on_host(shape: ModelShape, form: Form, split: int) -> int:
+    return bytes_read_a_token(shape, form, range(split, shape.layers), outside=False)
+
+
+def _longest(need: Callable[[int], int], have: int, candidate: Candidate) -> int:
+    """The most tokens whose need is at most `have`, by bisection: the need only grows."""
+    low, high = 0, candidate.shape.positions or 1 << 20
+    while low < high:
+        middle = (low + high + 1) // 2
+        if need(middle) <= have:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _rate(parts: list[tuple[int, float | None]]) -> float | None:
+    seconds = 0.0
+    for nbytes, bandwidth in parts:
+        if not bandwidth:
+            return None
+        seconds += nbytes / bandwidth
+    return 1 / seconds if seconds else None
+
+
+def _host_weights(option: Option) -> int:
+    return option.host.weights if option.host else 0
+
+
+def _weights(option: Option) -> int:
+    """Bytes of weights in all, on both sides."""
+    return option.need.weights + _host_weights(option)
+
+
+def _reason(chosen: Option, options: Sequence[Option], budget: Budget, context: int) -> str:
+    """One sentence for the user."""
+    candidate, need = chosen.candidate, chosen.need
+    have = budget.host if chosen.device == "cpu" else budget.card or 0
+    size = f"needs {format_bytes(need.total)} of {format_bytes(have)} free"
+    if chosen.device == "split":
+        layers, host = candidate.shape.layers, chosen.host
+        assert host is not None
+        return (
+            f"No form fits {budget.device} whole: {candidate.label} with {layers - chosen.cpu_layers} of "
+            f"{layers} decoder layers on it ({format_bytes(need.total)} of {format_bytes(have)}) and "
+            f"{chosen.cpu_layers} on the CPU ({format_bytes(host.total)} of memory)."
+        )
+    where = "the CPU" if chosen.device == "cpu" else budget.device
+    if chosen.device == "cpu" and budget.card is not None:
+        return (
+            f"Not even some layers fit {budget.device}, which has {format_bytes(budget.card)} free: "
+            f"{candidate.label} on the CPU {size}."
+        )
+    better = options[: options.index(chosen)]
+    if not better:
+        what = "is the best form here" if len(options) > 1 else "is the form that there is"
+        return f"{candidate.label} {what}, and fits {where} with a context of {context}: it {size}."
+    nearest = min(better, key=lambda option: option.short)
+    return (
+        f"{candidate.label} is the best form that fits {where} with a context of {context}: it {size}; "
+        f"{nearest.candidate.label} would need {format_bytes(nearest.short)} more."
+    )
+
+
+def _advice(chosen: Option, possible: Sequence[Option]) -> str:
+    """That a conversion would give something better which fits, if so."""
+    for option in possible:
+        better = chosen.device != option.device or by_bits(option.candidate) < by_bits(chosen.candidate)
+        if option.fits and better and by_bits(option.candidate) < _least_worth(chosen):
+            return f" Better, and it would fit: {option.candidate.label}, made by {option.candidate.command}."
+    return ""
+
+
+def _least_worth(chosen: Option) -> tuple[int, int, int, str]:
+    """Anything that fits whole is better than layers on the CPU; else the order of quality decides."""
+    return (0, 0, 0, "") if chosen.cpu_layers else by_bits(chosen.candidate)
+
+
+def _refusal(
+    candidates: Sequence[Candidate], budget: Budget, context: int, possible: Sequence[Option]
+) -> MemoryBudgetError:
+    """What the least form would need, in whole MiB: with as much, a plan is found."""
+    least = min(candidates, key=lambda c: _on_host(c, budget, context).need.total)
+    ram = math.ceil(_on_host(least, budget, context).need.total / _MIB)
+    kv = math.ceil(kv_cache_bytes(least.shape, least.form, context) / _MIB)
+    made = next((o.candidate for o in possible if o.fits), None)
+    convert = f"make one that fits: {made.command}" if made else "convert to fewer bits"
+    other = f"or {convert}, or ask for a shorter --context (its KV cache is {kv} MiB of that)"
+    if budget.card is None:
+        return MemoryBudgetError(
+            f"no form of this model fits {format_bytes(budget.host)} of free memory "
+            f"with a context of {context}",
+            f"The least that would do is {ram}MiB ({least.label}); {other}",
+        )
+    cards = {c.label: _least_card(c, budget, context) for c in candidates}
+    best = min(cards, key=lambda label: cards[label])
+    return MemoryBudgetError(
+        f"no form of this model fits {budget.device} with {format_bytes(budget.card)} free, nor with layers "
+        f"in the {format_bytes(budget.host)} of free memory, at a context of {context}",
+        f"The least that would do is --vram {math.ceil(cards[best] / _MIB)}MiB ({best}), or {ram}MiB of "
+        f"memory ({least.label}); {other}",
+    )
+
+
+def _least_card(candidate: Candidate, budget: Budget, context: int) -> int:
+    """The fewest bytes of card with which this candidate runs, with or without layers on this host."""
+    shape, form = candidate.shape, candidate.form
+    least = need_on_device(shape, form, context, cuda=True, own_context=budget.own_context).total
+    for split in range(1, shape.layers):
+        card, host = need_of_split(
+            shape, form, context, split, packs_nf4=budget.packs_nf4, own_context=budget.own_context
+        )
+        if host.total <= budget.host:
+            least = min(least, card.total)
+    return least

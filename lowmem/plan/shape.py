@@ -1,0 +1,226 @@
+"""What a model's memory depends on, read off headers and config.json: no torch, no weights.
+
+Nothing is written down per model family beyond the spellings of the same few config keys. A decoder layer is
+what shares the first number in its tensors' names (`transformer.h.7.`, `model.layers.7.`, `blk.7.`), and a
+linear is a matrix inside of one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from lowmem.checkpoint.headers import TensorHeader, gguf_metadata, read_config_json, tensor_headers
+from lowmem.checkpoint.manifest import GptqFormat, find_quantization
+from lowmem.errors import SourceError
+
+_LAYER = re.compile(r"^(.*?\.)?(\d+)\.")
+# Of old checkpoints, which no current model reads: masks and rotary tables, computed since.
+_LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "rope_freqs.weight")
+_HEADS = ("lm_head.weight",)
+_EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "token_embd.weight", "embed_in.weight")
+GROUP_SIZES = (128, 64, 32)
+"""What the converter tries, in this order: the first that divides every linear's inputs."""
+_PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor as the model will have it. layer: its decoder layer, or -1 outside of them.
+
+    packed: it keeps its stored bytes (the parts of a quantized linear); else it is held in the run's dtype.
+    linear: it is the weight of a decoder layer's linear, [out, in].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nbytes: int
+    layer: int
+    packed: bool
+    linear: bool
+
+    @property
+    def numel(self) -> int:
+        """How many values."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes that a plan is made of.
+
+    tensors: all that the model holds, a tied head not twice. linears: (in, out) of every distinct linear.
+    positions: the longest context, or None where the model has no limit. stored: the dtype that the config
+    names, or else that of most weights.
+    """
+
+    model_type: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    positions: int | None
+    stored: str
+    tensors: tuple[Tensor, ...]
+    linears: tuple[tuple[int, int], ...]
+    format: GptqFormat | None
+    learned_positions: int
+    """Rows of a table of positions: a step reads one of them."""
+    whole_reads: bool = False
+    """Tensors are read whole, as a GGUF's are, not in slices."""
+
+    @property
+    def widest(self) -> int:
+        """The most features that a linear has at one of its ends."""
+        return max((max(pair) for pair in self.linears), default=self.hidden)
+
+    @property
+    def largest_linear(self) -> int:
+        """Weights of the largest linear."""
+        return max((a * b for a, b in self.linears), default=0)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Equal for two forms of one model, whatever their bits."""
+        return (self.layers, self.hidden, self.heads, self.kv_heads, self.vocab, self.positions, self.linears)
+
+
+def read_shape(path: Path) -> ModelShape:
+    """The shape of the checkpoint at `path`: a folder, or a .safetensors or .gguf file.
+
+    Raises SourceError for a checkpoint that is damaged, or says too little about itself.
+    """
+    headers = tensor_headers(path)
+    if any(header.file.endswith(".gguf") for header in headers.values()):
+        config = _gguf_config(gguf_metadata(path))
+        format = None
+    else:
+        config = read_config_json(path)
+        format = find_quantization(path) if path.is_dir() else None
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        config = {**config, **text}
+    return _shape(path, headers, config, format)
+
+
+def as_converted(source: ModelShape, bits: int) -> ModelShape:
+    """What `lowmem convert --bits` makes of a 16-bit model, with the group size that it would choose.
+
+    Per linear: qweight and qzeros in 32-bit words, float16 scales, and the group of each input in 32 bits.
+    """
+    inputs = [columns for columns, _ in source.linears]
+    group = next((g for g in GROUP_SIZES if all(n % g == 0 for n in inputs)), -1)
+    tensors = []
+    for tensor in source.tensors:
+        if not tensor.linear:
+            tensors.append(tensor)
+            continue
+        out, columns = tensor.shape
+        groups = 1 if group == -1 else columns // group
+        words = columns * out * bits // 32 + groups * (-(-out * bits // 32)) + columns
+        nbytes = 4 * words + 2 * groups * out
+        base = tensor.name.removesuffix(".weight")
+        tensors.append(Tensor(f"{base}.qweight", tensor.shape, nbytes, tensor.layer, True, False))
+    return replace(
+        source, tensors=tuple(tensors), format=GptqFormat(bits, group), whole_reads=False, stored="float16"
+    )
+
+
+def _shape(
+    path: Path, headers: Mapping[str, TensorHeader], config: Mapping[str, object], format: GptqFormat | None
+) -> ModelShape:
+    tied = config.get("tie_word_embeddings") is not False and any(n.endswith(_EMBEDDINGS) for n in headers)
+    tensors, linears = [], set()
+    for name, header in headers.items():
+        if name.endswith(_LEGACY) or (tied and name.endswith(_HEADS)):
+            continue
+        match = _LAYER.match(name)
+        layer = int(match[2]) if match else -1
+        packed = format is not None and name.endswith(_PACKED)
+        linear = layer >= 0 and not packed and len(header.shape) == 2 and name.endswith(".weight")
+        if linear:
+            linears.add((header.shape[1], header.shape[0]))
+        if packed and name.endswith(".qweight") and format is not None:
+            linears.add((header.shape[0] * 32 // format.bits, header.shape[1]))
+        tensors.append(Tensor(name, header.shape, header.nbytes, layer, packed, linear))
+    layers = 1 + max((tensor.layer for tensor in tensors), default=-1)
+    hidden = _int(config, path, "hidden_size", "n_embd", "d_model")
+    heads = _int(config, path, "num_attention_heads", "n_head", "num_heads")
+    if not layers or not linears:
+        raise SourceError(f"{path} holds no decoder layers", "Give a decoder-only model")
+    if config.get("multi_query", config.get("model_type") == "gpt_bigcode"):
+        kv_heads = 1
+    else:
+        kv_heads = _optional(config, "num_key_value_heads") or heads
+    embedding = next((t for t in tensors if t.name.endswith(_EMBEDDINGS)), None)
+    table = next((t for t in tensors if t.layer < 0 and t.name.endswith("wpe.weight")), None)
+    return ModelShape(
+        model_type=str(config.get("model_type", "")),
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_optional(config, "head_dim") or hidden // heads,
+        vocab=embedding.shape[0] if embedding else _int(config, path, "vocab_size"),
+        positions=_optional(config, "max_position_embeddings", "n_positions"),
+        stored=_dtype(config, headers),
+        tensors=tuple(tensors),
+        linears=tuple(sorted(linears)),
+        format=format,
+        learned_positions=table.shape[0] if table else 0,
+        whole_reads=any(header.file.endswith(".gguf") for header in headers.values()),
+    )
+
+
+def _dtype(config: Mapping[str, object], headers: Mapping[str, TensorHeader]) -> str:
+    """The config's dtype, or else the one that most bytes are stored in; a GGUF's own types are 16 bits."""
+    named = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    if named in ("float32", "float16", "bfloat16"):
+        return named
+    counts: dict[str, int] = {}
+    for header in headers.values():
+        if header.dtype in ("float32", "float16", "bfloat16", "F32", "F16", "BF16"):
+            kind = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}.get(header.dtype, header.dtype)
+        elif header.file.endswith(".gguf"):
+            kind = "float16"
+        else:
+            continue
+        counts[kind] = counts.get(kind, 0) + header.nbytes
+    return max(counts, key=lambda kind: counts[kind], default="float16")
+
+
+def _gguf_config(metadata: Mapping[str, object]) -> dict[str, object]:
+    """A GGUF's keys under the names of config.json."""
+    arch = str(metadata.get("general.architecture", ""))
+    names = {
+        "hidden_size": "embedding_length",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "max_position_embeddings": "context_length",
+        "vocab_size": "vocab_size",
+    }
+    found = {ours: metadata.get(f"{arch}.{theirs}") for ours, theirs in names.items()}
+    config: dict[str, object] = {name: value for name, value in found.items() if value is not None}
+    # A GGUF stores a head of its own exactly when it is not tied.
+    return {"model_type": arch, "tie_word_embeddings": False, "multi_query": False, **config}
+
+
+def _optional(config: Mapping[str, object], *names: str) -> int | None:
+    for name in names:
+        value = config.get(name)
+        if type(value) is int and value > 0:
+            return value
+    return None
+
+
+def _int(config: Mapping[str, object], path: Path, *names: str) -> int:
+    value = _optional(config, *names)
+    if value is None:
+        raise SourceError(f"the config of {path} does not say its {names[0]}", "It is no language model's")
+    return value

@@ -1,0 +1,227 @@
+"""The chat in a real terminal: typed into, interrupted, saved, left, and come back to."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers import REPO, TINY_STARCHAT
+
+PATIENCE = 60  # seconds for one thing to appear, on a machine that others use as well
+
+if shutil.which("tmux") is None and not os.environ.get("CI"):
+    pytest.skip("tmux is not installed", allow_module_level=True)
+
+
+class Tmux:
+    """One window of a tmux server of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tmux = ["tmux", "-S", str(folder / "socket"), "-f", "/dev/null"]
+        environment = {
+            "HOME": str(folder),
+            "XDG_STATE_HOME": str(folder / "state"),
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(REPO),
+            "OMP_NUM_THREADS": "1",
+            "LANG": "C.UTF-8",
+            "TERM": "xterm-256color",
+            "PS1": "shell> ",
+        }
+        shell = [
+            "env",
+            "-i",
+            "-C",
+            str(folder),
+            *(f"{name}={value}" for name, value in environment.items()),
+            "bash",
+            "--norc",
+        ]
+        self("new-session", "-d", "-x", "80", "-y", "24", "-c", str(folder), *shell)
+        self("set-option", "-g", "history-limit", "5000")
+
+    def __call__(self, *words: str) -> str:
+        result = subprocess.run([*self._tmux, *words], capture_output=True, text=True, timeout=PATIENCE)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    def keys(self, *keys: str) -> None:
+        """Press keys by tmux's names, as Enter and C-c."""
+        self("send-keys", *keys)
+
+    def type(self, text: str) -> None:
+        """Type a line and send it."""
+        self("send-keys", "-l", text)
+        self.keys("Enter")
+
+    def text(self) -> str:
+        """All that is in the window and was scrolled off it."""
+        return self("capture-pane", "-p", "-S", "-5000")
+
+    def wait(self, found: str | Callable[[str], object]) -> str:
+        """Poll until a text is there, or until a condition holds; the text of the window then."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            text = self.text()
+            if found in text if isinstance(found, str) else found(text):
+                return text
+            assert time.monotonic() < deadline, f"{found!r} did not come; the window:\n{text}"
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def tmux(tmp_path: Path) -> Iterator[Tmux]:
+    window = Tmux(tmp_path)
+    yield window
+    window("kill-server")
+
+
+def ready(text: str) -> bool:
+    """An empty prompt waits at the end."""
+    return text.rstrip().endswith("\n>")
+
+
+def answered(count: int) -> Callable[[str], bool]:
+    return lambda text: text.count("TTFT") == count and ready(text)
+
+
+def test_a_chat(tmux: Tmux) -> None:
+    run = f"{sys.executable} -m lowmem run {TINY_STARCHAT} --temperature 0 --max-new-tokens"
+    tmux.wait("shell>")
+    tmux.type(f"{run} 1000 --no-speculation; echo left with $?")
+    assert "MiB of weights" in tmux.wait(ready)
+
+    # An answer grows, is stopped in the middle, and the chat goes on.
+    tmux.type("Write a function that sorts a list.")
+    first = tmux.wait(lambda text: len(said(text)) > 40)
+    assert "TTFT" not in first
+    tmux.wait(lambda text: len(said(text)) > len(said(first)) + 20)
+    tmux.keys("C-c")
+    text = tmux.wait(answered(1))
+    assert "stopped" in text and "Traceback" not in text
+    partial = said(text).partition(" tokens · TTFT")[0].rsplit("\n", 1)[0].strip()
+    assert len(partial) > 40
+
+    tmux.type("/set max_new_tokens 12")
+    tmux.wait(lambda text: "next answer on" in text and ready(text))
+    tmux("set-buffer", "What does\n  it return?")
+    tmux("paste-buffer", "-p")
+    tmux.wait("it return?")
+    tmux.keys("Enter")
+    tmux.wait(answered(2))
+
+    tmux.type("/save talk.json")
+    tmux.wait("saved: 2 exchanges")
+    record = json.loads((tmux.folder / "talk.json").read_text(encoding="utf-8"))
+    questions = [m["content"] for m in record["messages"] if m["role"] == "user"]
+    assert questions == ["Write a function that sorts a list.", "What does\n  it return?"]
+    assert record["messages"][1]["stopped"] is True and record["settings"]["max_new_tokens"] == 12
+    assert squeeze(partial)[:20] in squeeze(record["messages"][1]["content"])
+
+    tmux.type("/reset")
+    tmux.wait("forgotten: 2 exchanges")
+    tmux.type("/context")
+    tmux.wait("nothing is said yet")
+    tmux.type("/load talk.json")
+    tmux.wait("loaded: 2 exchanges")
+    tmux.type("/undo")
+    tmux.wait("1 exchange left")
+    tmux.type("/retry")
+    tmux.wait(answered(3))
+    tmux.type("/stats")
+    tmux.wait("answers       3")
+
+    # Ctrl-C clears a line; Ctrl-D leaves.
+    tmux.keys("x", "C-c", "C-d")
+    tmux.wait("left with 0")
+    assert_restored(tmux)
+
+    # A second run remembers what was typed in the first.
+    tmux.type(f"{run} 8; echo left with $?")
+    tmux.wait(ready)
+    tmux.keys("Up")
+    tmux.wait("> /stats")
+    tmux.keys("C-c", "C-r")
+    tmux("send-keys", "-l", "sorts a")
+    tmux.wait("> Write a function that sorts a list.")
+    tmux.keys("Enter", "Enter")
+    tmux.wait(answered(1))
+    tmux.keys("C-c")
+    tmux.wait("Ctrl-C again")
+    # SIGTERM at the prompt, where prompt_toolkit's own loop runs.
+    shell = psutil.Process(int(tmux("display-message", "-p", "#{pane_pid}")))
+    shell.children()[0].terminate()
+    tmux.wait("left with 143")
+    assert_restored(tmux)
+
+
+STREAM = """
+import time
+from rich.console import Console
+from lowmem.chat.markdown import THEME
+from lowmem.chat.view import TerminalView
+lines = [f"- item {n:03}" + " and more words" * 6 for n in range(20)] + ["", "```python"]
+lines += [f"line_{n:03} = 'words'  # " + "a comment " * 7 for n in range(60)] + ["```"]
+with TerminalView(Console(theme=THEME)) as view:
+    for line in lines:
+        view.push(line + chr(10))
+        time.sleep(0.05)
+print("finished")
+"""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "copies"),
+    [
+        ([(100, 30), (100, 14), (120, 24), (120, 40), (140, 16)], 0),
+        # A narrower window makes rows out of rows, and tmux pushes some of the tail out of reach.
+        ([(60, 24), (100, 30), (50, 12), (80, 24), (70, 14)], 25),
+    ],
+)
+def test_the_window_changes_its_size_while_an_answer_comes(
+    tmux: Tmux, sizes: list[tuple[int, int]], copies: int
+) -> None:
+    """A real terminal reflows what it shows: every line must still be there, and once where that can be."""
+    (tmux.folder / "stream.py").write_text(STREAM)
+    tmux.wait("shell>")
+    tmux.type(f"{sys.executable} stream.py")
+    for number, (columns, rows) in zip((2, 12, 24, 40, 60), sizes, strict=True):
+        tmux.wait(f"item {number:03}" if number < 20 else f"line_{number - 20:03}")
+        tmux("resize-window", "-x", str(columns), "-y", str(rows))
+    text = "".join(tmux.wait("\nfinished").split())
+    counts = [text.count(f"item{number:03}") for number in range(20)]
+    counts += [text.count(f"line_{number:03}") for number in range(60)]
+    assert min(counts) == 1
+    assert sum(counts) - len(counts) <= copies
+
+
+def assert_restored(tmux: Tmux) -> None:
+    """The terminal echoes, and gives lines, as a shell needs it."""
+    tmux.type("stty -a | grep -ow -e '-echo' -e echo -e '-icanon' -e icanon; echo done")
+    tmux.wait("\ndone")
+    modes = tmux.text().rpartition("echo done")[2].split()
+    assert "echo" in modes and "icanon" in modes and "-echo" not in modes and "-icanon" not in modes
+    tmux.type("clear")
+    tmux.wait(lambda text: "stty" not in text[-2000:])
+    tmux("clear-history")
+
+
+def said(text: str) -> str:
+    """What stands below the first question."""
+    return text.partition("> Write a function that sorts a list.")[2].strip()
+
+
+def squeeze(text: str) -> str:
+    """Without blanks and the marks that are shown as styles."""
+    return re.sub(r"[\s*`]", "", text)
