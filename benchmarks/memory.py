@@ -55,11 +55,13 @@ class Measured:
         return abs(self.error) <= max(SHARE * self.peak, TOLERANCE)
 
 
-def measure(model: str, context: int | None = None) -> list[Measured]:
-    """Every form of `model` on the CPU, each in a process of its own."""
+def measure(model: str, context: int | None = None, only: set[str] | None = None) -> list[Measured]:
+    """Every form of `model` on the CPU (or those with the labels in `only`), each in a process of its own."""
     plan = plan_for(Request(model, device="cpu", context=context))
     found = []
     for option in plan.options:
+        if only is not None and option.candidate.label not in only:
+            continue
         candidate, need = option.candidate, option.need
         command = [sys.executable, "-m", "benchmarks.memory", "--child", str(candidate.path)]
         command += [candidate.form.method, candidate.form.dtype, str(plan.context)]

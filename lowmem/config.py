@@ -13,6 +13,8 @@ PREFILL_CHUNK = 512
 
 SLICE_BYTES = 32 << 20
 """Of a stored tensor that passes through host memory at a time while a model is loaded."""
+QUANTIZED_SLICE_BYTES = 8 << 20
+"""The same where bitsandbytes quantizes the slice, and makes up to nine times as much of it."""
 
 
 @dataclass(frozen=True)

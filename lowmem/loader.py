@@ -120,8 +120,8 @@ def load(
     if checkpoint.format:
         kernel = dispatch.install(model, checkpoint.format, device, dtype)
     connect(model, placement)
-    # transformers' pipelines then leave the model where it is.
-    model.hf_device_map = placement.device_map(len(layers))
+    transformers_model: Any = model
+    transformers_model.hf_device_map = placement.device_map(len(layers))  # or pipelines would move it
     model.eval()
     dialogue = Dialogue.detect(checkpoint.tokenizer)
     stop_ids = _stop_ids(checkpoint, dialogue)

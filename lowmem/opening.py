@@ -32,7 +32,7 @@ def open_model(
     failure: Exception | None = None
     for option in (plan.chosen, *plan.fallbacks):
         try:
-            return _load(option, plan, request, progress)
+            return load_option(option, plan, request, progress)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -57,7 +57,10 @@ def _plan(request: Request, notify: Notify) -> Plan:
         return plan_for(replace(request, model=str(folder)))
 
 
-def _load(option: Option, plan: Plan, request: Request, progress: Progress | None) -> LoadedModel:
+def load_option(
+    option: Option, plan: Plan, request: Request, progress: Progress | None = None
+) -> LoadedModel:
+    """Load one option of a plan; torch's own errors where memory is short."""
     import torch
 
     candidate = option.candidate

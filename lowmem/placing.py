@@ -15,7 +15,7 @@ from torch import nn
 
 from lowmem.checkpoint.source import TensorInfo, resolve_names
 from lowmem.checkpoint.verify import QUANT_PARTS, unique_tensors
-from lowmem.config import SLICE_BYTES
+from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.errors import SourceError
 from lowmem.kernels import bnb
 from lowmem.quant_linear import QuantLinear
@@ -137,7 +137,8 @@ def _place(
         setattr(module, leaf, tensor)
     elif leaf == "weight" and bnb.is_empty(module):
         rows = bnb.rows_may_be_sliced(module) and weights.sliceable
-        bnb.quantize_into(module, _slices(weights, name, whole=not rows), device, dtype)
+        slices = _slices(weights, name, QUANTIZED_SLICE_BYTES, whole=not rows)
+        bnb.quantize_into(module, slices, device, dtype)
     elif leaf in module._buffers:
         buffer = module._buffers[leaf]
         wanted = buffer.dtype if buffer is not None and not buffer.dtype.is_floating_point else dtype
@@ -157,20 +158,22 @@ def _to(weights: Weights, name: str, device: torch.device, dtype: torch.dtype | 
     if len(info.shape) != 2 or not weights.sliceable or info.nbytes <= SLICE_BYTES:
         return weights.read(name, None).to(device, wanted)
     result = torch.empty(info.shape, dtype=wanted, device=device)
-    for first, rows in _slices(weights, name):
+    for first, rows in _slices(weights, name, SLICE_BYTES):
         result[first : first + len(rows)] = rows
     return result
 
 
-def _slices(weights: Weights, name: str, whole: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) of a 2-D tensor, SLICE_BYTES or one row at a time."""
+def _slices(
+    weights: Weights, name: str, nbytes: int, whole: bool = False
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of a 2-D tensor, so many bytes at a time, but 64 rows at least."""
     count, columns = weights.infos[name].shape
     if whole:
         yield 0, weights.read(name, None)
         return
     itemsize = weights.infos[name].nbytes // max(1, count * columns)
     # A multiple of 64 rows keeps NF4's blocks and packing whole.
-    step = max(64, SLICE_BYTES // max(1, columns * itemsize) // 64 * 64)
+    step = max(64, nbytes // max(1, columns * itemsize) // 64 * 64)
     for first in range(0, count, step):
         yield first, weights.read(name, slice(first, min(first + step, count)))
 

@@ -32,7 +32,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         choices=METHODS,
         default="auto",
-        help="gptq: converted ones only; int8, nf4: bitsandbytes on the fly; none: as published (%(default)s)",
+        help="gptq: converted forms; int8, nf4: bitsandbytes on the fly; none: as published (%(default)s)",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     group.add_argument("--vram", metavar="SIZE", help="of the card, as 12GiB (what is free, or $LOWMEM_VRAM)")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lowmem.chat import commands
 from lowmem.chat.commands import Typed
+from lowmem.chat.conversation import Conversation, Exchange
 from lowmem.chat.repl import Chat
 from lowmem.chat.terminal import Interrupts
 from lowmem.chat.view import TerminalView
@@ -277,3 +278,20 @@ def test_half_a_surrogate_pair_can_be_asked() -> None:
 def test_settings_of_the_chat_do_not_change_in_place() -> None:
     chat, _ = talk("/set seed none", "a")
     assert chat.params == replace(SamplingParams(seed=5), seed=None)
+
+
+def test_a_chat_that_starts_from_a_saved_conversation_shows_where_it_was() -> None:
+    session = FakeSession([Answer(["new"])])
+    console, terminal = terminal_console(100, 50)
+    chat = Chat(
+        session,  # type: ignore[arg-type]
+        console,
+        Script("c"),
+        params=SamplingParams(),
+        conversation=Conversation("S", (Exchange("a", "b"),)),
+    )
+    assert chat.run() == 0
+    lines = terminal.lines()
+    assert lines.index("> a") < lines.index("b") < lines.index("new")
+    assert "/help shows commands and keys" in terminal.text()
+    assert session.asked[0]["prompt"] == [("user", "a"), ("assistant", "b"), ("user", "c")]

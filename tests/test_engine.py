@@ -16,7 +16,7 @@ from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError
 from lowmem.generate import cache as cache_room
 from lowmem.generate import engine as engine_room
-from lowmem.generate.engine import Engine, Token, context_length, generate
+from lowmem.generate.engine import Engine, Token, context_length
 from lowmem.loader import load
 from tests.helpers import KINDS, TINY_STARCHAT, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -104,14 +104,6 @@ def test_greedy_tokens_of_a_packed_model_are_those_of_the_dequantized_one(
     prompt = prompt_of(20, vocab=4096)
     engine = Engine(packed, context=128, chunk=8, speculate=speculate)
     assert ids(engine.generate(prompt, GREEDY)) == transformers_tokens(dense, prompt, 40)
-
-
-def test_thin_generate_is_an_engine_of_its_own() -> None:
-    model = tiny_model("llama", vocab=512)
-    prompt = prompt_of(9)
-    assert ids(generate(model, prompt, GREEDY)) == ids(Engine(model, context=256).generate(prompt, GREEDY))
-    with pytest.raises(InvalidRequestError, match=r"257 tokens.*256"):
-        generate(model, [1] * 257, GREEDY)
 
 
 def test_seeded_sampling_repeats() -> None:

@@ -38,7 +38,9 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 FORMS = ["bfloat16", "8-bit g32", "int8 bnb", "4-bit g32", "NF4 bnb"]
 
 
-@pytest.mark.parametrize(("bits", "method"), [(16, "dense"), (8, "gptq"), (8, "int8"), (4, "gptq"), (4, "nf4")])
+@pytest.mark.parametrize(
+    ("bits", "method"), [(16, "dense"), (8, "gptq"), (8, "int8"), (4, "gptq"), (4, "nf4")]
+)
 def test_every_form_runs(forms: Path, bits: int, method: str) -> None:
     lines: list[str] = []
     loaded = open_model(Request(str(forms), bits=bits, method=method, context=64), lines.append)

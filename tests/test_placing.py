@@ -21,6 +21,13 @@ from tests.rtn_helpers import layer_linears, write_rtn_checkpoint
 from tests.test_cli import ENVIRONMENT
 from tests.test_loader import assert_same_logits, logits
 
+
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 rows at a time."""
+    monkeypatch.setattr(placing, "SLICE_BYTES", 1)
+    monkeypatch.setattr(placing, "QUANTIZED_SLICE_BYTES", 1)
+
+
 KINDS = ["gpt_bigcode_mqa", "llama"]
 
 
@@ -56,7 +63,7 @@ def test_slices_give_the_same_weights(format: str, tmp_path: Path, monkeypatch: 
     """With a slice of 64 rows every table passes in several pieces."""
     model = tiny_model("gpt_bigcode_mqa")
     save_source(model, tmp_path, format=format, dtype=torch.float16)
-    monkeypatch.setattr(placing, "SLICE_BYTES", 1)
+    small_slices(monkeypatch)
     state = load(tmp_path, dtype=torch.float32).model.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(state[name], tensor.half().float()), name
@@ -75,7 +82,7 @@ def test_on_the_fly_is_what_bitsandbytes_makes_of_the_whole_model(
     model: Any = tiny_model(kind, hidden=128)
     save_source(model, tmp_path, dtype=torch.bfloat16)
     if sliced:
-        monkeypatch.setattr(placing, "SLICE_BYTES", 1)
+        small_slices(monkeypatch)
     loaded = load(tmp_path, dtype=torch.bfloat16, on_the_fly=method)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, linear in layer_linears(model).items():
@@ -111,7 +118,7 @@ def test_a_linear_that_nf4_cannot_slice_is_read_whole(
     model = tiny_model("gpt_bigcode_mha", hidden=96, heads=3)
     save_source(model, tmp_path, dtype=torch.bfloat16)
     whole = logits(load(tmp_path, dtype=torch.bfloat16, on_the_fly="nf4").model)
-    monkeypatch.setattr(placing, "SLICE_BYTES", 1)
+    small_slices(monkeypatch)
     assert torch.equal(whole, logits(load(tmp_path, dtype=torch.bfloat16, on_the_fly="nf4").model))
 
 

@@ -161,9 +161,8 @@ class Engine:
             noise = _ROUNDING.get(logits.dtype, 0.0) if draft else 0.0
             choice: Choice | None = None
             for row in range(len(draft) + 1):
-                with (
-                    torch.inference_mode()
-                ):  # not around the yield: what runs between two tokens is the caller's
+                # Not around the yield: what runs between two tokens is the caller's.
+                with torch.inference_mode():
                     choice = sampler.choose_clear(logits[row], noise)
                 if row == 0 and count:  # the choice has waited for the device
                     self._pace.took(len(draft) + 1, time.perf_counter() - started)
@@ -279,12 +278,3 @@ def context_length(model: Any) -> int:
     """The number of positions that prompt and answer share; a model without a limit has 2^31 - 1."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else 2**31 - 1
-
-
-def generate(
-    model: Any, prompt: Sequence[int], params: SamplingParams, stop_ids: Collection[int] = ()
-) -> Iterator[Token]:
-    """One answer with an engine of its own: `Engine.generate` with room for the prompt and the answer."""
-    check_sampling(params)
-    context = min(context_length(model), max(1, len(prompt)) + params.max_new_tokens)
-    return Engine(model, context=context, stop_ids=stop_ids).generate(prompt, params)

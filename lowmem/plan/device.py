@@ -138,8 +138,8 @@ def host_memory_available() -> int:
 def return_freed_memory(smallest: int = 4 << 20) -> None:
     """Have the C library give freed blocks of `smallest` bytes and more back to the system at once.
 
-    Smaller ones cost time: each block is new pages. glibc keeps blocks of up to 32 MiB for itself once it has seen one freed, which a plan cannot know.
-    Other C libraries are left as they are.
+    Smaller ones cost time: each block is new pages. glibc keeps blocks of up to 32 MiB for itself once it has
+    seen one freed, which a plan cannot know. Other C libraries are left as they are.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lowmem.config import PREFILL_CHUNK, SLICE_BYTES
+from lowmem.config import PREFILL_CHUNK, QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.plan.shape import ModelShape, Tensor
 
 Method = Literal["dense", "gptq", "int8", "nf4"]
@@ -105,7 +105,9 @@ def _loading(shape: ModelShape, form: Form) -> int:
     largest = max(tensor.numel for tensor in shape.tensors)
     if shape.whole_reads:
         return largest * 3
-    return min(SLICE_BYTES, 4 * largest) * {"dense": 2, "gptq": 2, "int8": 4, "nf4": 6}[form.method]
+    cast = 2 * min(SLICE_BYTES, 4 * largest)
+    quantized = min(QUANTIZED_SLICE_BYTES, 4 * largest)
+    return max(cast, quantized * {"dense": 0, "gptq": 0, "int8": 5, "nf4": 9}[form.method])
 
 
 def _activations(shape: ModelShape, form: Form, context: int) -> int:
@@ -132,8 +134,8 @@ def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> in
         # whole weight in 16 bits.
         return 7 * largest if packs_nf4 and not cuda else 2 * largest
     if form.method == "gptq":
-        # A slice as integers, in float32 and in the dtype. On a card the kernel that needs no compiler unpacks
-        # a whole weight, in 16-bit integers and in the dtype; the others take less.
+        # A slice as integers, in float32 and in the dtype. On a card the kernel that needs no compiler
+        # unpacks a whole weight, in 16-bit integers and in the dtype; the others take less.
         unpacked = min(largest, REFERENCE_SLICE) * 8 if not cuda else largest * 2
         return unpacked + (largest if cuda else min(largest, REFERENCE_SLICE)) * form.itemsize
     return 0

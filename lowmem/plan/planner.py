@@ -34,9 +34,9 @@ _MIB = 1 << 20
 class Budget:
     """What there is: bytes that may be taken on the card (None: no card) and on the host.
 
-    device: "cpu", "cuda:0", or what a card is called that is only named. own_context: bytes that the process's
-    own CUDA context will take of `card`. bandwidths in bytes a second, where they are known. packs_nf4: see
-    memory.workspace_bytes.
+    device: "cpu", "cuda:0", or what a card is called that is only named. own_context: bytes that the
+    process's own CUDA context will take of `card`. bandwidths in bytes a second, where they are known.
+    packs_nf4: see memory.workspace_bytes.
     """
 
     device: str
@@ -100,7 +100,8 @@ def make_plan(
 ) -> Plan:
     """Choose among ranked candidates for `context` tokens of prompt and answer together.
 
-    possible: forms that are not there yet, and what they would need. Raises MemoryBudgetError, naming the least memory that would do, when nothing fits anywhere.
+    possible: forms that are not there yet, and what they would need. Raises MemoryBudgetError, naming the
+    least memory that would do, when nothing fits anywhere.
     """
     options = tuple(_whole(c, budget, context) for c in candidates)
     others = tuple(_whole(c, budget, context) for c in possible)
