@@ -1,4 +1,4 @@
-"""One prompt, answered greedily by every form of a model on this machine: `python -m benchmarks.answers MODEL`.
+"""One prompt, answered greedily by every form of a model: `python -m benchmarks.answers MODEL`.
 
 Markdown: a line on each form (its weights, tokens and tokens/s), and its answer.
 """
@@ -32,11 +32,9 @@ def main() -> int:
     for option in plan.options:
         loaded = load_option(option, plan, request)
         answer = Session(loaded).complete(args.prompt, params)
-        print(
-            f"\n**{loaded.label}** ({format_bytes(loaded.weight_bytes)} of weights, {answer.new_tokens} tokens, "
-            f"{answer.finish_reason}, {answer.tokens_per_second:.1f} tokens/s)\n\n{answer.text.strip()}",
-            flush=True,
-        )
+        size, rate = format_bytes(loaded.weight_bytes), f"{answer.tokens_per_second:.1f} tokens/s"
+        figures = f"{size} of weights, {answer.new_tokens} tokens, {answer.finish_reason}, {rate}"
+        print(f"\n**{loaded.label}** ({figures})\n\n{answer.text.strip()}", flush=True)
         del loaded
     return 0
 

@@ -30,6 +30,7 @@ from lowmem.models.architecture import build_model, decoder_layers
 from lowmem.models.dialogue import Dialogue, end_token_ids
 from lowmem.placing import Placement, Weights, connect, fill
 from lowmem.plan.device import return_freed_memory
+from lowmem.plan.memory import RETURNED
 from lowmem.plan.planner import Option, Plan
 from lowmem.quant_linear import swap_linears
 
@@ -102,7 +103,7 @@ def load(
         raise ValueError(f"cannot load to {device} as {dtype}")
     # Or the plan's bytes would not be the system's. bitsandbytes' int8 leaves 300 MiB of holes in the heap of
     # a small model otherwise, for a prefill that is half as long.
-    return_freed_memory(1 << 20 if on_the_fly == "int8" else 4 << 20)
+    return_freed_memory(RETURNED if on_the_fly == "int8" else 4 << 20)
     checkpoint = _open(folder)
     dtype = dtype or default_dtype(checkpoint.config, device)
     model = build_model(checkpoint.config, dtype, buffers=True)

@@ -16,8 +16,8 @@ Method = Literal["dense", "gptq", "int8", "nf4"]
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = 24 << 20
 """Small buffers of the libraries and the allocator's rounding (measured: 13 to 30 MiB)."""
-FRAGMENTS = 96 << 20
-"""Holes that bitsandbytes' int8 products leave in the C library's heap on a CPU (measured: 60 to 110 MiB)."""
+RETURNED = 1 << 20
+"""Freed blocks of so many bytes go back to the system at once where int8 runs on a CPU (see loader.py)."""
 CUDA_CONTEXT = 512 << 20
 """An allowance for a process's own CUDA context, its kernels and cuBLAS' workspace. Free memory that a card
 tells us has ours taken off already; this is for cards that are only named."""
@@ -128,7 +128,7 @@ def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> in
     largest, tokens = shape.largest_linear, PREFILL_CHUNK
     if form.method == "int8":
         # Inputs in float16 and int8, products in int32 and in float16.
-        return tokens * shape.widest * 9 + (0 if cuda else FRAGMENTS)
+        return tokens * shape.widest * 9 + (0 if cuda else _holes(shape, tokens))
     if form.method == "nf4":
         # Repacking: nibbles as int32, as bytes, in the new order, and both halves of the result. Else the
         # whole weight in 16 bits.
@@ -139,6 +139,12 @@ def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> in
         unpacked = min(largest, REFERENCE_SLICE) * 8 if not cuda else largest * 2
         return unpacked + (largest if cuda else min(largest, REFERENCE_SLICE)) * form.itemsize
     return 0
+
+
+def _holes(shape: ModelShape, tokens: int) -> int:
+    """What bitsandbytes' int8 products leave in the C library's heap: one input a linear, if it is small."""
+    inputs = (2 * tokens * tensor.shape[1] for tensor in shape.tensors if tensor.linear)
+    return sum(nbytes for nbytes in inputs if nbytes < RETURNED)
 
 
 def _sampling(shape: ModelShape) -> int:
