@@ -51,10 +51,18 @@ def _plan(request: Request, notify: Notify) -> Plan:
     except SourceError:
         if Path(request.model).expanduser().exists() or not is_hub_id(request.model):
             raise
-        from lowmem.checkpoint.hub import download
+        return plan_for(replace(request, model=str(_download(request.model, notify))))
 
-        folder = download(request.model, progress=notify)
-        return plan_for(replace(request, model=str(folder)))
+
+def _download(model: str, notify: Notify) -> Path:
+    from lowmem.checkpoint.hub import download
+
+    try:
+        return download(model, progress=notify)
+    except SourceError as error:
+        raise SourceError(
+            f"no form of {model} is on this machine, converted or as published: {error.message}", error.hint
+        ) from error
 
 
 def load_option(

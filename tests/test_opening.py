@@ -92,7 +92,9 @@ def test_other_errors_are_not_taken_for_it(forms: Path, monkeypatch: pytest.Monk
 
 
 def test_a_hub_id_without_network_says_so() -> None:
-    with pytest.raises(SourceError, match=r"HuggingFaceH4/starchat-alpha.*hub cannot be reached"):
+    with pytest.raises(
+        SourceError, match=r"no form of HuggingFaceH4/starchat-alpha.*converted.*hub cannot be reached"
+    ):
         open_model(Request("HuggingFaceH4/starchat-alpha"))
 
 
