@@ -27,7 +27,7 @@ NEW_TOKENS = 6
 
 @dataclass(frozen=True)
 class Measured:
-    """One form; bytes. load: the most while loading; peak: the most at all; own: private before it began."""
+    """One form; bytes. load: the most while loading; peak: the most at all; own: resident before it began."""
 
     model: str
     label: str
@@ -101,7 +101,7 @@ def child(path: str, method: str, dtype: str, context: int) -> dict[str, int]:
     warm.complete("def", SamplingParams(max_new_tokens=2, temperature=0), raw=True)
     del warm
     gc.collect()
-    before, own = machine.host_memory_used(), machine.host_memory_private()
+    before = machine.host_memory_used()
     _reset_peak()
     loaded = load(path, dtype=kind, on_the_fly=on_the_fly, context=context)  # type: ignore[arg-type]
     after_load = machine.host_memory_peak() - before
@@ -109,7 +109,7 @@ def child(path: str, method: str, dtype: str, context: int) -> dict[str, int]:
     ids = [1 + i * 7919 % 4000 for i in range(context - NEW_TOKENS)]
     params = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=0.2)
     assert len(list(engine.generate(ids, params))) > 0
-    return {"load": after_load, "peak": machine.host_memory_peak() - before, "own": own}
+    return {"load": after_load, "peak": machine.host_memory_peak() - before, "own": before}
 
 
 def _reset_peak() -> None:
