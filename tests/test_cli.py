@@ -25,7 +25,13 @@ def lowmem(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["--version"], ["convert", "--help"], ["run", "--help"], ["convert", "--bits", "5"]],
+    [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("convert", "plan", "run", "fim", "list", "rm", "doctor")),
+        ["convert", "--bits", "5"],
+        ["run", "m", "--quantize", "5"],
+    ],
 )
 def test_help_and_mistakes_do_not_load_torch(arguments):
     """Answers at once: the libraries that take seconds are not imported for a typo."""
@@ -54,6 +60,12 @@ def test_help_and_mistakes_do_not_load_torch(arguments):
         (["convert", "a", "b", "--memory", "lots"], "--memory 'lots'"),
         (["convert", "a", "b", "--rows", "0"], "rows"),
         (["run", "nowhere", "-p", "x"], "nowhere"),
+        (["run", "owner/name", "-p", "x"], "converted"),
+        (["run", "a", "-p", "x", "--vram", "much"], "--vram 'much'"),
+        (["plan", "nowhere"], "nowhere"),
+        (["plan", "owner/name", "--vram", "6GiB"], "lowmem convert owner/name"),
+        (["fim", "nowhere", "empty.safetensors"], "empty.safetensors"),
+        (["rm", "nothing"], "nothing"),
         (["verify", "nowhere"], "nowhere"),
         (["nonsense"], "nonsense"),
     ],

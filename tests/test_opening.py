@@ -13,8 +13,10 @@ import torch
 from lowmem import opening
 from lowmem.config import SamplingParams
 from lowmem.errors import MemoryBudgetError, SourceError
+from lowmem.loader import load
 from lowmem.opening import is_out_of_memory, open_model
-from lowmem.plan.request import Request
+from lowmem.plan import request as request_module
+from lowmem.plan.request import Request, plan_for
 from lowmem.session import Session
 from tests.helpers import TINY_STARCHAT, save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -131,3 +133,57 @@ def test_a_real_failing_allocation(tmp_path: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[-1] == "LOADED int8 bnb", result.stdout
     assert "bfloat16 does not fit after all" in result.stdout
+
+
+class FakeCard:
+    """A card that is not there: what is asked of it, and what `load` is told to do with it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.free = free
+        self.loads: list[dict[str, Any]] = []
+        self.fails = 0
+        card = torch.device("cuda", 0)
+        for module in (opening, request_module):
+            monkeypatch.setattr(module, "find_card", lambda device: None if device == "cpu" else card)
+        monkeypatch.setattr(request_module.machine, "card_memory_free", lambda device: self.free)
+        monkeypatch.setattr(opening, "load", self.load)
+
+    def load(self, path: Path, **options: Any) -> Any:
+        self.loads.append({"name": path.name, **options})
+        if len(self.loads) <= self.fails:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(path, dtype=torch.float32)
+
+
+def test_on_a_card_what_fits_it_is_loaded_to_it(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = FakeCard(monkeypatch, free=8 << 30)
+    loaded = open_model(Request(str(forms), context=64))
+    assert loaded.plan is not None and loaded.plan.budget.card == 8 << 30
+    (options,) = card.loads
+    assert options["device"] == torch.device("cuda", 0) and options["split"] is None
+    assert options["dtype"] is torch.bfloat16 and options["on_the_fly"] is None
+
+
+def test_too_small_a_card_gets_some_layers(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The free bytes are put between a part and the whole of the model; then the card fails altogether."""
+    plan = plan_for(Request(str(forms), vram=8 << 30, context=64), named_card=True)
+    whole = min(option.need.total - option.need.context for option in plan.options)
+    card = FakeCard(monkeypatch, free=whole - 1)
+    loaded = open_model(Request(str(forms), context=64))
+    assert loaded.option is not None and loaded.option.device == "split"
+    assert card.loads[-1]["split"] == 1 and card.loads[-1]["device"] == torch.device("cuda", 0)
+    card.loads.clear()
+    card.fails = sum(option.device == "split" for option in (loaded.plan.chosen, *loaded.plan.fallbacks))  # type: ignore[union-attr]
+    lines: list[str] = []
+    loaded = open_model(Request(str(forms), context=64), lines.append)
+    assert loaded.option is not None and loaded.option.device == "cpu"
+    assert card.loads[-1]["device"] == "cpu" and card.loads[-1]["split"] is None
+    assert sum("does not fit after all" in line for line in lines) == card.fails
+
+
+def test_vram_takes_the_place_of_what_is_free(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCard(monkeypatch, free=8 << 30)
+    assert plan_for(Request(str(forms), vram=1 << 30)).budget.card == 1 << 30
+    monkeypatch.setenv("LOWMEM_VRAM", "2GiB")
+    assert plan_for(Request(str(forms))).budget.card == 2 << 30
+    assert plan_for(Request(str(forms), device="cpu")).budget.card is None
