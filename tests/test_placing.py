@@ -207,8 +207,17 @@ print(json.dumps({"weights": loaded.weight_bytes, "peak": machine.host_memory_pe
 """
 
 
-@pytest.mark.parametrize("method", ["stored", "int8", "nf4"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [
+        (torch.float16, "stored"),
+        (torch.bfloat16, "stored"),
+        (torch.float16, "nf4"),
+        pytest.param(torch.bfloat16, "nf4", marks=pytest.mark.slow),
+        pytest.param(torch.float16, "int8", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, "int8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_load_takes_the_model_and_a_slice(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Measured in a process of its own: the model's size and a constant, whatever is cast or quantized.
 
