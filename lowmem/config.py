@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from lowmem.errors import RecipeError
 
 BITS = (8, 4, 3, 2)
+DEFAULT_CONTEXT = 8192
+"""Tokens of context where nobody asked for any: StarChat's positions. The KV cache is made for the whole
+context, and some models have positions for a hundred thousand tokens."""
 PREFILL_CHUNK = 512
 """Tokens of a prompt that go through the model at once: what bounds the workspace at any prompt length."""
 

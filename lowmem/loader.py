@@ -30,7 +30,7 @@ from lowmem.models.architecture import build_model, decoder_layers
 from lowmem.models.dialogue import Dialogue, end_token_ids
 from lowmem.placing import Placement, Weights, connect, fill
 from lowmem.plan.device import return_freed_memory
-from lowmem.plan.memory import RETURNED
+from lowmem.plan.memory import ON_THE_FLY, RETURNED
 from lowmem.plan.planner import Option, Plan
 from lowmem.quant_linear import swap_linears
 
@@ -164,9 +164,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 def _label(format: GptqFormat | None, on_the_fly: bnb.Method | None, dtype: torch.dtype) -> str:
     if format:
-        return f"{format.bits}-bit g{format.group_size}"
+        return format.label
     if on_the_fly:
-        return {"int8": "int8 bnb", "nf4": "NF4 bnb"}[on_the_fly]
+        return ON_THE_FLY[on_the_fly]
     return str(dtype).removeprefix("torch.")
 
 

@@ -84,7 +84,7 @@ def load_option(
         progress=progress,
     )
     cache.mark_used(candidate.path)
-    return replace(loaded, label=candidate.label, plan=plan, option=option)
+    return replace(loaded, plan=plan, option=option)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

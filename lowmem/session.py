@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lowmem.checkpoint.files import one_line
-from lowmem.config import SamplingParams
+from lowmem.config import DEFAULT_CONTEXT, SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.compiled import default_decode
 from lowmem.generate.engine import Engine, FinishReason, Progress, Token, context_length
@@ -27,9 +27,6 @@ from lowmem.models.dialogue import (
 from lowmem.text_stream import StopStrings, TextStream, token_text
 
 _CARD = SamplingParams()  # the settings of StarChat Alpha's card
-DEFAULT_CONTEXT = 8192
-"""Tokens of context where nobody asked for any: StarChat's positions. The KV cache is made for the whole
-context, and some models have positions for a hundred thousand tokens."""
 _PROBE = Message("user", "x")  # stands for a last message where the tokens of one turn are counted
 
 

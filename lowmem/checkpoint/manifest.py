@@ -36,6 +36,11 @@ class GptqFormat:
     quantizer: tuple[str, ...] = ()
 
     @property
+    def label(self) -> str:
+        """What a user calls it, as "4-bit g128"."""
+        return f"{self.bits}-bit g{self.group_size}"
+
+    @property
     def zeros_v2(self) -> bool:
         """The zero-points are stored as they are, not one less."""
         return self.checkpoint_format == "gptq_v2"

@@ -10,7 +10,7 @@ from lowmem.checkpoint import cache
 from lowmem.checkpoint.files import is_hub_id, read_json
 from lowmem.config import BITS
 from lowmem.errors import LowmemError, SourceError
-from lowmem.plan.memory import Form
+from lowmem.plan.memory import ON_THE_FLY, Form
 from lowmem.plan.shape import ModelShape, as_converted, read_shape
 
 REPORT_FILE = "lowmem-report.json"
@@ -37,7 +37,7 @@ class Candidate:
         """The folder, or how the form comes about."""
         if self.command:
             return self.command
-        return "on the fly" if self.form.method in ("int8", "nf4") else str(self.path)
+        return "on the fly" if self.form.method in ON_THE_FLY else str(self.path)
 
 
 def find_candidates(model: str, *, cuda: bool, dtype: str | None = None) -> list[Candidate]:
@@ -73,9 +73,10 @@ def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> l
         shape = as_converted(source.shape, bits)
         dtype = "float16" if cuda else "bfloat16"
         assert shape.format is not None
-        label = f"{bits}-bit g{shape.format.group_size}"
         command = f"lowmem convert {model} --bits {bits}"
-        made.append(Candidate(label, bits, Form("gptq", dtype), source.path, shape, command=command))
+        made.append(
+            Candidate(shape.format.label, bits, Form("gptq", dtype), source.path, shape, command=command)
+        )
     return made
 
 
@@ -122,9 +123,7 @@ def _forms(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
     shape = read_shape(path)
     if shape.format:
         return [_packed(path, shape, cuda, dtype)]
-    stored = dtype or shape.stored
-    if stored == "float16" and not cuda:
-        stored = "bfloat16" if dtype is None else dtype
+    stored = _run_dtype(shape, cuda, dtype)
     short = "bfloat16" if stored == "float32" and dtype is None else stored
     dense = [
         Candidate(d, 32 if d == "float32" else 16, Form("dense", d), path, shape)
@@ -132,17 +131,20 @@ def _forms(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
     ]
     return [
         *dense,
-        Candidate("int8 bnb", 8, Form("int8", short), path, shape),
-        Candidate("NF4 bnb", 4, Form("nf4", short), path, shape),
+        Candidate(ON_THE_FLY["int8"], 8, Form("int8", short), path, shape),
+        Candidate(ON_THE_FLY["nf4"], 4, Form("nf4", short), path, shape),
     ]
 
 
 def _packed(path: Path, shape: ModelShape, cuda: bool, dtype: str | None) -> Candidate:
     assert shape.format is not None
-    stored = "bfloat16" if shape.stored == "float16" and not cuda else shape.stored
-    label = f"{shape.format.bits}-bit g{shape.format.group_size}"
-    form = Form("gptq", dtype or stored)
-    return Candidate(label, shape.format.bits, form, path, shape, _measured_kld(path))
+    form = Form("gptq", _run_dtype(shape, cuda, dtype))
+    return Candidate(shape.format.label, shape.format.bits, form, path, shape, _measured_kld(path))
+
+
+def _run_dtype(shape: ModelShape, cuda: bool, dtype: str | None) -> str:
+    """The dtype that is asked for, or the stored one; float16 runs as bfloat16 on a CPU (see loader.py)."""
+    return dtype or ("bfloat16" if shape.stored == "float16" and not cuda else shape.stored)
 
 
 def _converted(folder: Path, source: ModelShape, cuda: bool, dtype: str | None) -> list[Candidate]:

@@ -13,6 +13,8 @@ from lowmem.config import PREFILL_CHUNK, QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.plan.shape import ModelShape, Tensor
 
 Method = Literal["dense", "gptq", "int8", "nf4"]
+ON_THE_FLY = {"int8": "int8 bnb", "nf4": "NF4 bnb"}
+"""bitsandbytes' methods, and what a user calls them."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = 24 << 20
 """Small buffers of the libraries and the allocator's rounding (measured: 13 to 30 MiB)."""
@@ -149,7 +151,7 @@ def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> in
 def _holes(shape: ModelShape, form: Form) -> int:
     """What bitsandbytes' products leave in the C library's heap on a CPU: small blocks, about an int8 input a
     linear (measured on SmolLM2: 30 to 90 MiB)."""
-    if form.method not in ("int8", "nf4"):
+    if form.method not in ON_THE_FLY:
         return 0
     inputs = (PREFILL_CHUNK * tensor.shape[1] for tensor in shape.tensors if tensor.linear)
     return sum(nbytes for nbytes in inputs if nbytes < RETURNED)

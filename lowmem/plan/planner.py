@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lowmem.config import DEFAULT_CONTEXT
 from lowmem.errors import MemoryBudgetError
 from lowmem.plan.candidates import Candidate, by_bits
 from lowmem.plan.device import format_bytes
@@ -25,8 +26,6 @@ from lowmem.plan.memory import (
 )
 from lowmem.plan.shape import ModelShape
 
-DEFAULT_CONTEXT = 8192
-"""Tokens that are planned for when none are asked for and the model has positions for more."""
 _MIB = 1 << 20
 
 
@@ -106,14 +105,12 @@ def make_plan(
     options = tuple(_whole(c, budget, context) for c in candidates)
     others = tuple(_whole(c, budget, context) for c in possible)
     order = [option for option in options if option.fits]
-    splits: list[Option] = []
     if budget.card is not None:
         splits = [s for s in (_split(c, budget, context) for c in candidates) if s is not None]
         half = [s for s in splits if 2 * s.cpu_layers <= s.candidate.shape.layers]
         rest = [s for s in splits if s not in half]
-        splits = half + sorted(rest, key=_host_weights)
-        on_host = (_on_host(c, budget, context) for c in candidates)
-        order += splits + [option for option in on_host if option.fits]
+        on_host = (_alone(c, budget, context, cuda=False) for c in candidates)
+        order += half + sorted(rest, key=_host_weights) + [option for option in on_host if option.fits]
     if not order:
         raise _refusal(candidates, budget, context, others)
     chosen = order[0]
@@ -123,33 +120,26 @@ def make_plan(
 
 
 def _whole(candidate: Candidate, budget: Budget, context: int) -> Option:
-    """The candidate on the device alone: the card, or the CPU where there is none."""
-    if budget.card is None:
-        return _on_host(candidate, budget, context)
+    """The candidate on the device that decides: the card, or the CPU where there is none."""
+    return _alone(candidate, budget, context, cuda=budget.card is not None)
+
+
+def _alone(candidate: Candidate, budget: Budget, context: int, *, cuda: bool) -> Option:
+    """The candidate whole on the card, or whole on the CPU."""
     shape, form = candidate.shape, candidate.form
+    have, bandwidth, own = budget.host, budget.host_bandwidth, HOST_CONTEXT
+    if cuda:
+        have, bandwidth, own = budget.card or 0, budget.card_bandwidth, budget.own_context
 
     def need(tokens: int) -> Need:
-        return need_on_device(shape, form, tokens, cuda=True, own_context=budget.own_context)
+        return need_on_device(shape, form, tokens, cuda=cuda, packs_nf4=budget.packs_nf4, own_context=own)
 
-    rate = _rate([(bytes_read_a_token(shape, form), budget.card_bandwidth)])
-    longest = _longest(lambda tokens: need(tokens).total, budget.card, candidate)
-    short = max(0, need(context).total - budget.card)
-    return Option(candidate, "card", 0, need(context), None, short, longest, rate)
-
-
-def _on_host(candidate: Candidate, budget: Budget, context: int) -> Option:
-    shape, form = candidate.shape, candidate.form
-
-    def need(tokens: int) -> Need:
-        return need_on_device(
-            shape, form, tokens, cuda=False, packs_nf4=budget.packs_nf4, own_context=HOST_CONTEXT
-        )
-
-    rate = _rate([(bytes_read_a_token(shape, form), budget.host_bandwidth)])
-    longest = _longest(lambda tokens: need(tokens).total, budget.host, candidate)
-    short = max(0, need(context).total - budget.host)
-    cpu_layers = shape.layers if budget.card is not None else 0
-    return Option(candidate, "cpu", cpu_layers, need(context), None, short, longest, rate)
+    rate = _rate([(bytes_read_a_token(shape, form), bandwidth)])
+    longest = _longest(lambda tokens: need(tokens).total, have, candidate)
+    short = max(0, need(context).total - have)
+    cpu_layers = 0 if cuda or budget.card is None else shape.layers
+    device = "card" if cuda else "cpu"
+    return Option(candidate, device, cpu_layers, need(context), None, short, longest, rate)
 
 
 def _split(candidate: Candidate, budget: Budget, context: int) -> Option | None:
@@ -250,25 +240,24 @@ def _reason(chosen: Option, options: Sequence[Option], budget: Budget, context: 
 
 
 def _advice(chosen: Option, possible: Sequence[Option]) -> str:
-    """That a conversion would give something better which fits, if so."""
+    """That a conversion would give something better which fits, if so.
+
+    Whatever fits whole is better than layers on the CPU; else the order of quality decides.
+    """
     for option in possible:
-        better = chosen.device != option.device or by_bits(option.candidate) < by_bits(chosen.candidate)
-        if option.fits and better and by_bits(option.candidate) < _least_worth(chosen):
+        better = chosen.cpu_layers > 0 or by_bits(option.candidate) < by_bits(chosen.candidate)
+        if option.fits and better:
             return f" Better, and it would fit: {option.candidate.label}, made by {option.candidate.command}."
     return ""
-
-
-def _least_worth(chosen: Option) -> tuple[int, int, int, str]:
-    """Anything that fits whole is better than layers on the CPU; else the order of quality decides."""
-    return (0, 0, 0, "") if chosen.cpu_layers else by_bits(chosen.candidate)
 
 
 def _refusal(
     candidates: Sequence[Candidate], budget: Budget, context: int, possible: Sequence[Option]
 ) -> MemoryBudgetError:
     """What the least form would need, in whole MiB: with as much, a plan is found."""
-    least = min(candidates, key=lambda c: _on_host(c, budget, context).need.total)
-    ram = math.ceil(_on_host(least, budget, context).need.total / _MIB)
+    on_host = (_alone(c, budget, context, cuda=False) for c in candidates)
+    smallest = min(on_host, key=lambda option: option.need.total)
+    least, ram = smallest.candidate, math.ceil(smallest.need.total / _MIB)
     kv = math.ceil(kv_cache_bytes(least.shape, least.form, context) / _MIB)
     made = next((o.candidate for o in possible if o.fits), None)
     convert = f"make one that fits: {made.command}" if made else "convert to fewer bits"
