@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.command_line import INTERRUPTED, add_sampling_arguments, note, read_text, sampling_params
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.plan_arguments import add_plan_arguments, request_of
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
     from lowmem.session import Response
 
 MARKER = "<FILL_HERE>"
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-
-_LARGEST = 64 * 2**20  # bytes of a file: no context is nearly as long, and /dev/zero has no end
+# Greedy unless asked otherwise, as in node-llama-cpp's infill and llama-cpp-python's example of it: the text
+# has to fit what is around it, and the same file should give the same text.
+_GREEDY = SamplingParams(temperature=0.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem fim`."""
-    defaults = SamplingParams()
     add_plan_arguments(parser)
     parser.add_argument(
         "file", metavar="FILE", nargs="?", help="a file with the marker where text is missing; - is stdin"
@@ -36,56 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--whole", action="store_true", help="print the text around the hole as well")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=defaults.max_new_tokens,
-        metavar="N",
-        help="end after N tokens (%(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="T",
-        help="0, the default, always takes the most likely token",
-    )
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=defaults.top_k,
-        metavar="K",
-        help="sample among the K most likely tokens; 0 is off (%(default)s)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=defaults.top_p,
-        metavar="P",
-        help="sample among the tokens that make up probability P; 1 is off (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="end before this text; may be given several times",
-    )
+    add_sampling_arguments(parser, _GREEDY)
 
 
 def run(args: argparse.Namespace) -> int:
     """Fill the hole; the exit code. Raises LowmemError for what the user can mend."""
-    # Greedy unless asked otherwise, as in node-llama-cpp's infill and llama-cpp-python's example of it: the
-    # text has to fit what is around it, and the same file should give the same text.
-    params = SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=tuple(args.stop),
-    )
+    params = sampling_params(args, _GREEDY)
     prefix, suffix = texts(args)
     # Only now: torch takes seconds to import, and what is wrong above needs none of it.
     from lowmem.generate.sampling import check_sampling
@@ -97,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     final: Response | None = None
     middle = ""
     try:
-        loaded = open_model(request_of(args), _note)
+        loaded = open_model(request_of(args), note)
         for response in Session(loaded).fill_in(prefix, suffix, params):
             middle += response.text
             if streamed:
@@ -105,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             final = response
     except KeyboardInterrupt:
         _end_line(middle if streamed else "")
-        _note("interrupted")
+        note("interrupted")
         return INTERRUPTED
     assert final is not None, "the engine gives at least one token"
     if args.json:
@@ -117,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
             print(shown, end="", flush=True)
         _end_line(shown)
     if final.cut_tokens:
-        _note(f"{final.cut_tokens} tokens far from the hole were left out: they did not fit the context")
-    _note(_figures(final))
+        note(f"{final.cut_tokens} tokens far from the hole were left out: they did not fit the context")
+    note(_figures(final))
     return 0
 
 
@@ -160,28 +115,7 @@ def split_at(text: str, marker: str, name: str) -> tuple[str, str]:
 
 
 def _read(name: str) -> str:
-    """A file's text as it is, line ends included; - is standard input."""
-    if name == "-":
-        data = sys.stdin.buffer.read(_LARGEST + 1) if sys.stdin else b""
-    else:
-        try:
-            with Path(name).open("rb") as file:
-                data = file.read(_LARGEST + 1)
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = (isinstance(error, OSError) and error.strerror) or str(error)
-            raise InvalidRequestError(
-                f"cannot read {name}: {reason}", "Give the path of a text file"
-            ) from error
-    if len(data) > _LARGEST:
-        raise InvalidRequestError(
-            f"{name} is larger than {_LARGEST >> 20} MiB", "Give the part of it that is around the hole"
-        )
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"{name} is not UTF-8 text (byte {error.start + 1})", "Give a text file, or convert it with iconv"
-        ) from error
+    text = read_text(name, "Give the part of it that is around the hole")
     if "\0" in text:
         raise InvalidRequestError(f"{name} is not text: it has NUL bytes in it", "Give a text file")
     return text
@@ -214,8 +148,3 @@ def _end_line(text: str) -> None:
     """On a terminal the shell's prompt starts on a line of its own; a pipe gets the text and nothing else."""
     if text and not text.endswith("\n") and sys.stdout.isatty():
         print(flush=True)
-
-
-def _note(line: str) -> None:
-    """A dim line on stderr; plain where stderr is no terminal."""
-    print(f"\x1b[2m{line}\x1b[0m" if sys.stderr.isatty() else line, file=sys.stderr, flush=True)

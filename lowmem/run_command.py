@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem.command_line import INTERRUPTED, add_sampling_arguments, note, read_text, sampling_params
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.plan_arguments import add_plan_arguments, request_of
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from lowmem.chat.store import Saved
     from lowmem.loader import LoadedModel
     from lowmem.session import Response, Session
-
-INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
-_LARGEST = 64 << 20  # bytes of a prompt: no context is nearly as long, and /dev/zero has no end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,31 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--system", metavar="TEXT", help="text of the system turn before the question")
     prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
     prompt.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
-    add_sampling_arguments(parser)
+    add_sampling_arguments(parser, SamplingParams())
     parser.add_argument("--no-speculation", action="store_true", help="compute every token by itself")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how tokens are chosen; a default of None leaves it to a loaded conversation, or the card."""
-    card = SamplingParams()
-    group = parser.add_argument_group("how the answer is chosen")
-    numbers: tuple[tuple[str, type, str, str], ...] = (
-        ("max_new_tokens", int, "N", "end the answer after N tokens"),
-        ("temperature", float, "T", "0 always takes the most likely token"),
-        ("top_k", int, "K", "sample among the K most likely tokens; 0 is off"),
-        ("top_p", float, "P", "sample among the tokens that make up probability P; 1 is off"),
-        ("min_p", float, "P", "only tokens with P times the probability of the most likely one; 0 is off"),
-        ("repetition_penalty", float, "R", "above 1 makes tokens that were there less likely; 1 is off"),
-    )
-    for name, kind, metavar, text in numbers:
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} ({getattr(card, name)})")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
-    group.add_argument(
-        "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
             return _answer(args, session, params, saved, prompt)
         except KeyboardInterrupt:
             if not args.quiet:
-                _note("interrupted")
+                note("interrupted")
             return INTERRUPTED
 
 
@@ -99,28 +75,8 @@ def _open(args: argparse.Namespace, progress: Any) -> tuple[Session, SamplingPar
     params = sampling_params(args, saved.params if saved else SamplingParams())
     check_sampling(params)
     check_seed(params)
-    loaded = open_model(request_of(args), _silent if args.quiet else _note, progress)
+    loaded = open_model(request_of(args), _silent if args.quiet else note, progress)
     return Session(loaded, speculate=not args.no_speculation), params, saved
-
-
-def sampling_params(args: argparse.Namespace, base: SamplingParams) -> SamplingParams:
-    """`base` with what was given on the command line."""
-    values: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in (
-            "max_new_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "seed",
-        )
-        if getattr(args, name) is not None
-    }
-    if args.stop is not None:
-        values["stop"] = tuple(args.stop)
-    return replace(base, **values)
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -132,39 +88,12 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise InvalidRequestError("there is no prompt", 'Give one with -p "…", or pipe a text in')
     parts = [] if args.prompt is None else [args.prompt.encode("utf-8", "replace").decode("utf-8")]
     if args.file is not None or args.prompt is None:
-        parts.append(_read(args.file or "-"))
+        parts.append(read_text(args.file or "-", "Give the part that matters").rstrip("\r\n"))
     text = "\n\n".join(parts)
     if not text.strip():
         where = "on standard input " if args.prompt is None and args.file in (None, "-") else ""
         raise InvalidRequestError(f"the prompt {where}is empty", 'Give one with -p "…"')
     return text
-
-
-def _read(name: str) -> str:
-    """A file's text without the line ends at its end; - is standard input."""
-    where = "standard input" if name == "-" else name
-    try:
-        if name == "-":
-            stream = getattr(sys.stdin, "buffer", None)
-            data = stream.read(_LARGEST + 1) if stream else sys.stdin.read().encode()
-        else:
-            with Path(name).expanduser().open("rb") as file:
-                data = file.read(_LARGEST + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        raise InvalidRequestError(f"cannot read {where}: {reason}", "Give the path of a text file") from error
-    if len(data) > _LARGEST:
-        raise InvalidRequestError(
-            f"{where} is larger than {_LARGEST >> 20} MiB", "Give the part that matters"
-        )
-    try:
-        text: str = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"{where} is not UTF-8 text (byte {error.start + 1})",
-            "Give a text file, or convert it with iconv",
-        ) from error
-    return text.rstrip("\r\n")
 
 
 def _chat(args: argparse.Namespace, session: Session, params: SamplingParams, saved: Saved | None) -> int:
@@ -183,7 +112,7 @@ def _chat(args: argparse.Namespace, session: Session, params: SamplingParams, sa
     return open_chat(
         session,
         console,
-        notify=_silent if args.quiet else _note,
+        notify=_silent if args.quiet else note,
         params=params,
         conversation=conversation,
         model_name=args.model,
@@ -198,8 +127,8 @@ def _answer(
     from lowmem.chat.figures import describe, dropped_note, figures, memory_now
     from lowmem.chat.text import clean
 
-    note = _silent if args.quiet else _note
-    note(describe(session.loaded, session.context))
+    say = _silent if args.quiet else note
+    say(describe(session.loaded, session.context))
     # A terminal obeys what it is shown; a file or a pipe gets the answer as it is.
     shown = clean if sys.stdout.isatty() else str
     final: Response | None = None
@@ -223,8 +152,8 @@ def _answer(
     elif not text.endswith("\n"):
         print(flush=True)
     if final.dropped_turns:
-        note(dropped_note(final.dropped_turns))
-    note(figures(final, memory_now(session.loaded)))
+        say(dropped_note(final.dropped_turns))
+    say(figures(final, memory_now(session.loaded)))
     return 0
 
 
@@ -289,9 +218,3 @@ def _at_terminal() -> bool:
 
 def _silent(line: str) -> None:
     """Says nothing."""
-
-
-def _note(line: str) -> None:
-    """A dim line on stderr; plain where stderr is no terminal, or nobody wants colours."""
-    dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print(f"\x1b[2m{line}\x1b[0m" if dim else line, file=sys.stderr, flush=True)

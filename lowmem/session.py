@@ -96,10 +96,8 @@ class Session:
             )
         self.context = context
         self.engine = Engine(loaded.model, context=context, stop_ids=loaded.stop_ids, speculate=speculate)
-        self.decode_reason = "eager"
-        """Which step decodes, and why: one line."""
         if loaded.device.type == "cuda" and not loaded.cpu_layers:
-            self.engine.decode, self.decode_reason = default_decode(loaded.model, self.engine.cache)
+            self.engine.decode, _ = default_decode(loaded.model, self.engine.cache)
         self._counted: dict[tuple[Message, ...], tuple[int, int]] = {}  # of the last dialogue's past turns
 
     def encode(

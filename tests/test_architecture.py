@@ -28,6 +28,7 @@ RANKS = {
     "lowmem.doctor": 10,
     "lowmem.api": 10,
     "lowmem.plan_arguments": 10,
+    "lowmem.command_line": 10,
     "lowmem.plan_command": 11,
     "lowmem.run_command": 11,
     "lowmem.fim_command": 11,

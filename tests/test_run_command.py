@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lowmem import run_command
+from lowmem import command_line, run_command
 from lowmem.chat.conversation import Conversation, Exchange
 from lowmem.chat.store import save
 from lowmem.config import SamplingParams
@@ -125,7 +125,7 @@ def test_a_prompt_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("sys.stdin", terminal)  # and stdout is a file: there is nobody to chat with
     with pytest.raises(InvalidRequestError, match="no prompt"):
         run("model")
-    monkeypatch.setattr(run_command, "_LARGEST", 10)
+    monkeypatch.setattr(command_line, "LARGEST", 10)
     (tmp_path / "large").write_bytes(b"x" * 11)
     with pytest.raises(InvalidRequestError, match="larger"):
         run("model", "-f", tmp_path / "large")
