@@ -17,7 +17,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.processes import hardware
+from bench.processes import hardware
 from lowmem.plan.request import Request, plan_for
 
 TOLERANCE = 64 << 20

@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.processes import ROOT, Usage, hardware, run_process
+from bench.processes import ROOT, Usage, hardware, run_process
 
 if TYPE_CHECKING:
     import torch

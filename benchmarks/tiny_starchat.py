@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.demo import embedded_model
-from benchmarks.processes import hardware, run_process
+from bench.processes import hardware, run_process
 from lowmem import __version__
 
 if TYPE_CHECKING:

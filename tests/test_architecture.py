@@ -39,9 +39,10 @@ RANKS = {
     "lowmem.cli": 12,
     "lowmem.__main__": 13,
     "convert": 14,
-    "benchmarks": 15,
+    "bench": 15,
+    "benchmarks": 16,
 }
-FILES = sorted(p for room in ("lowmem", "convert", "benchmarks") for p in (ROOT / room).rglob("*.py"))
+FILES = sorted(p for room in ("lowmem", "convert", "bench", "benchmarks") for p in (ROOT / room).rglob("*.py"))
 
 
 def module_of(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.processes import resident
+from bench.processes import resident
 from convert import memory
 from lowmem.config import QuantConfig
 from lowmem.errors import MemoryBudgetError, OutputError

@@ -1,0 +1,29 @@
+"""`lowmem bench`: dispatch to what is measured. A measurement's imports wait until it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+MEASUREMENTS = (
+    ("quality", "bench.quality_command", "KL divergence and perplexity of every form against bf16"),
+    ("humaneval", "bench.humaneval_command", "share of HumanEval's problems solved (pass@1)"),
+    ("latency", "bench.latency_command", "load, prefill and decode, beside what the machine allows"),
+    ("report", "bench.report_command", "a Markdown and an HTML page of what was measured"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the words after `lowmem bench`, and the options of each."""
+    words = parser.add_subparsers(
+        dest="measurement", metavar="WHAT", required=True, parser_class=type(parser)
+    )
+    for name, module, text in MEASUREMENTS:
+        sub = words.add_parser(name, help=text, description=text)
+        importlib.import_module(module).add_arguments(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure; the exit code. Raises LowmemError for what the user can mend."""
+    module = next(module for name, module, _ in MEASUREMENTS if name == args.measurement)
+    return int(importlib.import_module(module).run(args))
