@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,42 @@ def run_process(command: Sequence[str], log: Path) -> Usage:
     cpu = usage.ru_utime + usage.ru_stime
     # ru_maxrss counts this process's own memory at the fork too, so the high-water mark goes before it.
     return Usage(round(wall, 2), round(cpu, 2), peak or usage.ru_maxrss * 1024, anonymous, round(load, 2))
+
+
+def converse(
+    module: str, message: str, hear: Callable[[str], None], log: Path, environment: dict[str, str]
+) -> int:
+    """Run `python -m module` with `message` on its standard input; its exit code, negative for a signal.
+
+    hear: called with each line of its standard output, as it comes. log: gets its standard error.
+    environment: beside our own. The process leads a group of its own, which Ctrl-C at the terminal does not
+    reach; the group is killed when anything is raised here, KeyboardInterrupt too, and when its leader ends.
+    """
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):  # it died before it read: its exit code tells
+                process.stdin.write(message)
+                process.stdin.close()
+            for line in process.stdout:
+                hear(line)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its id stays its own until the kill
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        return code
 
 
 def resident(pid: int) -> dict[str, int]:

@@ -8,13 +8,33 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from convert.layer import LayerCall
 from lowmem.models.architecture import Architecture, decoder_layers
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """How the model calls one of its decoder layers, beside the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    returns_tuple: bool = False
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The layer's output hidden states; no gradients."""
+        with torch.no_grad():
+            return self.output(layer, hidden)
+
+    def output(self, layer: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
+        """The same of anything that is called as the layer is."""
+        output = layer(hidden, *self.args, **self.kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
 
 class _Caught(Exception):

@@ -87,6 +87,8 @@ def render(facts: Facts) -> str:
         f"| order of columns | {'act-order, groups static' if config.desc_act else 'as they are'} |",
         f"| damping | {config.damp_percent:g} of the mean of diag H |",
         f"| linears of a layer | {'one after the other' if config.true_sequential else 'all at once'} |",
+        f"| correction of earlier errors | {config.correction if config.corrects else 0:g} |",
+        f"| passes of coordinate descent | {config.passes} |",
         f"| calibration | {rows} rows of {length} tokens: {facts.calibration} |",
         f"| forward passes in | {facts.recipe.get('compute dtype')} |",
         "",

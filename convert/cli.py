@@ -53,6 +53,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="linears of a layer see the quantized ones before them (on)",
     )
+    quant.add_argument(
+        "--correction",
+        type=float,
+        default=0.5,
+        metavar="F",
+        help="share of the error of earlier linears that a linear makes up for; 0 is faster (%(default)s)",
+    )
+    quant.add_argument(
+        "--passes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of coordinate descent after GPTQ; 0 is faster (%(default)s)",
+    )
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration",
@@ -105,6 +119,8 @@ def run(args: argparse.Namespace) -> int:
         desc_act=args.desc_act,
         damp_percent=args.damp_percent,
         true_sequential=args.true_sequential,
+        correction=args.correction,
+        passes=args.passes,
     )
     calibration = CalibrationSpec(args.calibration, args.rows, args.row_length, args.seed)
     options = Options(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from convert.descent import descend
 from convert.grid import Grid, find_grid, quantize_to
 from convert.hessian import Factor, factor_in_place, permute_in_place
 from lowmem.config import QuantConfig
@@ -36,7 +37,8 @@ class Quantized:
     zeros: torch.Tensor
     """uint8 [groups, out]"""
     squared_error: float
-    """Mean squared error of the outputs over the calibration tokens, summed over the outputs."""
+    """Mean squared error of the outputs over the calibration tokens, summed over the outputs: against W x,
+    or against what `quantize` was asked to come close to instead."""
     damping: float
     dead_columns: int
 
@@ -71,6 +73,20 @@ class Prepared:
 
     factor: Factor
     order: torch.Tensor | None
+
+    def regress_in_place(self, lacking: torch.Tensor) -> None:
+        """H^-1 E[x d^T], written over E[x d^T] [in, out]: what W^T has to move by for W x to come as close
+        to W x + d as it can.
+
+        With d what an input that earlier layers have damaged makes the linear lack, the moved weight is the
+        one to round: ||(W + move - Q) x||^2 is the distance of Q x to W x + d, but for a constant. GPTAQ
+        (Li et al. 2025, arXiv:2504.02692) puts the same into the column loop.
+        """
+        if self.order is not None:
+            _permute_rows_in_place(lacking, self.order)
+        self.factor.solve_in_place(lacking)
+        if self.order is not None:
+            _permute_rows_in_place(lacking, torch.argsort(self.order))
 
 
 def prepare(hessian: torch.Tensor, config: QuantConfig) -> Prepared:
@@ -151,6 +167,10 @@ def _round_columns(
             error[j].sub_(value)
         # sum_j R[j,j]^2 (target - value)^2 = ||(W - Q) R||^2, the error that H measures
         squared_error += misses.square().sum(1).mul(diagonal[start:end].square()).sum().double()
+    first = torch.arange(0, n, width, device=weight_t.device)
+    group_of = (first if order is None else order[first]) // width
+    for _ in range(config.passes):
+        squared_error -= descend(error, codes, scales, zeros, group_of, factor, config.maxq)
     return Quantized(
         codes,
         scales.to(torch.float16),

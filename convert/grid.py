@@ -50,8 +50,8 @@ def find_grid(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bo
     return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
 
 
-def _storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scale` rounded to float16, kept away from 0 and infinity."""
+def storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`scale` as `dtype`, rounded to float16, kept away from 0 and infinity."""
     tiny, huge = torch.finfo(SCALE_DTYPE).smallest_normal, torch.finfo(SCALE_DTYPE).max
     size = scale.abs().clamp(tiny, huge)
     return torch.where(scale < 0, -size, size).to(SCALE_DTYPE).to(dtype)
@@ -76,14 +76,14 @@ def _search(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bool
     best_scale = torch.ones_like(low)
     best_zero = torch.full_like(low, half)
     for factor in torch.linspace(WIDEN_TO[bits], SHRINK_TO[bits], CANDIDATES).tolist():
-        scale = _storable(full * factor, weight.dtype)
+        scale = storable(full * factor, weight.dtype)
         zero = torch.full_like(low, half) if sym else _zero_point(low * factor, scale, maxq)
         z = (weight * scale.reciprocal()).round_()
         z = torch.minimum(torch.maximum(z, -zero), maxq - zero)
         a = (weighted * z).sum(0)
         b = importance @ z.square_()
         gain = torch.where(b > 0, a.square() / b, 0.0)
-        fitted = _storable(torch.where(b > 0, a / b, scale), weight.dtype)
+        fitted = storable(torch.where(b > 0, a / b, scale), weight.dtype)
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
         best_scale = torch.where(better, fitted, best_scale)

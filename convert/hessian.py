@@ -85,13 +85,41 @@ def permute_in_place(matrix: torch.Tensor, order: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Factor:
-    """R [in, in], upper triangular (below the diagonal lies rubbish), and what it took to get it."""
+    """H + damping = R R^T [in, in], and what it took to factor it.
+
+    matrix: R on and above the diagonal, H below it. diagonal: [in], that of the damped H.
+    """
 
     matrix: torch.Tensor
+    diagonal: torch.Tensor
     damping: float
     """What was added to the diagonal, as a fraction of its mean."""
     dead_columns: int
     """Inputs that no calibration token used: rounded to nearest, since nothing is known of them."""
+
+    def hessian_corner(self, start: int, end: int) -> torch.Tensor:
+        """H[start:end, start:end], whole."""
+        lower = self.matrix[start:end, start:end].tril(-1)
+        return lower + lower.T + self.diagonal[start:end].diag()
+
+    def hessian_rows_times(self, start: int, end: int, right: torch.Tensor) -> torch.Tensor:
+        """H[start:end] @ right, right: [in, out]."""
+        product = self.hessian_corner(start, end) @ right[start:end]
+        product.addmm_(self.matrix[start:end, :start], right[:start])
+        product.addmm_(self.matrix[end:, start:end].T, right[end:])
+        return product
+
+    def solve_in_place(self, right: torch.Tensor) -> None:
+        """H^-1 @ right, written over right [in, out]: H = R R^T, so one triangle after the other."""
+        r = self.matrix
+        for start, end in reversed(_column_blocks(r.shape[0])):
+            block = torch.linalg.solve_triangular(r[start:end, start:end], right[start:end], upper=True)
+            right[start:end] = block
+            right[:start].addmm_(r[:start, start:end], block, alpha=-1)
+        for start, end in _column_blocks(r.shape[0]):
+            block = torch.linalg.solve_triangular(r[start:end, start:end].T, right[start:end], upper=False)
+            right[start:end] = block
+            right[end:].addmm_(r[start:end, end:].T, block, alpha=-1)
 
 
 def factor_in_place(hessian: torch.Tensor, damp_percent: float) -> Factor:
@@ -113,7 +141,7 @@ def factor_in_place(hessian: torch.Tensor, damp_percent: float) -> Factor:
     while damping <= MAX_DAMPING:
         hessian.diagonal().copy_(diagonal + damping * mean)
         if _reverse_cholesky(hessian):
-            return Factor(hessian, damping, int(dead.sum()))
+            return Factor(hessian, diagonal + damping * mean, damping, int(dead.sum()))
         _mirror_lower(hessian)
         damping *= 10
     raise CalibrationError(

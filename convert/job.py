@@ -59,6 +59,10 @@ class Job:
         """The file of hidden states at the input of `layer`."""
         return self.folder / f"hidden-{layer:05d}.bin"
 
+    def unquantized(self, layer: int) -> Path:
+        """The same of the unquantized model: what the conversion corrects towards."""
+        return self.folder / f"unquantized-{layer:05d}.bin"
+
     def staged(self, layer: int) -> Path:
         """The file of a finished layer's tensors."""
         return self.folder / f"layer-{layer:05d}.safetensors"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from convert.activations import HiddenStates
+from convert.calls import LayerCall
 from convert.gptq import Prepared, Quantized, prepare, quantize
 from convert.hessian import Hessian
+from convert.targets import Targets
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.checkpoint.values import all_finite
 from lowmem.config import QuantConfig
@@ -29,7 +30,8 @@ class LinearReport:
     in_features: int
     out_features: int
     error: float
-    """Squared error of the outputs as a share of their energy: ||x(W-Q)||^2 / ||xW||^2; 0 without energy."""
+    """Squared error of the outputs as a share of their energy: ||x(W-Q)||^2 / ||xW||^2; 0 without energy.
+    With a correction W is the corrected weight, which is what Q was to come close to."""
     damping: float
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
     dead_columns: int
@@ -64,22 +66,6 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """How the model calls one of its decoder layers, beside the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    returns_tuple: bool = False
-
-    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output hidden states."""
-        with torch.no_grad():
-            output = layer(hidden, *self.args, **self.kwargs)
-        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-
-@dataclass(frozen=True)
 class LayerResult:
     """A quantized layer: the tensors to store, named relative to the layer, and one report a linear."""
 
@@ -93,22 +79,61 @@ class _Stop(Exception):
 
 
 class _Capture:
-    """Hooks on some linears: one Hessian for each distinct input, and the energy of each output."""
+    """Hooks on some linears: one Hessian for each distinct input, the energy of each output, and with
+    targets E[x d^T] for each linear, d what its output lacks."""
 
     def __init__(
-        self, layer: nn.Module, groups: Sequence[Sequence[LinearSpec]], device: torch.device
+        self,
+        layer: nn.Module,
+        groups: Sequence[Sequence[LinearSpec]],
+        device: torch.device,
+        targets: Targets | None,
     ) -> None:
         self.hessians = [Hessian(group[0].in_features, device) for group in groups]
         self.energy = {spec.name: 0.0 for group in groups for spec in group}
+        self.lacking = {
+            spec.name: torch.zeros(spec.in_features, spec.out_features, device=device)
+            for group in groups
+            for spec in group
+            if targets is not None
+        }
         self.seconds = 0.0
-        self._left = len(self.energy)
-        self._count = len(self.energy)
+        self.tokens = 0
+        self._targets = targets
+        self._last_input: torch.Tensor | None = None
+        self._left = self._count = len(self.energy)
+        self._start = 0
+        self._hidden = torch.empty(0)
         self._handles = []
         for group, hessian in zip(groups, self.hessians, strict=True):
             for position, spec in enumerate(group):
                 module = layer.get_submodule(spec.name)
                 hook = self._hook(spec.name, hessian if position == 0 else None)
                 self._handles.append(module.register_forward_hook(hook))
+
+    def run(self, layer: nn.Module, call: LayerCall, start: int, hidden: torch.Tensor) -> None:
+        """Rows from `start` on: hidden [some rows, row_length, hidden]."""
+        self._start, self._hidden, self._left = start, hidden, self._count
+        self.tokens += hidden.shape[0] * hidden.shape[1]
+        try:
+            output = call.run(layer, hidden)
+        except _Stop:
+            return
+        started = time.perf_counter()
+        if self._last_input is not None:  # of the linear whose target is the layer's output
+            name = next(name for name in self.lacking if self._added(name) == "last")
+            self._add_lacking(name, self._last_input, output)
+            self._last_input = None
+        self.seconds += time.perf_counter() - started
+
+    def _added(self, name: str) -> str:
+        return "to nothing" if self._targets is None else self._targets.added[name]
+
+    def _add_lacking(self, name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+        assert self._targets is not None
+        wanted = self._targets.read(name, self._start, self._start + self._hidden.shape[0])
+        lack = wanted.to(output.device, torch.float32) - output
+        self.lacking[name].addmm_(_tokens(x).T, _tokens(lack))
 
     def _hook(self, name: str, hessian: Hessian | None) -> Callable[..., None]:
         def hook(module: nn.Linear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -117,10 +142,15 @@ class _Capture:
                 hessian.add(args[0].reshape(-1, args[0].shape[-1]))
             plain = output if module.bias is None else output - module.bias
             self.energy[name] += float(torch.linalg.vector_norm(plain, dtype=torch.float32)) ** 2
+            added = self._added(name)
+            if added == "last":
+                self._last_input = args[0]
+            elif self._targets is not None:
+                whole = output + self._hidden if added == "to the layer's input" else output
+                self._add_lacking(name, args[0], whole)
             self.seconds += time.perf_counter() - started
             self._left -= 1
-            if self._left == 0:
-                self._left = self._count
+            if self._left == 0 and self._last_input is None:
                 raise _Stop
 
         return hook
@@ -128,6 +158,10 @@ class _Capture:
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).to(torch.float32)
 
 
 def quantize_layer(
@@ -139,6 +173,7 @@ def quantize_layer(
     *,
     rows: int,
     device: torch.device,
+    targets: Targets | None = None,
     on_phase: Callable[[str], None] = lambda _: None,
     on_linear: Callable[[LinearReport], None] = lambda _: None,
 ) -> LayerResult:
@@ -146,7 +181,8 @@ def quantize_layer(
 
     rows: calibration rows that run at a time. With true_sequential the linears are taken in the order
     in which they run, each seeing the outputs of the already quantized ones; otherwise all inputs come
-    from the unquantized layer, in one pass.
+    from the unquantized layer, in one pass. targets: what the linears should put out; each then makes up for
+    config.correction of what it lacks, and its file is removed.
     Raises SourceError for weights that are not finite, CalibrationError for activations that are not.
     """
     stored: dict[str, torch.Tensor] = {}
@@ -155,10 +191,9 @@ def quantize_layer(
     passes = [[group] for group in spec.groups] if config.true_sequential else [list(spec.groups)]
     for groups in passes:
         on_phase(f"inputs of {groups[0][0].name}")
-        capture = _capture(layer, groups, call, states, rows, device, seconds)
+        capture = _capture(layer, groups, call, states, rows, device, seconds, targets)
         for group in groups:
             hessian = capture.hessians.pop(0)
-            tokens = hessian.tokens
             on_phase(f"factor for {group[0].name}")
             started = time.perf_counter()
             prepared = prepare(hessian.finish(), config)
@@ -168,10 +203,16 @@ def quantize_layer(
                 linear = layer.get_submodule(linear_spec.name)
                 assert isinstance(linear, nn.Linear)
                 name = f"{spec.name}.{linear_spec.name}"
-                result = _quantize_linear(linear, name, prepared, config, seconds)
+                started = time.perf_counter()
+                weight = _as_rounded(linear, name, prepared, capture, linear_spec.name, config)
+                result = quantize(weight, prepared, config)
+                del weight
+                seconds.quantize += time.perf_counter() - started
+                if targets is not None:
+                    targets.drop(linear_spec.name)
                 stored.update(_pack(linear_spec.name, linear, result, config, seconds))
                 _restore(linear, linear_spec.name, stored, config)
-                energy = capture.energy[linear_spec.name] / tokens
+                energy = capture.energy[linear_spec.name] / capture.tokens
                 error = result.squared_error / energy if energy > 0 else 0.0
                 report = LinearReport(
                     linear_spec.name,
@@ -195,16 +236,16 @@ def _capture(
     rows: int,
     device: torch.device,
     seconds: Seconds,
+    targets: Targets | None,
 ) -> _Capture:
     """Run the calibration rows up to the last linear of `groups`."""
     started = time.perf_counter()
-    capture = _Capture(layer, groups, device)
+    capture = _Capture(layer, groups, device, targets)
+    start = 0
     try:
         for chunk in states.chunks(rows):
-            try:
-                call.run(layer, chunk.to(device))
-            except _Stop:
-                pass
+            capture.run(layer, call, start, chunk.to(device))
+            start += chunk.shape[0]
     finally:
         capture.remove()
     seconds.hessian += capture.seconds
@@ -212,20 +253,27 @@ def _capture(
     return capture
 
 
-def _quantize_linear(
-    linear: nn.Linear, name: str, prepared: Prepared, config: QuantConfig, seconds: Seconds
-) -> Quantized:
-    started = time.perf_counter()
+def _as_rounded(
+    linear: nn.Linear, full_name: str, prepared: Prepared, capture: _Capture, name: str, config: QuantConfig
+) -> torch.Tensor:
+    """The weight to round, float32 [in, out]: W^T, moved to where it makes up for what the linear lacks.
+
+    The linear's own weight goes, and what is lacking becomes the result: no third matrix of this size.
+    """
     weight = linear.weight.detach()
     if not all_finite(weight):
-        raise SourceError(f"{name}.weight holds values that are not finite", "Download the source again")
-    transposed = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)
-    transposed.copy_(weight.T)
+        raise SourceError(f"{full_name}.weight holds values that are not finite", "Download the source again")
+    if name in capture.lacking:
+        transposed = capture.lacking.pop(name)
+        transposed *= config.correction / capture.tokens
+        prepared.regress_in_place(transposed)
+        transposed += weight.T
+    else:
+        transposed = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)
+        transposed.copy_(weight.T)
     del weight
     linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
-    result = quantize(transposed, prepared, config)
-    seconds.quantize += time.perf_counter() - started
-    return result
+    return transposed
 
 
 def _pack(

@@ -88,22 +88,29 @@ def _layer_stages(
     groups = [[g] for g in layer.groups] if config.true_sequential else [list(layer.groups)]
     for together in groups:
         matrices = sum(g[0].in_features ** 2 for g in together) * FLOAT32
+        # E[x d^T] of every linear that is still to be rounded
+        lacking = sum(s.in_features * s.out_features for g in together for s in g) * FLOAT32
+        lacking *= config.corrects
         names = ", ".join(s.name for g in together for s in g)
         inputs = max(tokens * g[0].in_features for g in together) * FLOAT32
-        stages.append(Stage(f"Hessian of {names}", weights + done + matrices + forward + inputs))
+        outputs = 2 * tokens * max(s.out_features for g in together for s in g) * FLOAT32
+        outputs *= config.corrects
+        held = matrices + lacking + forward + inputs + outputs
+        stages.append(Stage(f"Hessian of {names}", weights + done + held))
         for group in together:
             n = group[0].in_features
             panel = 3 * min(n, hessian.COLUMN_BLOCK) * n * FLOAT32
-            stages.append(Stage(f"factor of {group[0].name}", weights + done + matrices + panel))
+            stages.append(Stage(f"factor of {group[0].name}", weights + done + matrices + lacking + panel))
             for spec in group:
                 size = spec.in_features * spec.out_features
                 width = gptq.group_width(config, spec.in_features)
                 columns = (4 * gptq.COLUMN_BLOCK + 3 * min(width, spec.in_features)) * spec.out_features
-                # The float32 copy is made while the weight still lies beside it, which then goes;
-                # the integers come, and the columns that are being worked on.
-                copying = weights + done + matrices + size * FLOAT32
+                # The float32 copy (with a correction: what is lacking becomes it) is made while the weight
+                # still lies beside it, which then goes; the integers come, and the columns worked on.
+                copying = weights + done + matrices + (lacking or size * FLOAT32)
                 rounding = copying - size * itemsize + size + columns * FLOAT32 + 512 * n * FLOAT32
                 stages.append(Stage(f"rounding of {spec.name}", max(copying, rounding)))
+                lacking -= size * FLOAT32 * config.corrects
                 done += packed_bytes(spec, config)
             matrices -= n * n * FLOAT32
     return stages
@@ -185,7 +192,7 @@ def _measure(
             seen.add(kind)
             stages += _layer_stages(layer, arch, config, tokens, item, read_overhead)
     stages.append(Stage("storing the embedding", max(outside) * FLOAT32 + read_overhead(max(outside))))
-    held = hidden_bytes if keep else 2 * chunk
+    held = (hidden_bytes if keep else 2 * chunk) * (2 if config.corrects else 1)
     peak = max(stage.nbytes for stage in stages)
     if device.type == "cpu":
         host, card = base + LIBRARIES + held + peak, 0

@@ -14,12 +14,13 @@ import torch
 from convert import memory
 from convert.activations import HiddenStates
 from convert.calibration import CalibrationRows, CalibrationSpec, load_rows
-from convert.calls import catch_calls, embed
+from convert.calls import LayerCall, catch_calls, embed
 from convert.job import Job, differences
-from convert.layer import LayerCall, LayerResult, Seconds, quantize_layer
+from convert.layer import LayerResult, Seconds, quantize_layer
 from convert.progress import Reporter
 from convert.recipe import Options, compute_dtype, describe, fit_group_size, recipe_of
 from convert.result import ResultSummary, put_together
+from convert.targets import record
 from convert.weights import Weights, empty, move_buffers
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.manifest import MANIFEST_FILE
@@ -33,6 +34,15 @@ from lowmem.plan import device as machine
 
 # Of Options: what changes the result, beside the quantization itself.
 _RESULT_OPTIONS = ("shard_size", "store_head", "revision", "compute_dtype")
+
+
+@dataclass
+class _Streams:
+    """The hidden states at the input of the layer that comes next: of the model as it is converted, and of
+    the unquantized one (None where nothing is corrected towards it)."""
+
+    converted: HiddenStates
+    unquantized: HiddenStates | None
 
 
 @dataclass(frozen=True)
@@ -191,16 +201,17 @@ def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
     work.weights.fill(model, "", arch.outside_before_layers(), work.dtype, work.device)
     move_buffers(model, work.device)
     calls = catch_calls(model, arch, work.rows.tokens[: plan.rows_at_a_time].to(work.device))
-    states = _hidden_states(job, work, model, plan)
+    streams = _streams(job, work, model, plan)
     empty(model)
     _, layers = decoder_layers(model, work.source.config())
     totals = Seconds()
     for index in range(state.finished_layers, len(arch.layers)):
-        result, states = _convert_layer(job, work, layers[index], index, calls[index], states, plan, reporter)
+        result = _convert_layer(job, work, layers[index], index, calls[index], streams, plan, reporter)
         totals += result.seconds
         state.seconds = before + time.monotonic() - started
         job.commit()
         job.hidden(index).unlink(missing_ok=True)
+        job.unquantized(index).unlink(missing_ok=True)
         reporter.layer(index, result)
         del result  # its packed tensors are on disk, and the plan does not count them for the next layer
     summary = put_together(
@@ -213,20 +224,23 @@ def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
     return summary
 
 
-def _hidden_states(job: Job, work: _Work, model: torch.nn.Module, plan: memory.MemoryPlan) -> HiddenStates:
+def _streams(job: Job, work: _Work, model: torch.nn.Module, plan: memory.MemoryPlan) -> _Streams:
     """The hidden states that enter the first unfinished layer."""
     tokens = work.rows.tokens
-    hidden = work.arch.shapes[work.arch.embedding][1]
-    shape = (tokens.shape[0], tokens.shape[1], hidden)
-    path = job.hidden(job.state.finished_layers)
-    if job.state.finished_layers:
-        return HiddenStates.reopen(path, shape, work.dtype, keep=plan.keep_hidden)
+    shape = (tokens.shape[0], tokens.shape[1], work.arch.shapes[work.arch.embedding][1])
+    finished = job.state.finished_layers
 
     def chunks() -> Iterator[torch.Tensor]:
         for part in tokens.split(plan.rows_at_a_time):
             yield embed(model, part.to(work.device)).cpu()
 
-    return HiddenStates.create(path, shape, work.dtype, chunks(), keep=plan.keep_hidden)
+    def stream(path: Path) -> HiddenStates:
+        if finished:
+            return HiddenStates.reopen(path, shape, work.dtype, keep=plan.keep_hidden)
+        return HiddenStates.create(path, shape, work.dtype, chunks(), keep=plan.keep_hidden)
+
+    unquantized = stream(job.unquantized(finished)) if work.config.corrects else None
+    return _Streams(stream(job.hidden(finished)), unquantized)
 
 
 def _convert_layer(
@@ -235,23 +249,39 @@ def _convert_layer(
     layer: torch.nn.Module,
     index: int,
     call: LayerCall,
-    states: HiddenStates,
+    streams: _Streams,
     plan: memory.MemoryPlan,
     reporter: Reporter,
-) -> tuple[LayerResult, HiddenStates]:
+) -> LayerResult:
     """Read, quantize, stage and advance one decoder layer; it counts as finished once job.json says so."""
     spec = work.arch.layers[index]
     clock = time.perf_counter()
     work.weights.fill_layer(layer, spec, work.dtype, work.device)
     read_seconds = time.perf_counter() - clock
+    clock = time.perf_counter()
+    targets = None
+    if streams.unquantized is not None:
+        reporter.phase(index, "unquantized outputs")
+        targets, streams.unquantized = record(
+            layer,
+            spec,
+            call,
+            streams.unquantized,
+            folder=job.folder,
+            next_states=job.unquantized(index + 1),
+            rows=plan.rows_at_a_time,
+            device=work.device,
+        )
+    record_seconds = time.perf_counter() - clock
     result = quantize_layer(
         layer,
         spec,
         call,
-        states,
+        streams.converted,
         work.config,
         rows=plan.rows_at_a_time,
         device=work.device,
+        targets=targets,
         on_phase=lambda text: reporter.phase(index, text),
         on_linear=lambda report: reporter.linear(index, report),
     )
@@ -261,7 +291,7 @@ def _convert_layer(
     clock = time.perf_counter()
     _stage(job, work, spec.name, index, result)
     written = time.perf_counter()
-    states = states.advance(
+    streams.converted = streams.converted.advance(
         job.hidden(index + 1),
         plan.rows_at_a_time,
         lambda chunk: call.run(layer, chunk.to(work.device)).cpu(),
@@ -269,11 +299,11 @@ def _convert_layer(
     )
     result.seconds.read += read_seconds
     result.seconds.write += written - clock
-    result.seconds.forward += time.perf_counter() - written
+    result.seconds.forward += time.perf_counter() - written + record_seconds
     empty(layer)
     job.state.finished_layers = index + 1
     job.state.reports.append(list(result.reports))
-    return result, states
+    return result
 
 
 def _stage(job: Job, work: _Work, name: str, index: int, result: LayerResult) -> None:

@@ -38,6 +38,7 @@ COMMANDS = (
     Command("list", "lowmem.list_command", "the converted checkpoints in lowmem's cache"),
     Command("rm", "lowmem.rm_command", "remove checkpoints from the cache"),
     Command("doctor", "lowmem.doctor_command", "check what works on this machine, and say what does not"),
+    Command("bench", "bench.cli", "measure output quality and latency against bf16, and report"),
     Command("demo", "benchmarks.demo", "convert the embedded model, answer a prompt, measure: a few minutes"),
 )
 

@@ -32,6 +32,10 @@ class QuantConfig:
         (column // group_size), so that inference needs no permutation.
     damp_percent: a fraction of the mean of diag H added to the diagonal.
     true_sequential: linears inside a layer see the outputs of the already quantized ones.
+    correction: the share, 0..1, of what earlier linears did wrong that a linear is asked to make up for; 0
+        leaves the inputs' errors as they are, and saves a second stream of hidden states. Without
+        true_sequential nothing is corrected: linears that do not see each other would all do the same work.
+    passes: of coordinate descent over the integers and scales that GPTQ gives.
     """
 
     bits: int = 4
@@ -40,6 +44,8 @@ class QuantConfig:
     desc_act: bool = True
     damp_percent: float = 0.01
     true_sequential: bool = True
+    correction: float = 0.5
+    passes: int = 1
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -50,6 +56,15 @@ class QuantConfig:
             )
         if not 0 < self.damp_percent < 1:
             raise RecipeError(f"damp percent {self.damp_percent} is not between 0 and 1", "Use 0.01, say")
+        if not 0 <= self.correction <= 1:
+            raise RecipeError(f"correction {self.correction} is not between 0 and 1", "Use 0.5, say")
+        if not 0 <= self.passes <= 100:
+            raise RecipeError(f"{self.passes} passes of descent are not 0 to 100", "Use 1 or 2")
+
+    @property
+    def corrects(self) -> bool:
+        """Whether linears make up for earlier ones."""
+        return self.correction > 0 and self.true_sequential
 
     @property
     def maxq(self) -> int:

@@ -42,7 +42,8 @@ RANKS = {
     "bench": 15,
     "benchmarks": 16,
 }
-FILES = sorted(p for room in ("lowmem", "convert", "bench", "benchmarks") for p in (ROOT / room).rglob("*.py"))
+ROOMS = ("lowmem", "convert", "bench", "benchmarks")
+FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
 
 
 def module_of(path: Path) -> str:
@@ -92,7 +93,8 @@ def test_no_pickle_but_torchs_own_safe_loading():
                 assert node.attr == "UnpicklingError", path  # torch's refusal; nothing is unpickled by us
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in ("eval", "exec"), path
+                # One place runs generated code, and nothing else: behind bench/lockdown.py.
+                assert name not in ("eval", "exec") or path.name == "sandbox_child.py", path
                 if name == "torch.load":
                     flags = {k.arg: ast.unparse(k.value) for k in node.keywords}
                     assert flags.get("weights_only") == "True", path

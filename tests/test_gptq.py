@@ -69,7 +69,7 @@ def naive_gptq(weight_t: torch.Tensor, hessian: torch.Tensor, config: QuantConfi
 
 
 CONFIGS = [
-    QuantConfig(bits=bits, group_size=group, sym=sym, desc_act=act)
+    QuantConfig(bits=bits, group_size=group, sym=sym, desc_act=act, passes=0)
     for bits, group, sym, act in [
         (4, 32, True, False),
         (4, 32, True, True),
@@ -109,7 +109,7 @@ def test_result_does_not_depend_on_the_column_block(config):
 def test_identity_hessian_gives_round_to_nearest(bits, sym):
     n, width = 96, 32
     weight_t = weight_of(n, 20)
-    config = QuantConfig(bits=bits, group_size=width, sym=sym, desc_act=False)
+    config = QuantConfig(bits=bits, group_size=width, sym=sym, desc_act=False, passes=0)
     result = run(weight_t, torch.eye(n, dtype=torch.float64), config)
     for group in range(n // width):
         part = weight_t[group * width : (group + 1) * width]
@@ -123,7 +123,7 @@ def test_correlated_inputs_give_less_error_than_rounding_to_nearest(bits):
     n = 256
     hessian = hessian_of(correlated(1024, n))
     weight_t = weight_of(n, 32)
-    config = QuantConfig(bits=bits, group_size=64)
+    config = QuantConfig(bits=bits, group_size=64, passes=0)
     gptq = loss(weight_t, dequantized(run(weight_t, hessian, config), n), hessian)
     nearest = run(weight_t, torch.eye(n, dtype=torch.float64), config)
     assert gptq < 0.7 * loss(weight_t, dequantized(nearest, n), hessian)
@@ -133,7 +133,7 @@ def test_reported_error_is_the_error_of_the_outputs():
     n = 128
     x = correlated(700, n)
     weight_t = weight_of(n, 24)
-    config = QuantConfig(bits=3, group_size=32, damp_percent=1e-9)
+    config = QuantConfig(bits=3, group_size=32, damp_percent=1e-9, passes=0)
     result = run(weight_t, hessian_of(x), config)
     measured = (x @ (weight_t - dequantized(result, n))).square().sum(1).mean()
     assert result.squared_error == pytest.approx(float(measured), rel=1e-3)
@@ -144,7 +144,7 @@ def test_arguments_are_transposed_weights_and_groups_stay_static():
     n = 128
     weight_t = weight_of(n, 8)
     weight_t[32:64] *= 100
-    config = QuantConfig(bits=4, group_size=32, desc_act=True)
+    config = QuantConfig(bits=4, group_size=32, desc_act=True, passes=0)
     result = run(weight_t, hessian_of(correlated(512, n)), config)
     assert (result.scales[1].abs() > 20 * result.scales[0].abs()).all()
     relative = (weight_t - dequantized(result, n)).norm() / weight_t.norm()
@@ -188,7 +188,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted():
     x = correlated(200, n)
     x[:, [3, 40]] = 0
     weight_t = weight_of(n, 8)
-    config = QuantConfig(bits=4, group_size=32)
+    config = QuantConfig(bits=4, group_size=32, passes=0)
     result = run(weight_t, hessian_of(x), config)
     assert result.dead_columns == 2
     error = (weight_t - dequantized(result, n))[[3, 40]].abs()
@@ -198,7 +198,7 @@ def test_dead_columns_are_rounded_to_nearest_and_counted():
 
 
 def test_all_columns_dead_still_quantizes():
-    config = QuantConfig(bits=4, group_size=32)
+    config = QuantConfig(bits=4, group_size=32, passes=0)
     result = run(weight_of(64, 8), torch.zeros(64, 64, dtype=torch.float64), config)
     assert result.dead_columns == 64
     assert torch.isfinite(result.scales).all()
@@ -211,7 +211,7 @@ def test_hessian_that_is_not_positive_definite_gets_more_damping():
     hessian = x.T @ x / 10
     hessian[0, 1] += 5
     hessian[1, 0] += 5
-    config = QuantConfig(bits=4, group_size=-1, damp_percent=1e-8, desc_act=False)
+    config = QuantConfig(bits=4, group_size=-1, damp_percent=1e-8, desc_act=False, passes=0)
     result = quantize(torch.randn(n, 4), prepare(hessian, config), config)
     assert result.damping > config.damp_percent
     assert torch.isfinite(result.scales).all()
@@ -221,7 +221,7 @@ def test_hopeless_hessian_is_refused():
     hessian = torch.eye(64)
     hessian[0, 1] = hessian[1, 0] = 1e12
     with pytest.raises(CalibrationError, match="positive definite"):
-        prepare(hessian, QuantConfig(bits=4, group_size=32, desc_act=False))
+        prepare(hessian, QuantConfig(bits=4, group_size=32, desc_act=False, passes=0))
 
 
 def test_infinite_activation_is_refused():

@@ -90,6 +90,10 @@ def label_of(config: QuantConfig, others: Mapping[str, object] | None = None) ->
         parts.append(f"damp{config.damp_percent:g}")
     if not config.true_sequential:
         parts.append("atonce")
+    if config.correction != default.correction:
+        parts.append(f"correct{config.correction:g}")
+    if config.passes != default.passes:
+        parts.append(f"passes{config.passes}")
     if others:
         text = json.dumps(dict(others), sort_keys=True, default=str)
         parts.append(hashlib.sha256(text.encode()).hexdigest()[:6])

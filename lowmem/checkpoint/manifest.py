@@ -157,7 +157,12 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
         "lm_head": False,
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
-        "meta": {"quantizer": quantizer, "act_order": config.desc_act},
+        "meta": {
+            "quantizer": quantizer,
+            "act_order": config.desc_act,
+            "correction": config.correction,
+            "passes": config.passes,
+        },
     }
 
 
