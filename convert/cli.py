@@ -67,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of coordinate descent after GPTQ; 0 is faster (%(default)s)",
     )
+    quant.add_argument(
+        "--tune-steps",
+        type=int,
+        default=32,
+        metavar="N",
+        help="of tuning a layer's scales, biases and norms together; 0 is faster (%(default)s)",
+    )
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration",
@@ -121,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         true_sequential=args.true_sequential,
         correction=args.correction,
         passes=args.passes,
+        tune_steps=args.tune_steps,
     )
     calibration = CalibrationSpec(args.calibration, args.rows, args.row_length, args.seed)
     options = Options(

@@ -14,6 +14,7 @@ from convert.calls import LayerCall
 from convert.gptq import Prepared, Quantized, prepare, quantize
 from convert.hessian import Hessian
 from convert.targets import Targets
+from convert.tuning import Tuned, tune_layer
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.checkpoint.values import all_finite
 from lowmem.config import QuantConfig
@@ -55,6 +56,7 @@ class Seconds:
     hessian: float = 0.0
     factor: float = 0.0
     quantize: float = 0.0
+    tune: float = 0.0
     pack: float = 0.0
     read: float = 0.0
     write: float = 0.0
@@ -67,7 +69,10 @@ class Seconds:
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A quantized layer: the tensors to store, named relative to the layer, and one report a linear."""
+    """A quantized layer: the tensors to store, named relative to the layer, and one report a linear.
+
+    tensors: what is packed, and biases and norms where they were tuned.
+    """
 
     tensors: dict[str, torch.Tensor]
     reports: tuple[LinearReport, ...]
@@ -174,6 +179,7 @@ def quantize_layer(
     rows: int,
     device: torch.device,
     targets: Targets | None = None,
+    stored_dtype: Callable[[str], torch.dtype] = lambda _: torch.float16,
     on_phase: Callable[[str], None] = lambda _: None,
     on_linear: Callable[[LinearReport], None] = lambda _: None,
 ) -> LayerResult:
@@ -182,16 +188,21 @@ def quantize_layer(
     rows: calibration rows that run at a time. With true_sequential the linears are taken in the order
     in which they run, each seeing the outputs of the already quantized ones; otherwise all inputs come
     from the unquantized layer, in one pass. targets: what the linears should put out; each then makes up for
-    config.correction of what it lacks, and its file is removed.
+    config.correction of what it lacks, its file is removed, and the layer is tuned to put out what it should.
+    stored_dtype: of a bias or norm by its name in the layer.
     Raises SourceError for weights that are not finite, CalibrationError for activations that are not.
     """
     stored: dict[str, torch.Tensor] = {}
+    quantized: dict[str, Quantized] = {}
+    sizes: dict[str, float] = {}
     reports: list[LinearReport] = []
     seconds = Seconds()
     passes = [[group] for group in spec.groups] if config.true_sequential else [list(spec.groups)]
     for groups in passes:
         on_phase(f"inputs of {groups[0][0].name}")
-        capture = _capture(layer, groups, call, states, rows, device, seconds, targets)
+        capture = _capture(
+            layer, groups, call, states, rows, device, seconds, targets if config.corrects else None
+        )
         for group in groups:
             hessian = capture.hessians.pop(0)
             on_phase(f"factor for {group[0].name}")
@@ -214,6 +225,9 @@ def quantize_layer(
                 _restore(linear, linear_spec.name, stored, config)
                 energy = capture.energy[linear_spec.name] / capture.tokens
                 error = result.squared_error / energy if energy > 0 else 0.0
+                if config.tune_steps and targets is not None:
+                    quantized[linear_spec.name] = result
+                    sizes[linear_spec.name] = (energy / linear_spec.out_features) ** 0.5
                 report = LinearReport(
                     linear_spec.name,
                     linear_spec.in_features,
@@ -225,6 +239,24 @@ def quantize_layer(
                 reports.append(report)
                 on_linear(report)
             del prepared
+    if quantized and targets is not None and targets.output is not None:
+        on_phase("tuning")
+        started = time.perf_counter()
+        tuned = tune_layer(
+            layer,
+            spec,
+            call,
+            states,
+            targets.output,
+            quantized,
+            sizes,
+            steps=config.tune_steps,
+            rows=rows,
+            device=device,
+            stored_dtype=stored_dtype,
+        )
+        _put_tuned(layer, tuned, stored, config)
+        seconds.tune += time.perf_counter() - started
     return LayerResult(stored, tuple(reports), seconds)
 
 
@@ -274,6 +306,21 @@ def _as_rounded(
     del weight
     linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
     return transposed
+
+
+def _put_tuned(layer: nn.Module, tuned: Tuned, stored: dict[str, torch.Tensor], config: QuantConfig) -> None:
+    """The tuned values into what is stored, and into the layer as readers will see it."""
+    for name, scales in tuned.scales.items():
+        stored[f"{name}.scales"] = scales
+        linear = layer.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        _restore(linear, name, stored, config)
+    for name, value in tuned.others.items():
+        stored[name] = value
+        owner, _, leaf = name.rpartition(".")
+        parameter = layer.get_submodule(owner)._parameters[leaf]
+        assert parameter is not None
+        parameter.data.copy_(value)
 
 
 def _pack(

@@ -111,8 +111,14 @@ def _layer_stages(
                 rounding = copying - size * itemsize + size + columns * FLOAT32 + 512 * n * FLOAT32
                 stages.append(Stage(f"rounding of {spec.name}", max(copying, rounding)))
                 lacking -= size * FLOAT32 * config.corrects
+                if config.tune_steps:
+                    done += size  # the integers, as bytes, until the layer is tuned
                 done += packed_bytes(spec, config)
             matrices -= n * n * FLOAT32
+    if config.tune_steps:
+        # The integers are signed now, one linear's weight and gradients are there, and what is saved for them.
+        signed = sum(s.in_features * s.out_features for s in layer.linears) * (0 if config.bits < 8 else 1)
+        stages.append(Stage("tuning", weights + done + signed + largest * (2 + 3 * itemsize) + 3 * forward))
     return stages
 
 
@@ -192,7 +198,7 @@ def _measure(
             seen.add(kind)
             stages += _layer_stages(layer, arch, config, tokens, item, read_overhead)
     stages.append(Stage("storing the embedding", max(outside) * FLOAT32 + read_overhead(max(outside))))
-    held = (hidden_bytes if keep else 2 * chunk) * (2 if config.corrects else 1)
+    held = (hidden_bytes if keep else 2 * chunk) * (2 if config.follows_unquantized else 1)
     peak = max(stage.nbytes for stage in stages)
     if device.type == "cpu":
         host, card = base + LIBRARIES + held + peak, 0

@@ -239,7 +239,7 @@ def _streams(job: Job, work: _Work, model: torch.nn.Module, plan: memory.MemoryP
             return HiddenStates.reopen(path, shape, work.dtype, keep=plan.keep_hidden)
         return HiddenStates.create(path, shape, work.dtype, chunks(), keep=plan.keep_hidden)
 
-    unquantized = stream(job.unquantized(finished)) if work.config.corrects else None
+    unquantized = stream(job.unquantized(finished)) if work.config.follows_unquantized else None
     return _Streams(stream(job.hidden(finished)), unquantized)
 
 
@@ -271,6 +271,7 @@ def _convert_layer(
             next_states=job.unquantized(index + 1),
             rows=plan.rows_at_a_time,
             device=work.device,
+            linears=work.config.corrects,
         )
     record_seconds = time.perf_counter() - clock
     result = quantize_layer(
@@ -282,6 +283,7 @@ def _convert_layer(
         rows=plan.rows_at_a_time,
         device=work.device,
         targets=targets,
+        stored_dtype=lambda name: work.weights.plan(f"{spec.name}.{name}").dtype,
         on_phase=lambda text: reporter.phase(index, text),
         on_linear=lambda report: reporter.linear(index, report),
     )
@@ -315,7 +317,7 @@ def _stage(job: Job, work: _Work, name: str, index: int, result: LayerResult) ->
     for tensor_name, tensor in result.tensors.items():
         plans.append(TensorPlan(f"{name}.{tensor_name}", tensor.dtype, tuple(tensor.shape)))
     for tensor_name in arch.inside(spec):
-        if tensor_name not in quantized:
+        if tensor_name not in quantized and tensor_name not in result.tensors:
             plans.append(work.weights.plan(f"{name}.{tensor_name}"))
             rest.append(f"{name}.{tensor_name}")
     plans.sort(key=lambda plan: plan.name)

@@ -160,8 +160,11 @@ def record(
     next_states: Path,
     rows: int,
     device: torch.device,
+    linears: bool = True,
 ) -> tuple[Targets, HiddenStates]:
     """Run the unquantized `layer` over the unquantized stream: its linears' targets, and the next states.
+
+    linears: False where only the layer's own output is wanted.
 
     The target of the "last" linear is the layer's output: the next states are that already, and it has no
     file of its own.
@@ -183,7 +186,7 @@ def record(
             lambda _module, _args, output, name=linear.name: keep(name, output)
         )
         for linear in spec.linears
-        if targets.added[linear.name] != "last"
+        if linears and targets.added[linear.name] != "last"
     ]
 
     def run(chunk: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ class QuantConfig:
         leaves the inputs' errors as they are, and saves a second stream of hidden states. Without
         true_sequential nothing is corrected: linears that do not see each other would all do the same work.
     passes: of coordinate descent over the integers and scales that GPTQ gives.
+    tune_steps: of tuning each layer's scales, biases and norms together, once its integers are chosen.
     """
 
     bits: int = 4
@@ -46,6 +47,7 @@ class QuantConfig:
     true_sequential: bool = True
     correction: float = 0.5
     passes: int = 1
+    tune_steps: int = 32
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -60,11 +62,20 @@ class QuantConfig:
             raise RecipeError(f"correction {self.correction} is not between 0 and 1", "Use 0.5, say")
         if not 0 <= self.passes <= 100:
             raise RecipeError(f"{self.passes} passes of descent are not 0 to 100", "Use 1 or 2")
+        if not 0 <= self.tune_steps <= 100_000:
+            raise RecipeError(
+                f"{self.tune_steps} steps of tuning are not 0 to 100000", "Use 32, or 0 for none"
+            )
 
     @property
     def corrects(self) -> bool:
         """Whether linears make up for earlier ones."""
         return self.correction > 0 and self.true_sequential
+
+    @property
+    def follows_unquantized(self) -> bool:
+        """Whether the conversion runs the unquantized model beside the one that it makes."""
+        return self.corrects or self.tune_steps > 0
 
     @property
     def maxq(self) -> int:

@@ -94,6 +94,8 @@ def label_of(config: QuantConfig, others: Mapping[str, object] | None = None) ->
         parts.append(f"correct{config.correction:g}")
     if config.passes != default.passes:
         parts.append(f"passes{config.passes}")
+    if config.tune_steps != default.tune_steps:
+        parts.append(f"tune{config.tune_steps}")
     if others:
         text = json.dumps(dict(others), sort_keys=True, default=str)
         parts.append(hashlib.sha256(text.encode()).hexdigest()[:6])

@@ -162,6 +162,7 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
             "act_order": config.desc_act,
             "correction": config.correction,
             "passes": config.passes,
+            "tune_steps": config.tune_steps,
         },
     }
 
