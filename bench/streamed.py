@@ -37,6 +37,7 @@ from lowmem.config import QUANTIZED_SLICE_BYTES
 from lowmem.errors import CalibrationError, LowmemError, OutputError, SourceError
 from lowmem.kernels import bnb
 from lowmem.models.architecture import build_model, decoder_layers, inspect
+from lowmem.plan.device import return_freed_memory
 
 OnTheFly = Literal["int8", "nf4"]
 Progress = Callable[[int, int], None]
@@ -98,6 +99,7 @@ class StreamedModel:
         and in all. Raises OutputError when the disk is full, or another process works in `folder`;
         SourceError for a source that is damaged.
         """
+        return_freed_memory()  # else the heap keeps what earlier layers took
         with _working(folder), torch.no_grad():
             states, done = self._resumed(folder, rows)
             calls, model = self._calls(rows)

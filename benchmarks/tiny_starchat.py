@@ -21,8 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.demo import embedded_model
 from bench.processes import hardware, run_process
+from benchmarks.demo import embedded_model
 from lowmem import __version__
 
 if TYPE_CHECKING:

@@ -116,9 +116,12 @@ def _layer_stages(
                 done += packed_bytes(spec, config)
             matrices -= n * n * FLOAT32
     if config.tune_steps:
-        # The integers are signed now, one linear's weight and gradients are there, and what is saved for them.
-        signed = sum(s.in_features * s.out_features for s in layer.linears) * (0 if config.bits < 8 else 1)
-        stages.append(Stage("tuning", weights + done + signed + largest * (2 + 3 * itemsize) + 3 * forward))
+        # The integers are signed now (asymmetric ones of 8 bits take two bytes); one linear's weight and its
+        # gradient are there, and what a step's forward pass has saved for the backward one.
+        wide = config.bits == 8 and not config.sym
+        signed = wide * sum(s.in_features * s.out_features for s in layer.linears)
+        step = largest * (2 + 3 * itemsize) + 3 * forward // 2
+        stages.append(Stage("tuning", weights + done + signed + step))
     return stages
 
 
@@ -219,11 +222,17 @@ def check_disk(
     """Refuse before hours of work when the disk cannot hold the result.
 
     Raises OutputError saying what is needed: the staged layers that are still to come, the result
-    beside them, and two layers' hidden states.
+    beside them, and two layers' hidden states; beside the unquantized stream, the same and what a layer's
+    linears put out.
     """
     packed = [sum(packed_bytes(s, config) for s in layer.linears) for layer in arch.layers]
     outside = 2 * sum(_numel(arch.shapes[n]) for n in arch.outside())
     needed = sum(packed[finished:]) + outside + sum(packed) + outside + 2 * plan.hidden_bytes
+    if config.follows_unquantized:
+        needed += 2 * plan.hidden_bytes
+    if config.corrects:
+        outputs = max(sum(linear.out_features for linear in layer.linears) for layer in arch.layers)
+        needed += plan.hidden_bytes // arch.shapes[arch.embedding][1] * outputs
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(

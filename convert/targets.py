@@ -20,7 +20,7 @@ from torch import nn
 
 from convert.activations import HiddenStates
 from convert.calls import LayerCall
-from lowmem.checkpoint.writer import tensor_bytes
+from lowmem.checkpoint.writer import as_output_error, tensor_bytes
 from lowmem.errors import OutputError
 from lowmem.models.architecture import LayerSpec
 
@@ -117,10 +117,7 @@ class Targets:
             with self._path(name).open("ab") as stream:
                 stream.write(tensor_bytes(chunk))
         except OSError as error:
-            raise OutputError(
-                f"{self._path(name)} cannot be written: {error.strerror}",
-                "Free some disk and start again, or use --correction 0, which needs no such files",
-            ) from error
+            raise as_output_error(error, self._path(name)) from error
 
     def read(self, name: str, start: int, end: int) -> torch.Tensor:
         """Rows start..end of a linear's target, [end - start, row_length, out]."""

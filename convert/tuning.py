@@ -27,8 +27,7 @@ from convert.gptq import Quantized
 from convert.grid import storable
 from lowmem.models.architecture import LayerSpec
 
-SCALE_RATE = 2e-3
-OTHER_RATE = 1e-3
+RATE = 2e-3
 """Of Adam's first step, falling to 0 in a straight line."""
 CHECKS = 4
 """Chunks of rows on which the layer is measured before and after: what does not help is not kept."""
@@ -128,9 +127,10 @@ def tune_layer(
 ) -> Tuned:
     """Tune `layer`, whose linears were quantized to `quantized`; the layer itself is left as it was.
 
-    states: what enters the layer; wanted: what should come out, both [rows, row_length, hidden].
-    quantized is emptied: its integers take another form. output_sizes: root mean square of what each linear puts out. steps: of Adam, each over so many `rows`.
-    stored_dtype: of a bias or norm by its name in the layer: what it is rounded to in the end.
+    states: what enters the layer; wanted: what should come out, both [rows, row_length, hidden]. quantized is
+    emptied: its integers take another form. output_sizes: root mean square of what each linear puts out.
+    steps: of Adam, each over so many `rows`. stored_dtype: of a bias or norm by its name in the layer; it is
+    rounded to that in the end.
     """
     linears = {
         linear.name: _Linear.of(_linear(layer, linear.name), quantized.pop(linear.name), device)
@@ -172,11 +172,8 @@ def _adam(
     steps: int,
 ) -> None:
     """A chunk of rows a step, all of them before one comes again; the rate falls to 0."""
-    rates = (SCALE_RATE, OTHER_RATE)
-    groups = ([linear.change for linear in linears.values()], [other.change for other in others.values()])
-    optimizer = torch.optim.Adam(
-        [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=True) if group]
-    )
+    changes = [linear.change for linear in linears.values()] + [other.change for other in others.values()]
+    optimizer = torch.optim.Adam(changes, lr=RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(0)  # a resumed job gives the same bytes
     order: list[int] = []

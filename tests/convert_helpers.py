@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from convert.calibration import CalibrationSpec
@@ -31,12 +32,13 @@ def quick_convert(
     options: Options | None = None,
     calibration: str | None = None,
 ):
-    """Convert with few calibration rows, in float32 on the CPU."""
+    """Convert with few calibration rows and at most 6 steps of tuning, in float32 on the CPU."""
+    config = config or QuantConfig()
     text = calibration or str(calibration_file(out.parent))
     return convert(
         source,
         out,
-        config or QuantConfig(),
+        replace(config, tune_steps=min(config.tune_steps, 6)),
         calibration=CalibrationSpec(text, rows, row_length, 0),
         options=options or Options(device="cpu", compute_dtype="float32"),
     )

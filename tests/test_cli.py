@@ -89,7 +89,19 @@ def source(tmp_path_factory) -> Path:
 
 def arguments_for(source: Path, out: Path) -> list[str]:
     text = calibration_file(source.parent)
-    return ["convert", str(source), str(out), "--calibration", str(text), "--rows", "8", "--row-length", "64"]
+    return [
+        "convert",
+        str(source),
+        str(out),
+        "--calibration",
+        str(text),
+        "--rows",
+        "8",
+        "--row-length",
+        "64",
+        "--tune-steps",
+        "4",
+    ]
 
 
 def test_convert_verify_run(source, tmp_path):

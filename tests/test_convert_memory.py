@@ -30,7 +30,7 @@ def run_convert(source: Path, out: Path, *options: str) -> tuple[int, dict, str]
     text = calibration_file(out.parent)
     command = [sys.executable, "-m", "lowmem", "convert", str(source), str(out), "--json"]
     command += ["--device", "cpu", "--compute-dtype", "float32", "--calibration", str(text)]
-    command += ["--rows", "8", "--row-length", "128", *options]
+    command += ["--rows", "8", "--row-length", "128", "--tune-steps", "2", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
     with (
         (out.parent / "stdout").open("w+") as stdout,

@@ -37,7 +37,7 @@ def whole(source) -> dict[str, str]:
 
 
 def shards() -> QuantConfig:
-    return QuantConfig(bits=4, group_size=32)
+    return QuantConfig(bits=4, group_size=32, tune_steps=4)
 
 
 def child(source: str, out: str) -> None:

@@ -131,7 +131,7 @@ def test_what_does_not_help_is_not_kept_and_the_layer_is_left_alone(tmp_path, mo
     good = tune()
     assert good.error_after < good.error_before and good.scales and good.others
     assert all(value.dtype == torch.bfloat16 for value in good.others.values())
-    monkeypatch.setattr(tuning, "SCALE_RATE", 3.0)
+    monkeypatch.setattr(tuning, "RATE", 3.0)
     bad = tune()
     assert not bad.scales and not bad.others and bad.error_after == bad.error_before == good.error_before
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
