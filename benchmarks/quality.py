@@ -1,4 +1,4 @@
-"""Output quality against bf16: mean KL divergence, same top-1, perplexity.
+"""Output quality of small models, whole and in memory: mean KL divergence, same top-1, perplexity.
 
 The reference is the unquantized source, computed in float32; every candidate is computed in float32
 too, so that what is measured is the quantization and not the arithmetic. The arithmetic's own share,
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bench.divergence import compare
 from lowmem.loader import load
 
 ROWS, ROW_LENGTH = 24, 512
@@ -58,16 +59,14 @@ class Comparison:
 
     def measure(self, candidate: Iterable[torch.Tensor]) -> Quality:
         """The candidate's log-probabilities, in the same parts."""
-        divergence, same, loss, tokens, targets = 0.0, 0, 0.0, 0, 0
-        parts = zip(self.reference, candidate, self.rows.split(ROWS_AT_A_TIME), strict=True)
-        for expected, found, ids in parts:
-            divergence += float((expected.exp() * (expected - found)).sum(dtype=torch.float64))
-            same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-            picked = found[:, :-1].gather(-1, ids[:, 1:, None])
-            loss -= float(picked.sum(dtype=torch.float64))
-            tokens += ids.numel()
-            targets += picked.numel()
-        return Quality(divergence / tokens, same / tokens, math.exp(loss / targets))
+        pairs = (
+            (expected.flatten(0, 1), found.flatten(0, 1))
+            for expected, found in zip(self.reference, candidate, strict=True)
+        )
+        tokens = compare(self.rows, pairs)
+        return Quality(
+            float(tokens.kld.mean()), float(tokens.same_top1.mean()), math.exp(float(tokens.loss.mean()))
+        )
 
 
 def measure_folder(comparison: Comparison, folder: Path, dtype: torch.dtype = torch.float32) -> Quality:
