@@ -203,12 +203,26 @@ def _parts(logits: Any) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(np.array(logits[first : first + ROWS_AT_A_TIME]))
 
 
+def packed_bits_per_weight(folder: Path) -> float:
+    """All stored bits of the packed linears over their weights, off the headers."""
+    from lowmem.checkpoint.safetensors_file import read_header
+
+    config = json.loads((folder / "config.json").read_bytes())["quantization_config"]
+    stored, weights = 0, 0
+    for file in folder.glob("*.safetensors"):
+        for name, tensor in read_header(file).tensors.items():
+            if name.endswith((".qweight", ".qzeros", ".scales", ".g_idx")):
+                stored += 8 * (tensor.end - tensor.begin)
+            if name.endswith(".qweight"):
+                weights += tensor.shape[0] * tensor.shape[1] * 32 // int(config["bits"])
+    return stored / weights
+
+
 def stored_size(method: str, path: Path, source: str, model: Any = None) -> tuple[float, int]:
     """(all stored bits of the decoder layers' linears over their weights, stored bytes of the whole model).
 
     Off headers; of int8 and nf4, which are stored nowhere, off the loaded `model`.
     """
-    from benchmarks.tiny_starchat import bits_per_weight
     from lowmem.checkpoint.gguf_file import read_gguf_header
     from lowmem.checkpoint.safetensors_file import read_header
     from lowmem.checkpoint.source import open_source, resolve_names
@@ -222,7 +236,7 @@ def stored_size(method: str, path: Path, source: str, model: Any = None) -> tupl
         return 8 * sum(t.nbytes for t in linears) / weights, sum(t.nbytes for t in tensors.values())
     if method == "gptq":
         stored = (tensor for f in path.glob("*.safetensors") for tensor in read_header(f).tensors.values())
-        return bits_per_weight(path), sum(tensor.end - tensor.begin for tensor in stored)
+        return packed_bits_per_weight(path), sum(tensor.end - tensor.begin for tensor in stored)
     opened = open_source(source)
     arch = inspect(opened.config())
     names = resolve_names(opened.infos, arch.shapes)
