@@ -32,12 +32,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 @dataclass(frozen=True)
 class Model:
     """name: of the folder of its results. source: the file or folder that is measured, as named there.
-    forms: (bits, group size; 0 leaves it to the converter). convert, latency: further options."""
+    forms: (bits, group size; 0 leaves it to the converter). convert, quality, latency: further options."""
 
     name: str
     source: str
     forms: tuple[tuple[int, int], ...]
     convert: tuple[str, ...] = ()
+    quality: tuple[str, ...] = ()
     latency: tuple[str, ...] = ()
 
     def fetch(self, folder: Path) -> None:
@@ -62,6 +63,7 @@ MODELS = (
         "SmolLM2.gguf",
         ((8, 0), (4, 0)),
         convert=("--rows", "32", "--compute-dtype", "bfloat16"),
+        quality=("--rows", "8"),
         latency=("--prompts", "32,128,512", "--contexts", "128,1024", "--new-tokens", "32"),
     ),
 )
@@ -86,7 +88,7 @@ def measure(model: Model, folder: Path) -> Path:
         if not (folder / out).exists():
             width = ("--bits", str(bits), "--group-size", str(group))
             lowmem(folder, "convert", model.source, out, *width, *model.convert)
-    lowmem(folder, "bench", "quality", model.source)
+    lowmem(folder, "bench", "quality", model.source, *model.quality)
     lowmem(folder, "bench", "latency", model.source, *model.latency)
     lowmem(folder, "bench", "report")
     return folder / FOLDER

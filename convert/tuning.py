@@ -29,6 +29,10 @@ from lowmem.models.architecture import LayerSpec
 
 RATE = 2e-3
 """Of Adam's first step, falling to 0 in a straight line."""
+LOUDER = 2.0**16
+"""What the loss is multiplied by, so that float16's gradients are not lost; Adam does not see it."""
+SMALLEST_SLOPE = 1e-12
+"""Adam's eps. One scale of millions has little to do with the loss, and is to move all the same."""
 CHECKS = 4
 """Chunks of rows on which the layer is measured before and after: what does not help is not kept."""
 
@@ -145,7 +149,7 @@ def tune_layer(
         target = wanted.read(start, start + rows).to(device, torch.float32)
         as_run = {name: value.to(states.dtype) for name, value in values.items()}
         output = call.output(lambda *a, **k: functional_call(layer, as_run, a, k), inputs).float()
-        return (output - target).square().sum() / target.square().sum().clamp_min(1e-30)
+        return (output - target).square().mean() / target.square().mean().clamp_min(1e-30)
 
     def checked(values: Mapping[str, torch.Tensor]) -> float:
         with torch.no_grad():
@@ -173,7 +177,7 @@ def _adam(
 ) -> None:
     """A chunk of rows a step, all of them before one comes again; the rate falls to 0."""
     changes = [linear.change for linear in linears.values()] + [other.change for other in others.values()]
-    optimizer = torch.optim.Adam(changes, lr=RATE)
+    optimizer = torch.optim.Adam(changes, lr=RATE, eps=SMALLEST_SLOPE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     generator = torch.Generator().manual_seed(0)  # a resumed job gives the same bytes
     order: list[int] = []
@@ -181,7 +185,8 @@ def _adam(
         for _ in range(steps):
             order = order or torch.randperm(len(starts), generator=generator).tolist()
             optimizer.zero_grad()
-            loss_of(starts[order.pop()], {name: other.value() for name, other in others.items()}).backward()
+            loss = loss_of(starts[order.pop()], {name: other.value() for name, other in others.items()})
+            (LOUDER * loss).backward()
             optimizer.step()
             schedule.step()
 
