@@ -138,6 +138,27 @@ def test_what_does_not_help_is_not_kept_and_the_layer_is_left_alone(tmp_path, mo
     assert all("forward" not in vars(layer.get_submodule(s.name)) for s in spec.linears)
 
 
+def test_the_size_of_the_loss_changes_nothing(tmp_path, monkeypatch):
+    """A group's scale in a wide layer has next to no slope, and is tuned like any other."""
+    layer, spec, call, hidden, folder = setting("gpt_bigcode_mqa", tmp_path)
+    states = stream(folder, "in", hidden)
+    wanted = stream(folder, "out", torch.cat([call.run(layer, c) for c in states.chunks(2)]))
+    found = []
+    for louder in (2.0**16, 2.0**-12):
+        monkeypatch.setattr(tuning, "LOUDER", louder)
+        integers, sizes = rounded(layer, spec, call, states, QuantConfig(bits=3, group_size=32))
+        tuned = tuning.tune_layer(
+            layer, spec, call, states, wanted, integers, sizes,
+            steps=6, rows=2, device=torch.device("cpu"), stored_dtype=lambda _: torch.float32,
+        )  # fmt: skip
+        assert tuned.scales
+        found.append(tuned)
+    for name, scales in found[0].scales.items():
+        torch.testing.assert_close(scales.float(), found[1].scales[name].float(), rtol=2e-3, atol=1e-6)
+    # Not every bias: a key's has no slope at all, since softmax does not see it.
+    assert found[0].error_after == pytest.approx(found[1].error_after, rel=1e-3)
+
+
 def test_the_gradient_is_that_of_the_plain_product():
     generator = torch.Generator().manual_seed(0)
     z = torch.randint(-8, 8, (64, 10), generator=generator, dtype=torch.int8)
