@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 RESULTS = ROOT / "benchmarks" / "results" / "starchat_layer.json"
 TINY = ROOT / "lowmem" / "data" / "tiny-starchat"
+PLAIN = ("--correction", "0", "--passes", "0", "--tune-steps", "0")
+"""What lowmem does beyond GPTQ, turned off."""
 CONVERTERS = ("ours", "gptqmodel")
 TITLES = {"ours": "lowmem", "gptqmodel": "GPTQModel"}
 
@@ -272,8 +274,13 @@ def run_step(work: Path, *arguments: str) -> Usage:
     return run_process(command, work / f"{arguments[1]}.log")
 
 
-def compare(work: Path, scale: int, layers: int, chosen: Sequence[str]) -> dict[str, Any]:
-    """Make the checkpoint in `work`, run the converters, measure what they wrote: all raw figures."""
+def compare(
+    work: Path, scale: int, layers: int, chosen: Sequence[str], ours: Sequence[str]
+) -> dict[str, Any]:
+    """Make the checkpoint in `work`, run the converters, measure what they wrote: all raw figures.
+
+    ours: further options of `lowmem convert`.
+    """
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -286,7 +293,7 @@ def compare(work: Path, scale: int, layers: int, chosen: Sequence[str]) -> dict[
         if name == "ours":
             command = [sys.executable, "-m", "lowmem", "convert", str(work / "source"), str(work / "ours"),
                        "--bits", str(BITS), "--group-size", str(GROUP_SIZE), "--rows", str(ROWS),
-                       "--row-length", str(ROW_LENGTH), "--device", "cpu", "--json"]  # fmt: skip
+                       "--row-length", str(ROW_LENGTH), "--device", "cpu", "--json", *ours]  # fmt: skip
             usage = run_process(command, work / "ours.log")
             report = read_our_report(work, work / "ours.log")
         else:
@@ -375,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=1, metavar="N", help="decoder layers (%(default)s)")
     parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide all dimensions by N")
     parser.add_argument("--only", choices=CONVERTERS, action="append", help="one converter instead of both")
+    parser.add_argument("--plain", action="store_true", help=f"lowmem with {' '.join(PLAIN)}: GPTQ alone")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (both at scale 1: results/)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="empty folder to work in, and keep")
     parser.add_argument("--show", action="store_true", help="print the committed measurement as a table")
@@ -396,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options = [f"--layers {args.layers}", *([f"--scale {args.scale}"] if args.scale > 1 else [])]
     options += [f"--only {name}" for name in chosen if len(chosen) == 1]
+    options += ["--plain"] * args.plain
     command = " ".join(["python -m benchmarks.starchat_layer", *options])
     if args.work is not None:
         args.work.mkdir(parents=True, exist_ok=True)
@@ -403,7 +412,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{args.work} is not empty")
     with tempfile.TemporaryDirectory(prefix="starchat-layer-") as temporary:
         work = (args.work or Path(temporary)).resolve()
-        data = {"command": command, **compare(work, args.scale, args.layers, chosen)}
+        data = {
+            "command": command,
+            **compare(work, args.scale, args.layers, chosen, PLAIN if args.plain else ()),
+        }
     print(render(data))
     out = args.out or (RESULTS if args.scale == 1 and len(chosen) == 2 else None)
     if out is not None:
