@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 RESULTS = ROOT / "benchmarks" / "results" / "starchat_layer.json"
 TINY = ROOT / "lowmem" / "data" / "tiny-starchat"
-PLAIN = ("--correction", "0", "--passes", "0", "--tune-steps", "0")
-"""What lowmem does beyond GPTQ, turned off."""
 CONVERTERS = ("ours", "gptqmodel")
 TITLES = {"ours": "lowmem", "gptqmodel": "GPTQModel"}
 
@@ -382,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=1, metavar="N", help="decoder layers (%(default)s)")
     parser.add_argument("--scale", type=int, default=1, metavar="N", help="divide all dimensions by N")
     parser.add_argument("--only", choices=CONVERTERS, action="append", help="one converter instead of both")
-    parser.add_argument("--plain", action="store_true", help=f"lowmem with {' '.join(PLAIN)}: GPTQ alone")
+    parser.add_argument("--plain", action="store_true", help="lowmem convert --plain: GPTQ alone")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (both at scale 1: results/)")
     parser.add_argument("--work", type=Path, metavar="DIR", help="empty folder to work in, and keep")
     parser.add_argument("--show", action="store_true", help="print the committed measurement as a table")
@@ -414,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = (args.work or Path(temporary)).resolve()
         data = {
             "command": command,
-            **compare(work, args.scale, args.layers, chosen, PLAIN if args.plain else ()),
+            **compare(work, args.scale, args.layers, chosen, ("--plain",) if args.plain else ()),
         }
     print(render(data))
     out = args.out or (RESULTS if args.scale == 1 and len(chosen) == 2 else None)

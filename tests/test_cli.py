@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -159,3 +160,13 @@ def test_ctrl_c_leaves_a_job_and_says_how_to_go_on(tmp_path, number):
     assert not out.exists()
     assert lowmem(*arguments_for(source, out)).returncode == 0
     assert digest_of(out) == digest_of(whole)
+
+
+def test_plain_is_gptq_alone(source, tmp_path):
+    plain, spelled = tmp_path / "plain", tmp_path / "spelled"
+    zeros = ["--correction", "0", "--passes", "0", "--tune-steps", "0"]
+    for out, options in ((plain, ["--plain"]), (spelled, zeros)):
+        assert lowmem(*arguments_for(source, out), *options).returncode == 0
+    meta = json.loads((plain / "config.json").read_bytes())["quantization_config"]["meta"]
+    assert (meta["correction"], meta["passes"], meta["tune_steps"]) == (0, 0, 0)
+    assert (plain / "model.safetensors").read_bytes() == (spelled / "model.safetensors").read_bytes()
