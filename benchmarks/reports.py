@@ -64,7 +64,7 @@ MODELS = (
         ((8, 0), (4, 0)),
         convert=("--rows", "32", "--compute-dtype", "bfloat16"),
         quality=("--rows", "8"),
-        latency=("--prompts", "32,128,512", "--contexts", "128,1024", "--new-tokens", "32"),
+        latency=("--rounds", "2", "--prompts", "128,512", "--contexts", "128", "--new-tokens", "32"),
     ),
 )
 
