@@ -184,7 +184,8 @@ def time_engine(
     # Kernels are repacked, compiled or chosen at the first product of each shape.
     for tokens in sorted({min(tokens, PREFILL_CHUNK) for tokens in job.prompts}):
         engine.reset()
-        stamps(engine, ids[:tokens], WARM_UP_TOKENS, finish, clock)
+        # A prompt as long as the context leaves room for one token.
+        stamps(engine, ids[:tokens], min(WARM_UP_TOKENS, job.context - tokens + 1), finish, clock)
     prompts = []
     for tokens in job.prompts:
         tell(f"prefill of {tokens}")
@@ -194,7 +195,7 @@ def time_engine(
     decodes = []
     for context in job.contexts:
         tell(f"decode at {context}")
-        stamps(engine, ids[:context], WARM_UP_TOKENS, finish, clock)
+        stamps(engine, ids[:context], min(WARM_UP_TOKENS, job.new_tokens), finish, clock)
         before = meter.read() if meter else ()
         times = stamps(engine, ids[:context], job.new_tokens, finish, clock)
         # All new tokens count: the first one's step is one token's, too.

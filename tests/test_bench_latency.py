@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,20 @@ def test_too_few_tokens_are_no_measurement() -> None:
 
     with pytest.raises(RuntimeError, match="1 tokens came, and 3 were"):
         time_engine(Short(), JOB, token_ids(40, 1000), lambda text: None)
+
+
+def test_a_prompt_may_fill_the_context() -> None:
+    """The longest prompt leaves room for one token, so its warm-up asks for no more."""
+
+    class Bounded(FakeEngine):
+        def generate(self, prompt: Sequence[int], params: Any) -> Iterator[int]:
+            room = job.context - len(prompt) + 1
+            return islice(super().generate(prompt, params), room)
+
+    job = replace(JOB, prompts=(8, 40), contexts=(6,), new_tokens=2, context=40)
+    prompts, decodes = time_engine(Bounded(), job, token_ids(40, 1000), lambda text: None)
+    assert [p.tokens for p in prompts] == [8, 40]
+    assert [(d.context, len(d.gaps)) for d in decodes] == [(6, 1)]
 
 
 def test_token_ids_are_in_the_vocabulary() -> None:
