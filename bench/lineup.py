@@ -241,6 +241,12 @@ def _entrants(found: Sequence[Candidate]) -> list[Entrant]:
     return [Entrant(subject_of(c, label), c) for label, c in zip(labels, found, strict=True)]
 
 
+def _as_seen_from_here(path: Path) -> str:
+    """A path below the working folder by what lies below it: a record is read on other machines, too."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def subject_of(candidate: Candidate, label: str) -> Subject:
     """A candidate as records name it, with its sizes from headers."""
     from lowmem.plan.memory import weights_bytes
@@ -255,7 +261,7 @@ def subject_of(candidate: Candidate, label: str) -> Subject:
         label=label,
         method=form.method,
         dtype=form.dtype,
-        path=str(candidate.path),
+        path=_as_seen_from_here(candidate.path),
         bits_per_weight=8 * nbytes / max(1, count),
         weight_bytes=weights_bytes(shape, form),
     )

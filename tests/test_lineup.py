@@ -89,3 +89,12 @@ def test_forms_that_are_not_known_or_not_there(models):
         line_up([str(models / "model")], forms=["int9"])
     with pytest.raises(InvalidRequestError, match="There are float32"):
         line_up([str(models / "model")], forms=["3-bit"])
+
+
+def test_records_hold_no_path_of_the_machine_where_a_relative_one_will_do(tmp_path, monkeypatch):
+    source = save_source(tiny_model("llama"), tmp_path / "here" / "model")
+    monkeypatch.chdir(tmp_path / "here")
+    for model in ("model", str(source)):
+        assert {entrant.subject.path for entrant in line_up([model]).entrants} == {"model"}
+    monkeypatch.chdir(source)
+    assert line_up([str(source)]).entrants[0].subject.path == "."
