@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from lowmem.checkpoint.files import read_json
-from lowmem.checkpoint.manifest import MANIFEST_FILE, FileDigest, digest_file, read_manifest
+from lowmem.checkpoint.manifest import MANIFEST_FILE, digest_file, manifest_text, read_manifest
 from lowmem.checkpoint.writer import write_json, write_whole
 from lowmem.errors import LowmemError
 from lowmem.plan.candidates import REPORT_FILE
@@ -35,13 +34,7 @@ def write_kld(folder: Path, kld: float, what: str) -> str:
         if not os.access(folder, os.W_OK):
             return f"{folder} cannot be written: its report does not get the measured divergence"
         digests[REPORT_FILE] = write_json(report, new)
-        write_whole(manifest, [_manifest_text(digests)])
+        write_whole(manifest, [manifest_text(digests).encode()])
     except LowmemError as error:
         return f"{folder} does not get the measured divergence: {error.message}"
     return ""
-
-
-def _manifest_text(digests: dict[str, FileDigest]) -> bytes:
-    """As lowmem.checkpoint.manifest.write_manifest writes it, of these files alone."""
-    files = {name: vars(digest) for name, digest in digests.items()}
-    return (json.dumps({"version": 1, "files": files}, indent=1) + "\n").encode()

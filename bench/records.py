@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import types
 import typing
 from dataclasses import dataclass
@@ -284,12 +283,18 @@ def to_json(record: Any) -> dict[str, Any]:
 
 
 def write_record(record: QualityRecord | HumanEvalRecord | LatencyRecord, folder: Path) -> Path:
-    """Write a record to its file in `folder`, whole or not at all; the file."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a record to its file in `folder`, whole or not at all; the file.
+
+    Raises OutputError where that cannot be done.
+    """
+    from lowmem.checkpoint.writer import as_output_error, write_whole
+
     file = folder / FILES[type(record)]
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise as_output_error(error, folder) from error
+    write_whole(file, [(json.dumps(to_json(record), indent=1) + "\n").encode()])
     return file
 
 

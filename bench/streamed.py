@@ -26,8 +26,7 @@ from torch import nn
 from bench.sources import GptqSource
 from bench.texts import digest_of
 from convert.activations import HiddenStates
-from convert.calls import catch_calls, embed
-from convert.layer import LayerCall
+from convert.calls import LayerCall, catch_calls, embed, replaced_forwards
 from convert.weights import Weights, empty, move_buffers
 from lowmem import __version__
 from lowmem.checkpoint.files import read_json
@@ -314,20 +313,12 @@ def head_of(model: Any, device: torch.device) -> Iterator[Callable[[torch.Tensor
         del base.forward
 
 
-@contextlib.contextmanager
-def _replaced(layers: nn.ModuleList, hidden: torch.Tensor, returns_tuple: bool) -> Iterator[None]:
+def _replaced(
+    layers: nn.ModuleList, hidden: torch.Tensor, returns_tuple: bool
+) -> contextlib.AbstractContextManager[None]:
     """Every layer returns `hidden` instead of running."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return (hidden,) if returns_tuple else hidden
-
-    for layer in layers:
-        layer.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    given = (hidden,) if returns_tuple else hidden
+    return replaced_forwards((layer, lambda *args, **kwargs: given) for layer in layers)
 
 
 @contextlib.contextmanager

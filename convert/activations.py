@@ -7,6 +7,7 @@ mapped file would count as memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,19 +67,7 @@ class HiddenStates:
         """Rows start..end, [end - start, row_length, hidden]."""
         if self._kept is not None:
             return self._kept[start:end]
-        chunk = torch.empty((end - start, *self.shape[1:]), dtype=self.dtype)
-        view = tensor_bytes(chunk)
-        with self.path.open("rb", buffering=0) as stream:
-            stream.seek(start * self._row_bytes)
-            done = 0
-            while done < len(view):
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise OutputError(
-                        f"{self.path} became shorter while it was read", "Start again with --force"
-                    )
-                done += count
-        return chunk
+        return read_rows(self.path, start, end, self.shape[1:], self.dtype)
 
     def chunks(self, rows: int) -> Iterator[torch.Tensor]:
         """All rows, `rows` at a time."""
@@ -98,6 +87,21 @@ class HiddenStates:
     def delete(self) -> None:
         """Remove the file: a later layer's is on disk."""
         self.path.unlink(missing_ok=True)
+
+
+def read_rows(path: Path, start: int, end: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Rows start..end of a file of rows of `shape`, [end - start, *shape], by plain reads into new memory."""
+    rows = torch.empty((end - start, *shape), dtype=dtype)
+    view = tensor_bytes(rows)
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(start * math.prod(shape) * dtype.itemsize)
+        done = 0
+        while done < len(view):
+            count = stream.readinto(view[done:])
+            if not count:
+                raise OutputError(f"{path} became shorter while it was read", "Start again with --force")
+            done += count
+    return rows
 
 
 def _write(path: Path, chunks: Iterator[torch.Tensor], kept: torch.Tensor | None, where: str) -> None:

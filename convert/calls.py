@@ -7,7 +7,7 @@ calibration rows have the same length and no padding, so what was caught for som
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,21 +42,27 @@ class _Caught(Exception):
 
 
 @contextlib.contextmanager
-def _held_back(
-    layers: nn.ModuleList, catch: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
-) -> Iterator[None]:
-    """Replace each layer's forward; attributes that the model reads from its layers stay."""
-    for index, layer in enumerate(layers):
-
-        def forward(*args: Any, _index: int = index, **kwargs: Any) -> Any:
-            return catch(_index, args, kwargs)
-
-        layer.forward = forward  # type: ignore[method-assign]
+def replaced_forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Each module computes with the function beside it; hooks, and attributes that others read, stay."""
+    found = list(pairs)
+    for module, forward in found:
+        module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module, _ in found:
+            del module.forward
+
+
+def _held_back(
+    layers: nn.ModuleList, catch: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+) -> contextlib.AbstractContextManager[None]:
+    """Each layer calls `catch` with its index instead of running."""
+
+    def caught(index: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: catch(index, args, kwargs)
+
+    return replaced_forwards((layer, caught(index)) for index, layer in enumerate(layers))
 
 
 def catch_calls(model: nn.Module, arch: Architecture, tokens: torch.Tensor) -> list[LayerCall]:

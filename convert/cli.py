@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from lowmem.config import QuantConfig
+
 INTERRUPTED = 130
 
 
@@ -56,21 +58,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quant.add_argument(
         "--correction",
         type=float,
-        default=0.5,
+        default=QuantConfig.correction,
         metavar="F",
         help="share of the error of earlier linears that a linear makes up for; 0 is faster (%(default)s)",
     )
     quant.add_argument(
         "--passes",
         type=int,
-        default=1,
+        default=QuantConfig.passes,
         metavar="N",
         help="of coordinate descent after GPTQ; 0 is faster (%(default)s)",
     )
     quant.add_argument(
         "--tune-steps",
         type=int,
-        default=32,
+        default=QuantConfig.tune_steps,
         metavar="N",
         help="of tuning a layer's scales, biases and norms together; 0 is faster (%(default)s)",
     )
@@ -121,7 +123,6 @@ def run(args: argparse.Namespace) -> int:
     from convert.pipeline import convert
     from convert.progress import make_reporter
     from convert.recipe import Options
-    from lowmem.config import QuantConfig
     from lowmem.plan.device import parse_bytes
 
     config = QuantConfig(

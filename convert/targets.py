@@ -11,17 +11,16 @@ up for what the stream itself has lost. Which linears are is found by trying, fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from convert.activations import HiddenStates
-from convert.calls import LayerCall
+from convert.activations import HiddenStates, read_rows
+from convert.calls import LayerCall, replaced_forwards
 from lowmem.checkpoint.writer import as_output_error, tensor_bytes
-from lowmem.errors import OutputError
 from lowmem.models.architecture import LayerSpec
 
 Added = Literal["to nothing", "to the layer's input", "last"]
@@ -71,22 +70,18 @@ def _output_and_own(
     return output, seen[0]
 
 
-@contextlib.contextmanager
-def _silenced(layer: nn.Module, names: list[str]) -> Iterator[None]:
+def _silenced(layer: nn.Module, names: list[str]) -> contextlib.AbstractContextManager[None]:
     """The linears of these names give zeros, and compute nothing."""
-    linears = [layer.get_submodule(name) for name in names]
-    for linear in linears:
+
+    def zeros(width: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: x.new_zeros(*x.shape[:-1], width)
+
+    pairs = []
+    for name in names:
+        linear = layer.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-
-        def zeros(x: torch.Tensor, width: int = linear.out_features) -> torch.Tensor:
-            return x.new_zeros(*x.shape[:-1], width)
-
-        linear.forward = zeros  # type: ignore
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward
+        pairs.append((linear, zeros(linear.out_features)))
+    return replaced_forwards(pairs)
 
 
 def _alike(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> bool:
@@ -124,18 +119,7 @@ class Targets:
         if self.added[name] == "last":
             assert self.output is not None
             return self.output.read(start, end)
-        width = self._widths[name]
-        chunk = torch.empty(end - start, self.row_length, width, dtype=self.dtype)
-        view = tensor_bytes(chunk)
-        with self._path(name).open("rb", buffering=0) as stream:
-            stream.seek(start * self.row_length * width * self.dtype.itemsize)
-            done = 0
-            while done < len(view):
-                count = stream.readinto(view[done:])
-                if not count:
-                    raise OutputError(f"{self._path(name)} is too short", "Start again with --force")
-                done += count
-        return chunk
+        return read_rows(self._path(name), start, end, (self.row_length, self._widths[name]), self.dtype)
 
     def drop(self, name: str) -> None:
         """Remove a linear's file: it is quantized."""
@@ -168,10 +152,9 @@ def record(
     """
     targets = Targets(folder, states.shape[1], states.dtype)
     targets.clear()
-    first = next(states.chunks(rows)).to(device)
-    targets.added = additions(layer, spec, call, first)
-    hidden = first
-    del first
+    hidden = next(states.chunks(rows)).to(device)
+    if linears:
+        targets.added = additions(layer, spec, call, hidden)
 
     def keep(name: str, output: torch.Tensor) -> None:
         if targets.added[name] == "to the layer's input":

@@ -11,7 +11,6 @@ rate serves for all models.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from convert.activations import HiddenStates
-from convert.calls import LayerCall
+from convert.calls import LayerCall, replaced_forwards
 from convert.gptq import Quantized
 from convert.grid import storable
 from lowmem.models.architecture import LayerSpec
@@ -155,7 +154,7 @@ def tune_layer(
         with torch.no_grad():
             return sum(float(loss_of(start, values)) for start in checks) / len(checks)
 
-    with _multiplying_integers(linears):
+    with replaced_forwards((linear.module, linear.forward) for linear in linears.values()):
         before = checked({name: other.before for name, other in others.items()})
         _adam(linears, others, loss_of, starts, steps)
         scales = {name: linear.stored() for name, linear in linears.items()}
@@ -214,14 +213,3 @@ def _others(
             size = float((parameter if beside is None else beside).detach().float().square().mean().sqrt())
         before = parameter.detach().float()
         yield name, _Other(before, size if size > 0 else 1.0, nn.Parameter(torch.zeros_like(before)))
-
-
-@contextlib.contextmanager
-def _multiplying_integers(linears: Mapping[str, _Linear]) -> Iterator[None]:
-    for linear in linears.values():
-        linear.module.forward = linear.forward  # type: ignore
-    try:
-        yield
-    finally:
-        for linear in linears.values():
-            del linear.module.forward

@@ -192,6 +192,12 @@ def checkpoint_files(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name != MANIFEST_FILE)
 
 
+def manifest_text(digests: Mapping[str, FileDigest]) -> str:
+    """What `lowmem-manifest.json` holds of these files."""
+    files = {name: vars(digest) for name, digest in digests.items()}
+    return json.dumps({"version": 1, "files": files}, indent=1) + "\n"
+
+
 def write_manifest(folder: str | Path, digests: Mapping[str, FileDigest] | None = None) -> None:
     """Write `lowmem-manifest.json`, with the digest of every file of `folder`.
 
@@ -201,13 +207,10 @@ def write_manifest(folder: str | Path, digests: Mapping[str, FileDigest] | None 
     folder = Path(folder)
     known = digests or {}
     files = {name: known.get(name) or digest_file(folder / name) for name in checkpoint_files(folder)}
-    text = json.dumps(
-        {"version": 1, "files": {name: vars(digest) for name, digest in files.items()}}, indent=1
-    )
     staged = folder / (MANIFEST_FILE + ".staged")
     try:
         with staged.open("w", encoding="utf-8") as stream:
-            stream.write(text + "\n")
+            stream.write(manifest_text(files))
             stream.flush()
             os.fsync(stream.fileno())
         staged.replace(folder / MANIFEST_FILE)
