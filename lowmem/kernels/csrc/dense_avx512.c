@@ -1,0 +1,104 @@
+/* A dense bfloat16 weight times a few rows, with AVX-512: the head, at the memory's pace. */
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "internal.h"
+#include "lowmem.h"
+#include "types.h"
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+#define UNROLL _Pragma("GCC unroll 16")
+
+/* Four rows and six outputs take less of x at a time than eight and three: it comes from the second cache. */
+enum { MOST_ROWS = 4, MOST_OUTPUTS = 8, AHEAD = 512 /* weights */ };
+
+/* 16 bfloat16 as floats; the masked ones are 0 and are not read. */
+INLINE __m512 load_weights(const uint16_t *from, __mmask16 mask)
+{
+    __m256i half = mask == 0xffff ? _mm256_loadu_si256((const void *)from) : _mm256_maskz_loadu_epi16(mask, from);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+INLINE void add_products(int rows, int outputs, const uint16_t *weight, const float *x, int64_t in, __mmask16 mask,
+                         __m512 sum[MOST_ROWS][MOST_OUTPUTS])
+{
+    __m512 w[MOST_OUTPUTS];
+    UNROLL
+    for (int o = 0; o < outputs; o++)
+        w[o] = load_weights(weight + o * in, mask);
+    UNROLL
+    for (int r = 0; r < rows; r++) {
+        __m512 v = mask == 0xffff ? _mm512_loadu_ps(x + r * in) : _mm512_maskz_loadu_ps(mask, x + r * in);
+        UNROLL
+        for (int o = 0; o < outputs; o++)
+            sum[r][o] = _mm512_fmadd_ps(w[o], v, sum[r][o]);
+    }
+}
+
+/* `rows` rows and `outputs` outputs at once. Each sum has the same order whatever the tile: 16 lanes, then their tree. */
+INLINE void tile(int rows, int outputs, const lm_dense *w, const float *x, int64_t first, float *y, int64_t stride)
+{
+    const int64_t in = w->in;
+    const uint16_t *weight = w->weight + first * in;
+    __m512 sum[MOST_ROWS][MOST_OUTPUTS];
+    UNROLL
+    for (int r = 0; r < rows; r++)
+        UNROLL
+        for (int o = 0; o < outputs; o++)
+            sum[r][o] = _mm512_setzero_ps();
+    int64_t i = 0;
+    for (; i + 32 <= in; i += 32) {
+        /* Behind the end of a row is the next one, which this tile has read: what is wanted there is the next tile's. */
+        const uint16_t *ahead = weight + i + AHEAD + (i + AHEAD < in ? 0 : (outputs - 1) * in);
+        UNROLL
+        for (int o = 0; o < outputs; o++)
+            _mm_prefetch((const char *)(ahead + o * in), _MM_HINT_T0);
+        add_products(rows, outputs, weight + i, x + i, in, 0xffff, sum);
+        add_products(rows, outputs, weight + i + 16, x + i + 16, in, 0xffff, sum);
+    }
+    for (; i < in; i += 16) {
+        __mmask16 mask = in - i >= 16 ? 0xffff : (__mmask16)((1u << (in - i)) - 1);
+        add_products(rows, outputs, weight + i, x + i, in, mask, sum);
+    }
+    for (int o = 0; o < outputs; o++) {
+        float bias = w->bias ? lm_load(w->bias, w->bias_type, first + o) : 0;
+        for (int r = 0; r < rows; r++)
+            y[r * stride + o] = _mm512_reduce_add_ps(sum[r][o]) + bias;
+    }
+}
+
+/* Wide tiles of `outputs`, then one at a time. */
+INLINE void columns(int rows, int outputs, const lm_dense *w, const float *x, int64_t first, int64_t last, float *y,
+                    int64_t stride)
+{
+    int64_t o = first;
+    for (; o + outputs <= last; o += outputs)
+        tile(rows, outputs, w, x, o, y + o - first, stride);
+    for (; o < last; o++)
+        tile(rows, 1, w, x, o, y + o - first, stride);
+}
+
+#define COLUMNS(rows, outputs)                                                                                         \
+    TARGET static void columns_##rows(const lm_dense *w, const float *x, int64_t first, int64_t last, float *y,        \
+                                      int64_t stride)                                                                  \
+    {                                                                                                                  \
+        columns(rows, outputs, w, x, first, last, y, stride);                                                          \
+    }
+COLUMNS(1, 8) COLUMNS(2, 8) COLUMNS(3, 8) COLUMNS(4, 6)
+
+void lm_dense_avx512(const lm_dense *w, const float *x, int64_t rows, int64_t first, int64_t last, float *y, int64_t stride)
+{
+    typedef void (*kernel)(const lm_dense *, const float *, int64_t, int64_t, float *, int64_t);
+    static const kernel kernels[MOST_ROWS] = {columns_1, columns_2, columns_3, columns_4};
+    /* A part of the outputs that stays in the cache while all rows pass over it. */
+    int64_t part = rows > MOST_ROWS ? 24 : last - first;
+    for (int64_t o = first; o < last; o += part) {
+        int64_t end = last - o < part ? last : o + part;
+        for (int64_t r = 0; r < rows; r += MOST_ROWS) {
+            int64_t count = rows - r < MOST_ROWS ? rows - r : MOST_ROWS;
+            kernels[count - 1](w, x + r * w->in, o, end, y + r * stride + o - first, stride);
+        }
+    }
+}
+#endif

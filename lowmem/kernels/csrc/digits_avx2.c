@@ -1,0 +1,104 @@
+/* Activations as pairs of 16-bit integers, for the kernels with AVX2.
+ *
+ * They lie as [group][row][part][pair]: one part with 1 or 2 planes, the whole q, which fits 16 bits; with 3 planes a part
+ * for each plane, since the sums of the two lower ones together and of the highest are wanted apart. Which two inputs make
+ * a pair follows from the weight's bits (avx2.c).
+ */
+#if defined(__x86_64__)
+#include <float.h>
+
+#include "avx2.h"
+
+size_t lm_digit_bytes_avx2(int64_t rows, int64_t in, int planes) { return (size_t)(rows * in) * 2 * PARTS(planes); }
+
+/* 16 consecutive inputs into eight pairs. */
+INLINE __m256i pairs_of(int bits, __m256i a, __m256i b)
+{
+    __m256i low = a, high = b; /* 2 bits: j and j + 8 */
+    if (bits == 8) {
+        low = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(a, b), 0xd8);
+        high = _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(a, b), 0xd8);
+    } else if (bits != 2) {
+        low = _mm256_permute2x128_si256(a, b, 0x20);
+        high = _mm256_permute2x128_si256(a, b, 0x31);
+    }
+    return _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
+}
+
+INLINE int32_t sum_8(__m256i v)
+{
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+INLINE __m256i low_digit(__m256i q) { return _mm256_srai_epi32(_mm256_slli_epi32(q, 24), 24); }
+INLINE __m256i without(__m256i q, __m256i digit) { return _mm256_srai_epi32(_mm256_sub_epi32(q, digit), 8); }
+
+INLINE void quantize_group(const void *x, int type, int64_t at, int width, int bits, int planes, int16_t *digits,
+                           float *scale, int32_t *sums)
+{
+    const int32_t limit = planes == 1 ? 127 : planes == 2 ? 32639 : 8355711;
+    __m256i largest = _mm256_setzero_si256(); /* as integers: NaN above infinity above all that is finite */
+    for (int k = 0; k < width; k += 8) {
+        __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(load_8(x, type, at + k)), _mm256_set1_epi32(0x7fffffff));
+        largest = _mm256_max_epu32(largest, magnitude);
+    }
+    uint32_t each[8], most = 0;
+    _mm256_storeu_si256((void *)each, largest);
+    for (int i = 0; i < 8; i++)
+        most = each[i] > most ? each[i] : most;
+    const float a = lm_from_bits(most);
+    float inverse = (float)limit / a;
+    if (!(inverse <= FLT_MAX)) /* nothing, or nothing that can be scaled: the scale says what it was */
+        inverse = 0;
+    *scale = a / (float)limit;
+    const __m256i high = _mm256_set1_epi32(limit), low = _mm256_set1_epi32(-limit);
+    __m256i sum[3] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int k = 0; k < width; k += 16) {
+        __m256i part[3][2];
+        for (int half = 0; half < 2; half++) {
+            __m256 scaled = _mm256_mul_ps(load_8(x, type, at + k + 8 * half), _mm256_set1_ps(inverse));
+            __m256i q = _mm256_max_epi32(_mm256_min_epi32(_mm256_cvtps_epi32(scaled), high), low);
+            __m256i p0 = low_digit(q), rest = without(q, p0), p1 = low_digit(rest), p2 = without(rest, p1);
+            sum[0] = _mm256_add_epi32(sum[0], p0);
+            sum[1] = _mm256_add_epi32(sum[1], p1);
+            sum[2] = _mm256_add_epi32(sum[2], p2);
+            part[0][half] = planes == 3 ? p0 : q;
+            part[1][half] = p1;
+            part[2][half] = p2;
+        }
+        for (int part_index = 0; part_index < PARTS(planes); part_index++)
+            _mm256_storeu_si256((void *)(digits + part_index * width + k),
+                                pairs_of(bits, part[part_index][0], part[part_index][1]));
+    }
+    for (int plane = 0; plane < planes; plane++)
+        sums[plane] = sum_8(sum[plane]);
+}
+
+#define QUANTIZE(type, planes)                                                                                         \
+    TARGET static void quantize_##type##_##planes(const void *x, int64_t stride, lm_input *input, int64_t first,       \
+                                                  int64_t last)                                                        \
+    {                                                                                                                  \
+        const int width = input->group;                                                                                \
+        for (int64_t g = first; g < last; g++)                                                                         \
+            for (int64_t r = 0; r < input->rows; r++) {                                                                \
+                int64_t index = g * input->rows + r;                                                                   \
+                quantize_group(x, type, r * stride + g * width, width, input->bits, planes,                            \
+                               (int16_t *)input->digits + index * width * PARTS(planes), input->scales + index,        \
+                               input->sums + 3 * index);                                                               \
+            }                                                                                                          \
+    }
+QUANTIZE(0, 1) QUANTIZE(0, 2) QUANTIZE(0, 3) QUANTIZE(1, 1) QUANTIZE(1, 2) QUANTIZE(1, 3) QUANTIZE(2, 1)
+QUANTIZE(2, 2) QUANTIZE(2, 3)
+
+void lm_quantize_avx2(const void *x, int x_type, int64_t stride, lm_input *input, int64_t first, int64_t last)
+{
+    typedef void (*kernel)(const void *, int64_t, lm_input *, int64_t, int64_t);
+    static const kernel kernels[3][3] = {{quantize_0_1, quantize_0_2, quantize_0_3},
+                                         {quantize_1_1, quantize_1_2, quantize_1_3},
+                                         {quantize_2_1, quantize_2_2, quantize_2_3}};
+    kernels[x_type][input->planes - 1](x, stride, input, first, last);
+}
+
+#endif

@@ -1,0 +1,28 @@
+/* What the files of the kernels share beside the contract of lowmem.h. */
+#ifndef LOWMEM_INTERNAL_H
+#define LOWMEM_INTERNAL_H
+
+#include "lowmem.h"
+
+#if defined(__x86_64__)
+/* dense_avx512.c: for the table of avx512.c. */
+void lm_dense_avx512(const lm_dense *w, const float *x, int64_t rows, int64_t first, int64_t last, float *y, int64_t stride);
+#endif
+
+/* ---- attention over the KV cache (attention.c) --------------------------------------------------------------- */
+
+/* Keys and values of one decoder layer, bfloat16 [kv_heads, capacity, size] each, and the heads that share them. */
+typedef struct {
+    int64_t heads, kv_heads, size, capacity; /* size: of a head, a multiple of 16 */
+    const uint16_t *keys, *values;
+} lm_kv;
+
+/* Bytes that lm_attention_team needs for `rows` rows whose last sees `length` keys, with the threads that are set. */
+size_t lm_attention_workspace(const lm_kv *kv, int64_t rows, int64_t length);
+/* Row r of `rows` sees the keys 0..length - rows + r. Its query for head h begins at q + r * q_stride + h * head_stride;
+ * its output, [heads * size], at out + r * heads * size. scaling: of a product of query and key. Every thread
+ * calls it, and all have finished when it returns. A row's result does not depend on the others, nor on threads. */
+void lm_attention_team(const lm_kv *kv, const float *q, int64_t q_stride, int64_t head_stride, int64_t rows, int64_t length,
+                       float scaling, float *out, void *workspace, lm_team *team);
+
+#endif

@@ -1,0 +1,229 @@
+/* A team of threads that all do the same work: torch's own OpenMP threads where they can be had, else a pool.
+ *
+ * Two pools whose threads spin while they wait would take each other's cores. So the threads that torch's operators
+ * use are taken here too, through the entry point that compilers call for `#pragma omp parallel`.
+ */
+#define _GNU_SOURCE /* dladdr */
+#include "lowmem.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+
+enum { MOST_THREADS = 512, SPINS = 4000, IDLE_SPINS = 20000 };
+
+#define LINE __attribute__((aligned(64))) /* each counter in a cache line of its own */
+
+/* What the threads of one lm_run share; it lies on the caller's stack. */
+typedef struct {
+    lm_body body;
+    void *context;
+    atomic_int size;
+    LINE atomic_int arrived;
+    LINE atomic_uint phase;
+    LINE atomic_llong next;
+} shared;
+
+struct lm_team {
+    shared *all;
+    int rank;
+    unsigned phase; /* of the barrier, as this thread has seen it */
+};
+
+typedef void (*gomp_parallel_t)(void (*)(void *), void *, unsigned, unsigned);
+typedef int (*omp_number_t)(void);
+
+static int wanted = 1;
+static gomp_parallel_t gomp_parallel;
+static omp_number_t omp_rank, omp_size;
+
+static inline void pause_briefly(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* One turn of waiting: after a while the core is offered to whoever may hold the thread that is waited for. */
+static inline void wait_a_turn(int *spins)
+{
+    if (*spins < SPINS) {
+        ++*spins;
+        pause_briefly();
+    } else {
+        sched_yield();
+    }
+}
+
+int lm_rank(const lm_team *team) { return team->rank; }
+
+int lm_size(const lm_team *team) { return atomic_load_explicit(&team->all->size, memory_order_relaxed); }
+
+int64_t lm_next(lm_team *team) { return atomic_fetch_add_explicit(&team->all->next, 1, memory_order_relaxed); }
+
+void lm_barrier(lm_team *team)
+{
+    shared *all = team->all;
+    unsigned phase = ++team->phase;
+    if (atomic_fetch_add_explicit(&all->arrived, 1, memory_order_acq_rel) + 1 == lm_size(team)) {
+        /* All are here, so nobody is counting: both counters start anew before anybody leaves. */
+        atomic_store_explicit(&all->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&all->next, 0, memory_order_relaxed);
+        atomic_store_explicit(&all->phase, phase, memory_order_release);
+        return;
+    }
+    for (int spins = 0; atomic_load_explicit(&all->phase, memory_order_acquire) != phase;)
+        wait_a_turn(&spins);
+}
+
+static void take_part(shared *all, int rank)
+{
+    lm_team team = {all, rank, 0};
+    all->body(all->context, &team);
+}
+
+/* ---- OpenMP's threads ---------------------------------------------------------------------------------------- */
+
+static void omp_body(void *data)
+{
+    shared *all = data;
+    /* OpenMP may give fewer threads than were asked for, one inside of another parallel region. Each thread writes
+     * the same number before it reads it. */
+    atomic_store_explicit(&all->size, omp_size(), memory_order_relaxed);
+    take_part(all, omp_rank());
+}
+
+/* ---- threads of our own -------------------------------------------------------------------------------------- */
+
+static struct {
+    pthread_mutex_t busy; /* held by the one caller that has the pool */
+    pthread_mutex_t lock; /* of `wake` */
+    pthread_cond_t wake;
+    int started;
+    shared *job;
+    LINE atomic_ullong ticket; /* number of the job, and in the low 16 bits how many threads take part */
+    LINE atomic_int working;
+} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static void *pool_thread(void *argument)
+{
+    int rank = (int)(intptr_t)argument;
+    unsigned long long seen = 0; /* jobs from before this thread began were for lower ranks */
+    for (;;) {
+        unsigned long long ticket = seen;
+        for (int spins = 0; spins < IDLE_SPINS && ticket == seen; spins++) {
+            pause_briefly();
+            ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
+        }
+        if (ticket == seen) {
+            pthread_mutex_lock(&pool.lock);
+            while ((ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire)) == seen)
+                pthread_cond_wait(&pool.wake, &pool.lock);
+            pthread_mutex_unlock(&pool.lock);
+        }
+        seen = ticket;
+        if (rank < (int)(ticket & 0xffff)) { /* or the job is others', and may be over already */
+            take_part(pool.job, rank);
+            atomic_fetch_sub_explicit(&pool.working, 1, memory_order_release);
+        }
+    }
+    return NULL;
+}
+
+/* A forked child has none of its parent's threads. */
+static void forget_threads(void)
+{
+    pthread_mutex_init(&pool.busy, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pool.started = 0;
+    atomic_store(&pool.ticket, 0);
+}
+
+static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
+
+/* Bring the pool to `threads` - 1 threads beside the caller; how many take part with it. */
+static int start_threads(int threads)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, watch_forks);
+    sigset_t all, old;
+    sigfillset(&all); /* signals are for the program's own threads */
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    while (pool.started < threads - 1) {
+        pthread_t thread;
+        if (pthread_create(&thread, NULL, pool_thread, (void *)(intptr_t)(pool.started + 1)))
+            break;
+        pthread_detach(thread);
+        pool.started++;
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return pool.started + 1 < threads ? pool.started + 1 : threads;
+}
+
+static void run_on_pool(shared *job)
+{
+    int size = start_threads(atomic_load(&job->size));
+    atomic_store(&job->size, size);
+    pool.job = job;
+    atomic_store_explicit(&pool.working, size - 1, memory_order_relaxed);
+    unsigned long long number = (atomic_load_explicit(&pool.ticket, memory_order_relaxed) >> 16) + 1;
+    pthread_mutex_lock(&pool.lock);
+    atomic_store_explicit(&pool.ticket, number << 16 | (unsigned)size, memory_order_release);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    take_part(job, 0);
+    for (int spins = 0; atomic_load_explicit(&pool.working, memory_order_acquire);)
+        wait_a_turn(&spins);
+}
+
+/* -------------------------------------------------------------------------------------------------------------- */
+
+void lm_run(lm_body body, void *context)
+{
+    int size = wanted;
+    shared all = {.body = body, .context = context, .size = size};
+    if (size > 1 && gomp_parallel) {
+        gomp_parallel(omp_body, &all, (unsigned)size, 0);
+    } else if (size > 1 && pthread_mutex_trylock(&pool.busy) == 0) {
+        run_on_pool(&all);
+        pthread_mutex_unlock(&pool.busy);
+    } else {
+        /* Also when the pool is taken, by another caller or by a body around this one: no result depends on the
+         * number of threads. */
+        atomic_store(&all.size, 1);
+        take_part(&all, 0);
+    }
+}
+
+/* The function of this name in the library that `address` is in. */
+static omp_number_t neighbour(void *address, const char *name)
+{
+    Dl_info info;
+    if (!dladdr(address, &info) || !info.dli_fname)
+        return NULL;
+    void *library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
+    if (!library)
+        return NULL;
+    void *symbol = dlsym(library, name);
+    dlclose(library); /* it stays: whoever loaded it has it open */
+    omp_number_t function = NULL;
+    __builtin_memcpy(&function, &symbol, sizeof function);
+    return function;
+}
+
+void lm_set_threads(int threads, void *parallel)
+{
+    wanted = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
+    omp_rank = parallel ? neighbour(parallel, "omp_get_thread_num") : NULL;
+    omp_size = parallel ? neighbour(parallel, "omp_get_num_threads") : NULL;
+    gomp_parallel = NULL;
+    if (omp_rank && omp_size)
+        __builtin_memcpy(&gomp_parallel, &parallel, sizeof parallel);
+}
+
+int lm_threads(void) { return wanted; }

@@ -1,0 +1,100 @@
+/* One number of any of the types that tensors come in, to and from float. */
+#ifndef LOWMEM_TYPES_H
+#define LOWMEM_TYPES_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "lowmem.h"
+
+static inline float lm_from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint32_t lm_to_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+static inline float lm_from_bf16(uint16_t half) { return lm_from_bits((uint32_t)half << 16); }
+
+/* To nearest, ties to even; NaN stays NaN. */
+static inline uint16_t lm_to_bf16(float value)
+{
+    uint32_t bits = lm_to_bits(value), rounded = bits + 0x7fff + (bits >> 16 & 1);
+    rounded = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded; /* no branch: loops become vectors */
+    return (uint16_t)(rounded >> 16);
+}
+
+static inline float lm_from_f16(uint16_t half)
+{
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
+    if (rest >= 0x7c00) /* infinity, NaN */
+        return lm_from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+    if (rest >= 0x400)
+        return lm_from_bits(sign | ((rest << 13) + 0x38000000));
+    float small = (float)rest * 0x1p-24f; /* denormal or zero: exact */
+    return lm_from_bits(sign | lm_to_bits(small));
+}
+
+/* To nearest, ties to even. */
+static inline uint16_t lm_to_f16(float value)
+{
+    uint32_t bits = lm_to_bits(value), rest = bits & 0x7fffffff;
+    uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+    if (rest > 0x7f800000)
+        return sign | 0x7e00;
+    if (rest >= 0x477ff000) /* 65520 and above round to infinity */
+        return sign | 0x7c00;
+    if (rest >= 0x38800000)
+        return (uint16_t)(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
+    /* A denormal: adding 0.5 leaves its 2^-24ths, rounded, in the lowest bits. */
+    return (uint16_t)(sign | (lm_to_bits(lm_from_bits(rest) + 0.5f) - lm_to_bits(0.5f)));
+}
+
+static inline float lm_load(const void *values, int type, int64_t at)
+{
+    uint16_t half;
+    float value;
+    if (type == LM_F32) {
+        memcpy(&value, (const char *)values + 4 * at, 4);
+        return value;
+    }
+    memcpy(&half, (const char *)values + 2 * at, 2);
+    return type == LM_F16 ? lm_from_f16(half) : lm_from_bf16(half);
+}
+
+static inline void lm_store(void *values, int type, int64_t at, float value)
+{
+    uint16_t half;
+    if (type == LM_F32) {
+        memcpy((char *)values + 4 * at, &value, 4);
+        return;
+    }
+    half = type == LM_F16 ? lm_to_f16(value) : lm_to_bf16(value);
+    memcpy((char *)values + 2 * at, &half, 2);
+}
+
+/* Where the words of row `row` for output `o` lie, and how far from them those of the next row; the outputs that follow
+ * in the same panel lie beside it. */
+static inline int64_t lm_word_stride(const lm_packed *w) { return w->panels ? LM_PANEL : w->out; }
+
+static inline const uint32_t *lm_words(const lm_packed *w, int64_t row, int64_t o)
+{
+    if (!w->panels)
+        return w->qweight + row * w->out + o;
+    return w->qweight + (o / LM_PANEL * (w->in * w->bits / 32) + row) * LM_PANEL + o % LM_PANEL;
+}
+
+/* The same of scales and zeros: the index for output `o` of a group. */
+static inline int64_t lm_group_at(const lm_packed *w, int64_t group, int64_t o)
+{
+    return w->panels ? (o / LM_PANEL * (w->in / w->group) + group) * LM_PANEL + o % LM_PANEL : group * w->out + o;
+}
+
+#endif
