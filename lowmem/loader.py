@@ -86,6 +86,7 @@ def load(
     on_the_fly: bnb.Method | None = None,
     context: int | None = None,
     split: int | None = None,
+    prefill_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Load a converted checkpoint, anybody's GPTQ, or a 16-bit source, from disk alone.
@@ -93,7 +94,8 @@ def load(
     dtype: the config's, unless given; but a float16 model on a CPU runs in bfloat16, since CPUs without
     float16 arithmetic multiply it many times slower (see `default_dtype`). Scales stay as they are stored.
     on_the_fly: quantize the decoder layers' linears of a 16-bit source with bitsandbytes while they are read.
-    split: only so many decoder layers on `device`, the others on the CPU. progress: bytes read, and in all.
+    split: only so many decoder layers on `device`, the others on the CPU. prefill_bits: 8 or 16, of an
+    activation's integer in a CPU's prefill (see kernels.native.prefill_bits). progress: bytes read, and all.
     Raises SourceError for a checkpoint that is damaged, incomplete, or not of its config's model; torch's
     own errors where memory is short.
     """
@@ -107,7 +109,6 @@ def load(
     checkpoint = _open(folder)
     dtype = dtype or default_dtype(checkpoint.config, device)
     model = build_model(checkpoint.config, dtype, buffers=True)
-    _drop_old_masks(model)
     layers_name, layers = decoder_layers(model, checkpoint.config)
     if checkpoint.format:
         if on_the_fly:
@@ -119,7 +120,7 @@ def load(
     fill(model, checkpoint.weights, placement, dtype, progress)
     kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
     if checkpoint.format:
-        kernel = dispatch.install(model, checkpoint.format, device, dtype)
+        kernel = dispatch.install(model, checkpoint.format, device, dtype, prefill_bits=prefill_bits)
     connect(model, placement)
     transformers_model: Any = model
     transformers_model.hf_device_map = placement.device_map(len(layers))  # or pipelines would move it
@@ -175,17 +176,6 @@ def _swap_for_bnb(layers: nn.ModuleList, method: bnb.Method) -> None:
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, bnb.empty_linear(method, child))
-
-
-def _drop_old_masks(model: nn.Module) -> None:
-    """Free the causal masks [positions, positions] that transformers keeps for code that is gone.
-
-    StarChat's takes 64 MiB. An empty one stays in its place: whatever used it would fail, not err.
-    """
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.dtype is torch.bool and buffer.dim() == 2 and buffer.shape[0] == buffer.shape[1]:
-                module._buffers[name] = torch.empty((0, 0), dtype=torch.bool)
 
 
 def _open(folder: str | Path) -> _Checkpoint:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.mapped import forget_pages, is_mapped
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.errors import SourceError
-from lowmem.kernels import reference
+from lowmem.kernels import native, reference
+
+_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias", "order")
 
 
 class QuantLinear(nn.Module):
@@ -19,7 +23,11 @@ class QuantLinear(nn.Module):
     Buffers: qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales
     [groups, out] (float16 on disk, kept as it is stored), g_idx int32 [in], and bias [out] or None.
     g_idx is kept because act-order checkpoints of other tools do not have their groups side by side.
-    zeros_v2: `qzeros` holds the zero-points as they are, not one less.
+    zeros_v2: `qzeros` holds the zero-points as they are, not one less. order: the inputs in the order of
+    qweight's rows (position → input), where `use_native` has brought each group's rows together; None: as
+    they are.
+
+    The reference multiplies until `use_native`, and again when a tensor has been replaced since.
     """
 
     qweight: torch.Tensor
@@ -27,6 +35,9 @@ class QuantLinear(nn.Module):
     scales: torch.Tensor
     g_idx: torch.Tensor
     bias: torch.Tensor | None
+    order: torch.Tensor | None
+    packed: native.Packed | None
+    """The weight as our own kernels read it, while they are used."""
 
     def __init__(
         self,
@@ -53,18 +64,81 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", torch.empty(shapes.scales, dtype=torch.float16, device=device))
         self.register_buffer("g_idx", torch.empty(shapes.g_idx, dtype=torch.int32, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        self.register_buffer("order", None, persistent=False)
+        self.packed = None
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a row's bits are the same whatever rows come with it, native.FEW_ROWS in all."""
+        return self.packed is not None
+
+    def use_native(self, prefill_bits: int | None = None) -> None:
+        """Multiply with our own kernels from now on (see kernels/native.py), once all tensors are in place.
+
+        prefill_bits: 8 or 16, of an activation's integer in a prefill; None is native.prefill_bits.
+
+        An act-order weight of other tools, its groups scattered, gets its rows in order: memory of its own
+        instead of the file's. Raises native.Unsuitable, and changes nothing, when the kernels cannot take it.
+        """
+        if self.qweight.device.type != "cpu":
+            raise native.Unsuitable("its tensors are not on the CPU")
+        order = native.groups_of(self.g_idx, self.scales.shape[0]).order
+        if order is not None:
+            self.qweight = native.rows_in_order(self.qweight, self.bits, order)
+            self.g_idx = self.g_idx[order]
+            self.order = order if self.order is None else self.order[order]
+        packed = native.Packed.of(self)
+        if prefill_bits is not None:
+            packed.prefill_planes = prefill_bits // 8
+        self.packed = packed
+
+    @property
+    def in_file_order(self) -> bool:
+        """Whether `use_panels` has something to do."""
+        return self.packed is not None and not self.packed.struct.panels and is_mapped(self.qweight)
+
+    def use_panels(self) -> bool:
+        """Once native: have the kernels read a copy of the weight in their own order; whether they do now.
+
+        Only where qweight is mapped from its file: its pages go as the copy comes, and are read again should
+        anybody ask for them, so that the weight is not in memory twice.
+        """
+        if self.packed is None or not self.in_file_order:
+            return False
+        self.packed.to_panels()
+        forget_pages(self.qweight)
+        return True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → [..., out]."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        if self.packed is not None and native.takes(x):
+            return native.linear(self.packed, x)
         return reference.linear(
             x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.bias, v2=self.zeros_v2
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weight [out, in] that the packed integers stand for."""
-        return reference.dequantize(
+        weight = reference.dequantize(
             self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, dtype, v2=self.zeros_v2
         )
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A tensor that is replaced is no longer the one that the kernels point into."""
+        if name in _TENSORS:
+            self.__dict__["packed"] = None
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
+        self.packed = None  # moved or cast
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pointers, which mean nothing in a copy."""
+        return {**self.__dict__, "packed": None}
 
     def extra_repr(self) -> str:
         """in, out, bits and group size, as nn.Linear prints its own."""

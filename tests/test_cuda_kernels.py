@@ -357,19 +357,23 @@ def test_a_gptqmodel_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.Mon
 
 
 def test_on_a_cpu_gptqmodel_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes seconds to import, and the CPU's kernels are ours."""
+    """It takes seconds to import, and the CPU's kernels are ours: test_native_linear.py has the choice."""
 
     def asked(*_: Any) -> Any:
         raise AssertionError("GPTQModel was asked")
 
     monkeypatch.setattr(gptqmodel_kernels, "_import_gptqmodel", asked)
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
     write_rtn_checkpoint(tiny_model("llama"), tmp_path / "q")
     loaded = load(tmp_path / "q")
     assert loaded.format is not None
     assert dispatch.install(loaded.model, loaded.format, CPU, loaded.dtype) == REFERENCE
     assert any(isinstance(module, QuantLinear) for module in loaded.model.modules())
     choice = dispatch.choose_kernel(CPU, FOUR_BITS, torch.float32)
-    assert choice.name == REFERENCE and "CPU" in choice.reason
+    assert choice.name == REFERENCE and "LOWMEM_CPU_KERNEL" in choice.reason
+    monkeypatch.delenv(dispatch.VARIABLE)
+    assert dispatch.install(loaded.model, loaded.format, CPU, loaded.dtype)
+    assert dispatch.choose_kernel(CPU, FOUR_BITS, torch.float32).name
 
 
 # GPTQModel's own kernels, in a process of their own.

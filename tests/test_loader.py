@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lowmem import placing
+from lowmem.checkpoint.mapped import MappedFiles
+from lowmem.checkpoint.safetensors_file import read_header
 from lowmem.errors import SourceError
 from lowmem.loader import default_dtype, load
+from lowmem.models.architecture import build_model
 from lowmem.quant_linear import QuantLinear
 from tests.helpers import TINY_STARCHAT, save_source, starchat_replica, tiny_model
 from tests.rtn_helpers import layer_linears, write_rtn_checkpoint
@@ -89,6 +93,20 @@ def test_buffers_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
         assert got[name].dtype is buffer.dtype and torch.equal(got[name], buffer), name
 
 
+def test_a_buffer_that_no_initialisation_computes_is_made_with_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Built on meta it would stay what it is not; then the whole model is built with real buffers."""
+    from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+    config = tiny_model("llama").config
+    right = dict(build_model(config, torch.float32, buffers=True).named_buffers())
+    assert right and not any(buffer.is_meta or bool(buffer.isnan().any()) for buffer in right.values())
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", lambda *_: None)
+    got = dict(build_model(config, torch.float32, buffers=True).named_buffers())
+    assert got.keys() == right.keys() and all(torch.equal(got[name], right[name]) for name in right)
+
+
 def test_tied_head_is_one_tensor(tmp_path: Path) -> None:
     write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path)
     loaded = load(tmp_path, dtype=torch.float32)
@@ -149,7 +167,8 @@ def test_default_dtype() -> None:
     assert default_dtype(Config, cpu) is torch.float32
 
 
-def test_packed_tensors_keep_their_dtype(tmp_path: Path) -> None:
+def test_packed_tensors_keep_their_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWMEM_CPU_KERNEL", "reference")  # torch's operators would repack them
     write_rtn_checkpoint(tiny_model("llama"), tmp_path)
     loaded = load(tmp_path, dtype=torch.bfloat16)
     linear = loaded.model.model.layers[0].mlp.up_proj
@@ -249,6 +268,25 @@ def test_tensors_come_one_at_a_time(checkpoint: Path, monkeypatch: pytest.Monkey
         return tensor
 
     monkeypatch.setattr(loader, "read_tensor", watched)
-    load(checkpoint, dtype=torch.bfloat16)
-    # What is not cast lies mapped in its file; the rest came one at a time.
+    with monkeypatch.context() as patched:  # a file system without memory maps
+        patched.setattr(loader.MappedFiles, "tensor", lambda *_: None)
+        read = logits(load(checkpoint, dtype=torch.bfloat16).model)
     assert len(seen) >= 7 and max(loose) == 0
+    # With maps nothing is read: what is cast is cast from the map.
+    seen.clear()
+    assert torch.equal(logits(load(checkpoint, dtype=torch.bfloat16).model), read) and not seen
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("wanted", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_a_map_is_cast_to_the_last_bit(stored: torch.dtype, wanted: torch.dtype, tmp_path: Path) -> None:
+    """Over several slices, whose pages go; the file and a second look at it stay what they were."""
+    values = torch.cat((torch.randn(5 << 20) * 10, torch.tensor([0.0, -0.0, 65504.0, 6e-8, torch.inf])))
+    tensor = values.to(stored)
+    save_file({"t": tensor}, tmp_path / "t.safetensors")
+    header = read_header(tmp_path / "t.safetensors")
+    mapped = MappedFiles().tensor(header, "t")
+    assert mapped is not None
+    cast = placing._cast(mapped, wanted)
+    assert cast.dtype is wanted and torch.equal(cast, tensor.to(wanted))
+    assert torch.equal(mapped, tensor) and cast.data_ptr() != mapped.data_ptr()

@@ -7,13 +7,19 @@ was checked against their size come here, and lowmem replaces files by renaming,
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowmem.checkpoint.safetensors_file import SafetensorsHeader
+
+_PAGE = mmap.PAGESIZE
+_DONTNEED = 4  # of Linux' sys/mman.h
 
 
 class MappedFiles:
@@ -34,8 +40,10 @@ class MappedFiles:
         storage = self._storage(header.path)
         if storage is None or stored.end > storage.nbytes():
             return None
-        whole = torch.empty(0, dtype=dtype)
-        return whole.set_(storage, stored.begin // dtype.itemsize, stored.shape)  # type: ignore[call-overload, no-any-return]
+        whole: Any = torch.empty(0, dtype=dtype)
+        whole.set_(storage, stored.begin // dtype.itemsize, stored.shape)
+        whole.lies_in_file = True
+        return whole  # type: ignore[no-any-return]
 
     def _storage(self, path: Path) -> torch.UntypedStorage | None:
         if path not in self._storages:
@@ -55,3 +63,21 @@ def _read_ahead(path: Path, size: int) -> None:
         return
     with path.open("rb") as stream:
         os.posix_fadvise(stream.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    """Whether this very tensor came from `MappedFiles`, so that its pages may be forgotten."""
+    return getattr(tensor, "lies_in_file", False)
+
+
+def forget_pages(mapped: torch.Tensor) -> None:
+    """Give back the whole pages inside a contiguous mapped tensor; they come again from the file.
+
+    Advice to Linux, and nothing elsewhere.
+    """
+    if sys.platform != "linux":
+        return
+    first = -(-mapped.data_ptr() // _PAGE) * _PAGE
+    size = (mapped.data_ptr() + mapped.nbytes - first) // _PAGE * _PAGE
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _DONTNEED)

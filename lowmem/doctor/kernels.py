@@ -9,8 +9,8 @@ from lowmem.checkpoint.manifest import GptqFormat
 from lowmem.checkpoint.packing import unpack_rows, unpack_zeros
 from lowmem.config import BITS
 from lowmem.doctor.report import Check, Checks, guarded
-from lowmem.kernels import bnb, dispatch, reference
-from lowmem.kernels.cuda import sample_linear
+from lowmem.kernels import bnb, dispatch, native, reference
+from lowmem.kernels.cuda import SampleLinear, sample_linear
 
 _GROUP_SIZE = 128  # that of most checkpoints
 # Relative errors of one linear: int8 rounds weights and activations to 256 levels, NF4 weights to 16.
@@ -21,6 +21,9 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> Checks:
     """The reference and the chosen kernel for each width, then bitsandbytes, all on `device`."""
     area = f"kernels on {device}"
     yield guarded(area, "reference", lambda: reference_works(device), "Install torch again")
+    if device.type == "cpu":
+        advice = "Install lowmem again; until then, set LOWMEM_CPU_KERNEL=reference"
+        yield guarded(area, "own kernels", lambda: native_works(area), advice)
     for bits in BITS:
         yield guarded(area, f"{bits}-bit GPTQ", lambda bits=bits: chosen(area, bits, device, dtype))  # type: ignore[misc]
     for method in ("int8", "nf4"):
@@ -46,16 +49,45 @@ def reference_works(device: torch.device) -> str:
             got = reference.linear(
                 rows.to(device), linear.qweight, linear.qzeros, linear.scales, linear.g_idx, bits, linear.bias
             )
-            values = unpack_rows(linear.qweight.cpu(), bits).double()
-            groups = linear.g_idx.cpu().long()
-            zeros = unpack_zeros(linear.qzeros.cpu(), bits).double()[groups]
-            weight = (values - zeros) * linear.scales.cpu().double()[groups]
-            assert linear.bias is not None
-            right = rows.double() @ weight + linear.bias.cpu().double()
-            worst = max(worst, float((got.cpu().double() - right).norm() / right.norm()))
+            worst = max(worst, _error(got, linear, rows))
     if not worst < 1e-3:
         raise RuntimeError(f"8, 4, 3 and 2 bits: differs from float64 by {worst:.1g}")
     return f"8, 4, 3 and 2 bits: equal to float64 arithmetic within {worst:.0e}"
+
+
+def native_works(area: str) -> Check | str:
+    """Our own kernels for the CPU against float64 arithmetic: every width, for one row, a few, and a prefill.
+
+    Raises RuntimeError when they differ; a machine that has none is a warning with what to do.
+    """
+    if not native.available():
+        missing, _, advice = native.why_not().partition(": ")
+        return Check(area, "own kernels", "warning", missing, advice[:1].upper() + advice[1:])
+    worst = 0.0
+    for bits in BITS:
+        for sym in (True, False):
+            linear = sample_linear(GptqFormat(bits, _GROUP_SIZE, sym), torch.device("cpu"), torch.float32)
+            packed = native.Packed.of(linear)
+            for count in (1, 4, 40):
+                rows = torch.randn(count, linear.in_features, generator=torch.Generator().manual_seed(bits))
+                worst = max(worst, _error(native.linear(packed, rows), linear, rows))
+    if not worst < 1e-5:
+        raise RuntimeError(f"{native.isa_name()}: differs from float64 by {worst:.1g}")
+    threads = "torch's" if native.threads_are_torchs() else "their own"
+    return (
+        f"{native.isa_name()}, {torch.get_num_threads()} threads, {threads}; 8, 4, 3 and 2 bits: "
+        f"equal to float64 arithmetic within {worst:.0e}"
+    )
+
+
+def _error(got: torch.Tensor, linear: SampleLinear, rows: torch.Tensor) -> float:
+    """Relative, in the 2-norm, from rows times the weight in float64."""
+    groups = linear.g_idx.cpu().long()
+    zeros = unpack_zeros(linear.qzeros.cpu(), linear.bits).double()[groups]
+    weight = (unpack_rows(linear.qweight.cpu(), linear.bits) - zeros) * linear.scales.cpu().double()[groups]
+    assert linear.bias is not None
+    right = rows.double() @ weight + linear.bias.cpu().double()
+    return float((got.cpu().double() - right).norm() / right.norm())
 
 
 def chosen(area: str, bits: int, device: torch.device, dtype: torch.dtype) -> Check:

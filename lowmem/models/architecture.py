@@ -8,6 +8,7 @@ which of them share an input. Any decoder-only model whose layers are plain `nn.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,13 +88,28 @@ class Architecture:
 def build_model(config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool) -> nn.Module:
     """transformers' model with its parameters on the meta device: structure without memory.
 
-    buffers: whether non-persistent buffers (rotary frequencies, causal masks) are real, as a model
-    that is going to run needs, or on meta too, as a probe does.
+    buffers: whether non-persistent buffers (rotary frequencies) are real, as a model that is going to run
+    needs, or on meta too, as a probe does. Old causal masks, which nothing reads, are empty.
     """
     from accelerate import init_empty_weights
+
+    if not buffers:
+        return _from_config(config, dtype, torch.device("meta")).eval()
+    with contextlib.suppress(RuntimeError):  # of a model that looks into tensors while it is built
+        model = _from_config(config, dtype, torch.device("meta"))
+        if _make_buffers(model):
+            return model.eval()
+    model = _from_config(config, dtype, init_empty_weights(include_buffers=False))
+    for module in model.modules():
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if _is_old_mask(buffer):
+                module._buffers[leaf] = torch.empty((0, 0), dtype=torch.bool)
+    return model.eval()
+
+
+def _from_config(config: PretrainedConfig, dtype: torch.dtype, context: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    context = init_empty_weights(include_buffers=False) if buffers else torch.device("meta")
     try:
         with context:
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -103,8 +119,51 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool) 
             f"transformers has no causal language model for {kind!r}",
             "lowmem converts decoder-only models such as gpt_bigcode, llama and starcoder2",
         ) from error
-    model.eval()
     return model
+
+
+def _make_buffers(model: nn.Module) -> bool:
+    """Buffers on meta → real ones, each computed by transformers' own initialisation of its module.
+
+    That is a tenth of the time of building the model with them, which would also draw random weights. False,
+    and the model is of no use, where a module leaves a buffer as it was.
+    """
+    from transformers import PreTrainedModel
+
+    owners = {"": model}
+    for name, module in model.named_modules():
+        parent = owners[name.rpartition(".")[0]]
+        owners[name] = owner = module if isinstance(module, PreTrainedModel) else parent
+        made = []
+        for leaf, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                continue
+            if _is_old_mask(buffer):
+                module._buffers[leaf] = torch.empty((0, 0), dtype=torch.bool)
+            elif buffer.dtype is torch.bool:
+                return False  # nothing would tell whether it has been computed
+            else:
+                unset = math.nan if buffer.dtype.is_floating_point else torch.iinfo(buffer.dtype).min
+                made.append(torch.full_like(buffer, unset, device="cpu"))
+                module._buffers[leaf] = made[-1]
+        if not made:
+            continue
+        with torch.no_grad():
+            owner._init_weights(module)  # type: ignore[operator]
+        for buffer in made:
+            floating = buffer.dtype.is_floating_point
+            left = buffer.isnan() if floating else buffer == torch.iinfo(buffer.dtype).min
+            if bool(left.any()):
+                return False
+    return True
+
+
+def _is_old_mask(buffer: torch.Tensor) -> bool:
+    """A causal mask [positions, positions] that transformers keeps for code that is gone.
+
+    StarChat's would take 64 MiB. An empty one in its place would make whatever used it fail, not err.
+    """
+    return buffer.dtype is torch.bool and buffer.dim() == 2 and buffer.shape[0] == buffer.shape[1]
 
 
 def decoder_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:

@@ -140,12 +140,23 @@ def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> in
         # Repacking: nibbles as int32, as bytes, in the new order, and both halves of the result. Else the
         # whole weight in 16 bits.
         return 7 * largest if packs_nf4 and not cuda else 2 * largest
+    if form.method == "gptq" and cuda:
+        # The kernel that needs no compiler unpacks a whole weight, in 16-bit integers and in the dtype; the
+        # others take less.
+        return largest * (2 + form.itemsize)
     if form.method == "gptq":
-        # A slice as integers, in float32 and in the dtype. On a card the kernel that needs no compiler
-        # unpacks a whole weight, in 16-bit integers and in the dtype; the others take less.
-        unpacked = min(largest, REFERENCE_SLICE) * 8 if not cuda else largest * 2
-        return unpacked + (largest if cuda else min(largest, REFERENCE_SLICE)) * form.itemsize
+        # Of the kernel that needs more. The reference: a slice as integers, in float32 and in the dtype.
+        return max(min(largest, REFERENCE_SLICE) * (8 + form.itemsize), _digits(shape, form))
     return 0
+
+
+def _digits(shape: ModelShape, form: Form) -> int:
+    """What our own kernels make of a chunk's activations: integers of 2 bytes, or 3 for float32, with a scale
+    and three sums a group (csrc/linear.c; each thread's 300 KiB are in SLACK)."""
+    group = shape.format.group_size if shape.format else 0
+    group = min(group, 256) if group > 0 else 32
+    planes = 3 if form.itemsize == 4 else 2
+    return PREFILL_CHUNK * shape.widest * planes + PREFILL_CHUNK * shape.widest // group * 16
 
 
 def _holes(shape: ModelShape, form: Form) -> int:

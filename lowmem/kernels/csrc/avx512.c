@@ -268,8 +268,8 @@ INLINE void store_y(int rows, int wide, float *to, int64_t stride, const __mmask
 
 /* ---- a few rows: weights as they stream by ------------------------------------------------------------------- */
 
-/* Bytes that are asked for ahead where weights lie one after the other. */
-enum { AHEAD = 4096 };
+/* Bytes that are asked for ahead where weights lie one after the other: the more work a byte is, the further. */
+#define AHEAD(bits) ((bits) == 8 ? 4096 : 8192)
 
 /* y += groups first..last-1 of `rows` rows and 16 `wide` outputs. */
 INLINE void few_panel(int plain, int bits, int planes, int rows, int wide, const lm_packed *w, const lm_input *input, int64_t first,
@@ -290,7 +290,7 @@ INLINE void few_panel(int plain, int bits, int planes, int rows, int wide, const
             for (int v = 0; v < wide; v++)
                 UNROLL
                 for (int u = 0; u < unit_rows; u++)
-                    _mm_prefetch((const char *)(words + u * next + 16 * v) + AHEAD, _MM_HINT_T0);
+                    _mm_prefetch((const char *)(words + u * next + 16 * v) + AHEAD(bits), _MM_HINT_T0);
             UNROLL
             for (int piece = 0; piece < pieces; piece++) {
                 __m512i step[WIDEST][2];

@@ -2,7 +2,7 @@
 #include "lowmem.h"
 #include "types.h"
 
-enum { PIECE_BYTES = 512 << 10, OUTPUTS = 24 };
+enum { PIECE_BYTES = 2 << 20, OUTPUTS = 24 };
 
 void lm_dense_team(const lm_dense *w, const float *x, int64_t rows, float *y, int64_t y_stride, lm_team *team)
 {

@@ -48,6 +48,8 @@ int lm_use_isa(const char *name)
     return 0;
 }
 
+size_t lm_packed_bytes(void) { return sizeof(lm_packed); }
+
 int32_t lm_kernel_group(int32_t group)
 {
     if (group <= 256)

@@ -113,6 +113,8 @@ const lm_isa *lm_best_isa(void);
 /* Its name; lm_use_isa("portable C") chooses another for tests, 0 when this CPU cannot. */
 LM_EXPORT const char *lm_isa_name(void);
 LM_EXPORT int lm_use_isa(const char *name);
+/* sizeof(lm_packed): a caller that was compiled or written for another layout can tell. */
+LM_EXPORT size_t lm_packed_bytes(void);
 
 /* The group in which activations are quantized: the weight's own up to 256, else the largest of 256, 128, 64, 32 that
  * divides it. */
