@@ -35,6 +35,12 @@ def built(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.suffix in (".so", ".dylib", ".pyd")]
 
 
+@pytest.mark.skipif(not os.environ.get("CI"), reason="a machine without a compiler is one too")
+def test_this_installation_has_the_kernels() -> None:
+    """Else most tests of them would be skipped without a word."""
+    assert native.available(), native.why_not()
+
+
 def test_without_a_compiler_the_installation_goes_on(tmp_path: Path) -> None:
     """And says so: the package works with torch's own operators then."""
     result = setup_py(
