@@ -151,6 +151,7 @@ def _time_form(
     wait(device)
     # No token ends an answer: all are wanted, whatever the model says.
     session = Session(replace(loaded, stop_ids=()), context=job.context, speculate=False)
+    session.engine.settle()  # else the first answers are spent on that too
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
     prompts, decodes = time_engine(
         session.engine,

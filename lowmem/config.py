@@ -35,7 +35,8 @@ class QuantConfig:
     correction: the share, 0..1, of what earlier linears did wrong that a linear is asked to make up for; 0
         leaves the inputs' errors as they are, and saves a second stream of hidden states. Without
         true_sequential nothing is corrected: linears that do not see each other would all do the same work.
-    passes: of coordinate descent over the integers and scales that GPTQ gives.
+    passes: over the integers and the scale of each group, once it is chosen by what GPTQ leaves of the whole
+        group; 0 is GPTQ as published, each group's scale chosen by its weights one by one.
     tune_steps: of tuning each layer's scales, biases and norms together, once its integers are chosen.
     """
 
@@ -46,8 +47,8 @@ class QuantConfig:
     damp_percent: float = 0.01
     true_sequential: bool = True
     correction: float = 0.5
-    passes: int = 1
-    tune_steps: int = 32
+    passes: int = 2
+    tune_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -61,7 +62,7 @@ class QuantConfig:
         if not 0 <= self.correction <= 1:
             raise RecipeError(f"correction {self.correction} is not between 0 and 1", "Use 0.5, say")
         if not 0 <= self.passes <= 100:
-            raise RecipeError(f"{self.passes} passes of descent are not 0 to 100", "Use 1 or 2")
+            raise RecipeError(f"{self.passes} passes over the groups are not 0 to 100", "Use 2")
         if not 0 <= self.tune_steps <= 100_000:
             raise RecipeError(
                 f"{self.tune_steps} steps of tuning are not 0 to 100000", "Use 32, or 0 for none"

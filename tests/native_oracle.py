@@ -53,9 +53,11 @@ class Weight:
 
     def packed(self) -> native.Packed:
         """As the library reads it."""
-        return native.Packed(
+        packed = native.Packed(
             pack_rows(self.q, self.bits), self.scales, self.zeros, self.bias, self.bits, self.group
         )
+        packed.prefill_planes = 2  # the rule is the same for any number of rows
+        return packed
 
     def exact(self) -> torch.Tensor:
         """float64 [in, out]."""

@@ -45,6 +45,7 @@ from bench.processes import converse
 from bench.records import LatencyRecord, from_json, read_record, to_json
 from bench.roofline import Rates, decode_ceiling, prefill_ceiling
 from lowmem.errors import InvalidRequestError, LowmemError, OutputError
+from lowmem.kernels import dispatch, native
 from lowmem.plan.memory import need_on_device
 from tests.helpers import save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -282,7 +283,8 @@ def test_a_real_visit(label: str, entries: list[Entry], monkeypatch: pytest.Monk
     assert [p.tokens for p in found.prompts] == [4, 8] and all(p.ttft > 0 for p in found.prompts)
     assert [(d.context, len(d.gaps)) for d in found.decodes] == [(6, 2), (20, 2)]
     assert found.peak_host_bytes >= entry.entrant.subject.weight_bytes and found.peak_device_bytes == 0
-    assert found.kernel == ("torch" if label == "bfloat16" else "reference")
+    packed = dispatch.native_name() if native.available() else dispatch.REFERENCE
+    assert found.kernel == ("torch" if label == "bfloat16" else packed)
     assert from_json(Visit, json.loads(json.dumps(to_json(found)))) == found
 
 

@@ -18,6 +18,7 @@ from lowmem.generate.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    nucleus,
     penalize,
     probabilities,
 )
@@ -175,6 +176,33 @@ def test_top_k_never_sorts_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> No
     likely, ids = candidates(logits, SamplingParams())
     assert ids is not None and likely.shape == ids.shape == (50,)
     assert all(size == 50 for size in sizes)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 5.0, 60.0])
+@pytest.mark.parametrize("p", [1e-6, 0.3, 0.95, 1 - 1e-6])
+def test_the_nucleus_is_found_without_a_sort_of_all(spread: float, p: float) -> None:
+    """Of logits that are all alike, of one that has everything, and of whatever lies between."""
+    for seed in range(4):
+        logits = torch.randn(5000, generator=torch.Generator().manual_seed(seed)) * spread + 3 * seed
+        ids = nucleus(logits, p)
+        assert ids is not None
+        kept = keep_top_p(logits, p).isfinite()
+        order = logits.softmax(-1).sort(descending=True)
+        # Where the mass comes within float32's rounding of p, and among equals, a few more or fewer may stay.
+        unsure = (order.values.double().cumsum(-1) - p).abs() < 1e-5
+        if spread == 0:
+            assert abs(len(ids) - int(kept.sum())) <= 1 + int(unsure.sum())
+        else:
+            differing = set(ids.tolist()) ^ set(kept.nonzero()[:, 0].tolist())
+            assert differing <= set(order.indices[unsure.nonzero()[:, 0]].tolist()) | set(
+                order.indices[(unsure.nonzero()[:, 0] + 1).clamp(max=4999)].tolist()
+            )
+
+
+def test_a_nucleus_of_what_is_not_finite_is_left_to_others() -> None:
+    for bad in (torch.nan, torch.inf):
+        assert nucleus(torch.tensor([1.0, bad, 2.0]), 0.5) is None
+    assert nucleus(torch.tensor([1.0, -torch.inf, 5.0]), 0.9).tolist() == [2]  # type: ignore[union-attr]
 
 
 def greedy(**options: float) -> SamplingParams:

@@ -39,14 +39,15 @@ def row_attention(
     batch, heads, rows, _ = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     if (
-        not 1 < rows <= MOST_ROWS
+        rows > MOST_ROWS
         or dropout
         or query.device.type != "cpu"
         or attention_mask is None
         or attention_mask.shape[1] != 1
         or not getattr(module, "is_causal", False)
         or kwargs.get("position_bias") is not None
-        or not bool(attention_mask[..., -1, -1].all())  # keys behind the last row: a cache of fixed length
+        # Keys behind the last row: a cache of fixed length. One row alone sees what its mask says.
+        or (rows > 1 and not bool(attention_mask[..., -1, -1].all()))
     ):
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

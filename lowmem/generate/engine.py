@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from lowmem.config import PREFILL_CHUNK, SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache import KVCache
 from lowmem.generate.lookup import Lookup, Pace
+from lowmem.generate.native_step import MOST_ROWS, NativeStep, StepRefused, checked_step, why_not
+from lowmem.generate.rearranging import Rearranging
 from lowmem.generate.sampling import Choice, Sampler, check_sampling
+from lowmem.quant_linear import QuantLinear
 
 FinishReason = Literal["stop", "length", "context"]
 Progress = Callable[[int, int], None]
@@ -57,8 +61,9 @@ class Engine:
 
     context: the tokens that prompt and answer share. speculate: draft tokens from the text so far where that
     is measured to be faster; the tokens are those that come without. chunk: tokens of a prompt in a forward.
-    On a CPU the model's attention becomes `attention.row_attention`. Raises InvalidRequestError for a context
-    that the model has no positions for.
+    On a CPU the model's attention becomes `attention.row_attention`, and its decode steps those of
+    `native_step` where they are made for it. Raises InvalidRequestError for a context that the model has no
+    positions for.
     """
 
     def __init__(
@@ -83,7 +88,9 @@ class Engine:
         self.speculate = speculate
         self.chunk = chunk
         self.decode: Callable[[torch.Tensor], torch.Tensor] | None = None
-        """Takes ids [1, 1] to logits [1, vocab] and the cache one on; None: the model does."""
+        """Takes ids [1, 1] to logits [1, vocab] and the cache one on; None: the model, or a native step."""
+        self.eager_because = why_not(model)
+        """Why decode steps are not native; "" while they are, or have not been tried yet."""
         self.cache = KVCache(int(model.config.get_text_config().num_hidden_layers), context)
         self.cached_tokens = 0
         """Tokens of the last prompt that the cache held already."""
@@ -98,9 +105,13 @@ class Engine:
         self._held: list[int] = []
         # A CPU's 16-bit product of one row is another kernel than that of several rows, which gives each row
         # the same bits however many there are. Steps of two rows, one of them for nothing, leave the very
-        # keys and values that a draft's rows do. (Not so in float32, where what is left is near 1e-6.)
+        # keys and values that a draft's rows do. (Not so in float32, where what is left is near 1e-6, nor
+        # where all linears before the head are our own kernels'.)
         rowwise = self._device.type == "cpu" and use_row_attention(model)
-        self._pairs = rowwise and table.dtype is not torch.float32
+        self._pairs = rowwise and table.dtype is not torch.float32 and not _row_invariant(model)
+        self._step: NativeStep | None = None  # made and checked at the first decode step
+        self._timed = True  # the last forward took what a forward takes
+        self._rearranging = Rearranging(model)  # goes on between tokens until it is done
         self._clean = True  # no step of `decode` was interrupted
         self._pace = Pace()
         self._request = 0
@@ -120,6 +131,10 @@ class Engine:
         self._check(prompt)
         self._request += 1
         return self._tokens(self._request, list(prompt), params, on_prefill)
+
+    def settle(self) -> None:
+        """Have all weights in the order that is read fastest now, as they are after some tokens anyway."""
+        self._rearranging.finish()
 
     def reset(self) -> None:
         """Forget what the cache holds; its memory stays."""
@@ -156,16 +171,19 @@ class Engine:
         logits = self._prefill(request, prompt, on_prefill)  # [1, vocab]
         draft: list[int] = []  # what was fed behind the last chosen token: logits has 1 + len(draft) rows
         guess: int | None = None  # what a draft would have begun with, had one been made
-        count, last, started = 0, -1, 0.0
+        count, last, started, spent = 0, -1, 0.0, 0.0
         while True:
-            noise = _ROUNDING.get(logits.dtype, 0.0) if draft else 0.0
+            # A native step's rows are those of one-row steps.
+            noise = _ROUNDING.get(logits.dtype, 0.0) if draft and self._step is None else 0.0
             choice: Choice | None = None
             for row in range(len(draft) + 1):
                 # Not around the yield: what runs between two tokens is the caller's.
                 with torch.inference_mode():
                     choice = sampler.choose_clear(logits[row], noise)
                 if row == 0 and count:  # the choice has waited for the device
-                    self._pace.took(len(draft) + 1, time.perf_counter() - started)
+                    spent = time.perf_counter() - started
+                    if self._timed:
+                        self._pace.took(len(draft) + 1, spent)
                 if row < len(draft):
                     guess = draft[row]
                 right = choice is not None and choice.id == guess
@@ -194,6 +212,8 @@ class Engine:
                 draft = found[: self._pace.length(len(found))]
                 guess = found[0] if found else None
             self.drafted += len(draft)
+            if self._rearranging:
+                self._rearranging.go_on(spent)
             started = time.perf_counter()
             logits = self._forward([last, *draft], decode=True)
             self._held += [last, *draft]
@@ -231,7 +251,12 @@ class Engine:
     def _forward(self, ids: list[int], *, decode: bool) -> torch.Tensor:
         """Feed ids behind what the cache holds; the logits [rows, vocab] after each, or a prefill's last."""
         rows = len(ids) if decode else 1
+        self._timed = True
         with torch.inference_mode():
+            if decode and self.decode is None and not self.eager_because and rows <= MOST_ROWS:
+                native = self._natively(ids)
+                if native is not None:
+                    return native
             fed = torch.tensor([ids], device=self._device)
             if len(ids) == 1 and self.decode is not None:
                 if not self._clean:
@@ -253,6 +278,22 @@ class Engine:
                 self.cache.cut(len(self._held) + 1)
                 return logits[:1]
             return logits
+
+    def _natively(self, ids: list[int]) -> torch.Tensor | None:
+        """The logits [rows, vocab] of a native step; None, from then on, when there can be none.
+
+        The first is checked against the model itself, in whose place it then stands.
+        """
+        self._settle()
+        try:
+            if self._step is not None:
+                return self._step.step(ids)
+            self._timed = False
+            self._step, logits = checked_step(self.model, self.cache, ids)
+            return logits
+        except (StepRefused, ValueError) as error:
+            self._step, self.eager_because = None, str(error)
+            return None
 
     def _keep(self, length: int) -> None:
         """Cut to the first `length` tokens that are held."""
@@ -278,3 +319,10 @@ def context_length(model: Any) -> int:
     """The number of positions that prompt and answer share; a model without a limit has 2^31 - 1."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else 2**31 - 1
+
+
+def _row_invariant(model: nn.Module) -> bool:
+    """Whether each row is the same to the last bit in all linears before the head, whatever comes with it."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | QuantLinear) and m is not head]
+    return bool(linears) and all(isinstance(m, QuantLinear) and m.row_invariant for m in linears)

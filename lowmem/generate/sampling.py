@@ -19,6 +19,7 @@ from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError
 
 MAX_LOGPROBS = 20
+_BINS, _SPAN = 4096, 32.0  # of `nucleus`: e^-32 of the likeliest token's probability is nothing
 
 
 def check_sampling(params: SamplingParams) -> None:
@@ -76,6 +77,29 @@ def keep_top_p(logits: torch.Tensor, p: float, *, ordered: bool = False) -> torc
     return logits.masked_fill(outside, -torch.inf)
 
 
+def nucleus(logits: torch.Tensor, p: float) -> torch.Tensor | None:
+    """The ids that `keep_top_p` keeps of logits [vocab], rising; None when they are not finite.
+
+    Only those are sorted that share a bin of 1/128 with the last one: 0.2 ms on a CPU for 49156 logits, of
+    which the sort alone would take 3.
+    """
+    peak = logits.amax()
+    if not math.isfinite(float(peak)):
+        return None
+    likely = logits.softmax(dim=-1)
+    bins = ((peak - logits) * (_BINS / _SPAN)).clamp(max=_BINS - 1).to(torch.int32)
+    mass = torch.bincount(bins, weights=likely, minlength=_BINS).cumsum(dim=-1)
+    edge = min(int(torch.searchsorted(mass, p)), _BINS - 1)
+    kept = bins < edge
+    there = (bins == edge).nonzero()[:, 0]
+    falling, order = likely[there].sort(descending=True)
+    before = falling.cumsum(dim=-1) - falling
+    if edge:
+        before += mass[edge - 1]
+    kept[there[order[before < p]]] = True
+    return kept.nonzero()[:, 0]
+
+
 def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     """logits [..., vocab] with all below p times the likeliest's probability at -inf. 0: all stay."""
     if p == 0:
@@ -91,15 +115,16 @@ def candidates(
     """logits [vocab] → (float32 probabilities [n], their token ids [n]); the temperature must not be 0.
 
     ids None: the probabilities are those of the whole vocabulary. With top_k they are of the k likeliest
-    (more where tokens tie with the k-th), so that the vocabulary is never sorted; in the vocabulary's order,
-    so that two tokens of almost one probability may change ranks and a number still means the same token.
+    (more where tokens tie with the k-th) and with top_p alone of the nucleus, so that the vocabulary is
+    seldom sorted; in the vocabulary's order, so that two tokens of almost one probability may change ranks
+    and a number still means the same token.
     seen: bool [vocab], the tokens that the repetition penalty is for.
     """
     scores = logits.to(torch.float32)
     if seen is not None and params.repetition_penalty != 1:
         scores = penalize(scores, seen, params.repetition_penalty)
     scores = scores / params.temperature
-    ids = None
+    ids = found = None
     # A sort is cheap on a GPU, and waiting for the number of ties is not.
     if 0 < params.top_k < scores.shape[-1] and scores.device.type == "cpu":
         values, ids = scores.topk(params.top_k)
@@ -107,9 +132,15 @@ def candidates(
         if tied > params.top_k:
             values, ids = scores.topk(tied)
         scores = values
+    elif params.top_p < 1 and params.top_k == 0 and scores.device.type == "cpu":
+        found = nucleus(scores, params.top_p)
     else:
         scores = keep_top_k(scores, params.top_k)
-    scores = keep_min_p(keep_top_p(scores, params.top_p, ordered=ids is not None), params.min_p)
+    if found is not None:
+        scores, ids = scores[found], found
+    else:
+        scores = keep_top_p(scores, params.top_p, ordered=ids is not None)
+    scores = keep_min_p(scores, params.min_p)
     likely = scores.softmax(dim=-1)
     if ids is None:
         return likely, None
@@ -194,7 +225,8 @@ class Sampler:
             index, low, high = _draw(likely, torch.tensor(self._point, dtype=torch.float64))
             chosen = index if ids is None else ids[index]
         # All numbers in one transfer: a GPU is waited for once a token. A NaN is its own maximum.
-        numbers = [part.to(torch.float64) for part in (chosen, logits.max(), low, high)]
+        plain = self.params.temperature == 0 and self._seen is None
+        numbers = [part.to(torch.float64) for part in (chosen, high if plain else logits.amax(), low, high)]
         token, peak, below, above = torch.stack(numbers).tolist()
         if not math.isfinite(peak):
             raise LowmemError(

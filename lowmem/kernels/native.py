@@ -290,6 +290,7 @@ class Packed:
         self.prefill_planes = prefill_bits(bits) // 8
         """As PLANES, for more than FEW_ROWS rows of 16-bit activations."""
         self._tensors: tuple[torch.Tensor | None, ...] = (qweight, scales, zeros, bias)
+        self._coming: list[torch.Tensor | None] = []
         self.struct = LmPacked(
             bits,
             group,
@@ -322,9 +323,13 @@ class Packed:
         addresses = [None if t is None else t.data_ptr() for t in copies]
         with running() as lib:
             lib.lm_to_panels(self.address, *addresses)
-            self.struct.qweight, self.struct.scales, self.struct.zeros = addresses
-            self.struct.panels = 1
-        self._tensors = (*copies, bias)
+            after = LmPacked.from_buffer_copy(self.struct)
+            after.qweight, after.scales, after.zeros = addresses
+            after.panels = 1
+            self._coming = copies
+            # In one call: an interrupt finds the one layout or the other.
+            ctypes.memmove(self.address, ctypes.addressof(after), ctypes.sizeof(after))
+        self._tensors, self._coming = (*copies, bias), []
 
     @classmethod
     def of(cls, linear: PackedLinear) -> Packed:
