@@ -48,7 +48,7 @@ def compare(args: argparse.Namespace, argv: Sequence[str]) -> PeersRecord:
     run.begin(args.again)
     prepared = run.prepare()
     origin = origin_of((), _shown(source), prepared.fingerprint)
-    origin = dataclasses.replace(origin, command=_command(argv))
+    origin = dataclasses.replace(origin, command=typed_command("benchmarks.peers", argv))
     forms = measure_forms(run, quality_forms(found.names, prepared.dtype)) if args.quality else ()
     tables: list[SpeedTable] = []
     if args.speed:
@@ -90,7 +90,7 @@ def _shown(source: str) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
-def _command(argv: Sequence[str]) -> str:
+def typed_command(module: str, argv: Sequence[str]) -> str:
     """The command that was typed, without paths that mean something on one machine alone."""
     kept, skip = [], False
     for word in argv:
@@ -100,7 +100,7 @@ def _command(argv: Sequence[str]) -> str:
             skip = "=" not in word
         else:
             kept.append(word)
-    return shlex.join(["python", "-m", "benchmarks.peers", *kept])
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def _parser() -> argparse.ArgumentParser:

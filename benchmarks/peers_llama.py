@@ -33,10 +33,13 @@ class Model:
     """One GGUF file and a context on the CPU.
 
     exact: float32 KV cache, no flash attention: what is measured then is the weights' quantization (and
-    llama.cpp's of the activations). Otherwise llama.cpp's defaults. Raises RuntimeError where it cannot load.
+    llama.cpp's of the activations). Otherwise llama.cpp's defaults. chunk: tokens of a prompt that go through
+    a layer at once, the whole context unless given. Raises RuntimeError where it cannot load.
     """
 
-    def __init__(self, file: Path, context: int, threads: int, *, exact: bool = False) -> None:
+    def __init__(
+        self, file: Path, context: int, threads: int, *, exact: bool = False, chunk: int | None = None
+    ) -> None:
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = 0
@@ -45,6 +48,8 @@ class Model:
             raise RuntimeError(f"llama.cpp cannot load {file}")
         settings = llama.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = context
+        if chunk:
+            settings.n_ubatch = min(chunk, context)
         settings.n_threads = settings.n_threads_batch = threads
         if exact:
             settings.type_k = settings.type_v = TENSOR_TYPES["F32"]
@@ -58,6 +63,10 @@ class Model:
     def clear(self) -> None:
         """Forget all tokens."""
         llama.llama_memory_clear(llama.llama_get_memory(self._context), True)
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), 0, length, -1)
 
     def feed(self, tokens: Sequence[int], position: int, *, every: bool) -> np.ndarray[Any, Any]:
         """float32 logits [rows, vocabulary] after every token, or the last; valid until the next call."""
@@ -135,10 +144,10 @@ def open_runtime(
     def run_round() -> Round:
         return timed(model.tokens(prompt, new_tokens), most_seconds)
 
-    return Started(_kernel(), seconds), run_round
+    return Started(kernel_name(), seconds), run_round
 
 
-def _kernel() -> str:
+def kernel_name() -> str:
     """The instruction sets beyond AVX2 that llama.cpp was built for, and whether it repacks weights."""
     info: str = llama.llama_print_system_info().decode()
     names = [part.split("=")[0].split(":")[-1].strip() for part in info.split("|") if "= 1" in part]

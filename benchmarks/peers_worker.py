@@ -66,11 +66,21 @@ def timed(tokens: Iterator[object], most_seconds: float) -> Round:
 
 def serve(open_runtime: Callable[[], tuple[Started, Callable[[], Round]]]) -> int:
     """The worker: open the runtime, then a round for each line on standard input, until it ends."""
+
+    def opened() -> tuple[Started, Callable[[str], dict[str, Any]]]:
+        started, run_round = open_runtime()
+        return started, lambda _line: asdict(run_round())
+
+    return answer_requests(opened)
+
+
+def answer_requests(open_runtime: Callable[[], tuple[Started, Callable[[str], dict[str, Any]]]]) -> int:
+    """The same with requests: each line on standard input gets the answer that belongs to it."""
     answers = os.fdopen(int(os.environ[ANSWERS]), "w")
-    started, run_round = open_runtime()
+    started, answer = open_runtime()
     print(json.dumps(asdict(started)), file=answers, flush=True)
-    for _ in sys.stdin:
-        print(json.dumps(asdict(run_round())), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(line)), file=answers, flush=True)
     return 0
 
 
@@ -107,14 +117,18 @@ class Worker:
 
     def round(self) -> Round:
         """Have it measure once."""
+        found = self.ask("round")
+        return Round(found["prefill_seconds"], tuple(found["decode_seconds"]))
+
+    def ask(self, request: str) -> dict[str, Any]:
+        """Its answer to a request of one line."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write("round\n")
+            self._process.stdin.write(request + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # what it said last tells why
-        found = self._answer()
-        return Round(found["prefill_seconds"], tuple(found["decode_seconds"]))
+        return self._answer()
 
     def peak_bytes(self) -> int:
         """The most memory that it has held."""

@@ -32,6 +32,7 @@ class Dimensions:
     hidden: int = 6144
     heads: int = 48
     positions: int = 8192
+    vocab: int = VOCAB
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -71,6 +72,41 @@ def write_packed(folder: Path, dimensions: Dimensions, bits: int, group_size: in
     return _write(folder, dimensions, weight, quantization_config_dict(config, version="0"))
 
 
+def write_with_vocabulary(folder: Path, out: Path, dimensions: Dimensions) -> Path:
+    """The checkpoint in `folder` with an embedding of `dimensions.vocab` rows; returns `out`.
+
+    The layers' shards are hard links: both folders must lie in one file system.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+    outside = {name: file for name, file in index["weight_map"].items() if ".h." not in name}
+    for file in set(index["weight_map"].values()) - set(outside.values()):
+        (out / file).unlink(missing_ok=True)
+        (out / file).hardlink_to(folder / file)
+    torch.manual_seed(0)
+    save_file(_outside(dimensions), out / next(iter(outside.values())), metadata={"format": "pt"})
+    (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_bytes()) | {"vocab_size": dimensions.vocab}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(folder / name, out / name)
+    return out
+
+
+def _outside(dimensions: Dimensions) -> dict[str, torch.Tensor]:
+    """What lies outside of the decoder layers; the head is tied."""
+    hidden = dimensions.hidden
+    return {
+        "transformer.wte.weight": (torch.randn(dimensions.vocab, hidden) * 0.05).half(),
+        "transformer.wpe.weight": (torch.randn(dimensions.positions, hidden) * 0.05).half(),
+        **_norm("transformer.ln_f", hidden),
+    }
+
+
+def _norm(name: str, hidden: int) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": torch.ones(hidden).half(), f"{name}.bias": torch.zeros(hidden).half()}
+
+
 def _write(
     folder: Path,
     dimensions: Dimensions,
@@ -84,20 +120,14 @@ def _write(
     for shard in range(count):
         tensors: dict[str, torch.Tensor] = {}
         if shard == 0:
-            tensors["transformer.wte.weight"] = (torch.randn(VOCAB, hidden) * 0.05).half()
-            tensors["transformer.wpe.weight"] = (torch.randn(dimensions.positions, hidden) * 0.05).half()
-            norms = ["transformer.ln_f"]
+            tensors |= _outside(dimensions)
         else:
             layer = f"transformer.h.{shard - 1}"
-            norms = [f"{layer}.ln_1", f"{layer}.ln_2"]
+            for norm in ("ln_1", "ln_2"):
+                tensors |= _norm(f"{layer}.{norm}", hidden)
             for name, (inputs, outputs) in dimensions.linears.items():
                 tensors |= weight(f"{layer}.{name}", inputs, outputs)
                 tensors[f"{layer}.{name}.bias"] = torch.zeros(outputs).half()
-        for norm in norms:
-            tensors[f"{norm}.weight"], tensors[f"{norm}.bias"] = (
-                torch.ones(hidden).half(),
-                torch.zeros(hidden).half(),
-            )
         file = f"model-{shard + 1:05}-of-{count:05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
@@ -111,7 +141,7 @@ def _write(
         "n_head": dimensions.heads,
         "n_inner": 4 * hidden,
         "n_positions": dimensions.positions,
-        "vocab_size": VOCAB,
+        "vocab_size": dimensions.vocab,
         "multi_query": True,
         "activation_function": "gelu",
         "attn_pdrop": 0.0,

@@ -5,8 +5,13 @@ With H = R R^T, R upper triangular, column j is rounded from
     w_j + ((W - Q)[:, :j] @ R[:j, j]) / R[j, j]
 
 which is Babai's nearest-plane algorithm, and gives the integers of the published column loop
-(Frantar et al. 2022) to the last bit. It looks to the left only: the correction of a whole block of
-columns by all the earlier ones is one matrix product.
+(Frantar et al. 2022) to the last bit. It looks to the left only: what all earlier columns ask of a block is
+one matrix product. Inside a block see rounding.py.
+
+Where a linear is to put out W x + d instead of W x, the best real weight would be W + E[d x^T] H^-1, and the
+error of an integer one is |(W - Q) R + Y|^2 with Y = E[d x^T] R^-T, but for a constant. So what is lacking
+takes one triangular solve and is added to what earlier columns ask for. GPTAQ (Li et al. 2025,
+arXiv:2504.02692) puts the same into the column loop.
 
 Everything here lies transposed, [in, out], as the packed format does: one column of W is one
 contiguous row.
@@ -18,12 +23,16 @@ from dataclasses import dataclass
 
 import torch
 
-from convert.descent import descend
-from convert.grid import Grid, find_grid, quantize_to
-from convert.hessian import Factor, factor_in_place, permute_in_place
+from convert.grid import find_grid
+from convert.hessian import Factor, factor_in_place
+from convert.products import add_product, permute
+from convert.rounding import WIDEST, Rule, round_block
 from lowmem.config import QuantConfig
 
 COLUMN_BLOCK = 128
+"""Columns that are rounded before they are multiplied with those to come."""
+FAR_BLOCK = 1024
+"""Columns that are corrected at once by all before them: the errors are packed once for so many."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Quantized:
     """uint8 [groups, out]"""
     squared_error: float
     """Mean squared error of the outputs over the calibration tokens, summed over the outputs: against W x,
-    or against what `quantize` was asked to come close to instead."""
+    or against what `quantize` was asked to come close to instead, as far as an unrounded weight could."""
     damping: float
     dead_columns: int
 
@@ -74,26 +83,25 @@ class Prepared:
     factor: Factor
     order: torch.Tensor | None
 
-    def regress_in_place(self, lacking: torch.Tensor) -> None:
-        """H^-1 E[x d^T], written over E[x d^T] [in, out]: what W^T has to move by for W x to come as close
-        to W x + d as it can.
-
-        With d what an input that earlier layers have damaged makes the linear lack, the moved weight is the
-        one to round: ||(W + move - Q) x||^2 is the distance of Q x to W x + d, but for a constant. GPTAQ
-        (Li et al. 2025, arXiv:2504.02692) puts the same into the column loop.
-        """
+    def whiten_in_place(self, lacking: torch.Tensor) -> torch.Tensor:
+        """R^-1 E[x d^T], written over E[x d^T] [in, out]: Y^T, in the factor's order of columns."""
         if self.order is not None:
             _permute_rows_in_place(lacking, self.order)
         self.factor.solve_in_place(lacking)
+        return lacking
+
+    def ordered(self, weight_t: torch.Tensor) -> torch.Tensor:
+        """W^T [in, out], its rows put into the factor's order in place."""
         if self.order is not None:
-            _permute_rows_in_place(lacking, torch.argsort(self.order))
+            _permute_rows_in_place(weight_t, self.order)
+        return weight_t
 
 
 def prepare(hessian: torch.Tensor, config: QuantConfig) -> Prepared:
     """Order and factor the symmetric H [in, in], which is used up: a second copy would not fit."""
     order = column_order(hessian.diagonal(), config)
     if order is not None:
-        permute_in_place(hessian, order)
+        permute(hessian, order)
     return Prepared(factor_in_place(hessian, config.damp_percent), order)
 
 
@@ -102,18 +110,18 @@ def quantize(
     prepared: Prepared,
     config: QuantConfig,
     column_block: int = COLUMN_BLOCK,
+    wanted: torch.Tensor | None = None,
 ) -> Quantized:
-    """Quantize W^T, weight_t [in, out] (float32 or float64, as the factor is).
+    """Quantize W^T, weight_t [in, out] in float32 or float64, as the factor is, or in bfloat16.
 
-    `weight_t` is used up: it becomes the error W - Q. The result does not depend on `column_block`,
-    except for rounding.
+    `weight_t` is used up: it becomes the error W - Q, in its own dtype (columns far apart are multiplied in
+    bfloat16 anyway). wanted: Y^T [in, out] in the factor's dtype, what the linear should put out beside W x
+    (see `Prepared.whiten_in_place`); used up too. The result does not depend on `column_block`, except for
+    rounding.
     """
-    order = prepared.order
-    if order is not None:
-        _permute_rows_in_place(weight_t, order)
-    result = _round_columns(weight_t, prepared.factor, config, order, column_block)
-    if order is not None:
-        _permute_rows_in_place(result.codes, torch.argsort(order))
+    result = _round_columns(prepared.ordered(weight_t), prepared, config, column_block, wanted)
+    if prepared.order is not None:
+        _permute_rows_in_place(result.codes, torch.argsort(prepared.order))
     return result
 
 
@@ -123,54 +131,65 @@ def _permute_rows_in_place(matrix: torch.Tensor, order: torch.Tensor, chunk: int
 
 
 def _round_columns(
-    weight_t: torch.Tensor,
-    factor: Factor,
+    error: torch.Tensor,
+    prepared: Prepared,
     config: QuantConfig,
-    order: torch.Tensor | None,
     column_block: int,
+    wanted: torch.Tensor | None,
 ) -> Quantized:
-    n, out = weight_t.shape
-    r = factor.matrix
-    width = group_width(config, n)
-    groups = n // width
-    codes = torch.empty(n, out, dtype=torch.uint8, device=weight_t.device)
-    scales = torch.empty(groups, out, dtype=weight_t.dtype, device=weight_t.device)
+    """Nothing in these loops asks the device for a value."""
+    factor, order = prepared.factor, prepared.order
+    n, out = error.shape
+    r, width, device = factor.matrix, group_width(config, n), error.device
+    codes = torch.empty(n, out, dtype=torch.uint8, device=device)
+    # In the factor's order of groups; error: rows before the block hold W - Q, the others still W.
+    scales = torch.empty(n // width, out, dtype=r.dtype, device=device)
     zeros = torch.empty_like(scales)
-    diagonal = r.diagonal().clone()
-    pivots = diagonal.tolist()
-    squared_error = torch.zeros((), dtype=torch.float64, device=weight_t.device)
-    error = weight_t  # rows before `start` hold W - Q, the others still W
-    grid: Grid | None = None
-    for start in range(0, n, column_block):
-        end = min(start + column_block, n)
-        # [block, out]: what the columns before this block ask of it, before the division by R[j, j]
-        pull = r[:start, start:end].T @ error[:start]
-        block_r = r[start:end, start:end].T.contiguous()  # row j: R[start:end, j]
-        misses = torch.empty_like(pull)
-        for j in range(start, end):
-            i = j - start
-            if j % width == 0:
-                group = (j if order is None else int(order[j])) // width
-                whole_block = j == start and end - start == width
-                compensated = _compensated(error, r, j, j + width, pull if whole_block else None)
-                grid = find_grid(compensated, diagonal[j : j + width].square(), config.bits, config.sym)
-                scales[group] = grid.scale
-                zeros[group] = grid.zero
-            assert grid is not None
-            if i:
-                pull[i].addmv_(error[start:j].T, block_r[i, :i])
-            target = torch.add(error[j], pull[i], alpha=1 / pivots[j])
-            q = quantize_to(target, grid.scale, grid.zero, config.maxq)
-            codes[j] = q.to(torch.uint8)
-            value = q.sub_(grid.zero).mul_(grid.scale)
-            torch.sub(target, value, out=misses[i])
-            error[j].sub_(value)
-        # sum_j R[j,j]^2 (target - value)^2 = ||(W - Q) R||^2, the error that H measures
-        squared_error += misses.square().sum(1).mul(diagonal[start:end].square()).sum().double()
-    first = torch.arange(0, n, width, device=weight_t.device)
-    group_of = (first if order is None else order[first]) // width
-    for _ in range(config.passes):
-        squared_error -= descend(error, codes, scales, zeros, group_of, factor, config.maxq)
+    squared_error = torch.zeros((), dtype=torch.float64, device=device)
+    wide = width > WIDEST
+    block = column_block if wide else width * max(1, column_block // width)
+    far = width if wide else block * max(1, FAR_BLOCK // block)
+    rule = Rule(config.bits, config.sym, width, config.passes, search=not wide)
+    for outer in range(0, n, far):
+        outer_end = min(outer + far, n)
+        if wanted is None:
+            residual = torch.zeros(outer_end - outer, out, dtype=r.dtype, device=device)
+        else:
+            residual = wanted[outer:outer_end]
+        add_product(residual, r[:outer, outer:outer_end].T, error[:outer], rounded=True)
+        near = error[outer:outer_end].to(r.dtype)  # itself, or a copy of more bits
+        if wide:
+            group = outer // width
+            corner = r[outer:outer_end, outer:outer_end]
+            grid = find_grid(
+                _compensated(near, corner, residual) if outer else near,
+                corner.diagonal().square(),
+                config.bits,
+                config.sym,
+            )
+            scales[group], zeros[group] = grid.scale, grid.zero
+        for start in range(0, outer_end - outer, block):
+            end = min(start + block, outer_end - outer)
+            inside, columns = slice(start, end), slice(outer + start, outer + end)
+            add_product(residual[inside], r[outer : outer + start, columns].T, near[:start], rounded=True)
+            groups = slice(
+                columns.start // width, columns.start // width + 1 if wide else columns.stop // width
+            )
+            round_block(
+                rule,
+                r[columns, columns],
+                near[inside],
+                residual[inside],
+                codes[columns],
+                scales[groups],
+                zeros[groups],
+            )
+            squared_error += torch.linalg.vector_norm(residual[inside]).double().square()
+        if near.dtype != error.dtype:
+            error[outer:outer_end] = near
+    if order is not None:
+        back = torch.argsort(order[::width] // width)
+        scales, zeros = scales[back], zeros[back]
     return Quantized(
         codes,
         scales.to(torch.float16),
@@ -181,13 +200,7 @@ def _round_columns(
     )
 
 
-def _compensated(
-    error: torch.Tensor, r: torch.Tensor, start: int, end: int, pull: torch.Tensor | None
-) -> torch.Tensor:
-    """The group's weights [group, out] as they should be, given all errors before it and none in it."""
-    if start == 0:
-        return error[:end]
-    if pull is None:
-        pull = r[:start, start:end].T @ error[:start]
-    shift: torch.Tensor = torch.linalg.solve_triangular(r[start:end, start:end].T, pull, upper=False)
-    return error[start:end] + shift
+def _compensated(weight: torch.Tensor, corner: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """A wide group's weights [group, out] as they should be, given all errors before it and none in it."""
+    shift: torch.Tensor = torch.linalg.solve_triangular(corner.T, residual, upper=False)
+    return weight + shift

@@ -40,8 +40,27 @@ def quantize_to(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, m
     return torch.addcdiv(zero, weight, scale).round_().clamp_(0, maxq)
 
 
+def ranges(bits: int) -> list[float]:
+    """The ranges that are tried, as fractions of the one that leaves no weight out."""
+    step = (SHRINK_TO[bits] - WIDEN_TO[bits]) / (CANDIDATES - 1)
+    return [WIDEN_TO[bits] + step * i for i in range(CANDIDATES)]
+
+
+def grid_of_range(low: torch.Tensor, high: torch.Tensor, share: float, bits: int, sym: bool) -> Grid:
+    """The grid of a share of the range from low to high [out], 0 in it."""
+    maxq, half = (1 << bits) - 1, 1 << (bits - 1)
+    if sym:
+        # The side that reaches further is the grid's negative one, which has a level more.
+        scale = storable(torch.where(-low >= high, -low, -high) / half * share, low.dtype)
+        return Grid(scale, torch.full_like(low, half))
+    scale = storable((high - low) / maxq * share, low.dtype)
+    # Zero-points 1..maxq: the format stores zero - 1, and readers disagree about a stored -1.
+    return Grid(scale, (-low * share / scale).round_().clamp_(1, maxq))
+
+
 def find_grid(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bool) -> Grid:
-    """The best grid of one group. weight: [group, out]; importance: [group], not negative."""
+    """The best grid of one group by each weight's own error. weight: [group, out]; importance: [group], not
+    negative."""
     out = weight.shape[1]
     step = max(1, ROW_CHUNK_ELEMENTS // weight.shape[0])
     parts = [
@@ -57,40 +76,32 @@ def storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(scale < 0, -size, size).to(SCALE_DTYPE).to(dtype)
 
 
+def range_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest and the highest of each output's weights [group, out], and 0 at least."""
+    return weight.amin(0).clamp_max_(0), weight.amax(0).clamp_min_(0)
+
+
 def _search(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bool) -> Grid:
     """Try ranges; of the integers z that each gives, take the scale that fits them best.
 
     With a = sum(h w z) and b = sum(h z^2) that scale is a / b, and the error it leaves is
     sum(h w^2) - a^2 / b: no pass over the weights is needed to know it.
     """
-    maxq, half = (1 << bits) - 1, 1 << (bits - 1)
-    low = weight.amin(0).clamp_max(0)
-    high = weight.amax(0).clamp_min(0)
-    if sym:
-        # The side that reaches further is the grid's negative one, which has a level more.
-        full = torch.where(-low >= high, -low, -high) / half
-    else:
-        full = (high - low) / maxq
+    maxq = (1 << bits) - 1
+    low, high = range_of(weight)
     weighted = importance[:, None] * weight
     best_gain = torch.full_like(low, -1)
-    best_scale = torch.ones_like(low)
-    best_zero = torch.full_like(low, half)
-    for factor in torch.linspace(WIDEN_TO[bits], SHRINK_TO[bits], CANDIDATES).tolist():
-        scale = storable(full * factor, weight.dtype)
-        zero = torch.full_like(low, half) if sym else _zero_point(low * factor, scale, maxq)
-        z = (weight * scale.reciprocal()).round_()
-        z = torch.minimum(torch.maximum(z, -zero), maxq - zero)
+    best_scale, best_zero = torch.ones_like(low), torch.ones_like(low)
+    for share in ranges(bits):
+        grid = grid_of_range(low, high, share, bits, sym)
+        z = (weight * grid.scale.reciprocal()).round_()
+        z = torch.minimum(torch.maximum(z, -grid.zero), maxq - grid.zero)
         a = (weighted * z).sum(0)
         b = importance @ z.square_()
         gain = torch.where(b > 0, a.square() / b, 0.0)
-        fitted = storable(torch.where(b > 0, a / b, scale), weight.dtype)
+        fitted = storable(torch.where(b > 0, a / b, grid.scale), weight.dtype)
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
         best_scale = torch.where(better, fitted, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
+        best_zero = torch.where(better, grid.zero, best_zero)
     return Grid(best_scale, best_zero)
-
-
-def _zero_point(low: torch.Tensor, scale: torch.Tensor, maxq: int) -> torch.Tensor:
-    """Zero-points 1..maxq: the format stores zero - 1, and readers disagree about a stored -1."""
-    return (-low / scale).round().clamp(1, maxq)

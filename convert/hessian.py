@@ -15,10 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
+from convert.products import add_product, mirror
 from lowmem.errors import CalibrationError
 
 COLUMN_BLOCK = 1024
-"""Columns of H that one matrix product updates: large enough for full speed, small as temporary memory."""
+"""Columns of H that are worked on at a time: large enough for full speed, small as temporary memory."""
+PANEL = 512
+"""Columns that are factored, or solved for, before a matrix product takes them to all others."""
 
 MAX_DAMPING = 100.0
 
@@ -31,12 +34,13 @@ class Hessian:
         self.tokens = 0
 
     def add(self, x: torch.Tensor) -> None:
-        """Add the inputs of some tokens, x: [tokens, in] in any float dtype."""
-        x = x.to(torch.float32)
-        n = x.shape[1]
-        for start in range(0, n, COLUMN_BLOCK):
-            end = min(start + COLUMN_BLOCK, n)
-            self.sum[:end, start:end].addmm_(x[:, :end].T, x[:, start:end])
+        """Add the inputs of some tokens, x: [tokens, in] in any float dtype.
+
+        Products of bfloat16 are exact in float32, so their own arithmetic loses nothing.
+        """
+        if x.dtype != torch.bfloat16:
+            x = x.to(torch.float32)
+        add_product(self.sum, x.T, x, rounded=x.dtype == torch.bfloat16, upper=True)
         self.tokens += x.shape[0]
 
     def finish(self) -> torch.Tensor:
@@ -54,12 +58,7 @@ class Hessian:
             )
         matrix = self.sum
         del self.sum
-        for start, end in _column_blocks(matrix.shape[0]):
-            block = matrix[:end, start:end]
-            block /= self.tokens
-            matrix[start:end, :start] = block[:start].T
-            corner = block[start:end]
-            corner.copy_(corner.triu() + corner.triu(1).T)
+        mirror(matrix, 1 / self.tokens)
         return matrix
 
 
@@ -71,55 +70,31 @@ def _mirror_lower(matrix: torch.Tensor) -> None:
         corner.copy_(corner.tril() + corner.tril(-1).T)
 
 
-def _column_blocks(n: int) -> list[tuple[int, int]]:
-    return [(start, min(start + COLUMN_BLOCK, n)) for start in range(0, n, COLUMN_BLOCK)]
-
-
-def permute_in_place(matrix: torch.Tensor, order: torch.Tensor) -> None:
-    """matrix[order][:, order] without a second matrix."""
-    for start, end in _column_blocks(matrix.shape[1]):
-        matrix[:, start:end] = matrix[:, start:end][order]
-    for start, end in _column_blocks(matrix.shape[0]):
-        matrix[start:end] = matrix[start:end][:, order]
+def _column_blocks(n: int, width: int = COLUMN_BLOCK) -> list[tuple[int, int]]:
+    return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
 @dataclass(frozen=True)
 class Factor:
     """H + damping = R R^T [in, in], and what it took to factor it.
 
-    matrix: R on and above the diagonal, H below it. diagonal: [in], that of the damped H.
+    matrix: R on and above the diagonal, H below it.
     """
 
     matrix: torch.Tensor
-    diagonal: torch.Tensor
     damping: float
     """What was added to the diagonal, as a fraction of its mean."""
     dead_columns: int
     """Inputs that no calibration token used: rounded to nearest, since nothing is known of them."""
 
-    def hessian_corner(self, start: int, end: int) -> torch.Tensor:
-        """H[start:end, start:end], whole."""
-        lower = self.matrix[start:end, start:end].tril(-1)
-        return lower + lower.T + self.diagonal[start:end].diag()
-
-    def hessian_rows_times(self, start: int, end: int, right: torch.Tensor) -> torch.Tensor:
-        """H[start:end] @ right, right: [in, out]."""
-        product = self.hessian_corner(start, end) @ right[start:end]
-        product.addmm_(self.matrix[start:end, :start], right[:start])
-        product.addmm_(self.matrix[end:, start:end].T, right[end:])
-        return product
-
     def solve_in_place(self, right: torch.Tensor) -> None:
-        """H^-1 @ right, written over right [in, out]: H = R R^T, so one triangle after the other."""
+        """R^-1 @ right, written over right [in, any]; in float32 parts of it are rounded to bfloat16."""
         r = self.matrix
-        for start, end in reversed(_column_blocks(r.shape[0])):
-            block = torch.linalg.solve_triangular(r[start:end, start:end], right[start:end], upper=True)
+        for start, end in reversed(_column_blocks(r.shape[0], PANEL)):
+            inverse = _inverse(r[start:end, start:end])
+            block = add_product(torch.zeros_like(right[start:end]), inverse, right[start:end], rounded=True)
             right[start:end] = block
-            right[:start].addmm_(r[:start, start:end], block, alpha=-1)
-        for start, end in _column_blocks(r.shape[0]):
-            block = torch.linalg.solve_triangular(r[start:end, start:end].T, right[start:end], upper=False)
-            right[start:end] = block
-            right[end:].addmm_(r[start:end, end:].T, block, alpha=-1)
+            add_product(right[:start], r[:start, start:end], block, alpha=-1, rounded=True)
 
 
 def factor_in_place(hessian: torch.Tensor, damp_percent: float) -> Factor:
@@ -141,7 +116,7 @@ def factor_in_place(hessian: torch.Tensor, damp_percent: float) -> Factor:
     while damping <= MAX_DAMPING:
         hessian.diagonal().copy_(diagonal + damping * mean)
         if _reverse_cholesky(hessian):
-            return Factor(hessian, diagonal + damping * mean, damping, int(dead.sum()))
+            return Factor(hessian, damping, int(dead.sum()))
         _mirror_lower(hessian)
         damping *= 10
     raise CalibrationError(
@@ -150,9 +125,17 @@ def factor_in_place(hessian: torch.Tensor, damp_percent: float) -> Factor:
     )
 
 
+def _inverse(r: torch.Tensor) -> torch.Tensor:
+    """The inverse of the upper triangle of a corner, by way of float64: then a panel of any length is one
+    matrix product, which is faster than to solve for it."""
+    one = torch.eye(r.shape[0], dtype=torch.float64, device=r.device)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(r.double(), one, upper=True)
+    return inverse.to(r.dtype)
+
+
 def _reverse_cholesky(matrix: torch.Tensor) -> bool:
     """Overwrite the upper triangle of `matrix` by R; False if it is not positive definite."""
-    for start, end in reversed(_column_blocks(matrix.shape[0])):
+    for start, end in reversed(_column_blocks(matrix.shape[0], PANEL)):
         corner = matrix[start:end, start:end]
         lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
         if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
@@ -161,9 +144,10 @@ def _reverse_cholesky(matrix: torch.Tensor) -> bool:
         corner.copy_(corner.tril(-1) + r)
         if start == 0:
             break
-        panel = torch.linalg.solve_triangular(r.T, matrix[:start, start:end], upper=False, left=False)
-        matrix[:start, start:end] = panel
-        for left, right in _column_blocks(start):
-            matrix[:left, left:right].addmm_(panel[:left], panel[left:right].T, alpha=-1)
-            matrix[left:right, left:right] -= (panel[left:right] @ panel[left:right].T).triu_()
+        above = matrix[:start, start:end]
+        panel = add_product(
+            torch.zeros_like(above, memory_format=torch.contiguous_format), above, _inverse(r).T
+        )
+        above.copy_(panel)
+        add_product(matrix[:start, :start], panel, panel.T, alpha=-1, upper=True)
     return True

@@ -11,8 +11,10 @@ from torch import nn
 
 from convert.activations import HiddenStates
 from convert.calls import LayerCall
+from convert.capture import Capture
 from convert.gptq import Prepared, Quantized, prepare, quantize
-from convert.hessian import Hessian
+from convert.products import add_product
+from convert.replay import Replay
 from convert.targets import Targets
 from convert.tuning import Tuned, tune_layer
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
@@ -32,7 +34,8 @@ class LinearReport:
     out_features: int
     error: float
     """Squared error of the outputs as a share of their energy: ||x(W-Q)||^2 / ||xW||^2; 0 without energy.
-    With a correction W is the corrected weight, which is what Q was to come close to."""
+    With a correction W is the corrected weight, which is what Q was to come close to. The energy is that of
+    one token in capture.ENERGY_SAMPLE."""
     damping: float
     """What was added to the Hessian's diagonal, as a fraction of its mean."""
     dead_columns: int
@@ -79,96 +82,6 @@ class LayerResult:
     seconds: Seconds
 
 
-class _Stop(Exception):
-    """The last linear that is being watched has its input: the rest of the layer need not run."""
-
-
-class _Capture:
-    """Hooks on some linears: one Hessian for each distinct input, the energy of each output, and with
-    targets E[x d^T] for each linear, d what its output lacks."""
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        groups: Sequence[Sequence[LinearSpec]],
-        device: torch.device,
-        targets: Targets | None,
-    ) -> None:
-        self.hessians = [Hessian(group[0].in_features, device) for group in groups]
-        self.energy = {spec.name: 0.0 for group in groups for spec in group}
-        self.lacking = {
-            spec.name: torch.zeros(spec.in_features, spec.out_features, device=device)
-            for group in groups
-            for spec in group
-            if targets is not None
-        }
-        self.seconds = 0.0
-        self.tokens = 0
-        self._targets = targets
-        self._last_input: torch.Tensor | None = None
-        self._left = self._count = len(self.energy)
-        self._start = 0
-        self._hidden = torch.empty(0)
-        self._handles = []
-        for group, hessian in zip(groups, self.hessians, strict=True):
-            for position, spec in enumerate(group):
-                module = layer.get_submodule(spec.name)
-                hook = self._hook(spec.name, hessian if position == 0 else None)
-                self._handles.append(module.register_forward_hook(hook))
-
-    def run(self, layer: nn.Module, call: LayerCall, start: int, hidden: torch.Tensor) -> None:
-        """Rows from `start` on: hidden [some rows, row_length, hidden]."""
-        self._start, self._hidden, self._left = start, hidden, self._count
-        self.tokens += hidden.shape[0] * hidden.shape[1]
-        try:
-            output = call.run(layer, hidden)
-        except _Stop:
-            return
-        started = time.perf_counter()
-        if self._last_input is not None:  # of the linear whose target is the layer's output
-            name = next(name for name in self.lacking if self._added(name) == "last")
-            self._add_lacking(name, self._last_input, output)
-            self._last_input = None
-        self.seconds += time.perf_counter() - started
-
-    def _added(self, name: str) -> str:
-        return "to nothing" if self._targets is None else self._targets.added[name]
-
-    def _add_lacking(self, name: str, x: torch.Tensor, output: torch.Tensor) -> None:
-        assert self._targets is not None
-        wanted = self._targets.read(name, self._start, self._start + self._hidden.shape[0])
-        lack = wanted.to(output.device, torch.float32) - output
-        self.lacking[name].addmm_(_tokens(x).T, _tokens(lack))
-
-    def _hook(self, name: str, hessian: Hessian | None) -> Callable[..., None]:
-        def hook(module: nn.Linear, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            started = time.perf_counter()
-            if hessian is not None:
-                hessian.add(args[0].reshape(-1, args[0].shape[-1]))
-            plain = output if module.bias is None else output - module.bias
-            self.energy[name] += float(torch.linalg.vector_norm(plain, dtype=torch.float32)) ** 2
-            added = self._added(name)
-            if added == "last":
-                self._last_input = args[0]
-            elif self._targets is not None:
-                whole = output + self._hidden if added == "to the layer's input" else output
-                self._add_lacking(name, args[0], whole)
-            self.seconds += time.perf_counter() - started
-            self._left -= 1
-            if self._left == 0 and self._last_input is None:
-                raise _Stop
-
-        return hook
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _tokens(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1]).to(torch.float32)
-
-
 def quantize_layer(
     layer: nn.Module,
     spec: LayerSpec,
@@ -179,6 +92,9 @@ def quantize_layer(
     rows: int,
     device: torch.device,
     targets: Targets | None = None,
+    replay: Replay | None = None,
+    tune_rows: int | None = None,
+    tune_call: LayerCall | None = None,
     stored_dtype: Callable[[str], torch.dtype] = lambda _: torch.float16,
     on_phase: Callable[[str], None] = lambda _: None,
     on_linear: Callable[[LinearReport], None] = lambda _: None,
@@ -189,7 +105,10 @@ def quantize_layer(
     in which they run, each seeing the outputs of the already quantized ones; otherwise all inputs come
     from the unquantized layer, in one pass. targets: what the linears should put out; each then makes up for
     config.correction of what it lacks, its file is removed, and the layer is tuned to put out what it should.
-    stored_dtype: of a bias or norm by its name in the layer.
+    replay: where finished linears' outputs are kept; their weights are then dropped, and the layer runs by
+    `Replay.run` until it is tuned. tune_rows, tune_call: rows in a step of tuning, and how the layer is
+    called with so many; `rows` and `call` where there are none. stored_dtype: of a bias or norm by its name
+    in the layer.
     Raises SourceError for weights that are not finite, CalibrationError for activations that are not.
     """
     stored: dict[str, torch.Tensor] = {}
@@ -197,11 +116,23 @@ def quantize_layer(
     sizes: dict[str, float] = {}
     reports: list[LinearReport] = []
     seconds = Seconds()
+    tunes = config.tune_steps > 0 and targets is not None
     passes = [[group] for group in spec.groups] if config.true_sequential else [list(spec.groups)]
     for groups in passes:
         on_phase(f"inputs of {groups[0][0].name}")
+        # What the last group puts out is not asked for again, but by the next layer.
+        kept = replay if config.true_sequential and groups[-1] is not spec.groups[-1] else None
         capture = _capture(
-            layer, groups, call, states, rows, device, seconds, targets if config.corrects else None
+            layer,
+            groups,
+            call,
+            states,
+            rows,
+            device,
+            seconds,
+            targets if config.corrects else None,
+            replay,
+            kept,
         )
         for group in groups:
             hessian = capture.hessians.pop(0)
@@ -209,23 +140,21 @@ def quantize_layer(
             started = time.perf_counter()
             prepared = prepare(hessian.finish(), config)
             seconds.factor += time.perf_counter() - started
+            shared = _shared_lack(group, prepared, capture, targets, config, seconds)
             for linear_spec in group:
                 on_phase(f"rounding {linear_spec.name}")
                 linear = layer.get_submodule(linear_spec.name)
                 assert isinstance(linear, nn.Linear)
-                name = f"{spec.name}.{linear_spec.name}"
                 started = time.perf_counter()
-                weight = _as_rounded(linear, name, prepared, capture, linear_spec.name, config)
-                result = quantize(weight, prepared, config)
-                del weight
+                weight = _weight_t(linear, f"{spec.name}.{linear_spec.name}")
+                wanted = _wanted(weight, linear_spec.name, prepared, capture, shared, config)
+                result = quantize(weight, prepared, config, wanted=wanted)
+                del weight, wanted
                 seconds.quantize += time.perf_counter() - started
-                if targets is not None:
-                    targets.drop(linear_spec.name)
-                stored.update(_pack(linear_spec.name, linear, result, config, seconds))
-                _restore(linear, linear_spec.name, stored, config)
-                energy = capture.energy[linear_spec.name] / capture.tokens
+                stored.update(_pack(linear_spec.name, result, config, seconds))
+                energy = capture.energy[linear_spec.name] / capture.sampled[linear_spec.name]
                 error = result.squared_error / energy if energy > 0 else 0.0
-                if config.tune_steps and targets is not None:
+                if tunes:
                     quantized[linear_spec.name] = result
                     sizes[linear_spec.name] = (energy / linear_spec.out_features) ** 0.5
                 report = LinearReport(
@@ -238,24 +167,39 @@ def quantize_layer(
                 )
                 reports.append(report)
                 on_linear(report)
-            del prepared
+                del result
+            del prepared, hessian, shared
+            if targets is not None:
+                targets.drop(group)
+            started = time.perf_counter()
+            for linear_spec in group if kept or not (tunes and replay) else ():
+                _restore(layer, linear_spec.name, stored, config)
+            if kept:
+                kept.compute([(s.name, layer.get_submodule(s.name)) for s in group], states.shape[0], rows)
+                for linear_spec in group:
+                    _drop_weight(layer.get_submodule(linear_spec.name))
+            seconds.forward += time.perf_counter() - started
     if quantized and targets is not None and targets.output is not None:
         on_phase("tuning")
         started = time.perf_counter()
         tuned = tune_layer(
             layer,
             spec,
-            call,
+            tune_call or call,
             states,
             targets.output,
             quantized,
             sizes,
             steps=config.tune_steps,
-            rows=rows,
+            rows=tune_rows or rows,
             device=device,
             stored_dtype=stored_dtype,
         )
-        _put_tuned(layer, tuned, stored, config)
+        _put_tuned(layer, tuned, stored)
+        if replay is not None:
+            replay.clear()  # it knows what the linears put out before
+        for linear_spec in spec.linears:
+            _restore(layer, linear_spec.name, stored, config)
         seconds.tune += time.perf_counter() - started
     return LayerResult(stored, tuple(reports), seconds)
 
@@ -269,10 +213,12 @@ def _capture(
     device: torch.device,
     seconds: Seconds,
     targets: Targets | None,
-) -> _Capture:
-    """Run the calibration rows up to the last linear of `groups`."""
+    replay: Replay | None,
+    kept: Replay | None,
+) -> Capture:
+    """Run the calibration rows up to the last linear of `groups`; kept: where their inputs go."""
     started = time.perf_counter()
-    capture = _Capture(layer, groups, device, targets)
+    capture = Capture(layer, groups, device, targets, replay, kept)
     start = 0
     try:
         for chunk in states.chunks(rows):
@@ -285,36 +231,66 @@ def _capture(
     return capture
 
 
-def _as_rounded(
-    linear: nn.Linear, full_name: str, prepared: Prepared, capture: _Capture, name: str, config: QuantConfig
-) -> torch.Tensor:
-    """The weight to round, float32 [in, out]: W^T, moved to where it makes up for what the linear lacks.
-
-    The linear's own weight goes, and what is lacking becomes the result: no third matrix of this size.
-    """
+def _weight_t(linear: nn.Linear, full_name: str) -> torch.Tensor:
+    """W^T [in, out], in float32 or bfloat16; the linear's own weight goes."""
     weight = linear.weight.detach()
     if not all_finite(weight):
         raise SourceError(f"{full_name}.weight holds values that are not finite", "Download the source again")
-    if name in capture.lacking:
-        transposed = capture.lacking.pop(name)
-        transposed *= config.correction / capture.tokens
-        prepared.regress_in_place(transposed)
-        transposed += weight.T
-    else:
-        transposed = torch.empty(weight.shape[::-1], dtype=torch.float32, device=weight.device)
-        transposed.copy_(weight.T)
+    dtype = torch.bfloat16 if weight.dtype == torch.bfloat16 else torch.float32
+    transposed = torch.empty(weight.shape[::-1], dtype=dtype, device=weight.device)
+    transposed.copy_(weight.T)
     del weight
-    linear.weight = nn.Parameter(torch.empty_like(linear.weight, device="meta"), requires_grad=False)
+    _drop_weight(linear)
     return transposed
 
 
-def _put_tuned(layer: nn.Module, tuned: Tuned, stored: dict[str, torch.Tensor], config: QuantConfig) -> None:
-    """The tuned values into what is stored, and into the layer as readers will see it."""
+def _drop_weight(linear: nn.Module) -> None:
+    """Give the memory of a linear's weight back; its shape and dtype stay known."""
+    weight = linear.get_parameter("weight")
+    linear._parameters["weight"] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+
+
+def _shared_lack(
+    group: Sequence[LinearSpec],
+    prepared: Prepared,
+    capture: Capture,
+    targets: Targets | None,
+    config: QuantConfig,
+    seconds: Seconds,
+) -> torch.Tensor | None:
+    """R^-1 E[x (x' - x)^T] [in, in] times the correction, where linears are known by their input."""
+    if targets is None or group[0].name not in targets.inputs or group[0].name not in capture.lacking:
+        return None
+    started = time.perf_counter()
+    lacking = capture.lacking.pop(group[0].name)
+    lacking *= config.correction / capture.tokens
+    prepared.whiten_in_place(lacking)
+    seconds.factor += time.perf_counter() - started
+    return lacking
+
+
+def _wanted(
+    weight_t: torch.Tensor,
+    name: str,
+    prepared: Prepared,
+    capture: Capture,
+    shared: torch.Tensor | None,
+    config: QuantConfig,
+) -> torch.Tensor | None:
+    """What the linear should put out beside W x, as `quantize` takes it."""
+    if name in capture.lacking:
+        lacking = capture.lacking.pop(name)
+        lacking *= config.correction / capture.tokens
+        return prepared.whiten_in_place(lacking)
+    if shared is None:
+        return None
+    return add_product(torch.zeros_like(weight_t, dtype=shared.dtype), shared, weight_t, rounded=True)
+
+
+def _put_tuned(layer: nn.Module, tuned: Tuned, stored: dict[str, torch.Tensor]) -> None:
+    """The tuned values into what is stored, biases and norms into the layer too."""
     for name, scales in tuned.scales.items():
         stored[f"{name}.scales"] = scales
-        linear = layer.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        _restore(linear, name, stored, config)
     for name, value in tuned.others.items():
         stored[name] = value
         owner, _, leaf = name.rpartition(".")
@@ -323,9 +299,7 @@ def _put_tuned(layer: nn.Module, tuned: Tuned, stored: dict[str, torch.Tensor], 
         parameter.data.copy_(value)
 
 
-def _pack(
-    name: str, linear: nn.Linear, result: Quantized, config: QuantConfig, seconds: Seconds
-) -> dict[str, torch.Tensor]:
+def _pack(name: str, result: Quantized, config: QuantConfig, seconds: Seconds) -> dict[str, torch.Tensor]:
     started = time.perf_counter()
     n = result.codes.shape[0]
     width = n // result.scales.shape[0]
@@ -339,8 +313,10 @@ def _pack(
     return tensors
 
 
-def _restore(linear: nn.Linear, name: str, stored: dict[str, torch.Tensor], config: QuantConfig) -> None:
+def _restore(layer: nn.Module, name: str, stored: dict[str, torch.Tensor], config: QuantConfig) -> None:
     """Give the linear the weight that readers of the packed tensors will see."""
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
     weight = dequantize(
         stored[f"{name}.qweight"],
         stored[f"{name}.qzeros"],

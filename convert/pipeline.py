@@ -19,6 +19,7 @@ from convert.job import Job, differences
 from convert.layer import LayerResult, Seconds, quantize_layer
 from convert.progress import Reporter
 from convert.recipe import Options, compute_dtype, describe, fit_group_size, recipe_of
+from convert.replay import Replay
 from convert.result import ResultSummary, put_together
 from convert.targets import record
 from convert.weights import Weights, empty, move_buffers
@@ -43,6 +44,14 @@ class _Streams:
 
     converted: HiddenStates
     unquantized: HiddenStates | None
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """How the model calls its layers: with the rows that run at a time, and with a tuning step's."""
+
+    usual: list[LayerCall]
+    step: list[LayerCall]
 
 
 @dataclass(frozen=True)
@@ -200,13 +209,16 @@ def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
     model = build_model(work.source.config(), work.dtype, buffers=True)
     work.weights.fill(model, "", arch.outside_before_layers(), work.dtype, work.device)
     move_buffers(model, work.device)
-    calls = catch_calls(model, arch, work.rows.tokens[: plan.rows_at_a_time].to(work.device))
+    calls = _Calls(
+        catch_calls(model, arch, work.rows.tokens[: plan.rows_at_a_time].to(work.device)),
+        catch_calls(model, arch, work.rows.tokens[: plan.rows_a_step].to(work.device)),
+    )
     streams = _streams(job, work, model, plan)
     empty(model)
     _, layers = decoder_layers(model, work.source.config())
     totals = Seconds()
     for index in range(state.finished_layers, len(arch.layers)):
-        result = _convert_layer(job, work, layers[index], index, calls[index], streams, plan, reporter)
+        result = _convert_layer(job, work, layers[index], index, calls, streams, plan, reporter)
         totals += result.seconds
         state.seconds = before + time.monotonic() - started
         job.commit()
@@ -248,15 +260,17 @@ def _convert_layer(
     work: _Work,
     layer: torch.nn.Module,
     index: int,
-    call: LayerCall,
+    calls: _Calls,
     streams: _Streams,
     plan: memory.MemoryPlan,
     reporter: Reporter,
 ) -> LayerResult:
     """Read, quantize, stage and advance one decoder layer; it counts as finished once job.json says so."""
-    spec = work.arch.layers[index]
+    spec, call = work.arch.layers[index], calls.usual[index]
     clock = time.perf_counter()
     work.weights.fill_layer(layer, spec, work.dtype, work.device)
+    if index + 1 < len(work.arch.layers):
+        work.weights.read_ahead(work.arch.layers[index + 1])
     read_seconds = time.perf_counter() - clock
     clock = time.perf_counter()
     targets = None
@@ -272,8 +286,13 @@ def _convert_layer(
             rows=plan.rows_at_a_time,
             device=work.device,
             linears=work.config.corrects,
+            trial=(calls.step[index], plan.rows_a_step),
         )
     record_seconds = time.perf_counter() - clock
+    # A card computes an output again sooner than a file is read.
+    replay = Replay(job.folder, work.rows.tokens.shape[1]) if work.device.type == "cpu" else None
+    if replay is not None:
+        replay.clear()
     result = quantize_layer(
         layer,
         spec,
@@ -283,6 +302,9 @@ def _convert_layer(
         rows=plan.rows_at_a_time,
         device=work.device,
         targets=targets,
+        replay=replay,
+        tune_rows=plan.rows_a_step,
+        tune_call=calls.step[index],
         stored_dtype=lambda name: work.weights.plan(f"{spec.name}.{name}").dtype,
         on_phase=lambda text: reporter.phase(index, text),
         on_linear=lambda report: reporter.linear(index, report),
@@ -293,11 +315,8 @@ def _convert_layer(
     clock = time.perf_counter()
     _stage(job, work, spec.name, index, result)
     written = time.perf_counter()
-    streams.converted = streams.converted.advance(
-        job.hidden(index + 1),
-        plan.rows_at_a_time,
-        lambda chunk: call.run(layer, chunk.to(work.device)).cpu(),
-        where=f"after {spec.name}",
+    streams.converted = _advance(
+        job, work, layer, index, call, streams.converted, replay, plan.rows_at_a_time
     )
     result.seconds.read += read_seconds
     result.seconds.write += written - clock
@@ -306,6 +325,32 @@ def _convert_layer(
     job.state.finished_layers = index + 1
     job.state.reports.append(list(result.reports))
     return result
+
+
+def _advance(
+    job: Job,
+    work: _Work,
+    layer: torch.nn.Module,
+    index: int,
+    call: LayerCall,
+    states: HiddenStates,
+    replay: Replay | None,
+    rows: int,
+) -> HiddenStates:
+    """The hidden states that enter the next layer."""
+    start = 0
+
+    def run(chunk: torch.Tensor) -> torch.Tensor:
+        nonlocal start
+        hidden = chunk.to(work.device)
+        output = call.run(layer, hidden) if replay is None else replay.run(layer, call, start, hidden)
+        start += chunk.shape[0]
+        return output.cpu()
+
+    states = states.advance(job.hidden(index + 1), rows, run, where=f"after {work.arch.layers[index].name}")
+    if replay is not None:
+        replay.clear()
+    return states
 
 
 def _stage(job: Job, work: _Work, name: str, index: int, result: LayerResult) -> None:

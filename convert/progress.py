@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -52,6 +53,11 @@ def _duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def _spent(seconds: Mapping[str, float]) -> str:
+    """Where the time went: each phase that there was, in its order."""
+    return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items() if s > 0)
+
+
 def _mean_error(result: LayerResult) -> float:
     return sum(r.error for r in result.reports) / len(result.reports)
 
@@ -94,12 +100,12 @@ class LineReporter(Reporter):
         worst = max(result.reports, key=lambda r: r.error)
         self._line(
             f"layer {layer + 1}/{self.layers}  error {_mean_error(result):.2e} "
-            f"(most: {worst.name} {worst.error:.2e})  {_duration(left)} left"
+            f"(most: {worst.name} {worst.error:.2e})  {_duration(left)} left  "
+            f"({_spent(asdict(result.seconds))})"
         )
 
     def finished(self, summary: dict[str, Any]) -> None:
-        times = summary["seconds"]
-        spent = ", ".join(f"{name} {_duration(s)}" for name, s in times.items() if s >= 0.5)
+        spent = _spent(summary["seconds"])
         self._line(
             f"wrote {summary['out']}: {format_bytes(summary['bytes'])}, "
             f"{summary['bits_per_weight']:.2f} bits a weight of the linears, "

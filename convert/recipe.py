@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import lowmem
+from convert import products
 from convert.calibration import CalibrationRows
 from convert.progress import Reporter
 from lowmem.checkpoint.source import Source
@@ -106,6 +107,7 @@ def recipe_of(
         "calibration tokens": calibration_digest,
         "compute dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
+        "products": products.name(device),
         "shard size": options.shard_size,
         "store head": options.store_head,
     }

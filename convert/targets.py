@@ -2,7 +2,8 @@
 
 Beside the hidden states of the model as it is converted runs a second stream, that of the model as it was.
 Each layer takes it once, unquantized, and what its linears put out is kept in files until the same linears
-are quantized. There the difference says what the layers before have damaged; see `gptq.quantize`.
+are quantized. There the difference says what the layers before have damaged; see `gptq.quantize`. Of a linear
+that is added to nothing the input is enough: W (x' - x) is what its output lacks.
 
 Where a linear is added to the residual stream, the sum counts and not the linear's own part: then it makes
 up for what the stream itself has lost. Which linears are is found by trying, for any family of models.
@@ -11,17 +12,17 @@ up for what the stream itself has lost. Which linears are is found by trying, fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from convert.activations import HiddenStates, read_rows
+from convert.activations import HiddenStates
 from convert.calls import LayerCall, replaced_forwards
-from lowmem.checkpoint.writer import as_output_error, tensor_bytes
-from lowmem.models.architecture import LayerSpec
+from convert.replay import RowsFile
+from lowmem.models.architecture import LayerSpec, LinearSpec
 
 Added = Literal["to nothing", "to the layer's input", "last"]
 """To what a linear's output is added: "last" means that the layer's output is the sum."""
@@ -89,41 +90,45 @@ def _alike(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> 
     return bool((found.float() - expected.float()).abs().max() <= limit)
 
 
-class Targets:
-    """Outputs of the linears of one layer on the unquantized stream: a file each, [rows, row_length, out]."""
+def read_by_input(group: Sequence[LinearSpec], added: Mapping[str, Added]) -> bool:
+    """Whether the unquantized input of these linears, which share it, says what they lack, and in fewer
+    values than their outputs."""
+    width = sum(linear.out_features for linear in group)
+    return group[0].in_features <= width and all(added[linear.name] == "to nothing" for linear in group)
 
-    def __init__(self, folder: Path, row_length: int, dtype: torch.dtype) -> None:
+
+class Targets:
+    """Of the linears of one layer on the unquantized stream: their outputs, or their inputs where these say
+    all (`read_by_input`). A file each, [rows, row_length, width]."""
+
+    def __init__(self, folder: Path, row_length: int) -> None:
         self.folder = folder
         self.row_length = row_length
-        self.dtype = dtype
         self.added: dict[str, Added] = {}
+        self.inputs: dict[str, str] = {}
+        """Linears that are known by their input: whose file it is, the first of their group."""
         self.output: HiddenStates | None = None
         """The layer's own output: what its "last" linear should end in."""
-        self._widths: dict[str, int] = {}
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"target-{name}"
+        self._files: dict[str, RowsFile] = {}
 
     def append(self, name: str, chunk: torch.Tensor) -> None:
-        """The next rows of a linear's outputs. Raises OutputError when the disk is full."""
-        width = self._widths.setdefault(name, chunk.shape[-1])
-        chunk = chunk.reshape(-1, self.row_length, width).to("cpu", self.dtype).contiguous()
-        try:
-            with self._path(name).open("ab") as stream:
-                stream.write(tensor_bytes(chunk))
-        except OSError as error:
-            raise as_output_error(error, self._path(name)) from error
+        """The next rows of a linear's outputs or inputs. Raises OutputError when the disk is full."""
+        if name not in self._files:
+            self._files[name] = RowsFile(self.folder / f"target-{name}", self.row_length)
+        self._files[name].append(chunk)
 
     def read(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Rows start..end of a linear's target, [end - start, row_length, out]."""
+        """Rows start..end of a linear's target, or of its input, [end - start, row_length, width]."""
         if self.added[name] == "last":
             assert self.output is not None
             return self.output.read(start, end)
-        return read_rows(self._path(name), start, end, (self.row_length, self._widths[name]), self.dtype)
+        return self._files[self.inputs.get(name, name)].read(start, end)
 
-    def drop(self, name: str) -> None:
-        """Remove a linear's file: it is quantized."""
-        self._path(name).unlink(missing_ok=True)
+    def drop(self, group: Sequence[LinearSpec]) -> None:
+        """Remove the files of linears that are quantized."""
+        for linear in group:
+            if linear.name in self._files:
+                self._files.pop(linear.name).delete()
 
     def clear(self) -> None:
         """Remove whatever is there, of this run or of one that was killed."""
@@ -142,31 +147,46 @@ def record(
     rows: int,
     device: torch.device,
     linears: bool = True,
+    trial: tuple[LayerCall, int] | None = None,
 ) -> tuple[Targets, HiddenStates]:
     """Run the unquantized `layer` over the unquantized stream: its linears' targets, and the next states.
 
-    linears: False where only the layer's own output is wanted.
+    linears: False where only the layer's own output is wanted. trial: a call with fewer rows, and how many,
+    by which is found what linears are added to.
 
     The target of the "last" linear is the layer's output: the next states are that already, and it has no
     file of its own.
     """
-    targets = Targets(folder, states.shape[1], states.dtype)
+    targets = Targets(folder, states.shape[1])
     targets.clear()
-    hidden = next(states.chunks(rows)).to(device)
+    hidden = torch.empty(0)
     if linears:
-        targets.added = additions(layer, spec, call, hidden)
+        trial_call, trial_rows = trial or (call, rows)
+        targets.added = additions(layer, spec, trial_call, states.read(0, trial_rows).to(device))
+        for group in spec.groups:
+            if read_by_input(group, targets.added):
+                targets.inputs |= {linear.name: group[0].name for linear in group}
 
-    def keep(name: str, output: torch.Tensor) -> None:
-        if targets.added[name] == "to the layer's input":
+    def keep(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
+        if name in targets.inputs:
+            output = x
+        elif targets.added[name] == "to the layer's input":
             output = output + hidden
         targets.append(name, output)
 
-    handles = [
-        layer.get_submodule(linear.name).register_forward_hook(
-            lambda _module, _args, output, name=linear.name: keep(name, output)
-        )
+    kept = [
+        linear.name
         for linear in spec.linears
-        if linears and targets.added[linear.name] != "last"
+        if linears
+        and targets.added[linear.name] != "last"
+        # Of linears that share an input the first keeps it.
+        and targets.inputs.get(linear.name, linear.name) == linear.name
+    ]
+    handles = [
+        layer.get_submodule(name).register_forward_hook(
+            lambda _module, args, output, name=name: keep(name, args[0], output)
+        )
+        for name in kept
     ]
 
     def run(chunk: torch.Tensor) -> torch.Tensor:

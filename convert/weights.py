@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from convert.read_ahead import read_ahead
 from lowmem.checkpoint.source import Source, head_is_tied, resolve_names
 from lowmem.checkpoint.values import all_finite
 from lowmem.checkpoint.writer import TensorPlan
@@ -73,6 +74,10 @@ class Weights:
         self.fill(layer, f"{spec.name}.", self.arch.inside(spec), dtype, device)
         move_buffers(layer, device)
         self.source.release()
+
+    def read_ahead(self, spec: LayerSpec) -> None:
+        """Have a layer's bytes brought into the page cache meanwhile."""
+        read_ahead(self.source, [self._names[f"{spec.name}.{name}"] for name in self.arch.inside(spec)])
 
     def head_is_duplicated(self) -> bool:
         """Whether a head that is stored is a copy of the embedding, or the model ties it anyway."""

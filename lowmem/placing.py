@@ -1,8 +1,8 @@
 """Tensors from their shards into their places: one at a time, in slices, on the device where they stay.
 
-What the CPU can use as it lies in the file is mapped. What changes its dtype there is cast from the map,
-whose pages go at once; what goes to a card passes through host memory in slices of rows. So a load holds the
-model and one slice.
+What the CPU can use as it lies in the file is mapped. What changes its dtype there (not a float16 embedding,
+see stored_embeddings.py) is cast from the map, whose pages go at once; what goes to a card passes through
+host memory in slices of rows. So a load holds the model and one slice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.errors import SourceError
 from lowmem.kernels import bnb
 from lowmem.quant_linear import QuantLinear
+from lowmem.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 
 _CAST_VALUES = 1 << 20  # at a time: 4 MiB in float32 stay in a core's cache
 _SEE = "See all that is wrong with: lowmem verify DIR"
@@ -82,11 +83,16 @@ def fill(
     progress: called with bytes done and bytes in all. Raises SourceError for a tensor that is missing, or
     not as the model needs it.
     """
-    infos, modules = weights.infos, dict(model.named_modules())
+    infos = weights.infos
     model.tie_weights()  # type: ignore[operator]  # building without memory has parted what is tied
     places, shapes = _names(model, infos)
     for name, stored in places.items():
         _check_shape(infos[stored], stored, shapes[name])
+    packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    if packed and placement.device.type == "cpu":  # else nearly all is cast, and this would hardly show
+        half = [name for name, stored in places.items() if infos[stored].dtype == "float16"]
+        keep_as_stored(model, half, dtype)
+    modules = dict(model.named_modules())
     total = sum(infos[stored].nbytes for stored in places.values())
     done = 0
     for name in sorted(places, key=lambda name: (infos[places[name]].file, places[name])):
@@ -142,6 +148,8 @@ def _place(
         rows = bnb.rows_may_be_sliced(module) and weights.sliceable
         slices = _slices(weights, name, QUANTIZED_SLICE_BYTES, whole=not rows)
         bnb.quantize_into(module, slices, device, dtype)
+    elif leaf == "weight" and isinstance(module, StoredEmbedding | StoredHead):
+        setattr(module, leaf, _to(weights, name, device, None))
     elif leaf in module._buffers:
         buffer = module._buffers[leaf]
         wanted = buffer.dtype if buffer is not None and not buffer.dtype.is_floating_point else dtype

@@ -25,6 +25,7 @@ from bench.roofline import (
     prefill_flops,
     read_rate,
 )
+from lowmem.kernels import native
 from lowmem.plan.memory import Form
 from lowmem.plan.shape import ModelShape, read_shape
 from tests.helpers import save_source, tiny_model
@@ -118,12 +119,26 @@ def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_second")
 @pytest.mark.parametrize("nbytes", [1 << 20, 96 << 20])
 def test_all_bytes_read_count(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small buffer is read several times in a pass, each by as many threads as torch has."""
+    """A small buffer is read several times in a pass, each by as many threads as torch has. (Without our
+    library, whose loop is taken where it was compiled.)"""
     sizes: list[int] = []
+    monkeypatch.setattr(native, "available", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(numpy, "max", lambda values: sizes.append(values.nbytes))
     assert read_rate(nbytes, CPU) == sum(sizes)
     assert set(sizes) == {nbytes // 2} and sum(sizes) >= 64 << 20
+
+
+@pytest.mark.usefixtures("one_second")
+@pytest.mark.parametrize("nbytes", [1 << 20, 96 << 20])
+def test_all_bytes_that_our_library_reads_count(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read is of a whole buffer whose pages are there."""
+    buffers: list[torch.Tensor] = []
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "read", lambda tensor: buffers.append(tensor) or 0)
+    assert read_rate(nbytes, CPU) == sum(buffer.nbytes for buffer in buffers)
+    assert {buffer.nbytes for buffer in buffers} == {nbytes} and len(buffers) == max(1, (64 << 20) // nbytes)
+    assert bool(buffers[0].all())
 
 
 @pytest.mark.usefixtures("one_second")

@@ -115,7 +115,8 @@ def starchat_plan(budget: int, **changes) -> memory.MemoryPlan:
         "base": 600 * MIB,
         "host_budget": budget,
     }
-    return memory.plan(inspect(config), QuantConfig(bits=4, group_size=128), **{**arguments, **changes})
+    quant = changes.pop("config", QuantConfig(bits=4, group_size=128))
+    return memory.plan(inspect(config), quant, **{**arguments, **changes})
 
 
 def test_starchat_alpha_converts_in_8_gib():
@@ -124,6 +125,13 @@ def test_starchat_alpha_converts_in_8_gib():
     assert plan.keep_hidden
     # One Hessian of mlp.c_proj's 24,576 inputs is 2.25 GiB: less than that no plan can promise.
     assert plan.host_peak > 24576**2 * 4
+
+
+def test_16_rows_take_4_and_a_half_gib():
+    """As `benchmarks.starchat_layer` converts them: every plain or default conversion of 8,192 tokens."""
+    assert starchat_plan(64 << 30, rows=16).host_peak <= 4.5 * (1 << 30)
+    tuned = starchat_plan(64 << 30, rows=16, config=QuantConfig(bits=4, group_size=128, tune_steps=32))
+    assert tuned.host_peak <= 4.75 * (1 << 30)
 
 
 def test_a_smaller_budget_gives_a_slower_plan_and_then_a_refusal():

@@ -7,7 +7,8 @@ import torch
 
 from convert.gptq import column_order, prepare, quantize
 from convert.grid import find_grid, quantize_to
-from convert.hessian import Hessian, factor_in_place, permute_in_place
+from convert.hessian import Hessian, factor_in_place
+from convert.products import permute
 from lowmem.config import QuantConfig
 from lowmem.errors import CalibrationError
 
@@ -175,11 +176,11 @@ def test_incremental_hessian_equals_the_batch_one():
     assert torch.allclose(matrix.double(), hessian_of(x.double()), atol=1e-4, rtol=1e-4)
 
 
-def test_permute_in_place_is_indexing():
+def test_permute_is_indexing():
     matrix = torch.randn(1500, 1500)
     order = torch.randperm(1500)
     expected = matrix[order][:, order]
-    permute_in_place(matrix, order)
+    permute(matrix, order)
     assert torch.equal(matrix, expected)
 
 

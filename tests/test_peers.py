@@ -277,7 +277,9 @@ def test_the_record_is_read_as_it_was_written(tmp_path, capsys):
 
 def test_the_command_names_no_place_of_one_machine():
     words = ["--llama-python", "/home/me/python", "--rounds", "3", "--work=/tmp/x", "--shaped", "2"]
-    assert peers._command(words) == "python -m benchmarks.peers --rounds 3 --shaped 2"
+    assert (
+        peers.typed_command("benchmarks.peers", words) == "python -m benchmarks.peers --rounds 3 --shaped 2"
+    )
     assert peers._shown(str(peers.embedded_model())) == "lowmem/data/tiny-starchat"
     assert peers._shown("/somewhere/else/model") == "model"
 

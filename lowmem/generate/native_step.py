@@ -2,8 +2,9 @@
 
 Between the kernels of an eager step lie hundreds of calls from Python, and torch's attention takes five times
 as long at 8192 tokens. Here the threads walk through all layers by themselves: the linears as the model has
-them, packed or bfloat16, the keys and values in the engine's own cache, everything between in float32. A
-row's logits and cache do not depend on the rows beside it: a draft leaves exactly what one-row steps do.
+them, packed or bfloat16, embeddings and head also in float16, the keys and values in the engine's own cache,
+everything between in float32. A row's logits and cache do not depend on the rows beside it: a draft leaves
+exactly what one-row steps do.
 
 What the step is not made for keeps the eager path, with the reason: `StepRefused`.
 """
@@ -22,6 +23,7 @@ from lowmem.checkpoint.files import one_line
 from lowmem.generate.cache import KVCache
 from lowmem.kernels import dispatch, native
 from lowmem.quant_linear import QuantLinear
+from lowmem.stored_embeddings import StoredEmbedding, StoredHead
 
 MOST_ROWS = 16
 """Rows of a step, at most: a token and the draft behind it."""
@@ -42,18 +44,6 @@ class StepRefused(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-class _Dense(ctypes.Structure):
-    """`lm_dense` of csrc/lowmem.h."""
-
-    _fields_ = (
-        ("in_features", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("bias_type", ctypes.c_int32),
-    )
 
 
 class _Weight(ctypes.Structure):
@@ -99,6 +89,8 @@ class _Model(ctypes.Structure):
         ("planes", ctypes.c_int32),
         ("epsilon", ctypes.c_float),
         ("scaling", ctypes.c_float),
+        ("wte_type", ctypes.c_int16),
+        ("wpe_type", ctypes.c_int16),
         ("wte", ctypes.c_void_p),
         ("wpe", ctypes.c_void_p),
         ("ln_f", _Norm),
@@ -180,34 +172,43 @@ class NativeStep:
             planes=native.PLANES[torch.bfloat16],
             epsilon=body.ln_f.eps,
             scaling=attention.scaling,
-            wte=self._tensor(body.wte.weight, (self._vocabulary, embd)),
-            wpe=self._tensor(body.wpe.weight, (body.wpe.weight.shape[0], embd)),
+            wte_type=native.TYPES[_stored_dtype(body.wte)],
+            wpe_type=native.TYPES[_stored_dtype(body.wpe)],
+            wte=self._table(body.wte, (self._vocabulary, embd)),
+            wpe=self._table(body.wpe, (body.wpe.weight.shape[0], embd)),
             ln_f=self._norm(body.ln_f, embd),
             head=self._weight(model.lm_head, embd, self._vocabulary),
             layer=layers,
         )
 
-    def _tensor(self, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> int:
-        """The address of a bfloat16 tensor that is to be in one piece."""
+    def _tensor(
+        self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+    ) -> int:
+        """The address of a tensor that is to be in one piece."""
         if (
             tensor is None
             or tuple(tensor.shape) != shape
-            or tensor.dtype is not torch.bfloat16
+            or tensor.dtype is not dtype
             or tensor.device.type != "cpu"
             or not tensor.is_contiguous()
             or tensor.data_ptr() % 2
         ):
             found = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise StepRefused(f"a bfloat16 tensor of {list(shape)} is needed, and there is {found}")
+            needed = str(dtype).removeprefix("torch.")
+            raise StepRefused(f"a {needed} tensor of {list(shape)} is needed, and there is {found}")
         self._keep.append(tensor)
         return tensor.data_ptr()
+
+    def _table(self, table: Any, shape: tuple[int, ...]) -> int:
+        """The address of an embedding's weight."""
+        return self._tensor(table.weight, shape, _stored_dtype(table))
 
     def _norm(self, norm: nn.Module, embd: int) -> _Norm:
         if type(norm) is not nn.LayerNorm:
             raise StepRefused(f"a norm is {type(norm).__name__}")
         return _Norm(self._tensor(norm.weight, (embd,)), self._tensor(norm.bias, (embd,)))
 
-    def _weight(self, linear: nn.Module, inputs: int, outputs: int) -> _Weight:
+    def _weight(self, linear: Any, inputs: int, outputs: int) -> _Weight:
         if isinstance(linear, QuantLinear):
             packed = linear.packed
             if packed is None or linear.order is not None:
@@ -216,13 +217,21 @@ class NativeStep:
                 raise StepRefused(f"a packed linear of {packed.in_features} to {packed.out_features}")
             self._keep.append(packed)
             return _Weight(packed.address, None)
-        if type(linear) is not nn.Linear:
+        if type(linear) not in (nn.Linear, StoredHead):
             raise StepRefused(f"a linear is {type(linear).__name__}")
-        weight = self._tensor(linear.weight, (outputs, inputs))
+        dtype = _stored_dtype(linear)
+        weight = self._tensor(linear.weight, (outputs, inputs), dtype)
         bias = None if linear.bias is None else self._tensor(linear.bias, (outputs,))
-        dense = _Dense(inputs, outputs, weight, bias, native.TYPES[torch.bfloat16])
+        dense = native.LmDense(
+            inputs, outputs, weight, bias, native.TYPES[torch.bfloat16], native.TYPES[dtype]
+        )
         self._keep.append(dense)
         return _Weight(None, ctypes.addressof(dense))
+
+
+def _stored_dtype(module: nn.Module) -> torch.dtype:
+    """Of the weight of an embedding or a linear, as it is to be: bfloat16, or what a stored one keeps."""
+    return torch.float16 if isinstance(module, StoredEmbedding | StoredHead) else torch.bfloat16
 
 
 def why_not(model: Any) -> str:
@@ -235,9 +244,10 @@ def why_not(model: Any) -> str:
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", "") != "gpt_bigcode" or not hasattr(model, "lm_head"):
         return "the native step knows GPTBigCode only"
-    table = model.get_input_embeddings().weight
-    if table.device.type != "cpu" or table.dtype is not torch.bfloat16:
-        return f"the native step is for bfloat16 on the CPU, not {table.dtype} on {table.device}"
+    table = model.get_input_embeddings()
+    dtype, device = getattr(table, "activations", table.weight.dtype), table.weight.device
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return f"the native step is for bfloat16 on the CPU, not {dtype} on {device}"
     if config.activation_function not in _ACTIVATIONS:
         return f"the native step does not know the activation {config.activation_function}"
     if config.add_cross_attention or model.training:

@@ -69,6 +69,19 @@ class LmPacked(ctypes.Structure):
     )
 
 
+class LmDense(ctypes.Structure):
+    """`lm_dense` of csrc/lowmem.h."""
+
+    _fields_ = (
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("bias_type", ctypes.c_int32),
+        ("weight_type", ctypes.c_int32),
+    )
+
+
 _POINTER, _INT, _LONG, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
 _DECLARED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lm_set_threads": (None, (_INT, _POINTER)),
@@ -79,6 +92,7 @@ _DECLARED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lm_kernel_group": (ctypes.c_int32, (ctypes.c_int32,)),
     "lm_linear_workspace": (_SIZE, (_POINTER, _LONG, _INT)),
     "lm_linear": (None, (_POINTER, _POINTER, _INT, _LONG, _INT, _POINTER, _INT, _POINTER)),
+    "lm_dense_linear": (None, (_POINTER, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER)),
     "lm_to_panels": (None, (_POINTER, _POINTER, _POINTER, _POINTER)),
     "lm_read": (ctypes.c_uint64, (_POINTER, _SIZE)),
 }
@@ -385,6 +399,50 @@ def linear(packed: Packed, x: torch.Tensor) -> torch.Tensor:
         native.set_threads()
         space = workspace(lib.lm_linear_workspace(address, rows, planes))
         lib.lm_linear(address, x.data_ptr(), kind, rows, planes, result.data_ptr(), kind, space)
+    return result
+
+
+def takes_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether `dense_linear` takes these: `takes` x, and a weight [out, in] of 16 bits in one piece.
+
+    bias [out] or None, of any of TYPES.
+    """
+    if not takes(x) or weight.dim() != 2 or not weight.numel() or x.dim() == 0:
+        return False
+    try:
+        _check("weight", weight, (weight.shape[0], x.shape[-1]), torch.float16, torch.bfloat16)
+        if bias is not None:
+            _check("bias", bias, (weight.shape[0],), *TYPES)
+    except Unsuitable:
+        return False
+    return True
+
+
+def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., in] times a float16 or bfloat16 weight [out, in], plus bias: [..., out] in x's dtype.
+
+    All sums are in float32, and a row's do not depend on the others. Made for few rows: the weight is read
+    again for every few of them. Raises ValueError for anything that `takes_dense` refuses.
+    """
+    if not takes_dense(x, weight, bias):
+        raise ValueError(f"{x.dtype} {list(x.shape)} on {x.device}, for {weight.dtype} {list(weight.shape)}")
+    x = x.contiguous()
+    outputs, inputs = weight.shape
+    result = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    rows, kind = x.numel() // inputs, TYPES[x.dtype]
+    if rows == 0:
+        return result
+    dense = LmDense(
+        inputs,
+        outputs,
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        TYPES[torch.float32 if bias is None else bias.dtype],
+        TYPES[weight.dtype],
+    )
+    with running() as lib:
+        space = workspace(rows * (inputs + outputs) * 4)
+        lib.lm_dense_linear(ctypes.addressof(dense), x.data_ptr(), kind, rows, result.data_ptr(), kind, space)
     return result
 
 

@@ -1,4 +1,4 @@
-/* A dense bfloat16 weight times a few rows, with AVX-512: the head, at the memory's pace. */
+/* A dense weight of 16 bits times a few rows, with AVX-512: the head, at the memory's pace. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -14,10 +14,12 @@
  * rows have more to do for each weight, and read x less often when outputs share it. */
 enum { MOST_ROWS = 4, MOST_OUTPUTS = 6, AHEAD_ALONE = 2048, AHEAD = 512 /* weights */ };
 
-/* 16 bfloat16 as floats; the masked ones are 0 and are not read. */
-INLINE __m512 load_weights(const uint16_t *from, __mmask16 mask)
+/* 16 weights as floats; the masked ones are 0 and are not read. */
+INLINE __m512 load_weights(int type, const uint16_t *from, __mmask16 mask)
 {
     __m256i half = mask == 0xffff ? _mm256_loadu_si256((const void *)from) : _mm256_maskz_loadu_epi16(mask, from);
+    if (type == LM_F16)
+        return _mm512_cvtph_ps(half);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
@@ -27,14 +29,14 @@ INLINE __m512 load_x(const float *from, __mmask16 mask)
 }
 
 /* Of 32 inputs: w0 x0 + w1 x1 is one term, so that a sum waits for one addition only. */
-INLINE void add_products(int rows, int outputs, const uint16_t *weight, const float *x, int64_t in, __mmask16 low, __mmask16 high,
-                         __m512 sum[MOST_ROWS][MOST_OUTPUTS])
+INLINE void add_products(int type, int rows, int outputs, const uint16_t *weight, const float *x, int64_t in, __mmask16 low,
+                         __mmask16 high, __m512 sum[MOST_ROWS][MOST_OUTPUTS])
 {
     __m512 w0[MOST_OUTPUTS], w1[MOST_OUTPUTS];
     UNROLL
     for (int o = 0; o < outputs; o++) {
-        w0[o] = load_weights(weight + o * in, low);
-        w1[o] = load_weights(weight + o * in + 16, high);
+        w0[o] = load_weights(type, weight + o * in, low);
+        w1[o] = load_weights(type, weight + o * in + 16, high);
     }
     UNROLL
     for (int r = 0; r < rows; r++) {
@@ -46,7 +48,7 @@ INLINE void add_products(int rows, int outputs, const uint16_t *weight, const fl
 }
 
 /* `rows` rows and `outputs` outputs at once. Each sum has the same order whatever the tile: 16 lanes, then their tree. */
-INLINE void tile(int rows, int outputs, const lm_dense *w, const float *x, int64_t first, float *y, int64_t stride)
+INLINE void tile(int type, int rows, int outputs, const lm_dense *w, const float *x, int64_t first, float *y, int64_t stride)
 {
     const int64_t in = w->in;
     const uint16_t *weight = w->weight + first * in;
@@ -64,11 +66,11 @@ INLINE void tile(int rows, int outputs, const lm_dense *w, const float *x, int64
         UNROLL
         for (int o = 0; o < outputs; o++)
             _mm_prefetch((const char *)(ahead + o * in), _MM_HINT_T0);
-        add_products(rows, outputs, weight + i, x + i, in, 0xffff, 0xffff, sum);
+        add_products(type, rows, outputs, weight + i, x + i, in, 0xffff, 0xffff, sum);
     }
     if (i < in) {
         const uint32_t mask = (1u << (in - i)) - 1; /* fewer than 32 */
-        add_products(rows, outputs, weight + i, x + i, in, (__mmask16)mask, (__mmask16)(mask >> 16), sum);
+        add_products(type, rows, outputs, weight + i, x + i, in, (__mmask16)mask, (__mmask16)(mask >> 16), sum);
     }
     for (int o = 0; o < outputs; o++) {
         float bias = w->bias ? lm_load(w->bias, w->bias_type, first + o) : 0;
@@ -78,28 +80,31 @@ INLINE void tile(int rows, int outputs, const lm_dense *w, const float *x, int64
 }
 
 /* Wide tiles of `outputs`, then one at a time. */
-INLINE void columns(int rows, int outputs, const lm_dense *w, const float *x, int64_t first, int64_t last, float *y,
-                    int64_t stride)
+INLINE void columns(int type, int rows, int outputs, const lm_dense *w, const float *x, int64_t first, int64_t last,
+                    float *y, int64_t stride)
 {
     int64_t o = first;
     for (; o + outputs <= last; o += outputs)
-        tile(rows, outputs, w, x, o, y + o - first, stride);
+        tile(type, rows, outputs, w, x, o, y + o - first, stride);
     for (; o < last; o++)
-        tile(rows, 1, w, x, o, y + o - first, stride);
+        tile(type, rows, 1, w, x, o, y + o - first, stride);
 }
 
-#define COLUMNS(rows, outputs)                                                                                         \
-    TARGET static void columns_##rows(const lm_dense *w, const float *x, int64_t first, int64_t last, float *y,        \
-                                      int64_t stride)                                                                  \
+#define COLUMNS(type, rows, outputs)                                                                                   \
+    TARGET static void columns_##type##_##rows(const lm_dense *w, const float *x, int64_t first, int64_t last,         \
+                                               float *y, int64_t stride)                                               \
     {                                                                                                                  \
-        columns(rows, outputs, w, x, first, last, y, stride);                                                          \
+        columns(type, rows, outputs, w, x, first, last, y, stride);                                                    \
     }
-COLUMNS(1, 1) COLUMNS(2, 6) COLUMNS(3, 4) COLUMNS(4, 4)
+COLUMNS(LM_BF16, 1, 1) COLUMNS(LM_BF16, 2, 6) COLUMNS(LM_BF16, 3, 4) COLUMNS(LM_BF16, 4, 4)
+COLUMNS(LM_F16, 1, 1) COLUMNS(LM_F16, 2, 6) COLUMNS(LM_F16, 3, 4) COLUMNS(LM_F16, 4, 4)
+#define NAMES(type) columns_##type##_1, columns_##type##_2, columns_##type##_3, columns_##type##_4
 
 void lm_dense_avx512(const lm_dense *w, const float *x, int64_t rows, int64_t first, int64_t last, float *y, int64_t stride)
 {
     typedef void (*kernel)(const lm_dense *, const float *, int64_t, int64_t, float *, int64_t);
-    static const kernel kernels[MOST_ROWS] = {columns_1, columns_2, columns_3, columns_4};
+    static const kernel bf16[MOST_ROWS] = {NAMES(LM_BF16)}, f16[MOST_ROWS] = {NAMES(LM_F16)};
+    const kernel *kernels = w->weight_type == LM_F16 ? f16 : bf16;
     /* A part of the outputs that stays in the cache while all rows pass over it. */
     int64_t part = rows > MOST_ROWS ? 24 : last - first;
     for (int64_t o = first; o < last; o += part) {

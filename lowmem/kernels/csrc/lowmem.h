@@ -44,12 +44,12 @@ typedef struct {
 
 #define LM_PANEL 64
 
-/* A dense weight [out, in], bfloat16. */
+/* A dense weight [out, in], of 16 bits: LM_F16, or LM_BF16. */
 typedef struct {
     int64_t in, out;
     const uint16_t *weight;
     const void *bias; /* [out], or NULL */
-    int32_t bias_type;
+    int32_t bias_type, weight_type;
 } lm_dense;
 
 /* Rows of activations as integers: made by lm_isa.quantize, in an order of bytes that is the instruction set's own. */

@@ -230,7 +230,8 @@ static void many(const lm_packed *w, const lm_input *input, int64_t first, int64
 
 enum { LANES = 16 };
 
-static void dense(const lm_dense *w, const float *x, int64_t rows, int64_t first, int64_t last, float *y, int64_t stride)
+INLINE void dense_of(int type, const lm_dense *w, const float *x, int64_t rows, int64_t first, int64_t last, float *y,
+                     int64_t stride)
 {
     for (int64_t o = first; o < last; o++) {
         const uint16_t *weight = w->weight + o * w->in;
@@ -241,15 +242,23 @@ static void dense(const lm_dense *w, const float *x, int64_t rows, int64_t first
             int64_t i = 0;
             for (; i + LANES <= w->in; i += LANES)
                 for (int l = 0; l < LANES; l++)
-                    sum[l] += lm_from_bf16(weight[i + l]) * row[i + l];
+                    sum[l] += lm_from_16(weight[i + l], type) * row[i + l];
             for (; i < w->in; i++)
-                sum[0] += lm_from_bf16(weight[i]) * row[i];
+                sum[0] += lm_from_16(weight[i], type) * row[i];
             for (int half = LANES / 2; half; half /= 2)
                 for (int l = 0; l < half; l++)
                     sum[l] += sum[l + half];
             y[r * stride + o - first] = sum[0] + bias;
         }
     }
+}
+
+static void dense(const lm_dense *w, const float *x, int64_t rows, int64_t first, int64_t last, float *y, int64_t stride)
+{
+    if (w->weight_type == LM_F16)
+        dense_of(LM_F16, w, x, rows, first, last, y, stride);
+    else
+        dense_of(LM_BF16, w, x, rows, first, last, y, stride);
 }
 
 const lm_isa lm_portable = {"portable C", digit_bytes, quantize, few, many, dense};

@@ -106,7 +106,7 @@ static void embed(const step *s, lm_team *team)
     for (int64_t r = 0; r < s->rows; r++) {
         const uint16_t *token = m->wte + s->ids[r] * m->embd, *position = m->wpe + (s->length + r) * m->embd;
         for (int64_t i = first; i < last; i++)
-            s->stream[r * m->embd + i] = lm_from_bf16(token[i]) + lm_from_bf16(position[i]);
+            s->stream[r * m->embd + i] = lm_from_16(token[i], m->wte_type) + lm_from_16(position[i], m->wpe_type);
     }
     lm_barrier(team);
 }

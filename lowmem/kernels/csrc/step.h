@@ -30,7 +30,8 @@ typedef struct {
     int32_t activation; /* LM_GELU.. */
     int32_t planes;     /* of the activations that packed linears are given */
     float epsilon, scaling;
-    const uint16_t *wte, *wpe; /* bfloat16 [vocab, embd], [positions, embd] */
+    int16_t wte_type, wpe_type; /* LM_BF16 or LM_F16 */
+    const uint16_t *wte, *wpe; /* [vocab, embd], [positions, embd] */
     lm_norm ln_f;
     lm_weight head;
     const lm_layer *layer;

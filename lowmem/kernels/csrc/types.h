@@ -31,15 +31,15 @@ static inline uint16_t lm_to_bf16(float value)
     return (uint16_t)(rounded >> 16);
 }
 
+/* No branch: loops become vectors. The exponent of a denormal or zero is raised by one more, which gives it the leading 1
+ * that it has not, and that is taken off; of infinity and NaN it becomes the highest. */
 static inline float lm_from_f16(uint16_t half)
 {
-    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
-    if (rest >= 0x7c00) /* infinity, NaN */
-        return lm_from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-    if (rest >= 0x400)
-        return lm_from_bits(sign | ((rest << 13) + 0x38000000));
-    float small = (float)rest * 0x1p-24f; /* denormal or zero: exact */
-    return lm_from_bits(sign | lm_to_bits(small));
+    const int32_t rest = half & 0x7fff;
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
+    const uint32_t small = -(uint32_t)(rest < 0x400), huge = -(uint32_t)(rest > 0x7bff);
+    const uint32_t bits = ((uint32_t)rest << 13) + 0x38000000 + (huge & 0x38000000) + (small & 0x800000);
+    return lm_from_bits(lm_to_bits(lm_from_bits(bits) - lm_from_bits(small & 0x38800000)) | sign);
 }
 
 /* To nearest, ties to even. */
@@ -57,6 +57,9 @@ static inline uint16_t lm_to_f16(float value)
     return (uint16_t)(sign | (lm_to_bits(lm_from_bits(rest) + 0.5f) - lm_to_bits(0.5f)));
 }
 
+/* LM_F16 or LM_BF16. */
+static inline float lm_from_16(uint16_t half, int type) { return type == LM_F16 ? lm_from_f16(half) : lm_from_bf16(half); }
+
 static inline float lm_load(const void *values, int type, int64_t at)
 {
     uint16_t half;
@@ -66,7 +69,7 @@ static inline float lm_load(const void *values, int type, int64_t at)
         return value;
     }
     memcpy(&half, (const char *)values + 2 * at, 2);
-    return type == LM_F16 ? lm_from_f16(half) : lm_from_bf16(half);
+    return lm_from_16(half, type);
 }
 
 static inline void lm_store(void *values, int type, int64_t at, float value)
