@@ -76,8 +76,10 @@ def _use(loaded: LoadedModel, planes: int) -> None:
     """All linears of the model multiply with so many bytes of an activation."""
     native.PLANES[torch.float32] = planes
     for module in loaded.model.modules():
-        if isinstance(module, QuantLinear) and module.packed is None:
-            raise SystemExit("lowmem's own kernels are not used here: see lowmem doctor")
+        if isinstance(module, QuantLinear):
+            if module.packed is None:
+                raise SystemExit("lowmem's own kernels are not used here: see lowmem doctor")
+            module.packed.prefill_planes = planes
 
 
 def _logits(loaded: LoadedModel, rows: torch.Tensor) -> Iterator[torch.Tensor]:
