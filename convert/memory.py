@@ -27,7 +27,7 @@ LIBRARIES = 192 << 20
 TOKENS_AT_A_TIME = 1024
 """More tokens in one forward pass make it no faster, and take memory beside the Hessian."""
 TOKENS_A_STEP = 2048
-"""In a step of tuning. With 512 no layer of the embedded model came out better, and all kept what they had."""
+"""In a step of tuning. With 512 no layer of the embedded model came out better: all kept what they had."""
 FLOAT32 = 4
 
 
