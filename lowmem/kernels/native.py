@@ -111,7 +111,7 @@ class _Native:
         self.lock = threading.Lock()
         self.gomp = _gomp_parallel()
         self.threads = 0
-        self.space = torch.empty(0, dtype=torch.uint8)
+        self.space = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def set_threads(self) -> None:
         """As many as torch has, and its own."""
@@ -207,8 +207,8 @@ def workspace(nbytes: int) -> int:
     """The address of the process's one workspace, of so many bytes or more; only inside `running`."""
     native = _native()
     if native.space.numel() < nbytes:
-        native.space = torch.empty(0, dtype=torch.uint8)  # the old one goes first
-        native.space = torch.empty(nbytes, dtype=torch.uint8)
+        native.space = torch.empty(0, dtype=torch.uint8, device="cpu")  # the old one goes first
+        native.space = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     return native.space.data_ptr()
 
 
