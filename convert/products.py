@@ -8,7 +8,6 @@ Otherwise, and on a card, it is torch.
 from __future__ import annotations
 
 import ctypes
-import functools
 
 import torch
 
@@ -36,12 +35,13 @@ class _Job(ctypes.Structure):
     )
 
 
-@functools.cache
 def _declare() -> bool:
-    """Whether the library is there; its functions are declared then."""
+    """Whether the library is there; its functions are declared then, once for each time that it is loaded."""
     if not native.available():
         return False
     library = native.library()
+    if getattr(library, "products_declared", False):
+        return True
     if not hasattr(library, "lm_permute"):  # compiled before there was this
         return False
     library.lm_gemm_workspace.restype, library.lm_gemm_workspace.argtypes = ctypes.c_size_t, ()
@@ -55,6 +55,7 @@ def _declare() -> bool:
     library.lm_round_workspace.restype, library.lm_round_workspace.argtypes = ctypes.c_size_t, ()
     library.lm_round_run.restype = None
     library.lm_round_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
+    library.products_declared = True  # type: ignore[attr-defined]
     return True
 
 
