@@ -170,8 +170,9 @@ def test_zeros_and_wild_columns_are_rounded(isa):  # noqa: F811
 @pytest.mark.parametrize("group", [32, -1])
 def test_what_is_lacking_is_the_regression_of_it_on_the_input(act_order, group):
     """Rounding W with d wanted beside it is rounding the W that comes closest to W x + d."""
-    n, out = 96, 5
-    x, d = correlated(500, n), 0.2 * torch.randn(500, out, dtype=torch.float64)
+    n, out = 96, 40
+    generator = torch.Generator().manual_seed(17)
+    x, d = correlated(500, n), 0.2 * torch.randn(500, out, dtype=torch.float64, generator=generator)
     config = QuantConfig(bits=4, group_size=group, desc_act=act_order, damp_percent=1e-12)
     weight_t = weight_of(n, out)
     prepared = prepare(hessian_of(x), config)
@@ -181,7 +182,9 @@ def test_what_is_lacking_is_the_regression_of_it_on_the_input(act_order, group):
     if group == -1:  # its grid is that of W itself
         assert found.squared_error < 1.2 * expected.squared_error
         return
-    assert float((found.codes == expected.codes).double().mean()) > 0.99
+    # An output is the same in every code, but for one whose two grids are a tie: about one in forty.
+    same = (found.codes == expected.codes).double().mean(0) > 0.99
+    assert float(same.double().mean()) > 0.9
     left = (x @ (moved - dequantized(found, n))).square().sum(1).mean()
     assert found.squared_error == pytest.approx(float(left), rel=1e-6)
 
