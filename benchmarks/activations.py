@@ -79,7 +79,7 @@ def _use(loaded: LoadedModel, planes: int) -> None:
         if isinstance(module, QuantLinear):
             if module.packed is None:
                 raise SystemExit("lowmem's own kernels are not used here: see lowmem doctor")
-            module.packed.prefill_planes = planes
+            module.packed.planes = planes
 
 
 def _logits(loaded: LoadedModel, rows: torch.Tensor) -> Iterator[torch.Tensor]:

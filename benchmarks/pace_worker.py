@@ -43,7 +43,7 @@ class Runtime:
         self.loaded = loaded
         self.engine: Engine = Session(loaded, context=context, speculate=False).engine
         self.engine.stop_ids = frozenset()  # no token ends an answer
-        self.engine._rearranging.finish()  # as after the first answer; see pace_load for what it takes
+        self.engine.settle()  # as after the first answer; see pace_load for what it takes
         self.vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
 
     def answer(self, line: str) -> dict[str, Any]:

@@ -31,37 +31,13 @@ class _Job(ctypes.Structure):
         ("c", ctypes.c_void_p),
         ("c_row", ctypes.c_int64),
         ("alpha", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("a_type", "b_type", "zero", "upper", "bf16")),
+        *((name, ctypes.c_int32) for name in ("a_type", "b_type", "upper", "bf16")),
     )
-
-
-def _declare() -> bool:
-    """Whether the library is there; its functions are declared then, once for each time that it is loaded."""
-    if not native.available():
-        return False
-    library = native.library()
-    if getattr(library, "products_declared", False):
-        return True
-    if not hasattr(library, "lm_permute"):  # compiled before there was this
-        return False
-    library.lm_gemm_workspace.restype, library.lm_gemm_workspace.argtypes = ctypes.c_size_t, ()
-    library.lm_gemm_run.restype = None
-    library.lm_gemm_run.argtypes = (ctypes.POINTER(_Job), ctypes.c_void_p)
-    library.lm_gemm_name.restype, library.lm_gemm_name.argtypes = ctypes.c_char_p, ()
-    library.lm_gemm_use.restype, library.lm_gemm_use.argtypes = ctypes.c_int, (ctypes.c_char_p,)
-    address, count = ctypes.c_void_p, ctypes.c_int64
-    library.lm_mirror.restype, library.lm_mirror.argtypes = None, (address, count, count, ctypes.c_float)
-    library.lm_permute.restype, library.lm_permute.argtypes = None, (address, count, count, address, address)
-    library.lm_round_workspace.restype, library.lm_round_workspace.argtypes = ctypes.c_size_t, ()
-    library.lm_round_run.restype = None
-    library.lm_round_run.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
-    library.products_declared = True  # type: ignore[attr-defined]
-    return True
 
 
 def name(device: torch.device) -> str:
     """What computes products there: "torch", or the library's instruction set. Results depend on it."""
-    if device.type != "cpu" or not _declare():
+    if device.type != "cpu" or not native.available():
         return "torch"
     found: bytes = native.library().lm_gemm_name()
     return found.decode()
@@ -69,7 +45,7 @@ def name(device: torch.device) -> str:
 
 def ours(*tensors: torch.Tensor) -> bool:
     """Whether the library can take these: matrices on the CPU in float32 or bfloat16."""
-    return _declare() and all(
+    return native.available() and all(
         t.device.type == "cpu" and t.dtype in _TYPES and t.layout == torch.strided for t in tensors
     )
 
@@ -95,10 +71,10 @@ def add_product(
         _check(into, a, b)
         job = _Job(
             into.shape[0], into.shape[1], a.shape[1], a.data_ptr(), b.data_ptr(), *a.stride(), *b.stride(),
-            into.data_ptr(), into.stride(0), alpha, _TYPES[a.dtype], _TYPES[b.dtype], 0, upper, rounded,
+            into.data_ptr(), into.stride(0), alpha, _TYPES[a.dtype], _TYPES[b.dtype], upper, rounded,
         )  # fmt: skip
         with native.running() as library:
-            library.lm_gemm_run(job, native.workspace(library.lm_gemm_workspace()))
+            library.lm_gemm_run(ctypes.addressof(job), native.workspace(library.lm_gemm_workspace()))
         return into
     if not upper:
         for start in range(0, a.shape[1], FACTOR_BLOCK):  # a copy of a whole factor might not fit

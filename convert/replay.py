@@ -101,10 +101,6 @@ class Replay:
             (layer.get_submodule(name), reader(file)) for name, file in self._outputs.items()
         )
 
-    def has(self, name: str) -> bool:
-        """Whether this linear's outputs are there."""
-        return name in self._outputs
-
     def clear(self) -> None:
         """Remove all files, of this layer or of a run that was killed."""
         self._inputs, self._outputs = {}, {}

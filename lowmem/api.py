@@ -21,7 +21,7 @@ def load(
     vram: str | None = None,
     ram: str | None = None,
     dtype: str | None = None,
-    prefill_bits: int | None = None,
+    activation_bits: int | None = None,
     verbose: bool = False,
 ) -> tuple[Any, Any]:
     """The best form of `model` that fits, as a transformers model and its tokenizer.
@@ -39,7 +39,7 @@ def load(
         vram=vram,
         ram=ram,
         dtype=dtype,
-        prefill_bits=prefill_bits,
+        activation_bits=activation_bits,
         verbose=verbose,
     )
     return loaded.model, loaded.tokenizer
@@ -54,11 +54,11 @@ def open_model(
     vram: str | None = None,
     ram: str | None = None,
     dtype: str | None = None,
-    prefill_bits: int | None = None,
+    activation_bits: int | None = None,
     verbose: bool = False,
 ) -> LoadedModel:
     """As `load`, with all that belongs to the model: plan, dialogue, stop tokens. A Session takes it."""
-    request = _request(model, context, bits, device, vram, ram, dtype, prefill_bits)
+    request = _request(model, context, bits, device, vram, ram, dtype, activation_bits)
     return _open_model(request, _to_stderr if verbose else lambda line: None)
 
 
@@ -84,7 +84,7 @@ def _request(
     vram: str | None,
     ram: str | None,
     dtype: str | None,
-    prefill_bits: int | None = None,
+    activation_bits: int | None = None,
 ) -> Request:
     return Request(
         model=str(model),
@@ -94,7 +94,7 @@ def _request(
         vram=parse_bytes(vram, "vram") if vram else None,
         ram=parse_bytes(ram, "ram") if ram else None,
         dtype=dtype,
-        prefill_bits=prefill_bits,
+        activation_bits=activation_bits,
     )
 
 

@@ -86,7 +86,7 @@ def load(
     on_the_fly: bnb.Method | None = None,
     context: int | None = None,
     split: int | None = None,
-    prefill_bits: int | None = None,
+    activation_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadedModel:
     """Load a converted checkpoint, anybody's GPTQ, or a 16-bit source, from disk alone.
@@ -94,8 +94,9 @@ def load(
     dtype: the config's, unless given; but a float16 model on a CPU runs in bfloat16, since CPUs without
     float16 arithmetic multiply it many times slower (see `default_dtype`). Scales stay as they are stored.
     on_the_fly: quantize the decoder layers' linears of a 16-bit source with bitsandbytes while they are read.
-    split: only so many decoder layers on `device`, the others on the CPU. prefill_bits: 8 or 16, of an
-    activation's integer in a CPU's prefill (see kernels.native.prefill_bits). progress: bytes read, and all.
+    split: only so many decoder layers on `device`, the others on the CPU. activation_bits: 8 or 16, of the
+    integers that a CPU's kernels make of activations (see kernels.native.activation_bits). progress: bytes
+    read, and all.
     Raises SourceError for a checkpoint that is damaged, incomplete, or not of its config's model; torch's
     own errors where memory is short.
     """
@@ -120,7 +121,7 @@ def load(
     fill(model, checkpoint.weights, placement, dtype, progress)
     kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
     if checkpoint.format:
-        kernel = dispatch.install(model, checkpoint.format, device, dtype, prefill_bits=prefill_bits)
+        kernel = dispatch.install(model, checkpoint.format, device, dtype, activation_bits=activation_bits)
     connect(model, placement)
     transformers_model: Any = model
     transformers_model.hf_device_map = placement.device_map(len(layers))  # or pipelines would move it

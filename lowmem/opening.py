@@ -81,7 +81,7 @@ def load_option(
         on_the_fly=form.method if form.method in ("int8", "nf4") else None,
         context=plan.context,
         split=layers - option.cpu_layers if option.device == "split" else None,
-        prefill_bits=request.prefill_bits,
+        activation_bits=request.activation_bits,
         progress=progress,
     )
     cache.mark_used(candidate.path)

@@ -72,10 +72,10 @@ class QuantLinear(nn.Module):
         """Whether a row's bits are the same whatever rows come with it, native.FEW_ROWS in all."""
         return self.packed is not None
 
-    def use_native(self, prefill_bits: int | None = None) -> None:
+    def use_native(self, activation_bits: int | None = None) -> None:
         """Multiply with our own kernels from now on (see kernels/native.py), once all tensors are in place.
 
-        prefill_bits: 8 or 16, of an activation's integer in a prefill; None is native.prefill_bits.
+        activation_bits: 8 or 16, of a 16-bit activation's integer; None is native.activation_bits.
 
         An act-order weight of other tools, its groups scattered, gets its rows in order: memory of its own
         instead of the file's. Raises native.Unsuitable, and changes nothing, when the kernels cannot take it.
@@ -88,8 +88,8 @@ class QuantLinear(nn.Module):
             self.g_idx = self.g_idx[order]
             self.order = order if self.order is None else self.order[order]
         packed = native.Packed.of(self)
-        if prefill_bits is not None:
-            packed.prefill_planes = prefill_bits // 8
+        if activation_bits is not None:
+            packed.planes = activation_bits // 8
         self.packed = packed
 
     @property

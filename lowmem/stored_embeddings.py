@@ -10,7 +10,6 @@ and a tensor that is no parameter is still known as one of its file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 
 import torch
@@ -73,7 +72,7 @@ def keep_as_stored(model: nn.Module, names: Iterable[str], activations: torch.dt
     plain head are swapped, and of what is tied all or nothing; positions are few, and most of them never
     looked up. Nothing at all for other `activations` than bfloat16, or without our own kernels.
     """
-    if activations is not torch.bfloat16 or not _native_is_used():
+    if activations is not torch.bfloat16 or dispatch.why_not_native():
         return
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
@@ -97,10 +96,6 @@ def keep_as_stored(model: nn.Module, names: Iterable[str], activations: torch.dt
                 StoredHead(module) if isinstance(module, nn.Linear) else StoredEmbedding(module, activations)
             )
             setattr(model.get_submodule(parent), child, new.train(module.training))
-
-
-def _native_is_used() -> bool:
-    return os.environ.get(dispatch.VARIABLE, "") not in ("torch", "reference") and native.available()
 
 
 def _make_buffer(module: nn.Module) -> None:

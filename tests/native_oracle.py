@@ -56,7 +56,7 @@ class Weight:
         packed = native.Packed(
             pack_rows(self.q, self.bits), self.scales, self.zeros, self.bias, self.bits, self.group
         )
-        packed.prefill_planes = 2  # the rule is the same for any number of rows
+        packed.planes = 2  # the rule is the same for any number of rows
         return packed
 
     def exact(self) -> torch.Tensor:

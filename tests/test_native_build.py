@@ -102,3 +102,22 @@ def test_a_library_that_is_not_there_or_of_another_version_is_explained(
             with pytest.raises(RuntimeError, match=words):
                 native.library()
     native._load.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All names are there, as after an update without a new installation, and the number is another."""
+    text = "".join(f"int {name}(void) {{ return {native.CONTRACT - 1}; }}\n" for name in _DECLARED)
+    (tmp_path / "old.c").write_text(text)
+    compiler = shutil.which("cc") or "gcc"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", tmp_path / "_native.so", tmp_path / "old.c"], check=True
+    )
+    monkeypatch.setattr(native, "_path", lambda: tmp_path / "_native.so")
+    native._load.cache_clear()
+    try:
+        assert not native.available()
+        assert "another version" in native.why_not() and "install lowmem again" in native.why_not()
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()

@@ -113,7 +113,7 @@ def test_any_linear_is_float64s(
     linear = quant_linear(inputs, 32 * words, bits, group_size, sym=sym, bias=bias, v2=v2, seed=seed)
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
     right = exact(linear, x)
-    linear.use_native(prefill_bits=16)
+    linear.use_native(activation_bits=16)
     got = linear(x)
     assert linear.row_invariant and got.dtype is dtype
     assert error(got, right) < TOLERANCES[dtype]
@@ -121,16 +121,16 @@ def test_any_linear_is_float64s(
 
 @needs_native
 @pytest.mark.parametrize("bits", BITS)
-def test_a_prefill_has_8_bit_activations_only_where_they_are_free_or_asked_for(bits: int) -> None:
+def test_16_bit_activations_become_8_only_where_it_is_free_or_asked_for(bits: int) -> None:
     linear = quant_linear(256, 96, bits, 64)
     x = torch.randn(native.FEW_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     results = {}
     for asked in (None, 8, 16):
-        linear.use_native(prefill_bits=asked)
+        linear.use_native(activation_bits=asked)
         results[asked] = linear(x)
-        assert torch.equal(linear(x[:16]), results.setdefault("few", linear(x[:16]))), "a step's rows never"
+        assert torch.equal(linear(x[:1]), results[asked][:1]), "a step's rows as a prompt's"
         exact_in_float32 = error(linear(x.float()), exact(linear, x.float()))
-        assert exact_in_float32 < TOLERANCES[torch.float32], "nor float32"
+        assert exact_in_float32 < TOLERANCES[torch.float32], "never float32"
     assert torch.equal(results[None], results[8 if bits <= 3 else 16])
     assert error(results[16], exact(linear, x)) < TOLERANCES[torch.bfloat16]
     assert TOLERANCES[torch.bfloat16] < error(results[8], exact(linear, x)) < 0.02

@@ -12,7 +12,6 @@ What the step is not made for keeps the eager path, with the reason: `StepRefuse
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +24,8 @@ from lowmem.kernels import dispatch, native
 from lowmem.quant_linear import QuantLinear
 from lowmem.stored_embeddings import StoredEmbedding, StoredHead
 
-MOST_ROWS = 16
-"""Rows of a step, at most: a token and the draft behind it."""
+MOST_ROWS = native.FEW_ROWS
+"""Rows of a step, at most: a token and the draft behind it. Of more, none would come out as it does alone."""
 _HEAD_UNIT = 16  # a head's size is a multiple of it
 # transformers' names → LM_GELU, LM_GELU_TANH. gelu_new and gelu_fast are the same formula.
 _ACTIVATIONS = {"gelu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
@@ -49,7 +48,7 @@ class StepRefused(Exception):
 class _Weight(ctypes.Structure):
     """`lm_weight` of csrc/step.h."""
 
-    _fields_ = (("packed", ctypes.c_void_p), ("dense", ctypes.c_void_p))
+    _fields_ = (("packed", ctypes.c_void_p), ("dense", ctypes.c_void_p), ("planes", ctypes.c_int64))
 
 
 class _Norm(ctypes.Structure):
@@ -86,7 +85,6 @@ class _Model(ctypes.Structure):
         ("capacity", ctypes.c_int64),
         ("multi_query", ctypes.c_int32),
         ("activation", ctypes.c_int32),
-        ("planes", ctypes.c_int32),
         ("epsilon", ctypes.c_float),
         ("scaling", ctypes.c_float),
         ("wte_type", ctypes.c_int16),
@@ -110,8 +108,6 @@ class NativeStep:
         refusal = why_not(model)
         if refusal:
             raise StepRefused(refusal)
-        library = native.library()
-        _declare(library)
         self._cache = cache
         self._keep: list[Any] = []  # the structures and tensors that the library is given pointers to
         self._vocabulary, embd = model.transformer.wte.weight.shape
@@ -169,7 +165,6 @@ class NativeStep:
             capacity=self._cache.capacity,
             multi_query=int(config.multi_query),
             activation=_ACTIVATIONS[config.activation_function],
-            planes=native.PLANES[torch.bfloat16],
             epsilon=body.ln_f.eps,
             scaling=attention.scaling,
             wte_type=native.TYPES[_stored_dtype(body.wte)],
@@ -216,7 +211,7 @@ class NativeStep:
             if (packed.in_features, packed.out_features) != (inputs, outputs):
                 raise StepRefused(f"a packed linear of {packed.in_features} to {packed.out_features}")
             self._keep.append(packed)
-            return _Weight(packed.address, None)
+            return _Weight(packed.address, None, packed.planes)
         if type(linear) not in (nn.Linear, StoredHead):
             raise StepRefused(f"a linear is {type(linear).__name__}")
         dtype = _stored_dtype(linear)
@@ -226,7 +221,7 @@ class NativeStep:
             inputs, outputs, weight, bias, native.TYPES[torch.bfloat16], native.TYPES[dtype]
         )
         self._keep.append(dense)
-        return _Weight(None, ctypes.addressof(dense))
+        return _Weight(None, ctypes.addressof(dense), 0)
 
 
 def _stored_dtype(module: nn.Module) -> torch.dtype:
@@ -236,11 +231,8 @@ def _stored_dtype(module: nn.Module) -> torch.dtype:
 
 def why_not(model: Any) -> str:
     """Why this model can have no native step, as far as can be told without its weights; "" if it can."""
-    asked = os.environ.get(dispatch.VARIABLE, "")
-    if asked in ("torch", "reference"):
-        return f"{dispatch.VARIABLE}={asked}"
-    if not native.available():
-        return native.why_not()
+    if refusal := dispatch.why_not_native():
+        return refusal
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", "") != "gpt_bigcode" or not hasattr(model, "lm_head"):
         return "the native step knows GPTBigCode only"
@@ -288,10 +280,3 @@ def checked_step(model: Any, cache: KVCache, ids: Sequence[int]) -> tuple[Native
         cache.cut(min(length, cache.length))
         raise StepRefused(one_line(error)) from error
     return step, logits
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    pointer, long = ctypes.c_void_p, ctypes.c_int64
-    library.lm_step_workspace.restype, library.lm_step_workspace.argtypes = ctypes.c_size_t, (pointer, long)
-    library.lm_step.restype = None
-    library.lm_step.argtypes = (pointer, pointer, long, long, pointer, pointer)

@@ -20,7 +20,15 @@ from lowmem.errors import InvalidRequestError
 from lowmem.kernels import cuda, native, torch_ops
 from lowmem.kernels.cuda import REFERENCE, KernelChoice, PackedLinear, PassedOver
 
-__all__ = ["REFERENCE", "VARIABLE", "KernelChoice", "choose_kernel", "install", "native_name"]
+__all__ = [
+    "REFERENCE",
+    "VARIABLE",
+    "KernelChoice",
+    "choose_kernel",
+    "install",
+    "native_name",
+    "why_not_native",
+]
 
 VARIABLE = "LOWMEM_CPU_KERNEL"
 Way = Literal["native", "torch", "reference"]
@@ -30,7 +38,7 @@ Way = Literal["native", "torch", "reference"]
 class SwitchableLinear(PackedLinear, Protocol):
     """A packed linear that can be told to use our own kernels."""
 
-    def use_native(self, prefill_bits: int | None = None) -> None:
+    def use_native(self, activation_bits: int | None = None) -> None:
         """From now on; raises native.Unsuitable, and stays as it is, when they cannot take it."""
 
 
@@ -49,7 +57,7 @@ def install(
     device: torch.device,
     dtype: torch.dtype,
     notify: Callable[[str], None] | None = None,
-    prefill_bits: int | None = None,
+    activation_bits: int | None = None,
 ) -> str:
     """Give the packed linears of a filled model their kernels; the name of what was chosen.
 
@@ -64,9 +72,18 @@ def install(
     if on_cpu := [
         m for m in model.modules() if isinstance(m, PackedLinear) and m.qweight.device.type == "cpu"
     ]:
-        name = _install_on_cpu(model, on_cpu, format, dtype, prefill_bits)
+        name = _install_on_cpu(model, on_cpu, format, dtype, activation_bits)
         names.append(name if not names else f"{name} on the CPU")
     return ", ".join(names) or REFERENCE
+
+
+def why_not_native() -> str:
+    """Why our own kernels are not used on a CPU, whatever for: LOWMEM_CPU_KERNEL, or they are not there; ""
+    if they are."""
+    asked = os.environ.get(VARIABLE, "")
+    if asked in ("torch", "reference"):
+        return f"{VARIABLE}={asked}"
+    return native.why_not()
 
 
 def native_name() -> str:
@@ -114,7 +131,7 @@ def _install_on_cpu(
     linears: Sequence[PackedLinear],
     format: GptqFormat,
     dtype: torch.dtype,
-    prefill_bits: int | None,
+    activation_bits: int | None,
 ) -> str:
     way = _way(format, dtype)[0]
     if way == "torch":
@@ -125,7 +142,7 @@ def _install_on_cpu(
     used: Counter[str] = Counter()
     for linear in linears:
         try:
-            cast(SwitchableLinear, linear).use_native(prefill_bits)
+            cast(SwitchableLinear, linear).use_native(activation_bits)
             used[native_name()] += 1
         except native.Unsuitable:
             used[REFERENCE] += 1

@@ -3,7 +3,7 @@
 The library is compiled when lowmem is installed. It reads GPTQ's tensors where they lie, also mapped from
 their file, and runs on the threads of torch's own OpenMP, so that the two never compete for cores. What it
 computes is written in csrc/lowmem.h: a row's result depends neither on the rows beside it nor on threads or
-instruction sets, but for a prefill that asks for fewer bits of its activations than a step does.
+instruction sets.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ from lowmem.kernels.cuda import PackedLinear
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """LM_F32, LM_F16, LM_BF16."""
 PLANES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
-"""Bytes of an activation's integer, by the dtype of the activations."""
+"""Bytes of an activation's integer, by the dtype of the activations; one may do, see `activation_bits`."""
 FEW_ROWS = 16
-"""LM_FEW: for more rows than these (a prompt's, never a step's) one byte may do, see `prefill_bits`."""
+"""LM_FEW: for more rows than these (a prompt's, never a step's) weights are taken apart once for all."""
 PANEL = 64
 """LM_PANEL: outputs that lie side by side in a panel."""
+CONTRACT = 2
+"""LM_CONTRACT of csrc/lowmem.h."""
 _INSTALL = "install a C compiler (gcc or clang), then install lowmem again"
 _ORDER_VALUES = 1 << 22  # weights that are unpacked at a time while rows are put in order
 
 
-def prefill_bits(bits: int) -> int:
-    """Bits of an activation's integer while a prompt is read, by a weight's width: 16, or 8 where it is free.
+def activation_bits(bits: int) -> int:
+    """Bits of the integer that a 16-bit activation becomes, by a weight's width: 16, or 8 where it is free.
 
-    8 bits are nearly twice as fast. To the KL divergence of tiny-starchat on code they add 1.3 % at 3 bits,
-    0.4 % at 2, but 8 % at 4 and many times what there is at 8 (`python -m benchmarks.activations`).
+    8 bits are nearly twice as fast in a prefill, and at 3 bits a tenth faster in a step. To the KL divergence
+    of tiny-starchat on code they add 1.3 % at 3 bits, 0.4 % at 2, but 8 % at 4 and many times what there is
+    at 8 (`python -m benchmarks.activations`).
     """
     return 8 if bits <= 3 else 16
 
@@ -88,13 +91,23 @@ _DECLARED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lm_threads": (_INT, ()),
     "lm_isa_name": (ctypes.c_char_p, ()),
     "lm_use_isa": (_INT, (ctypes.c_char_p,)),
-    "lm_packed_bytes": (_SIZE, ()),
+    "lm_contract": (_INT, ()),
     "lm_kernel_group": (ctypes.c_int32, (ctypes.c_int32,)),
     "lm_linear_workspace": (_SIZE, (_POINTER, _LONG, _INT)),
     "lm_linear": (None, (_POINTER, _POINTER, _INT, _LONG, _INT, _POINTER, _INT, _POINTER)),
     "lm_dense_linear": (None, (_POINTER, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER)),
     "lm_to_panels": (None, (_POINTER, _POINTER, _POINTER, _POINTER)),
     "lm_read": (ctypes.c_uint64, (_POINTER, _SIZE)),
+    "lm_step_workspace": (_SIZE, (_POINTER, _LONG)),
+    "lm_step": (None, (_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER)),
+    "lm_gemm_workspace": (_SIZE, ()),
+    "lm_gemm_run": (None, (_POINTER, _POINTER)),
+    "lm_gemm_name": (ctypes.c_char_p, ()),
+    "lm_gemm_use": (_INT, (ctypes.c_char_p,)),
+    "lm_mirror": (None, (_POINTER, _LONG, _LONG, ctypes.c_float)),
+    "lm_permute": (None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
+    "lm_round_workspace": (_SIZE, ()),
+    "lm_round_run": (None, (_POINTER, _POINTER)),
 }
 
 
@@ -105,7 +118,7 @@ class _Native:
         for name, (result, arguments) in _DECLARED.items():
             function = getattr(library, name)  # raises AttributeError for a library of another version
             function.restype, function.argtypes = result, arguments
-        if library.lm_packed_bytes() != ctypes.sizeof(LmPacked):
+        if library.lm_contract() != CONTRACT:
             raise OSError("it is of another version of lowmem")
         self.library = library
         self.lock = threading.Lock()
@@ -301,8 +314,8 @@ class Packed:
         if bias is not None:
             _check("bias", bias, shape[1:], *TYPES)
         self.bits, self.group = bits, group
-        self.prefill_planes = prefill_bits(bits) // 8
-        """As PLANES, for more than FEW_ROWS rows of 16-bit activations."""
+        self.planes = activation_bits(bits) // 8
+        """As PLANES, of 16-bit activations."""
         self._tensors: tuple[torch.Tensor | None, ...] = (qweight, scales, zeros, bias)
         self._coming: list[torch.Tensor | None] = []
         self.struct = LmPacked(
@@ -391,8 +404,8 @@ def linear(packed: Packed, x: torch.Tensor) -> torch.Tensor:
     rows, kind, planes = x.numel() // packed.in_features, TYPES[x.dtype], PLANES[x.dtype]
     if rows == 0:
         return result
-    if rows > FEW_ROWS and planes == 2:
-        planes = packed.prefill_planes
+    if planes == 2:
+        planes = packed.planes
     native = _native()
     lib, address = native.library, packed.address
     with native.lock:  # as `running`, without what a generator costs each of hundreds of linears

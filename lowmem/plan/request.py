@@ -26,7 +26,7 @@ class Request:
     context: tokens of prompt and answer together. bits, method: only such forms ("gptq", "int8", "nf4" or
     "dense"). device: "auto", "cpu" or "cuda:N". vram, ram: bytes that may be taken instead of what is free.
     dtype: of activations and dense weights. bandwidth: bytes a second of a card that is only named.
-    prefill_bits: 8 or 16, of activations while a CPU reads a prompt (see kernels.native.prefill_bits).
+    activation_bits: 8 or 16, of a CPU's activations (see kernels.native.activation_bits).
     """
 
     model: str
@@ -38,7 +38,7 @@ class Request:
     ram: int | None = None
     dtype: str | None = None
     bandwidth: float | None = None
-    prefill_bits: int | None = None
+    activation_bits: int | None = None
 
 
 def plan_for(request: Request, *, named_card: bool = False, measure: bool = False) -> Plan:

@@ -1,127 +1,18 @@
-/* The packed kernels with AVX-512: VNNI for products of bytes, VBMI and VBMI2 for 3-bit fields (Ice Lake, Zen 4 and later).
+/* The packed kernels with AVX-512: VNNI for products of bytes, VBMI2 and GFNI for fields of 3 and 2 bits (Ice Lake, Zen 4
+ * and later).
  *
- * Digits lie as [group][row][step][plane][4 bytes]: a step is the four inputs that one dot-product instruction takes of
- * each of 16 outputs. Which four they are follows from how GPTQ's words come apart (see `unpack`):
- *
- *   8 bits   inputs 4s, 4s+1, 4s+2, 4s+3: the word as it is
- *   4 bits   of 8 inputs the even, then the odd ones: v & 0x0f.., v >> 4 & 0x0f..
- *   3 bits   the same, after 24 bits of the stream have been spread over four bytes of two fields
- *   2 bits   of 16 inputs j, j+4, j+8, j+12 for j = 0..3: v >> 2j & 0x03..
+ * Digits lie as digits_avx512.c makes them, [group][row][step][plane][4 bytes], where a step is four inputs of each of 16
+ * outputs, as GPTQ's words come apart.
  */
 #if defined(__x86_64__)
-#include <float.h>
-#include <immintrin.h>
 #include <string.h>
 
-#include "internal.h"
-#include "lowmem.h"
+#include "avx512.h"
 #include "types.h"
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx512vbmi2,fma,f16c")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
-#define UNROLL _Pragma("GCC unroll 16")
 
 /* Vectors of 16 outputs that are worked on at a time: with one or two rows more, or the sums would wait for each other. */
 enum { WIDE = 2, WIDEST = 4, PANEL = 16 * WIDE };
 #define FEW_WIDE(rows) ((rows) <= 2 ? WIDEST : WIDE)
-
-/* ---- activations --------------------------------------------------------------------------------------------- */
-
-static size_t digit_bytes(int64_t rows, int64_t in, int planes) { return (size_t)(rows * in * planes); }
-
-INLINE __m512 load_x(const void *x, int type, int64_t at)
-{
-    if (type == LM_F32)
-        return _mm512_loadu_ps((const float *)x + at);
-    __m256i half = _mm256_loadu_si256((const void *)((const uint16_t *)x + at));
-    if (type == LM_F16)
-        return _mm512_cvtph_ps(half);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-/* 16 bytes of consecutive inputs into the order of the steps. */
-INLINE __m128i step_order(int bits, __m128i bytes)
-{
-    if (bits == 4 || bits == 3)
-        return _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
-    if (bits == 2)
-        return _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
-    return bytes;
-}
-
-INLINE void quantize_group(const void *x, int type, int64_t at, int width, int bits, int planes, uint8_t *digits,
-                           float *scale, int32_t *sums)
-{
-    const int32_t limit = planes == 1 ? 127 : planes == 2 ? 32639 : 8355711;
-    __m512i largest = _mm512_setzero_si512(); /* as integers: NaN above infinity above all that is finite */
-    for (int k = 0; k < width; k += 16) {
-        __m512i magnitude = _mm512_and_si512(_mm512_castps_si512(load_x(x, type, at + k)), _mm512_set1_epi32(0x7fffffff));
-        largest = _mm512_max_epu32(largest, magnitude);
-    }
-    uint32_t most = _mm512_reduce_max_epu32(largest);
-    float a;
-    memcpy(&a, &most, 4);
-    float inverse = (float)limit / a;
-    if (!(inverse <= FLT_MAX)) /* nothing, or nothing that can be scaled: the scale says what it was */
-        inverse = 0;
-    *scale = a / (float)limit;
-    const __m512i high = _mm512_set1_epi32(limit), low = _mm512_set1_epi32(-limit), round = _mm512_set1_epi32(128);
-    const __m128i ones = _mm_set1_epi8(1);
-    __m128i sum[3] = {_mm_setzero_si128(), _mm_setzero_si128(), _mm_setzero_si128()};
-    for (int k = 0; k < width; k += 16) {
-        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(load_x(x, type, at + k), _mm512_set1_ps(inverse)));
-        q = _mm512_max_epi32(_mm512_min_epi32(q, high), low);
-        __m128i p[3];
-        for (int plane = 0; plane < planes; plane++) {
-            p[plane] = step_order(bits, _mm512_cvtepi32_epi8(q));
-            sum[plane] = _mm_dpbusd_epi32(sum[plane], ones, p[plane]);
-            q = _mm512_srai_epi32(_mm512_add_epi32(q, round), 8);
-        }
-        if (planes == 1) {
-            _mm_storeu_si128((void *)digits, p[0]);
-        } else if (planes == 2) {
-            _mm_storeu_si128((void *)digits, _mm_unpacklo_epi32(p[0], p[1]));
-            _mm_storeu_si128((void *)(digits + 16), _mm_unpackhi_epi32(p[0], p[1]));
-        } else {
-            int32_t words[3][4];
-            for (int plane = 0; plane < 3; plane++)
-                _mm_storeu_si128((void *)words[plane], p[plane]);
-            for (int step = 0; step < 4; step++)
-                for (int plane = 0; plane < 3; plane++)
-                    memcpy(digits + 12 * step + 4 * plane, &words[plane][step], 4);
-        }
-        digits += 16 * planes;
-    }
-    for (int plane = 0; plane < planes; plane++) {
-        __m128i s = _mm_add_epi32(sum[plane], _mm_shuffle_epi32(sum[plane], 0x4e));
-        sums[plane] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-    }
-}
-
-#define QUANTIZE(type, planes)                                                                                         \
-    TARGET static void quantize_##type##_##planes(const void *x, int64_t stride, lm_input *input, int64_t first,       \
-                                                  int64_t last)                                                        \
-    {                                                                                                                  \
-        const int width = input->group;                                                                                \
-        for (int64_t g = first; g < last; g++)                                                                         \
-            for (int64_t r = 0; r < input->rows; r++) {                                                                \
-                int64_t index = g * input->rows + r;                                                                   \
-                quantize_group(x, type, r * stride + g * width, width, input->bits, planes,                            \
-                               (uint8_t *)input->digits + index * width * planes, input->scales + index,               \
-                               input->sums + 3 * index);                                                               \
-            }                                                                                                          \
-    }
-QUANTIZE(0, 1) QUANTIZE(0, 2) QUANTIZE(0, 3) QUANTIZE(1, 1) QUANTIZE(1, 2) QUANTIZE(1, 3) QUANTIZE(2, 1)
-QUANTIZE(2, 2) QUANTIZE(2, 3)
-
-static void quantize(const void *x, int x_type, int64_t stride, lm_input *input, int64_t first, int64_t last)
-{
-    typedef void (*kernel)(const void *, int64_t, lm_input *, int64_t, int64_t);
-    static const kernel kernels[3][3] = {{quantize_0_1, quantize_0_2, quantize_0_3},
-                                         {quantize_1_1, quantize_1_2, quantize_1_3},
-                                         {quantize_2_1, quantize_2_2, quantize_2_3}};
-    kernels[x_type][input->planes - 1](x, stride, input, first, last);
-}
 
 /* ---- weights ------------------------------------------------------------------------------------------------- */
 
@@ -139,6 +30,16 @@ INLINE __m512i load_words(const uint32_t *words, __mmask16 mask)
 #define PIECE_STEPS(bits) ((bits) == 8 ? 1 : 2)
 #define UNIT_STEPS(bits) (UNIT_PIECES(bits) * PIECE_STEPS(bits))
 
+/* Bits from.. of each byte, by themselves: a shift and a mask at once. */
+INLINE __m512i field(__m512i v, int bits, int from)
+{
+    uint64_t matrix = 0; /* byte 7 - i of it chooses the bits whose sum becomes bit i */
+    UNROLL
+    for (int i = 0; i < bits; i++)
+        matrix |= (uint64_t)(1u << (from + i)) << (8 * (7 - i));
+    return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64((long long)matrix), 0);
+}
+
 /* A piece of 16 outputs' words[0], words[stride] and words[2 stride]: vectors of [16 outputs][4 inputs]. */
 INLINE void unpack(int bits, int piece, const uint32_t *words, int64_t stride, __mmask16 mask, __m512i step[2])
 {
@@ -152,7 +53,7 @@ INLINE void unpack(int bits, int piece, const uint32_t *words, int64_t stride, _
             first = _mm512_shrdi_epi32(first, load_words(words + 2 * stride, mask), 16);
         first = _mm512_multishift_epi64_epi8(piece == 3 ? spread_8 : spread, first);
         step[0] = _mm512_and_si512(first, _mm512_set1_epi8(0x07));
-        step[1] = _mm512_and_si512(_mm512_srli_epi32(first, 3), _mm512_set1_epi8(0x07));
+        step[1] = field(first, 3, 3);
         return;
     }
     __m512i v = load_words(words, mask);
@@ -162,8 +63,8 @@ INLINE void unpack(int bits, int piece, const uint32_t *words, int64_t stride, _
         step[0] = _mm512_and_si512(v, _mm512_set1_epi8(0x0f));
         step[1] = _mm512_and_si512(_mm512_srli_epi32(v, 4), _mm512_set1_epi8(0x0f));
     } else {
-        step[0] = _mm512_and_si512(_mm512_srli_epi32(v, 4 * piece), _mm512_set1_epi8(0x03));
-        step[1] = _mm512_and_si512(_mm512_srli_epi32(v, 4 * piece + 2), _mm512_set1_epi8(0x03));
+        step[0] = piece ? field(v, 2, 4) : _mm512_and_si512(v, _mm512_set1_epi8(0x03));
+        step[1] = field(v, 2, 4 * piece + 2);
     }
 }
 
@@ -419,14 +320,22 @@ INLINE void unpack_group(int bits, const lm_group *at, int64_t first, int64_t la
     }
 }
 
+/* Tiles whose digits are asked for ahead: with many inputs they come from memory for every piece of columns. */
+enum { TILES_AHEAD = 2 };
+
+/* `ahead`: what a tile of other rows will read, a share of it. */
 INLINE void many_tile(int plain, int planes, int rows, const lm_group *at, const uint8_t *weights, int64_t row, int64_t output,
-                      const __mmask16 *mask, float *to, int64_t stride)
+                      const __mmask16 *mask, const uint8_t *ahead, float *to, int64_t stride)
 {
     const int width = at->input->group;
     const uint8_t *digits = (const uint8_t *)at->input->digits + (at->group * at->input->rows + row) * width * planes;
     sums_of_tile sum;
     start_sums(plain, planes, rows, WIDE, at, row, output, mask, sum);
     for (int k = 0; k < width; k += 4) {
+        if (k % 16 == 0) {
+            _mm_prefetch((const char *)ahead, _MM_HINT_T0);
+            ahead += 64;
+        }
         __m512i w[WIDE];
         UNROLL
         for (int v = 0; v < WIDE; v++)
@@ -469,13 +378,18 @@ INLINE void many_columns(int plain, int bits, int planes, const lm_group *at, in
                                           : left <= 16 ? 0
                                                        : (__mmask16)((1u << (left - 16)) - 1)};
             const uint8_t *weights = scratch + (o - first) * at->input->group;
+            /* Each panel asks for its share, in the order of memory: what lies behind the last row is the next group. */
+            const int64_t bytes = tile * at->input->group * planes, panels = LM_MANY_COLUMNS / PANEL;
+            const uint8_t *ahead = (const uint8_t *)at->input->digits +
+                                   (at->group * rows + r) * at->input->group * planes + TILES_AHEAD * bytes +
+                                   (o - first) / PANEL * (bytes / panels);
             float *to = y + r * stride + o - first;
             if (tile == TILE(planes))
-                many_tile(plain, planes, TILE(planes), at, weights, r, o, mask, to, stride);
+                many_tile(plain, planes, TILE(planes), at, weights, r, o, mask, ahead, to, stride);
             else if (tile == 2)
-                many_tile(plain, planes, 2, at, weights, r, o, mask, to, stride);
+                many_tile(plain, planes, 2, at, weights, r, o, mask, ahead, to, stride);
             else
-                many_tile(plain, planes, 1, at, weights, r, o, mask, to, stride);
+                many_tile(plain, planes, 1, at, weights, r, o, mask, ahead, to, stride);
         }
     }
 }
@@ -506,6 +420,6 @@ static void many(const lm_packed *w, const lm_input *input, int64_t first, int64
     add_bias(w, input, first, last, y, stride);
 }
 
-const lm_isa lm_avx512 = {"AVX-512 VNNI", digit_bytes, quantize, few, many, lm_dense_avx512};
+const lm_isa lm_avx512 = {"AVX-512 VNNI", lm_digit_bytes_avx512, lm_quantize_avx512, few, many, lm_dense_avx512};
 
 #endif

@@ -1,14 +1,7 @@
 /* A dense weight of 16 bits times a few rows, with AVX-512: the head, at the memory's pace. */
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#include "internal.h"
-#include "lowmem.h"
+#include "avx512.h"
 #include "types.h"
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,fma")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
-#define UNROLL _Pragma("GCC unroll 16")
 
 /* One row reads one output after the other: memory in one stream, where eight of them, 12 KB apart, take 15 % longer. Several
  * rows have more to do for each weight, and read x less often when outputs share it. */

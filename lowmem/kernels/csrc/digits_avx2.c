@@ -5,9 +5,8 @@
  * a pair follows from the weight's bits (avx2.c).
  */
 #if defined(__x86_64__)
-#include <float.h>
-
 #include "avx2.h"
+#include "digits.h"
 
 size_t lm_digit_bytes_avx2(int64_t rows, int64_t in, int planes) { return (size_t)(rows * in) * 2 * PARTS(planes); }
 
@@ -38,7 +37,7 @@ INLINE __m256i without(__m256i q, __m256i digit) { return _mm256_srai_epi32(_mm2
 INLINE void quantize_group(const void *x, int type, int64_t at, int width, int bits, int planes, int16_t *digits,
                            float *scale, int32_t *sums)
 {
-    const int32_t limit = planes == 1 ? 127 : planes == 2 ? 32639 : 8355711;
+    const int32_t limit = lm_limit(planes);
     __m256i largest = _mm256_setzero_si256(); /* as integers: NaN above infinity above all that is finite */
     for (int k = 0; k < width; k += 8) {
         __m256i magnitude = _mm256_and_si256(_mm256_castps_si256(load_8(x, type, at + k)), _mm256_set1_epi32(0x7fffffff));
@@ -49,9 +48,7 @@ INLINE void quantize_group(const void *x, int type, int64_t at, int width, int b
     for (int i = 0; i < 8; i++)
         most = each[i] > most ? each[i] : most;
     const float a = lm_from_bits(most);
-    float inverse = (float)limit / a;
-    if (!(inverse <= FLT_MAX)) /* nothing, or nothing that can be scaled: the scale says what it was */
-        inverse = 0;
+    const float inverse = lm_inverse(a, limit);
     *scale = a / (float)limit;
     const __m256i high = _mm256_set1_epi32(limit), low = _mm256_set1_epi32(-limit);
     __m256i sum[3] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -76,29 +73,6 @@ INLINE void quantize_group(const void *x, int type, int64_t at, int width, int b
         sums[plane] = sum_8(sum[plane]);
 }
 
-#define QUANTIZE(type, planes)                                                                                         \
-    TARGET static void quantize_##type##_##planes(const void *x, int64_t stride, lm_input *input, int64_t first,       \
-                                                  int64_t last)                                                        \
-    {                                                                                                                  \
-        const int width = input->group;                                                                                \
-        for (int64_t g = first; g < last; g++)                                                                         \
-            for (int64_t r = 0; r < input->rows; r++) {                                                                \
-                int64_t index = g * input->rows + r;                                                                   \
-                quantize_group(x, type, r * stride + g * width, width, input->bits, planes,                            \
-                               (int16_t *)input->digits + index * width * PARTS(planes), input->scales + index,        \
-                               input->sums + 3 * index);                                                               \
-            }                                                                                                          \
-    }
-QUANTIZE(0, 1) QUANTIZE(0, 2) QUANTIZE(0, 3) QUANTIZE(1, 1) QUANTIZE(1, 2) QUANTIZE(1, 3) QUANTIZE(2, 1)
-QUANTIZE(2, 2) QUANTIZE(2, 3)
-
-void lm_quantize_avx2(const void *x, int x_type, int64_t stride, lm_input *input, int64_t first, int64_t last)
-{
-    typedef void (*kernel)(const void *, int64_t, lm_input *, int64_t, int64_t);
-    static const kernel kernels[3][3] = {{quantize_0_1, quantize_0_2, quantize_0_3},
-                                         {quantize_1_1, quantize_1_2, quantize_1_3},
-                                         {quantize_2_1, quantize_2_2, quantize_2_3}};
-    kernels[x_type][input->planes - 1](x, stride, input, first, last);
-}
+LM_QUANTIZE_ALL(TARGET, lm_quantize_avx2, int16_t, PARTS)
 
 #endif

@@ -133,16 +133,6 @@ static void block(const task *t, int64_t words, const char *a, int64_t row, int6
     }
 }
 
-static void clear(const task *t, lm_team *team)
-{
-    const lm_gemm *g = &t->job;
-    for (int64_t i; (i = lm_next(team)) < g->m;) {
-        const int64_t from = g->upper ? least(i, g->n) : 0;
-        memset(g->c + i * g->c_row + from, 0, (size_t)(g->n - from) * sizeof(float));
-    }
-    lm_barrier(team);
-}
-
 static void work(void *context, lm_team *team)
 {
     const task *t = context;
@@ -151,8 +141,6 @@ static void work(void *context, lm_team *team)
     const int64_t per_word = t->tiles->pairs ? 2 : 1;
     const int64_t rows_at_once = A_BYTES / (WORDS * 4) / height * height;
     char *a = t->a + (size_t)lm_rank(team) * A_BYTES;
-    if (g->zero)
-        clear(t, team);
     for (int64_t slice = 0; slice < g->n; slice += B_COLUMNS) {
         const int64_t end = least(slice + B_COLUMNS, g->n), panels = (end - slice + width - 1) / width;
         const int64_t rows = g->upper ? least(g->m, end) : g->m;

@@ -20,7 +20,6 @@ typedef struct {
     int64_t c_row;
     float alpha;
     int32_t a_type, b_type;
-    int32_t zero;  /* c = instead of c += */
     int32_t upper; /* only elements with i <= j are computed and written */
     int32_t bf16;  /* factors may be rounded to bfloat16 (they are where the CPU gains by it) */
 } lm_gemm;

@@ -4,11 +4,6 @@
 
 #include "lowmem.h"
 
-#if defined(__x86_64__)
-/* dense_avx512.c: for the table of avx512.c. */
-void lm_dense_avx512(const lm_dense *w, const float *x, int64_t rows, int64_t first, int64_t last, float *y, int64_t stride);
-#endif
-
 /* ---- attention over the KV cache (attention.c) --------------------------------------------------------------- */
 
 /* Keys and values of one decoder layer, bfloat16 [kv_heads, capacity, size] each, and the heads that share them. */

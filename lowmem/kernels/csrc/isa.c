@@ -12,8 +12,8 @@ static int has(const lm_isa *isa)
     if (isa == &lm_avx512)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
-               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("f16c");
+               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni") &&
+               __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (isa == &lm_avx2)
         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #endif
@@ -48,7 +48,7 @@ int lm_use_isa(const char *name)
     return 0;
 }
 
-size_t lm_packed_bytes(void) { return sizeof(lm_packed); }
+int lm_contract(void) { return LM_CONTRACT; }
 
 int32_t lm_kernel_group(int32_t group)
 {

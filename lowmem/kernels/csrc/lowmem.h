@@ -113,8 +113,10 @@ const lm_isa *lm_best_isa(void);
 /* Its name; lm_use_isa("portable C") chooses another for tests, 0 when this CPU cannot. */
 LM_EXPORT const char *lm_isa_name(void);
 LM_EXPORT int lm_use_isa(const char *name);
-/* sizeof(lm_packed): a caller that was compiled or written for another layout can tell. */
-LM_EXPORT size_t lm_packed_bytes(void);
+/* LM_CONTRACT: raised with every change to a structure or function of these headers, so that a library compiled from
+ * other sources than the Python beside it is refused. */
+enum { LM_CONTRACT = 2 };
+LM_EXPORT int lm_contract(void);
 
 /* The group in which activations are quantized: the weight's own up to 256, else the largest of 256, 128, 64, 32 that
  * divides it. */

@@ -4,13 +4,13 @@
  * Digits lie as [group][row][part][input], 16 bits each: one part with 1 or 2 planes, the whole q; with 3 planes a part
  * for each.
  */
-#include <float.h>
 #include <math.h>
 #include <string.h>
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
 
+#include "digits.h"
 #include "lowmem.h"
 #include "types.h"
 
@@ -43,16 +43,14 @@ static inline int32_t low_digit(int32_t q) { return ((q + 128) & 255) - 128; }
 
 static void quantize_group(const float *x, int width, int planes, int16_t *digits, float *scale, int32_t *sums)
 {
-    const int32_t limit = planes == 1 ? 127 : planes == 2 ? 32639 : 8355711;
+    const int32_t limit = lm_limit(planes);
     uint32_t most = 0; /* as integers: NaN above infinity above all that is finite */
     for (int k = 0; k < width; k++) {
         const uint32_t magnitude = lm_to_bits(x[k]) & 0x7fffffff;
         most = magnitude > most ? magnitude : most;
     }
     const float a = lm_from_bits(most);
-    float inverse = (float)limit / a;
-    if (!(inverse <= FLT_MAX)) /* nothing, or nothing that can be scaled: the scale says what it was */
-        inverse = 0;
+    const float inverse = lm_inverse(a, limit);
     *scale = a / (float)limit;
     int32_t sum[3] = {0, 0, 0};
     for (int k = 0; k < width; k++) {

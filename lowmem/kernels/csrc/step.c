@@ -31,9 +31,9 @@ static lm_kv kv_of(const lm_model *m, const lm_layer *layer)
 
 /* ---- workspace ----------------------------------------------------------------------------------------------- */
 
-static size_t linear_workspace(const lm_weight *w, int64_t rows, int planes, size_t most)
+static size_t linear_workspace(const lm_weight *w, int64_t rows, size_t most)
 {
-    size_t bytes = w->packed ? lm_linear_workspace(w->packed, rows, planes) : 0;
+    size_t bytes = w->packed ? lm_linear_workspace(w->packed, rows, (int)w->planes) : 0;
     return bytes > most ? bytes : most;
 }
 
@@ -52,13 +52,13 @@ static size_t arrange(step *s, char *workspace)
     const int64_t width = attention_width(m) > m->inner ? attention_width(m) : m->inner;
     const size_t narrow = (size_t)(s->rows * m->embd) * sizeof(float);
     const lm_kv kv = kv_of(m, m->layer);
-    size_t at = 0, linear = linear_workspace(&m->head, s->rows, m->planes, 0);
+    size_t at = 0, linear = linear_workspace(&m->head, s->rows, 0);
     for (int64_t i = 0; i < m->layers; i++) {
         const lm_layer *layer = m->layer + i;
-        linear = linear_workspace(&layer->c_attn, s->rows, m->planes, linear);
-        linear = linear_workspace(&layer->attn_proj, s->rows, m->planes, linear);
-        linear = linear_workspace(&layer->c_fc, s->rows, m->planes, linear);
-        linear = linear_workspace(&layer->mlp_proj, s->rows, m->planes, linear);
+        linear = linear_workspace(&layer->c_attn, s->rows, linear);
+        linear = linear_workspace(&layer->attn_proj, s->rows, linear);
+        linear = linear_workspace(&layer->c_fc, s->rows, linear);
+        linear = linear_workspace(&layer->mlp_proj, s->rows, linear);
     }
     s->stream = part(workspace, &at, narrow);
     s->other = part(workspace, &at, narrow);
@@ -92,7 +92,7 @@ static void own_columns(const lm_team *team, int64_t count, int64_t *first, int6
 static void multiply(const step *s, const lm_weight *w, const float *x, int64_t in, float *y, int64_t out, lm_team *team)
 {
     if (w->packed)
-        lm_linear_team(w->packed, x, in, s->rows, s->model->planes, y, out, s->linear, team);
+        lm_linear_team(w->packed, x, in, s->rows, (int)w->planes, y, out, s->linear, team);
     else
         lm_dense_team(w->dense, x, s->rows, y, out, team);
 }

@@ -10,6 +10,7 @@ enum { LM_STEP_ROWS = 16 }; /* at most */
 typedef struct {
     const lm_packed *packed;
     const lm_dense *dense;
+    int64_t planes; /* of the activations that the packed one is given */
 } lm_weight;
 
 /* Of a LayerNorm: bfloat16 [embd] each. */
@@ -28,7 +29,6 @@ typedef struct {
     /* c_attn's outputs: all queries, a key and a value (1), or for each head its query, key and value (0). */
     int32_t multi_query;
     int32_t activation; /* LM_GELU.. */
-    int32_t planes;     /* of the activations that packed linears are given */
     float epsilon, scaling;
     int16_t wte_type, wpe_type; /* LM_BF16 or LM_F16 */
     const uint16_t *wte, *wpe; /* [vocab, embd], [positions, embd] */
