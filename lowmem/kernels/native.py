@@ -34,7 +34,7 @@ FEW_ROWS = 16
 """LM_FEW: for more rows than these (a prompt's, never a step's) weights are taken apart once for all."""
 PANEL = 64
 """LM_PANEL: outputs that lie side by side in a panel."""
-CONTRACT = 2
+CONTRACT = 3
 """LM_CONTRACT of csrc/lowmem.h."""
 _INSTALL = "install a C compiler (gcc or clang), then install lowmem again"
 _ORDER_VALUES = 1 << 22  # weights that are unpacked at a time while rows are put in order
@@ -96,6 +96,11 @@ _DECLARED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lm_linear_workspace": (_SIZE, (_POINTER, _LONG, _INT)),
     "lm_linear": (None, (_POINTER, _POINTER, _INT, _LONG, _INT, _POINTER, _INT, _POINTER)),
     "lm_dense_linear": (None, (_POINTER, _POINTER, _INT, _LONG, _POINTER, _INT, _POINTER)),
+    "lm_prompt_attention_workspace": (_SIZE, (_POINTER, _LONG)),
+    "lm_prompt_attention": (
+        None,
+        (_POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG, ctypes.c_float, _POINTER, _POINTER),
+    ),
     "lm_to_panels": (None, (_POINTER, _POINTER, _POINTER, _POINTER)),
     "lm_read": (ctypes.c_uint64, (_POINTER, _SIZE)),
     "lm_step_workspace": (_SIZE, (_POINTER, _LONG)),

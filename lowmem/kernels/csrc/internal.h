@@ -6,12 +6,6 @@
 
 /* ---- attention over the KV cache (attention.c) --------------------------------------------------------------- */
 
-/* Keys and values of one decoder layer, bfloat16 [kv_heads, capacity, size] each, and the heads that share them. */
-typedef struct {
-    int64_t heads, kv_heads, size, capacity; /* size: of a head, a multiple of 16 */
-    const uint16_t *keys, *values;
-} lm_kv;
-
 /* Bytes that lm_attention_team needs for `rows` rows whose last sees `length` keys, with the threads that are set. */
 size_t lm_attention_workspace(const lm_kv *kv, int64_t rows, int64_t length);
 /* Row r of `rows` sees the keys 0..length - rows + r. Its query for head h begins at q + r * q_stride + h * head_stride;

@@ -115,7 +115,7 @@ LM_EXPORT const char *lm_isa_name(void);
 LM_EXPORT int lm_use_isa(const char *name);
 /* LM_CONTRACT: raised with every change to a structure or function of these headers, so that a library compiled from
  * other sources than the Python beside it is refused. */
-enum { LM_CONTRACT = 2 };
+enum { LM_CONTRACT = 3 };
 LM_EXPORT int lm_contract(void);
 
 /* The group in which activations are quantized: the weight's own up to 256, else the largest of 256, 128, 64, 32 that
@@ -138,6 +138,24 @@ void lm_dense_team(const lm_dense *w, const float *x, int64_t rows, float *y, in
 /* out [rows, w->out] = x [rows, w->in] times the dense weight, for a few rows; workspace: rows * in + rows * out floats. */
 LM_EXPORT void lm_dense_linear(const lm_dense *w, const void *x, int x_type, int64_t rows, void *out, int out_type,
                                void *workspace);
+
+/* ---- attention (attention.c, prompt.c) ----------------------------------------------------------------------- */
+
+/* Keys and values of one decoder layer, bfloat16 [kv_heads, capacity, size] each, and the heads that share them. */
+typedef struct {
+    int64_t heads, kv_heads, size, capacity; /* size: of a head, a multiple of 16 */
+    const uint16_t *keys, *values;
+} lm_kv;
+
+/* Bytes of workspace that lm_prompt_attention needs, with the threads that are set. */
+LM_EXPORT size_t lm_prompt_attention_workspace(const lm_kv *kv, int64_t length);
+/* Causal attention of the last `rows` of `length` tokens: row r sees the keys 0..length - rows + r. Its query for head h, of
+ * bfloat16, begins at q + r * q_stride + h * head_stride; out: bfloat16 [rows, heads * size]. A row's result does not
+ * depend on the others, nor on threads. */
+LM_EXPORT void lm_prompt_attention(const lm_kv *kv, const uint16_t *q, int64_t q_stride, int64_t head_stride, int64_t rows,
+                                   int64_t length, float scaling, uint16_t *out, void *workspace);
+
+/* ---- the order that is read fastest (panels.c) ---------------------------------------------------------------- */
 
 /* Copy w's qweight, scales and zeros (where it has any) into panels, outputs beyond w->out being 0, with all threads: the
  * same words, in another order. The sizes are rows * LM_PANEL * panels of each one's elements. */
