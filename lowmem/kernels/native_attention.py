@@ -1,4 +1,4 @@
-"""A prompt's attention by our own kernels (csrc/attention.c): nothing is expanded to the heads that share it."""
+"""A prompt's attention by our own kernels (csrc/attention.c): no key is expanded to the heads that share it."""
 
 from __future__ import annotations
 
