@@ -95,8 +95,7 @@ def run(args: argparse.Namespace) -> int:
     problems = load_problems(args.limit, args.task)
     card = find_card(args.device)
     device = str(card or "cpu")
-    forms = args.forms.split(",") if args.forms else None
-    lineup = line_up(args.models, reference=args.reference, forms=forms, cuda=card is not None)
+    lineup = line_up(args.models, reference=args.reference, forms=args.forms, cuda=card is not None)
     digest = open_source(lineup.source, offline=True).fingerprint()
     origin = origin_of(sys.argv[1:], lineup.source, digest, device)
     out, limits = Path(args.out).expanduser(), Limits()

@@ -114,7 +114,7 @@ def _line_up(args: argparse.Namespace, *, cuda: bool) -> Lineup:
     return line_up(
         args.models,
         reference=args.reference,
-        forms=args.forms.split(",") if args.forms else None,
+        forms=args.forms,
         dtype=None if args.dtype == "auto" else args.dtype,
         cuda=cuda,
         reference_needed=False,

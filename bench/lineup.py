@@ -57,6 +57,7 @@ def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--forms",
+        type=lambda text: text.split(","),
         metavar="LIST",
         help=f"only these, parted by commas: {', '.join(FORMS)}, or labels such as 4-bit (all)",
     )

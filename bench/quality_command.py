@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
     from lowmem.plan.request import find_card
 
     card = find_card(args.device)
-    forms = args.forms.split(",") if args.forms else None
-    lineup = line_up(args.models, reference=args.reference, forms=forms, cuda=card is not None)
+    lineup = line_up(args.models, reference=args.reference, forms=args.forms, cuda=card is not None)
     names = args.texts if args.texts is not None else ("" if args.text else TEXTS)
     settings = Settings(
         texts=tuple(name.strip() for name in names.split(",") if name.strip()),

@@ -14,7 +14,6 @@ transformers' own code does all the computing: the layers are called as the mode
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +29,7 @@ from convert.calls import LayerCall, catch_calls, embed, replaced_forwards
 from convert.weights import Weights, empty, move_buffers
 from lowmem import __version__
 from lowmem.checkpoint.files import read_json
+from lowmem.checkpoint.lock import locked
 from lowmem.checkpoint.source import Source
 from lowmem.checkpoint.writer import write_json
 from lowmem.config import QUANTIZED_SLICE_BYTES
@@ -331,13 +331,7 @@ def _working(folder: Path) -> Iterator[None]:
         raise OutputError(
             f"{folder} cannot be written: {error.strerror}", "Set LOWMEM_CACHE to a folder that can"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"another process is measuring the same in {folder}", "Wait for it, or stop it"
-            ) from None
+    with locked(lock, f"another process is measuring the same in {folder}"):
         yield
 
 

@@ -29,14 +29,15 @@ from statistics import median
 from typing import Any
 
 from bench.processes import ROOT
-from bench.records import from_json, to_json
+from bench.records import from_json
 from benchmarks.pace_load import Load
 from benchmarks.pace_models import PaceModel, llama_models, make_llama, make_ours, our_models
 from benchmarks.pace_record import BESIDE, ModelFacts, PaceRecord, Share, Timing, repeated
 from benchmarks.peers import typed_command
 from benchmarks.peers_run import Peers, find_peers, say
 from benchmarks.peers_worker import Worker, WorkerError
-from lowmem.errors import LowmemError, SourceError
+from benchmarks.record_file import read, write
+from lowmem.errors import LowmemError
 
 Wanted = Callable[[PaceModel], bool]
 RESULTS = ROOT / "benchmarks" / "results" / "pace.json"
@@ -302,25 +303,6 @@ def _llama_version(peers: Peers) -> str:
 # --- the command -------------------------------------------------------------------------------------------
 
 
-def read(file: Path) -> PaceRecord:
-    """The record in a file. Raises SourceError where there is none, or it is damaged."""
-    try:
-        record: PaceRecord = from_json(PaceRecord, json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SourceError(
-            f"{file} cannot be read: {error}", "Measure with: python -m benchmarks.pace"
-        ) from error
-    return record
-
-
-def write(record: PaceRecord, file: Path) -> None:
-    """Write the record, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
-
-
 def _parts(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if unknown := set(names) - set(PARTS):
@@ -361,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.linears:
         args.only = ("linears",)
     try:
-        record = read(args.out) if args.show else measure(args, words)
+        record = read(PaceRecord, args.out, "benchmarks.pace") if args.show else measure(args, words)
         if not args.show and not args.linears:
             write(record, args.out)
     except LowmemError as error:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -29,7 +28,8 @@ from benchmarks.peers_forms import PeersRecord, SpeedTable, quality_forms
 from benchmarks.peers_run import Run, find_peers, measure_forms, say
 from benchmarks.peers_speed import measure_speed, shaped_run
 from benchmarks.peers_table import render
-from lowmem.errors import LowmemError, SourceError
+from benchmarks.record_file import read, write
+from lowmem.errors import LowmemError
 
 RESULTS = ROOT / "benchmarks" / "results" / "peers.json"
 WORK = Path(tempfile.gettempdir()) / "lowmem-peers"
@@ -59,29 +59,6 @@ def compare(args: argparse.Namespace, argv: Sequence[str]) -> PeersRecord:
     return PeersRecord(
         origin, prepared.calibration, args.iterations, run.versions(), found.left_out, forms, tuple(tables)
     )
-
-
-def read(file: Path) -> PeersRecord:
-    """The record in a file. Raises SourceError where there is none, or it is damaged."""
-    from bench.records import from_json
-
-    try:
-        record: PeersRecord = from_json(PeersRecord, json.loads(file.read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SourceError(
-            f"{file} cannot be read: {error}", "Measure with: python -m benchmarks.peers"
-        ) from error
-    return record
-
-
-def write(record: PeersRecord, file: Path) -> None:
-    """Write the record, whole or not at all."""
-    from bench.records import to_json
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(to_json(record), indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
 
 
 def _shown(source: str) -> str:
@@ -148,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not args.show:
             write(compare(args, words), args.out)
-        print(render(read(args.out)))
+        print(render(read(PeersRecord, args.out, "benchmarks.peers")))
     except LowmemError as error:
         say(f"error: {error}")
         return 2

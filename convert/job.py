@@ -14,7 +14,6 @@ A file that job.json does not speak of is rubbish from an interruption, and is w
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.layer import LinearReport
+from lowmem.checkpoint.lock import locked
 from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.checkpoint.writer import as_output_error, sync_folder, write_json
 from lowmem.errors import OutputError, RecipeError
@@ -102,13 +102,7 @@ class Job:
             lock = (self.folder / "lock").open("w")
         except OSError as error:
             raise as_output_error(error, self.folder) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise OutputError(
-                    f"another process is converting into {self.out}", "Wait for it, or stop it"
-                ) from None
+        with locked(lock, f"another process is converting into {self.out}"):
             try:
                 yield
             finally:

@@ -14,9 +14,9 @@ import torch
 
 import lowmem
 from lowmem.errors import InvalidRequestError, SourceError
+from tests.command_lines import ENVIRONMENT
 from tests.convert_helpers import quick_convert
 from tests.helpers import REPO, TINY_STARCHAT
-from tests.test_cli import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,12 @@ import pytest
 import torch
 
 from convert.recipe import Options
-from lowmem.config import QuantConfig
+from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_zeros
+from lowmem.config import BITS, QuantConfig
 from lowmem.loader import load
 from lowmem.quant_linear import QuantLinear
 from tests.convert_helpers import quick_convert
+from tests.gptqmodel_packing import packing_cases, through_gptqmodel
 from tests.helpers import REPO, save_source, tiny_model
 
 NEEDED = ("gptqmodel", "optimum")
@@ -176,6 +178,19 @@ def assert_agrees(results: Results, job: Job, allowance: float = 1.5) -> None:
     assert error_of(got, exact) < allowance * rounding
 
 
+@pytest.mark.parametrize("number", range(len(BITS)), ids=lambda number: f"{BITS[number]}-bit")
+def test_same_words_as_gptqmodel(number: int, results: Results) -> None:
+    """Its packer gives our words, and its unpacker our integers, at every width."""
+    case = torch.load(results.folder / "packing.pt", weights_only=True)[number]
+    bits, q, zeros = case["bits"], case["q"], case["zeros"]
+    assert bits == BITS[number]
+    assert torch.equal(case["qweight"], pack_rows(q, bits))
+    assert torch.equal(case["qzeros"], pack_zeros(zeros, bits))
+    expected = (q.long() - zeros[case["g_idx"]]) * case["scales"].float()[case["g_idx"]]
+    torch.testing.assert_close(case["weight"].float(), expected, rtol=2e-3, atol=0)
+    assert torch.equal(case["random_zeros"].long(), unpack_zeros(case["random_words"], bits).long())
+
+
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_logits_agree(job: Job, results: Results) -> None:
     """Whatever reads it, and with whatever kernel, computes what our reader computes."""
@@ -262,6 +277,7 @@ def _read_all(folder: Path) -> None:
         except Exception as error:  # the test that asks for this job says what it was
             found = {"error": f"{type(error).__name__}: {error}"}
         torch.save(found, folder / f"{job}.pt")
+    torch.save([through_gptqmodel(case) for case in packing_cases()], folder / "packing.pt")
 
 
 def _read(job: Job, checkpoint: Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from lowmem.opening import is_out_of_memory, open_model
 from lowmem.plan import request as request_module
 from lowmem.plan.request import Request, plan_for
 from lowmem.session import Session
+from tests.command_lines import ENVIRONMENT
 from tests.helpers import TINY_STARCHAT, save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
-from tests.test_cli import ENVIRONMENT
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,7 @@ from benchmarks.pace_table import render
 from benchmarks.pace_worker import Batch, Runtime
 from benchmarks.peers_run import Peers
 from benchmarks.peers_worker import Started, Worker, WorkerError, prompt_of
+from benchmarks.record_file import read, write
 from benchmarks.shaped import Dimensions, write_packed, write_source, write_with_vocabulary
 from benchmarks.to_gguf import write_gguf
 from lowmem.checkpoint.gguf_file import read_gguf_header
@@ -358,8 +359,8 @@ def test_a_whole_model_is_layers_and_one_head() -> None:
 
 def test_a_record_is_written_read_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "pace.json"
-    pace.write(a_record(), file)
-    assert to_json(pace.read(file)) == to_json(a_record())
+    write(a_record(), file)
+    assert to_json(read(PaceRecord, file, "benchmarks.pace")) == to_json(a_record())
     assert pace.main(["--show", "--out", str(file)]) == 0
     text = capsys.readouterr().out
     assert text.strip() == render(a_record())
@@ -371,11 +372,11 @@ def test_a_record_is_written_read_and_shown(tmp_path: Path, capsys: pytest.Captu
     ):
         assert part in text
     assert "llama-cpp-python 0.3.36" in text and "int4pack_mm 250.00" in text
-    with pytest.raises(SourceError):
-        pace.read(tmp_path / "nothing.json")
+    with pytest.raises(SourceError, match=r"python -m benchmarks\.pace"):
+        read(PaceRecord, tmp_path / "nothing.json", "benchmarks.pace")
 
 
 def test_the_committed_measurement_is_readable() -> None:
     if not pace.RESULTS.is_file():
         pytest.skip("not measured yet")
-    assert render(pace.read(pace.RESULTS))
+    assert render(read(PaceRecord, pace.RESULTS, "benchmarks.pace"))

@@ -1,12 +1,6 @@
-"""Packing: exact for every width, and the same words as GPTQModel's own packer."""
+"""Packing: exact for every width. (The same words as GPTQModel's own packer: test_interop_gptqmodel.py.)"""
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -110,82 +104,3 @@ def test_stored_shapes() -> None:
     for bad in ((6144, 6400, 5, 128), (6144, 6400, 4, 0), (6143, 6400, 4, 128), (6144, 6401, 4, 128)):
         with pytest.raises(ValueError):
             stored_shapes(*bad)
-
-
-GPTQMODEL = """
-import sys, torch
-from gptqmodel.nn_modules.qlinear.torch import TorchLinear
-from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module, convert_gptq_v2_to_v1_format_module
-from gptqmodel.quantization import QuantizeConfig
-cases = torch.load(sys.argv[1], weights_only=True)
-for case in cases:
-    bits, q, zeros, scales, g_idx = (case[k] for k in ("bits", "q", "zeros", "scales", "g_idx"))
-    n_in, n_out = q.shape
-    linear = torch.nn.Linear(n_in, n_out, bias=False)
-    linear.weight.data = ((q.long() - zeros[g_idx]).float() * scales.float()[g_idx]).T.contiguous()
-    def module():
-        return TorchLinear(bits=bits, group_size=32, sym=False, desc_act=False, in_features=n_in,
-            out_features=n_out, bias=False, pack_dtype=torch.int32, register_buffers=True)
-    m = module()
-    m.pack_original(linear, scales.float().T.contiguous(), zeros.int().T.contiguous(), g_idx.int())
-    m.qzero_format(format=2)
-    convert_gptq_v2_to_v1_format_module(m, QuantizeConfig(bits=bits, group_size=32, sym=False))
-    case["qweight"], case["qzeros"] = m.qweight.clone(), m.qzeros.clone()
-    convert_gptq_v1_to_v2_format_module(m, bits=bits, pack_dtype=torch.int32)
-    m.post_init()
-    case["weight"] = m.dequantize_weight().clone()
-    m = module()  # any words at all as zero-points, full fields too
-    m.qzeros = case["random_words"].clone()
-    convert_gptq_v1_to_v2_format_module(m, bits=bits, pack_dtype=torch.int32)
-    m.qweight = torch.zeros_like(m.qweight)
-    m.scales = torch.ones_like(m.scales)
-    m.g_idx = torch.arange(n_in, dtype=torch.int32) // 32
-    m.post_init()
-    case["random_zeros"] = -m.dequantize_weight().clone()[::32]
-torch.save(cases, sys.argv[1])
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="gptqmodel is not installed")
-def test_same_words_as_gptqmodel(tmp_path: Path) -> None:
-    """Its packer gives our words, and its unpacker our integers, at every width.
-
-    In a process of its own: importing GPTQModel patches transformers and sets global state.
-    """
-    generator = torch.Generator().manual_seed(0)
-    cases = []
-    for bits in BITS:
-        q = torch.randint(0, 1 << bits, (64, 96), generator=generator, dtype=torch.uint8)
-        zeros = torch.randint(1, 1 << bits, (2, 96), generator=generator)
-        scales = (torch.rand(2, 96, generator=generator) + 0.5).half()
-        g_idx = torch.randint(0, 2, (64,), generator=generator)
-        random_words = torch.randint(-(2**31), 2**31, (2, 96 * bits // 32), generator=generator).int()
-        cases.append(
-            {
-                "bits": bits,
-                "q": q,
-                "zeros": zeros,
-                "scales": scales,
-                "g_idx": g_idx,
-                "random_words": random_words,
-            }
-        )
-    file = tmp_path / "cases.pt"
-    torch.save(cases, file)
-    environment = {**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", GPTQMODEL, str(file)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    for case in torch.load(file, weights_only=True):
-        bits, q, zeros = case["bits"], case["q"], case["zeros"]
-        assert torch.equal(case["qweight"], pack_rows(q, bits))
-        assert torch.equal(case["qzeros"], pack_zeros(zeros, bits))
-        expected = (q.long() - zeros[case["g_idx"]]) * case["scales"].float()[case["g_idx"]]
-        torch.testing.assert_close(case["weight"].float(), expected, rtol=2e-3, atol=0)
-        assert torch.equal(case["random_zeros"].long(), unpack_zeros(case["random_words"], bits).long())

@@ -21,6 +21,7 @@ from benchmarks.peers_speed import in_turns
 from benchmarks.peers_steps import logits_of, mean_square_inputs, stored_size
 from benchmarks.peers_table import render
 from benchmarks.peers_worker import Round, Worker, WorkerError, prompt_of, timed
+from benchmarks.record_file import read, write
 from benchmarks.to_gguf import write_gguf
 from lowmem.errors import InvalidRequestError, OutputError, SourceError
 from tests.helpers import save_source, tiny_model
@@ -262,8 +263,9 @@ def test_the_record_is_read_as_it_was_written(tmp_path, capsys):
     record = a_record()
     table = SpeedTable("tiny", 512, 64, 2, 1, 20.0, ())
     record = dataclasses.replace(record, speed=(table,))
-    peers.write(record, tmp_path / "peers.json")
-    assert peers.read(tmp_path / "peers.json") == record
+    file = tmp_path / "peers.json"
+    write(record, file)
+    assert read(PeersRecord, file, "benchmarks.peers") == record
     assert peers.main(["--show", "--out", str(tmp_path / "peers.json")]) == 0
     shown = capsys.readouterr().out
     assert "| lowmem 4-bit g128 | 4.16 | 0.002500 | 95.46% | 25.400 |" in shown
@@ -271,7 +273,7 @@ def test_the_record_is_read_as_it_was_written(tmp_path, capsys):
     assert render(record) + "\n" == shown
     (tmp_path / "peers.json").write_text(json.dumps({"origin": 1}))
     with pytest.raises(SourceError, match="cannot be read"):
-        peers.read(tmp_path / "peers.json")
+        read(PeersRecord, file, "benchmarks.peers")
     assert peers.main(["--show", "--out", str(tmp_path / "absent.json")]) == 2
 
 

@@ -16,9 +16,9 @@ from lowmem import config, placing
 from lowmem.kernels import bnb
 from lowmem.loader import load, weight_bytes
 from lowmem.placing import Placement, connect, moved
+from tests.command_lines import ENVIRONMENT
 from tests.helpers import TINY_STARCHAT, save_source, tiny_model
 from tests.rtn_helpers import layer_linears, write_rtn_checkpoint
-from tests.test_cli import ENVIRONMENT
 from tests.test_loader import assert_same_logits, logits
 
 
@@ -207,6 +207,16 @@ print(json.dumps({"weights": loaded.weight_bytes, "peak": machine.host_memory_pe
 """
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Path]:
+    """A model whose largest tensor has 256 MiB in 16 bits, eight slices, in both of them."""
+    base = tmp_path_factory.mktemp("large")
+    model = tiny_model("gpt_bigcode_mqa", layers=1, hidden=128, heads=4, vocab=1 << 20, positions=64)
+    return {
+        dtype: save_source(model, base / str(dtype), dtype=dtype) for dtype in (torch.float16, torch.bfloat16)
+    }
+
+
 @pytest.mark.parametrize(
     ("dtype", "method"),
     [
@@ -218,15 +228,13 @@ print(json.dumps({"weights": loaded.weight_bytes, "peak": machine.host_memory_pe
         pytest.param(torch.bfloat16, "int8", marks=pytest.mark.slow),
     ],
 )
-def test_a_load_takes_the_model_and_a_slice(method: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Measured in a process of its own: the model's size and a constant, whatever is cast or quantized.
-
-    The largest tensor has 256 MiB in 16 bits, eight slices: read whole, it would show.
-    """
-    model = tiny_model("gpt_bigcode_mqa", layers=1, hidden=128, heads=4, vocab=1 << 20, positions=64)
-    save_source(model.to(dtype), tmp_path, dtype=dtype)
+def test_a_load_takes_the_model_and_a_slice(
+    method: str, dtype: torch.dtype, large: dict[torch.dtype, Path]
+) -> None:
+    """Measured in a process of its own: the model's size and a constant, whatever is cast or quantized. The
+    largest tensor read whole would show."""
     result = subprocess.run(
-        [sys.executable, "-c", CHILD, str(TINY_STARCHAT), str(tmp_path), method],
+        [sys.executable, "-c", CHILD, str(TINY_STARCHAT), str(large[dtype]), method],
         capture_output=True,
         text=True,
         env=ENVIRONMENT,

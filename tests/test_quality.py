@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,12 +98,15 @@ def test_eight_bits_change_less_than_bf16_arithmetic(comparison, tmp_path):
     assert quality.kld < min(bf16.kld, BF16_ALONE)
 
 
-def test_demo_converts_answers_and_measures(capsys, tmp_path):
+def test_demo_converts_answers_and_measures(capsys, tmp_path, monkeypatch):
+    """On a twelfth of the text: what the figures are worth is the other tests' matter."""
     from lowmem.cli import main
 
+    monkeypatch.setattr("benchmarks.quality.text_rows", partial(text_rows, rows=2))
     assert main(["demo", "--rows", "2", "--new-tokens", "4", "--keep", str(tmp_path / "kept")]) == 0
     said = capsys.readouterr()
     for name in ("bf16 source", "GPTQ 8-bit g128", "GPTQ 4-bit g128"):
         assert f"{name} answers" in said.err
         assert f"│ {name}" in said.out
+    assert "over 1,024 tokens of held-out code" in said.out
     assert (tmp_path / "kept" / "4bit" / "model.safetensors").is_file()

@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks import starchat_plan
 from lowmem.plan.planner import Plan
+from tests.command_lines import ENVIRONMENT
 from tests.helpers import REPO
-from tests.test_cli import ENVIRONMENT
 
 
 @pytest.fixture(scope="module")

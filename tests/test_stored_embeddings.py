@@ -19,8 +19,8 @@ from lowmem.loader import load
 from lowmem.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 from tests.helpers import save_source, tiny_model
 from tests.native_oracle import ISAS, same, using
+from tests.native_step_helpers import filled
 from tests.rtn_helpers import write_rtn_checkpoint
-from tests.test_native_step import filled
 
 needs_library = pytest.mark.skipif(not native.available(), reason="the library is not compiled")
 BF16 = torch.bfloat16

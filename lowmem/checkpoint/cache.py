@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint.files import is_hub_id, read_json
+from lowmem.checkpoint.lock import locked
 from lowmem.checkpoint.manifest import MANIFEST_FILE, find_quantization
 from lowmem.config import QuantConfig
 from lowmem.errors import InvalidRequestError, LowmemError, OutputError
@@ -222,20 +223,12 @@ def remove(name: str) -> int:
 @contextlib.contextmanager
 def _job_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of the unfinished job beside `folder`, if there is one, against a converter."""
-    import fcntl
-
     try:
         lock = (_beside(folder, PARTIAL) / "lock").open("r+b")
     except (FileNotFoundError, NotADirectoryError):
         yield
         return
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"a conversion is working on {folder.parent.name}/{folder.name}", "Wait for it, or stop it"
-            ) from None
+    with locked(lock, f"a conversion is working on {folder.parent.name}/{folder.name}"):
         yield
 
 
