@@ -29,6 +29,7 @@ from lowmem.checkpoint.source import Source, open_source
 from lowmem.checkpoint.writer import TensorPlan, write_tensors
 from lowmem.config import QuantConfig
 from lowmem.errors import CalibrationError, OutputError
+from lowmem.generate.attention import use_row_attention
 from lowmem.models.architecture import Architecture, build_model, decoder_layers, inspect
 from lowmem.models.dialogue import Dialogue
 from lowmem.plan import device as machine
@@ -207,6 +208,7 @@ def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
     )
     started, before = time.monotonic(), state.seconds
     model = build_model(work.source.config(), work.dtype, buffers=True)
+    use_row_attention(model)  # a CPU's attends by our own kernels where they take it
     work.weights.fill(model, "", arch.outside_before_layers(), work.dtype, work.device)
     move_buffers(model, work.device)
     calls = _Calls(

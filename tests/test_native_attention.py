@@ -73,6 +73,32 @@ def test_a_row_depends_on_no_other_row(isa: str) -> None:
             assert torch.equal(part, whole[:, first:last])
 
 
+def test_several_texts_are_each_as_it_is_alone() -> None:
+    query, key, value = (t.repeat(3, 1, 1, 1) for t in tensors(8, 2, 32, 20, 30))
+    key, value = key * torch.arange(1, 4)[:, None, None, None], value.flip(2)
+    whole = native_attention.prompt_attention(query, key, value)
+    for text in range(3):
+        alone = native_attention.prompt_attention(*(t[text : text + 1] for t in (query, key, value)))
+        assert torch.equal(whole[text : text + 1], alone)
+    assert not torch.equal(whole[0], whole[1])
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_keys_and_values_lie_in_any_strides(kv_heads: int) -> None:
+    query, key, value = tensors(4, kv_heads, 32, 20, 30, room=2)
+    right = native_attention.prompt_attention(query, key, value)
+    for change in (
+        lambda t: t.mT.contiguous().mT,
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: torch.cat([t, t], -1)[..., :32],
+    ):
+        assert torch.equal(native_attention.prompt_attention(query, change(key), change(value)), right)
+        assert torch.equal(native_attention.prompt_attention(query, key, change(value)), right)
+    one = key[:, :1].expand(1, 2, -1, -1), value[:, :1].expand(1, 2, -1, -1)
+    again = native_attention.prompt_attention(query, key[:, :1], value[:, :1])
+    assert torch.equal(native_attention.prompt_attention(query, *one), again)
+
+
 def test_what_it_cannot_read_is_refused() -> None:
     query, key, value = tensors(4, 2, 32, 6, 9)
     assert native_attention.takes(query, key, value)
@@ -83,10 +109,9 @@ def test_what_it_cannot_read_is_refused() -> None:
         (query[:, :3], key, value),
         (query[..., :24], key[..., :24], value[..., :24]),
         (query, key[:, :, :5], value[:, :, :5]),
-        (query, key.mT.contiguous().mT, value.mT.contiguous().mT),
         (query.to("meta"), key, value),
-        (query.expand(2, -1, -1, -1), key.expand(2, -1, -1, -1), value.expand(2, -1, -1, -1)),
-        (query, key[:, :1].expand(1, 2, -1, -1), value[:, :1].expand(1, 2, -1, -1)),
+        (query.mT.contiguous().mT, key, value),
+        (query.expand(2, -1, -1, -1), key, value),
         (query, key[:, :0], value[:, :0]),
     ]
     key_cache, value_cache = (torch.zeros(1, 2, 12, 32).bfloat16() for _ in range(2))
