@@ -32,6 +32,7 @@ COMMANDS = (
     Command("plan", "lowmem.plan_command", "what every form of a model needs, and which one runs here"),
     Command("run", "lowmem.run_command", "chat with the best form of a model that fits, or answer a prompt"),
     Command("fim", "lowmem.fim_command", "fill in what is missing in the middle of a file"),
+    Command("serve", "lowmem.serve_command", "an OpenAI-compatible API, and a chat page for the browser"),
     Command(
         "verify", "lowmem.verify_command", "check a converted checkpoint, file by file and tensor by tensor"
     ),

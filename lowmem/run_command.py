@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from lowmem.chat.loading import loading
 from lowmem.command_line import INTERRUPTED, add_sampling_arguments, note, read_text, sampling_params
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
@@ -51,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
     with restored_terminal():
         try:
-            with _loading(args.model, quiet=args.quiet) as progress:
+            with loading(args.model, quiet=args.quiet) as progress:
                 session, params, saved = _open(args, progress)
             if chat:
                 return _chat(args, session, params, saved)
@@ -188,28 +187,6 @@ def _record(response: Response, loaded: LoadedModel) -> dict[str, object]:
         "weight_bytes": loaded.weight_bytes,
         "memory": asdict(memory_now(loaded)),
     }
-
-
-@contextmanager
-def _loading(model: str, *, quiet: bool) -> Iterator[Any]:
-    """A spinner on a terminal's stderr, with the bytes read so far; the function that hears of them."""
-    if quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        yield None
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    from lowmem.chat.text import one_line
-    from lowmem.plan.device import format_bytes
-
-    name = one_line(model)
-    with Console(stderr=True).status(Text(f"loading {name}", "dim")) as status:
-
-        def progress(done: int, total: int) -> None:
-            amount = f"{format_bytes(done)} of {format_bytes(total)}"
-            status.update(Text(f"loading {name}: {amount}", "dim"))
-
-        yield progress
 
 
 def _at_terminal() -> bool:

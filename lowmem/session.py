@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -103,22 +103,8 @@ class Session:
     def encode(
         self, prompt: str | Sequence[Message], *, system: str | None = None, raw: bool = False
     ) -> list[int]:
-        """The token ids that the model is given.
-
-        prompt: one question, or the messages so far. The dialogue format of the model's tokens is applied,
-        or else the tokenizer's own chat template, or else none; what a message spells is text and never a
-        marker. raw: no template in any case; the text is continued.
-        Raises InvalidRequestError where a system text or several messages have no template to go into.
-        """
-        tokenizer = self.loaded.tokenizer
-        if raw or (self.loaded.dialogue is None and not tokenizer.chat_template):
-            if not isinstance(prompt, str) or system is not None:
-                reason = "--raw applies none" if raw else "this model has none"
-                raise InvalidRequestError(
-                    f"messages need a dialogue template, and {reason}", "Give a prompt alone"
-                )
-            return list(tokenizer(prompt).input_ids)
-        return self._encode_messages(_messages(prompt, system))
+        """The token ids that the model is given; see `encode_prompt`."""
+        return encode_prompt(self.loaded, prompt, system=system, raw=raw)
 
     def count(self, prompt: str | Sequence[Message], system: str | None = None, *, raw: bool = False) -> int:
         """Tokens of a whole prompt, with nothing dropped to fit the context; raises as `encode` does."""
@@ -160,6 +146,22 @@ class Session:
         """The whole answer at once; as `stream`."""
         return join(self.stream(prompt, params, system=system, raw=raw, on_prefill=on_prefill))
 
+    def continue_ids(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams = _CARD,
+        *,
+        on_prefill: Progress | None = None,
+        on_token: Callable[[], None] | None = None,
+    ) -> Iterator[Response]:
+        """Continue token ids as they are, piece by piece; nothing is left out to fit the context.
+
+        on_token() is called after each token, also where no text comes of it yet; as on_prefill, it may raise
+        to end the answer. Raises InvalidRequestError at once, also for ids that the context has no room for.
+        """
+        start = time.perf_counter()
+        return self._start(_Request(list(ids)), params, start, on_prefill, on_token=on_token)
+
     def fill_in(
         self,
         prefix: str,
@@ -167,12 +169,14 @@ class Session:
         params: SamplingParams = _CARD,
         *,
         on_prefill: Progress | None = None,
+        on_token: Callable[[], None] | None = None,
     ) -> Iterator[Response]:
         """Write what belongs between two texts, piece by piece, with the model's own tokens for it.
 
         The answer ends at any special token. What does not fit beside the room for an answer is cut at the
         far ends: three quarters of the context go to the prefix, a quarter to the suffix, and what one does
-        not need to the other. Raises InvalidRequestError at once, also for a model without such tokens.
+        not need to the other. on_token: see `continue_ids`. Raises InvalidRequestError at once, also for a
+        model without such tokens.
         """
         start = time.perf_counter()
         check_sampling(params)
@@ -208,36 +212,7 @@ class Session:
         specials = {
             token for token, added in tokenizer.added_tokens_decoder.items() if added.special
         }  # none is part of a middle; some models end with a file separator
-        return self._start(request, params, start, on_prefill, specials.union(markers))
-
-    def _encode_messages(self, messages: list[Message]) -> list[int]:
-        tokenizer, dialogue = self.loaded.tokenizer, self.loaded.dialogue
-        if dialogue is not None:
-            # The model writes the newline before an answer itself: an answer given back has it already.
-            given = [
-                replace(turn, content=turn.content.removeprefix("\n")) if turn.role == "assistant" else turn
-                for turn in messages
-            ]
-            return list(dialogue.encode(tokenizer, given, add_generation_prompt=True))
-        for message in messages:
-            if message.role not in ROLES:  # a template may paste it into a marker
-                raise InvalidRequestError(f"{message.role!r} is not a role", f"Use one of {', '.join(ROLES)}")
-        try:
-            # transformers renders it in jinja2's ImmutableSandboxedEnvironment: no attribute of Python's
-            # own can be reached. A loop that takes forever is the one thing that it cannot end.
-            ids = tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                sanitize_control_tokens=True,
-            )
-        except Exception as error:  # the template is the checkpoint's, and raises what it likes
-            raise InvalidRequestError(
-                f"the model's chat template refuses the messages: {one_line(error)}",
-                "Leave --system out, or the template with --raw",
-            ) from error
-        return list(ids)
+        return self._start(request, params, start, on_prefill, specials.union(markers), on_token)
 
     def _room(self, params: SamplingParams) -> int:
         """Tokens of the context that are kept free for the answer."""
@@ -248,18 +223,20 @@ class Session:
         head = [message for message in messages[:1] if message.role == "system"]
         turns = split_turns(messages[len(head) :])
         room = self._room(params)
-        probe = len(self._encode_messages([_PROBE]))
-        system = len(self._encode_messages([*head, _PROBE])) - probe
+        probe = len(_encode_messages(self.loaded, [_PROBE]))
+        system = len(_encode_messages(self.loaded, [*head, _PROBE])) - probe
         self._counted = {turn: self._counted.get(turn) or self._count_turn(turn) for turn in turns[:-1]}
         wholes, questions = [], []
         for turn in turns[:-1]:
             whole, question = self._counted[turn]
             wholes.append(whole)
             questions.append(question)
-        questions.append(len(self._encode_messages(list(turns[-1]))) if turns else 0)
+        questions.append(len(_encode_messages(self.loaded, list(turns[-1]))) if turns else 0)
         first = first_turn(wholes, questions, self.context - room - system)
         while True:
-            ids = self._encode_messages([*head, *(message for turn in turns[first:] for message in turn)])
+            ids = _encode_messages(
+                self.loaded, [*head, *(message for turn in turns[first:] for message in turn)]
+            )
             # A chat template may make more of a dialogue than of its turns; then one more goes.
             if len(ids) + room <= self.context or first >= len(turns) - 1:
                 break
@@ -277,9 +254,9 @@ class Session:
 
         Both as if there were no system text; exact for our own dialogue, where turns only add up.
         """
-        probe = len(self._encode_messages([_PROBE]))
-        whole = len(self._encode_messages([*turn, _PROBE])) - probe
-        return whole, len(self._encode_messages(list(turn[:1])))
+        probe = len(_encode_messages(self.loaded, [_PROBE]))
+        whole = len(_encode_messages(self.loaded, [*turn, _PROBE])) - probe
+        return whole, len(_encode_messages(self.loaded, list(turn[:1])))
 
     def _start(
         self,
@@ -288,12 +265,13 @@ class Session:
         start: float,
         on_prefill: Progress | None,
         ends: Collection[int] = (),
+        on_token: Callable[[], None] | None = None,
     ) -> Iterator[Response]:
         tokens = self.engine.generate(request.ids, params, on_prefill)
         # Special tokens are no text, so a stop string that spells one is looked for among the ids.
         added = self.loaded.tokenizer.added_tokens_decoder
         spelled = {token for token, entry in added.items() if entry.content in params.stop}
-        return self._responses(tokens, request, params, start, spelled.union(ends))
+        return self._responses(tokens, request, params, start, spelled.union(ends), on_token)
 
     def _responses(
         self,
@@ -302,6 +280,7 @@ class Session:
         params: SamplingParams,
         start: float,
         ends: set[int],
+        on_token: Callable[[], None] | None = None,
     ) -> Generator[Response, None, None]:
         """Tokens → responses. `ends`: ids that end this answer beside the engine's stop ids."""
         text, stops = TextStream(self.loaded.tokenizer), StopStrings(params.stop)
@@ -312,6 +291,8 @@ class Session:
             for count, token in enumerate(tokens, 1):
                 now = time.perf_counter()
                 first = first or now
+                if on_token is not None:
+                    on_token()
                 reason = token.finish_reason
                 piece = ""
                 if reason == "stop" or token.id in ends:
@@ -359,6 +340,57 @@ class Session:
         tokenizer = self.loaded.tokenizer
         top = tuple((token_text(tokenizer, other), value) for other, value in token.top)
         return TokenLogprob(token_text(tokenizer, token.id), logprob, top)
+
+
+def encode_prompt(
+    loaded: LoadedModel, prompt: str | Sequence[Message], *, system: str | None = None, raw: bool = False
+) -> list[int]:
+    """The token ids that the model is given.
+
+    prompt: one question, or the messages so far. The dialogue format of the model's tokens is applied, or
+    else the tokenizer's own chat template, or else none; what a message spells is text and never a marker.
+    raw: no template in any case; the text is continued.
+    Raises InvalidRequestError where a system text or several messages have no template to go into.
+    """
+    tokenizer = loaded.tokenizer
+    if raw or (loaded.dialogue is None and not tokenizer.chat_template):
+        if not isinstance(prompt, str) or system is not None:
+            reason = "--raw applies none" if raw else "this model has none"
+            raise InvalidRequestError(
+                f"messages need a dialogue template, and {reason}", "Give a prompt alone"
+            )
+        return list(tokenizer(prompt, verbose=False).input_ids)
+    return _encode_messages(loaded, _messages(prompt, system))
+
+
+def _encode_messages(loaded: LoadedModel, messages: list[Message]) -> list[int]:
+    tokenizer, dialogue = loaded.tokenizer, loaded.dialogue
+    if dialogue is not None:
+        # The model writes the newline before an answer itself: an answer given back has it already.
+        given = [
+            replace(turn, content=turn.content.removeprefix("\n")) if turn.role == "assistant" else turn
+            for turn in messages
+        ]
+        return list(dialogue.encode(tokenizer, given, add_generation_prompt=True))
+    for message in messages:
+        if message.role not in ROLES:  # a template may paste it into a marker
+            raise InvalidRequestError(f"{message.role!r} is not a role", f"Use one of {', '.join(ROLES)}")
+    try:
+        # transformers renders it in jinja2's ImmutableSandboxedEnvironment: no attribute of Python's
+        # own can be reached. A loop that takes forever is the one thing that it cannot end.
+        ids = tokenizer.apply_chat_template(
+            [{"role": message.role, "content": message.content} for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            sanitize_control_tokens=True,
+        )
+    except Exception as error:  # the template is the checkpoint's, and raises what it likes
+        raise InvalidRequestError(
+            f"the model's chat template refuses the messages: {one_line(error)}",
+            "Leave --system out, or the template with --raw",
+        ) from error
+    return list(ids)
 
 
 def join(responses: Iterator[Response]) -> Response:

@@ -1,9 +1,6 @@
 """Markdown → styled lines, one top-level block at a time, so that a block's lines never depend on another.
 
-markdown-it parses, rich lays out. Where CommonMark would drop what a coding assistant said, it is kept:
-`<int>` is no HTML tag, `__init__` is not bold, `2*3*4` holds no emphasis, `>>> x` is no quotation, a
-line's end and indentation stay, and links, images and entities are shown as they are written. So code that
-came without a fence can still be read and copied.
+markdown-it parses by the rules of `lowmem.markup`, rich lays out; links and images are shown as written.
 """
 
 from __future__ import annotations
@@ -12,11 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from markdown_it import MarkdownIt
-from markdown_it.rules_block import StateBlock
-from markdown_it.rules_block.blockquote import blockquote
-from markdown_it.rules_inline import StateInline
-from markdown_it.rules_inline import emphasis as emphasis_rule
 from markdown_it.token import Token
 from rich import box, markdown
 from rich.cells import cell_len
@@ -26,6 +18,8 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
+
+from lowmem.markup import make_parser
 
 CODE_THEME = "ansi_dark"  # the terminal's own sixteen colours, so that a light one is served as well
 THEME = Theme(
@@ -266,54 +260,5 @@ class _Blocks(markdown.Markdown):
         self.parsed = list(tokens)
 
 
-def _keep_line_ends(state: StateInline, silent: bool) -> bool:
-    """A line's end is a line's end, and the next line keeps its indentation."""
-    if state.src[state.pos] != "\n":
-        return False
-    if not silent:
-        state.pending = state.pending.rstrip(" ")
-        state.push("hardbreak", "br", 0)
-    state.pos += 1
-    return True
-
-
-def _stars_between_words(state: StateInline, silent: bool) -> bool:
-    """Emphasis by stars that do not stand inside of a word or a product; never by underscores."""
-    source, start = state.src, state.pos
-    if source[start] != "*" or (start and source[start - 1] == "*"):
-        return False
-    stop = start
-    while stop < state.posMax and source[stop] == "*":
-        stop += 1
-    before, after = source[start - 1 : start], source[stop : stop + 1]
-    if _is_ascii_word(before) and _is_ascii_word(after):
-        return False
-    return emphasis_rule.tokenize(state, silent)
-
-
-def _is_ascii_word(character: str) -> bool:
-    return character.isascii() and character.isalnum()
-
-
-def _quotation_but_no_doctest(state: StateBlock, start: int, stop: int, silent: bool) -> bool:
-    """`>>> x` is a Python prompt."""
-    first = state.bMarks[start] + state.tShift[start]
-    return not state.src.startswith(">>>", first) and blockquote(state, start, stop, silent)
-
-
-def _make_parser() -> MarkdownIt:
-    parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-    # Definitions of references would change blocks that are printed already.
-    parser.disable(["reference", "html_block", "html_inline", "autolink", "link", "image", "entity"])
-    parser.inline.ruler.at("newline", _keep_line_ends)
-    parser.inline.ruler.at("emphasis", _stars_between_words)
-    parser.block.ruler.at(
-        "blockquote",
-        _quotation_but_no_doctest,
-        {"alt": ["paragraph", "reference", "blockquote", "list"]},
-    )
-    return parser
-
-
-_PARSER = _make_parser()
+_PARSER = make_parser(links=False)
 _PLAIN = Console(file=None, force_terminal=False, width=80)

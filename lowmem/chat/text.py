@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-_KEPT = "\n\t"
-# C0, DEL and C1 controls; then marks that reorder the text around them, so that code reads other than it is.
-_CONTROLS = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_DELETED = {code: None for code in _CONTROLS if chr(code) not in _KEPT}
-# Half a surrogate pair has no encoding: printing or saving it would fail.
-_REPLACED = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
-_TABLE: dict[int, str | None] = {**_DELETED, **_REPLACED}
+from lowmem.markup import clean
 
-
-def clean(text: str) -> str:
-    """The text without control characters (line feed and tab stay), one character at a time.
-
-    An escape sequence loses its escape character and stays as harmless text; since no character depends on
-    another, a text cleaned in pieces is the same as one cleaned whole.
-    """
-    return text.translate(_TABLE)
+__all__ = ["clean", "one_line"]
 
 
 def one_line(text: str, limit: int = 60) -> str:

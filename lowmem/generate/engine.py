@@ -21,6 +21,7 @@ from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache import KVCache
 from lowmem.generate.lookup import Lookup, Pace
 from lowmem.generate.native_step import MOST_ROWS, NativeStep, StepRefused, checked_step, why_not
+from lowmem.generate.prefix_store import LEAST_TOKENS, PrefixStore, common_prefix
 from lowmem.generate.rearranging import Rearranging
 from lowmem.generate.sampling import Choice, Sampler, check_sampling
 from lowmem.quant_linear import QuantLinear
@@ -92,6 +93,8 @@ class Engine:
         self.eager_because = why_not(model)
         """Why decode steps are not native; "" while they are, or have not been tried yet."""
         self.cache = KVCache(int(model.config.get_text_config().num_hidden_layers), context)
+        self.store: PrefixStore | None = None
+        """Where sequences are kept that the next ones would overwrite; None: nowhere."""
         self.cached_tokens = 0
         """Tokens of the last prompt that the cache held already."""
         self.drafted = 0
@@ -140,6 +143,8 @@ class Engine:
         """Forget what the cache holds; its memory stays."""
         self._held.clear()
         self._settle()
+        if self.store is not None:
+            self.store.clear()
 
     def _check(self, prompt: Sequence[int]) -> None:
         if not prompt:
@@ -229,12 +234,10 @@ class Engine:
 
     def _prefill(self, request: int, prompt: list[int], on_prefill: Progress | None) -> torch.Tensor:
         """Bring the cache to the prompt, a chunk at a time; the logits [1, vocab] after its last token."""
-        common = 0
         # The last token is always fed: its logits are not kept.
-        for old, new in zip(self._held, prompt[:-1], strict=False):
-            if old != new:
-                break
-            common += 1
+        common = common_prefix(self._held, prompt[:-1])
+        if self.store is not None:
+            common = self._exchange(self.store, prompt[:-1], common)
         self._keep(common)
         self.cached_tokens = done = common
         while True:
@@ -247,6 +250,19 @@ class Engine:
                 self._stay(request)
             if done == len(prompt):
                 return logits
+
+    def _exchange(self, store: PrefixStore, prompt: list[int], common: int) -> int:
+        """Keep the rows that are about to be cut, and take back more of the prompt than is held, if there is
+        more; the tokens of it that are held then."""
+        if len(self._held) - common >= LEAST_TOKENS and self.cache.length >= len(self._held):
+            store.save(self._held, self.cache)
+        if store.longest(prompt) < common + LEAST_TOKENS:
+            return common
+        self._held.clear()
+        self._settle()
+        common = store.restore(prompt, self.cache)
+        self._held += prompt[:common]
+        return common
 
     def _forward(self, ids: list[int], *, decode: bool) -> torch.Tensor:
         """Feed ids behind what the cache holds; the logits [rows, vocab] after each, or a prefill's last."""

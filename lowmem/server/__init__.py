@@ -1,0 +1,1 @@
+"""HTTP: an OpenAI-compatible API and a chat page, on the same session as the terminal."""

@@ -1,0 +1,246 @@
+"""Pieces of answers → OpenAI's objects, whole or in chunks. Pure: nothing here waits or sends."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from lowmem.session import Response, TokenLogprob
+
+_LEAST_LOGPROB = -9999.0  # stands for -infinity, which JSON does not have
+_REASONS = {"stop": "stop", "length": "length", "context": "length"}
+
+
+@dataclass
+class Choice:
+    """One answer so far: its text after `echo`, the log-probabilities in it, and the last figures."""
+
+    index: int
+    echo: str = ""
+    trim: bool = False
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    last: Response | None = None
+    cut: bool = False
+    written: int = 0
+
+    def add(self, response: Response) -> tuple[str, tuple[TokenLogprob, ...] | None]:
+        """The text and the log-probabilities that a piece adds."""
+        text, logprobs = response.text, response.logprobs
+        if self.trim and text:
+            # The template's line end before an answer: the model writes it, and it is no part of the text.
+            self.trim = False
+            if text.startswith("\n"):
+                text = text[1:]
+                if logprobs and logprobs[0].text == "\n":
+                    logprobs = logprobs[1:]
+        if self.last is None:
+            text = self.echo + text
+        self.last = response
+        return text, logprobs
+
+    @property
+    def finish_reason(self) -> str | None:
+        """As OpenAI calls it; "length" where the time limit cut it."""
+        if self.last is None or self.last.finish_reason is None:
+            return "length" if self.cut else None
+        return _REASONS[self.last.finish_reason]
+
+
+def usage(choices: Sequence[Choice], choices_a_prompt: int) -> dict[str, Any]:
+    """Tokens of the prompts, each counted once, and of all answers; how many were in the KV cache already.
+
+    An answer that has not begun has no figures yet. Where several answers continue one prompt,
+    `cached_tokens` is of the first.
+    """
+    firsts = [choice.last for choice in choices[::choices_a_prompt] if choice.last]
+    prompt = sum(last.prompt_tokens for last in firsts)
+    new = sum(choice.last.new_tokens for choice in choices if choice.last)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": sum(last.cached_tokens for last in firsts)},
+    }
+
+
+class Shape(Protocol):
+    """One of the API's two ways to write answers."""
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        """The chunk before an answer's first text, if there is one."""
+
+    def chunk(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        """A chunk with text."""
+
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        """The chunk that says why the answer ended."""
+
+    def usage(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """The chunk with the figures."""
+
+    def whole(self, choices: Sequence[Choice], figures: dict[str, Any]) -> dict[str, Any]:
+        """All answers at once."""
+
+
+class _Envelope:
+    def __init__(self, prefix: str, kind: str, model: str, include_usage: bool) -> None:
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self._kind, self._model, self._include_usage = kind, model, include_usage
+        self._created = int(time.time())
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = self._object(kind, choices)
+        if self._include_usage:
+            chunk["usage"] = None  # in every chunk but the last, as OpenAI has it
+        return chunk
+
+
+class ChatShape(_Envelope):
+    """/v1/chat/completions."""
+
+    def __init__(self, model: str, include_usage: bool = False) -> None:
+        super().__init__("chatcmpl", "chat.completion", model, include_usage)
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        return self._delta(choice, {"role": "assistant", "content": ""})
+
+    def chunk(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        return self._delta(choice, {"content": text}, logprobs)
+
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        return self._delta(choice, {}, reason=choice.finish_reason)
+
+    def usage(self, figures: dict[str, Any]) -> dict[str, Any]:
+        return {**self._object("chat.completion.chunk", []), "usage": figures}
+
+    def whole(self, choices: Sequence[Choice], figures: dict[str, Any]) -> dict[str, Any]:
+        entries = [
+            {
+                "index": choice.index,
+                "message": {"role": "assistant", "content": "".join(choice.pieces), "refusal": None},
+                "logprobs": _chat_logprobs(_logged(choice)),
+                "finish_reason": choice.finish_reason,
+            }
+            for choice in choices
+        ]
+        return {**self._object("chat.completion", entries), "usage": figures}
+
+    def _delta(
+        self,
+        choice: Choice,
+        delta: dict[str, str],
+        logprobs: Sequence[TokenLogprob] | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        entry = {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": _chat_logprobs(logprobs),
+            "finish_reason": reason,
+        }
+        return self._chunk("chat.completion.chunk", [entry])
+
+
+class CompletionShape(_Envelope):
+    """/v1/completions."""
+
+    def __init__(self, model: str, include_usage: bool = False) -> None:
+        super().__init__("cmpl", "text_completion", model, include_usage)
+
+    def opening(self, choice: Choice) -> dict[str, Any] | None:
+        return None
+
+    def chunk(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
+        entry = self._entry(choice, text, _completion_logprobs(logprobs, choice.written), None)
+        choice.written += len(text)
+        return self._chunk("text_completion", [entry])
+
+    def closing(self, choice: Choice) -> dict[str, Any]:
+        return self._chunk("text_completion", [self._entry(choice, "", None, choice.finish_reason)])
+
+    def usage(self, figures: dict[str, Any]) -> dict[str, Any]:
+        return {**self._object("text_completion", []), "usage": figures}
+
+    def whole(self, choices: Sequence[Choice], figures: dict[str, Any]) -> dict[str, Any]:
+        entries = [
+            self._entry(
+                choice, "".join(choice.pieces), _completion_logprobs(_logged(choice), 0), choice.finish_reason
+            )
+            for choice in choices
+        ]
+        return {**self._object("text_completion", entries), "usage": figures}
+
+    def _entry(
+        self, choice: Choice, text: str, logprobs: dict[str, Any] | None, reason: str | None
+    ) -> dict[str, Any]:
+        return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One server-sent event. ASCII alone, so that nothing in it looks like a line's end to any reader."""
+    return b"data: " + to_json(data) + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def to_json(data: object) -> bytes:
+    """JSON in ASCII."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _logged(choice: Choice) -> list[TokenLogprob] | None:
+    """The log-probabilities of an answer, or None where none were asked for."""
+    return choice.logprobs if choice.last is not None and choice.last.logprobs is not None else None
+
+
+def _chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    if logprobs is None:
+        return None
+    content = [
+        {
+            **_token(entry.text, entry.logprob),
+            "top_logprobs": [_token(text, logprob) for text, logprob in entry.top],
+        }
+        for entry in logprobs
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    # Of a part of a character the bytes are not known: its text is U+FFFD.
+    data = None if "\ufffd" in text else list(text.encode("utf-8"))
+    return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": data}
+
+
+def _completion_logprobs(logprobs: Sequence[TokenLogprob] | None, start: int) -> dict[str, Any] | None:
+    """`start`: characters of the answer before these tokens."""
+    if logprobs is None:
+        return None
+    offsets = []
+    for entry in logprobs:
+        offsets.append(start)
+        start += len(entry.text)
+    return {
+        "tokens": [entry.text for entry in logprobs],
+        "token_logprobs": [max(entry.logprob, _LEAST_LOGPROB) for entry in logprobs],
+        "top_logprobs": [
+            {text: max(logprob, _LEAST_LOGPROB) for text, logprob in entry.top} for entry in logprobs
+        ],
+        "text_offset": offsets,
+    }

@@ -1,0 +1,243 @@
+"""What every request passes, and every answer: names, keys, sizes, headers, a line in the log.
+
+A page in a browser can send requests to any address that the browser reaches, this one included. So a
+request has to name this server as its host (or another name could be pointed at this address), its origin has
+to be this server's page, and what is sent has to be declared JSON, which no page can send elsewhere unless it
+is allowed to. There are no CORS headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lowmem.errors import LowmemError
+from lowmem.server.addresses import host_name, same_address
+from lowmem.server.answers import to_json
+from lowmem.server.api_errors import ApiError, failed, short
+from lowmem.server.metrics import Metrics, Note, put_note
+
+BODY_SECONDS = 60.0
+"""For a request's body to come in."""
+BODIES_AT_ONCE = 4
+"""Times the largest body: bytes of all bodies that are in the server at a time."""
+OWN_NAMES = ("localhost", "127.0.0.1", "::1")
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+}
+# torch and the system say in these what went wrong with memory or a device; others may quote a request.
+_TELLING = (RuntimeError, OSError, MemoryError, LowmemError)
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """hosts: names that a request may give this server beside the loopback's and the address that it came to.
+    keys: any of them opens; none: no key is needed. max_body: bytes."""
+
+    hosts: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    max_body: int = 2 << 20
+
+
+class Guard:
+    """The outermost layer of the application."""
+
+    def __init__(
+        self, app: ASGIApp, settings: GuardSettings, metrics: Metrics, log: Callable[[str], None]
+    ) -> None:
+        self._app, self._settings, self._metrics, self._log = app, settings, metrics, log
+        self._names = {name.lower() for name in (*OWN_NAMES, *settings.hosts)}
+        self._digests = [_digest(key) for key in settings.keys]
+        self._bodies = 0  # bytes of all that are here now
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer it."""
+        if scope["type"] != "http":
+            return
+        client = scope["client"][0] if scope["client"] else "local"
+        note = Note(f"req_{secrets.token_hex(8)}", scope["method"], client)
+        put_note(scope, note)
+        started = False
+        held: list[bytes] = []  # the body, part by part
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                note.status = message["status"]
+                _add_headers(message, note)
+            await send(message)
+
+        async def refuse(error: ApiError) -> None:
+            await _send_error(error, sending)
+
+        try:
+            headers = Headers(scope=scope)
+            self._check(scope, headers, note)
+            if scope["method"] == "POST":
+                await self._read(headers, receive, held)
+            await self._app(scope, _replayed(b"".join(held), receive), sending)
+        except ApiError as error:
+            if not started:
+                await refuse(error)
+        except Exception as error:
+            self._log(explain(error, note.id))
+            if not started:
+                await refuse(failed())
+        finally:
+            self._bodies -= sum(map(len, held))
+            note.route = getattr(scope.get("route"), "path", "-")
+            self._metrics.ended(note)
+            self._log(note.line())
+
+    def _check(self, scope: Scope, headers: Headers, note: Note) -> None:
+        self._check_host(scope, headers)
+        origin = headers.get("origin")
+        if origin is not None and scope["method"] not in ("GET", "HEAD"):
+            # The scheme may be that of a proxy before this server.
+            scheme, _, place = origin.lower().partition("://")
+            if scheme not in ("http", "https") or place != headers.get("host", "").lower():
+                raise ApiError(
+                    403, f"Pages of {short(origin)!r} may not use this server", code="origin_not_allowed"
+                )
+        if self._digests and not is_open(scope["method"], scope["path"]):
+            note.client = self._key(headers)
+        if scope["method"] == "POST":
+            kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json" or "content-encoding" in headers:
+                raise ApiError(
+                    415,
+                    "The request's body has to be JSON, with Content-Type: application/json and no encoding",
+                    code="unsupported_media_type",
+                )
+
+    def _check_host(self, scope: Scope, headers: Headers) -> None:
+        """The host's name is one of ours, or the address that the request came to."""
+        given = headers.getlist("host")
+        name = host_name(given[0]) if len(given) == 1 else None
+        if name is None or (name not in self._names and not same_address(name, scope.get("server"))):
+            raise ApiError(
+                403,
+                f"This server is not called {short(', '.join(given))!r}. "
+                "If it is, start it with --allow-host and that name",
+                code="host_not_allowed",
+            )
+
+    def _key(self, headers: Headers) -> str:
+        """The client that a key stands for; ApiError for a wrong one or none."""
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        digest = _digest(given.strip())
+        # All are compared, whatever the first says.
+        found = [hmac.compare_digest(digest, known) for known in self._digests]
+        if kind.lower() != "bearer" or True not in found:
+            what = "Incorrect API key provided" if given else "You didn't provide an API key"
+            raise ApiError(
+                401,
+                f"{what}. Send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return f"key {found.index(True) + 1}"
+
+    async def _read(self, headers: Headers, receive: Receive, held: list[bytes]) -> None:
+        """The whole body into `held`, no further than it may go; each part counts as soon as it is here."""
+        most = self._settings.max_body
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > most:
+            raise _too_large(most)
+        size = 0
+        loop = asyncio.get_running_loop()
+        until = loop.time() + BODY_SECONDS
+        while True:
+            try:
+                message = await asyncio.wait_for(receive(), until - loop.time())
+            except asyncio.TimeoutError:
+                raise ApiError(
+                    408, f"The request did not come in within {BODY_SECONDS:g} s", code="body_timeout"
+                ) from None
+            if message["type"] == "http.disconnect":
+                raise ApiError(499, "the client has left", code="left")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > most:
+                raise _too_large(most)
+            if self._bodies + len(part) > BODIES_AT_ONCE * most:
+                raise ApiError(
+                    503,
+                    "Too much is being sent to this server at once. Try again in a moment",
+                    kind="server_error",
+                    code="overloaded",
+                    headers={"Retry-After": "2"},
+                )
+            self._bodies += len(part)
+            held.append(part)
+            if not message.get("more_body"):
+                return
+
+
+def is_open(method: str, path: str) -> bool:
+    """Whether a request needs no key: the page's own files, and whether the server is there."""
+    if method not in ("GET", "HEAD"):
+        return False
+    return path in ("/", "/health") or (path.startswith("/page/") and path != "/page/status")
+
+
+def explain(error: BaseException, about: str) -> str:
+    """A fault of ours for the log: where it was; what it says only where it cannot quote a request."""
+    message = f": {str(error).splitlines()[0][:300]}" if isinstance(error, _TELLING) and str(error) else ""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    return f"{about}: a fault of lowmem's\n{frames}{type(error).__name__}{message}"
+
+
+def _digest(key: str) -> bytes:
+    """Of one length, so that comparing takes the same time for all keys."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"The request is larger than {most} bytes", code="request_too_large")
+
+
+def _add_headers(message: Message, note: Note) -> None:
+    headers = MutableHeaders(raw=message.setdefault("headers", []))
+    for name, value in _HEADERS.items():
+        headers[name] = value
+    headers.setdefault("Cache-Control", "no-store")
+    headers["X-Request-Id"] = note.id
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """`receive`, with the body that has been read already."""
+    waiting = [body]
+
+    async def replay() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replay
+
+
+async def _send_error(error: ApiError, send: Send) -> None:
+    content = to_json(error.body())
+    headers = {"content-type": "application/json", "content-length": str(len(content)), **error.headers}
+    if error.status in (408, 413):
+        headers["connection"] = "close"  # what is still to come is not read
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": raw})
+    await send({"type": "http.response.body", "body": content})

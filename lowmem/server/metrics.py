@@ -1,0 +1,142 @@
+"""What there is to know about the server's work: a line for each request, and Prometheus' text format."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lowmem.plan.device import MemoryUse
+from lowmem.server.worker import Worker
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2)
+_KEY = "lowmem.note"
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+
+
+@dataclass
+class Note:
+    """A request, as log and metrics speak of it; nothing in it is what somebody wrote.
+
+    route: a route of ours, "-" for a path that is none. reason: why the answer ended.
+    """
+
+    id: str
+    method: str
+    client: str
+    start: float = field(default_factory=time.monotonic)
+    route: str = "-"
+    status: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    reason: str = ""
+
+    def line(self) -> str:
+        """One line for the log."""
+        parts = [time.strftime("%H:%M:%S"), self.method, self.route, str(self.status)]
+        if self.prompt_tokens:
+            parts.append(f"{self.prompt_tokens} ({self.cached_tokens} cached) + {self.new_tokens} tokens")
+        parts.append(f"{time.monotonic() - self.start:.2f} s")
+        if self.reason:
+            parts.append(self.reason)
+        return " ".join([*parts, self.client, self.id])
+
+
+def put_note(scope: MutableMapping[str, Any], note: Note) -> None:
+    """Keep a request's note with its ASGI scope."""
+    scope[_KEY] = note
+
+
+def note_of(scope: MutableMapping[str, Any]) -> Note:
+    """The note that `put_note` kept."""
+    note: Note = scope[_KEY]
+    return note
+
+
+class Metrics:
+    """Counters and histograms in a registry of their own."""
+
+    def __init__(self, worker: Worker, memory: Callable[[], MemoryUse]) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "lowmem_requests", "Answered requests", ("method", "route", "status"), registry=self._registry
+        )
+        self._seconds = Histogram(
+            "lowmem_request_seconds",
+            "From a request's arrival to its end",
+            ("route",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._tokens = {
+            name: Counter(f"lowmem_{name}_tokens", text, registry=self._registry)
+            for name, text in (
+                ("prompt", "Tokens of prompts"),
+                ("cached", "Tokens of prompts that the KV cache held already"),
+                ("completion", "Tokens of answers that were sent"),
+            )
+        }
+        self._first = Histogram(
+            "lowmem_time_to_first_token_seconds",
+            "From a request's arrival to the first token, the wait in the queue included",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._each = Histogram(
+            "lowmem_time_per_token_seconds",
+            "Mean time of an answer's tokens after the first",
+            buckets=_TOKEN_SECONDS,
+            registry=self._registry,
+        )
+        self._registry.register(_Gauges(worker, memory))
+
+    def ended(self, note: Note) -> None:
+        """A request has been answered."""
+        method = note.method if note.method in _METHODS else "other"
+        self._requests.labels(method, note.route, str(note.status)).inc()
+        self._seconds.labels(note.route).observe(time.monotonic() - note.start)
+        self._tokens["prompt"].inc(note.prompt_tokens)
+        self._tokens["cached"].inc(note.cached_tokens)
+        self._tokens["completion"].inc(note.new_tokens)
+
+    def first_token(self, seconds: float) -> None:
+        """A request got its first token after so long."""
+        self._first.observe(seconds)
+
+    def pace(self, tokens_per_second: float) -> None:
+        """An answer's tokens came at this pace."""
+        if tokens_per_second > 0:
+            self._each.observe(1 / tokens_per_second)
+
+    def text(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _Gauges(Collector):
+    """What the worker and the process know by themselves, asked when somebody wants it."""
+
+    def __init__(self, worker: Worker, memory: Callable[[], MemoryUse]) -> None:
+        self._worker, self._memory = worker, memory
+
+    def collect(self) -> Iterable[Metric]:
+        counts, memory = self._worker.counts, self._memory()
+        yield GaugeMetricFamily("lowmem_queue_length", "Requests that wait", self._worker.waiting)
+        yield GaugeMetricFamily("lowmem_busy", "1 while an answer is written", int(self._worker.busy))
+        yield GaugeMetricFamily("lowmem_resident_memory_bytes", "Of this process", memory.host)
+        yield GaugeMetricFamily("lowmem_card_memory_bytes", "Allocated on the card", memory.card)
+        yield CounterMetricFamily("lowmem_answers", "Answers that came to their end", counts.answers)
+        yield CounterMetricFamily(
+            "lowmem_cancelled",
+            "Answers given up since their client left, or by the time limit",
+            counts.cancelled,
+        )
+        yield CounterMetricFamily("lowmem_failed", "Answers that ended in a fault", counts.failed)
+        yield CounterMetricFamily("lowmem_generated_tokens", "Tokens, sent or not", counts.tokens)

@@ -1,0 +1,344 @@
+/** The conversation on the screen: questions, answers, and what can be done with each. */
+
+import { byId, copyButton, element, iconButton } from "./dom.js";
+import { shownTurns, versions } from "./conversation.js";
+import { Prose } from "./prose.js";
+
+/**
+ * @typedef {import("./conversation.js").Conversation} Conversation
+ * @typedef {import("./conversation.js").Turn} Turn
+ * @typedef {import("./answer.js").Answer} Answer
+ * @typedef {{
+ *   retry: (turn: Turn) => void, edit: (turn: Turn, text: string) => boolean,
+ *   choose: (turn: Turn, step: number) => void,
+ *   answerOf: (turn: Turn) => Answer|null, context: () => number
+ * }} Actions
+ */
+
+const NEAR_THE_END = 60; // pixels from the foot within which the page follows an answer
+
+export class Thread {
+  /** @param {Actions} actions */
+  constructor(actions) {
+    this.actions = actions;
+    this.scroller = byId("scroller");
+    this.list = byId("thread");
+    this.jump = byId("jump");
+    /** @type {Map<string, TurnView>} */
+    this.views = new Map();
+    /** @type {string|null} */
+    this.shownId = null;
+    this.following = true;
+    this.scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
+    // Letters that get another size, and a keyboard that slides in, are no reason to leave the end.
+    new ResizeObserver(() => this.follow()).observe(this.scroller);
+    new ResizeObserver(() => this.follow()).observe(this.list);
+    this.jump.addEventListener("click", () => {
+      this.toEnd();
+      byId("question").focus();
+    });
+  }
+
+  /**
+   * Show a conversation as it is now; null shows the start page.
+   * @param {Conversation|null} conversation
+   */
+  show(conversation) {
+    const other = this.shownId !== (conversation?.id ?? null);
+    if (other) this.views.clear();
+    this.shownId = conversation?.id ?? null;
+    const turns = conversation ? shownTurns(conversation) : [];
+    const versionsOf = (/** @type {Turn} */ turn) => (conversation ? versions(conversation, turn) : []);
+    const views = turns.map((turn, index) => this.#view(turn, versionsOf(turn), index, turns));
+    this.views = new Map(views.map((view) => [view.turn.id, view]));
+    const focus = this.#focus();
+    replaceInOrder(this.list, views.map((view) => view.root));
+    focus();
+    byId("welcome").hidden = turns.length > 0;
+    this.list.hidden = turns.length === 0;
+    if (other) this.toEnd();
+    // The last is what people look at; what is above is rendered one after the other.
+    return views.reduceRight((before, view) => before.then(() => view.render()), Promise.resolve());
+  }
+
+  /**
+   * A piece of an answer has come.
+   * @param {Answer} answer
+   */
+  grow(answer) {
+    this.views.get(answer.turn.id)?.grow(answer);
+  }
+
+  /** Render what could not be rendered while the server was away. */
+  mend() {
+    for (const view of this.views.values()) view.mend();
+  }
+
+  /** Edit the last question; false where there is none. */
+  editLast() {
+    const view = [...this.views.values()].reverse().find((one) => one.turn.role === "user");
+    view?.edit();
+    return Boolean(view);
+  }
+
+  toEnd() {
+    this.following = true;
+    this.follow();
+  }
+
+  /** Stay at the end, if that is where the person is. */
+  follow() {
+    if (this.following) this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.#showJump();
+  }
+
+  /** Buttons are made anew: the one that had the focus gives it to the one in its place. */
+  #focus() {
+    const focused = document.activeElement;
+    const index = [...this.list.children].findIndex((child) => child.contains(focused));
+    const label = focused?.getAttribute("aria-label");
+    return () => {
+      if (index < 0 || !label || document.activeElement === focused && focused?.isConnected) return;
+      const turn = this.list.children[index];
+      const buttons = /** @type {HTMLButtonElement[]} */ ([...(turn?.querySelectorAll(".tools button") ?? [])]);
+      const same = buttons.find((button) => button.getAttribute("aria-label") === label);
+      (same?.disabled ? buttons.find((button) => !button.disabled) : same)?.focus();
+    };
+  }
+
+  #scrolled() {
+    const { scrollTop, scrollHeight, clientHeight } = this.scroller;
+    this.following = scrollHeight - scrollTop - clientHeight < NEAR_THE_END;
+    this.#showJump();
+  }
+
+  #showJump() {
+    this.jump.hidden = this.following;
+  }
+
+  /**
+   * @param {Turn} turn @param {Turn[]} all its versions @param {number} index @param {Turn[]} turns
+   * @returns {TurnView}
+   */
+  #view(turn, all, index, turns) {
+    const view = this.views.get(turn.id) ?? new TurnView(turn, this.actions, () => this.follow());
+    view.update(turn, all, index === turns.length - 1, Math.floor(index / 2) + 1);
+    return view;
+  }
+}
+
+/** A question or an answer. */
+class TurnView {
+  /** @param {Turn} turn @param {Actions} actions @param {() => void} onChange */
+  constructor(turn, actions, onChange) {
+    this.turn = turn;
+    this.actions = actions;
+    const question = turn.role === "user";
+    this.prose = question ? null : new Prose(onChange);
+    this.rendered = ""; // the text whose final form is shown
+    this.heading = element("h2", { class: "visually-hidden" });
+    const content = question ? element("div", { class: "bubble" }) : this.prose?.root;
+    this.body = element("div", { class: "turn-body" }, content);
+    this.note = element("div", { class: "note" });
+    this.figures = element("span", { class: "figures" });
+    this.tools = element("div", { class: "tools" });
+    this.root = element(
+      "article", { class: `turn ${question ? "question" : "answer"}`, data: { turn: turn.id } },
+      this.heading, this.body, this.note, this.tools,
+    );
+  }
+
+  /**
+   * @param {Turn} turn @param {Turn[]} all its versions @param {boolean} last @param {number} number of the exchange
+   */
+  update(turn, all, last, number) {
+    this.turn = turn;
+    const running = this.actions.answerOf(turn);
+    const state = turn.state === "streaming" && !running ? "interrupted" : turn.state;
+    this.root.dataset.state = state;
+    if (state === "streaming") this.root.setAttribute("aria-busy", "true");
+    this.root.classList.toggle("is-last", last);
+    this.heading.textContent = `${turn.role === "user" ? "Question" : "Answer"} ${number}`;
+    this.root.setAttribute("aria-label", this.heading.textContent);
+    if (turn.role === "user") this.#fillQuestion(all);
+    else this.#fillAnswer(state, all);
+  }
+
+  /** Show the answer in its final form, if that is not what is shown. */
+  async render() {
+    const done = this.prose && this.root.dataset.state !== "streaming";
+    if (!done || this.rendered === this.turn.text) return;
+    this.rendered = this.turn.text;
+    this.root.setAttribute("aria-busy", "true");
+    await this.prose?.finish(this.turn.text);
+    this.root.setAttribute("aria-busy", "false");
+  }
+
+  mend() {
+    if (this.prose?.plain && this.root.dataset.state !== "streaming") this.prose.finish(this.turn.text);
+  }
+
+  /** @param {Answer} answer */
+  grow(answer) {
+    this.prose?.grow(answer.turn.text);
+    this.#showProgress(answer);
+  }
+
+  /** Put the question into a field; what is sent from it goes on from here as another version. */
+  edit() {
+    if (this.body.querySelector("textarea")) return;
+    const field = element("textarea", { class: "edit-field", "aria-label": "Edit the question", rows: 1 });
+    const close = () => {
+      this.body.replaceChildren(element("div", { class: "bubble", text: this.turn.text }));
+      this.tools.hidden = false;
+    };
+    const send = () => {
+      const text = field.value.trim();
+      if (!text) return;
+      close();
+      this.actions.edit(this.turn, text);
+    };
+    const cancel = () => {
+      close();
+      byId("question").focus();
+    };
+    field.value = this.turn.text;
+    field.addEventListener("keydown", (/** @type {KeyboardEvent} */ event) => {
+      if (event.isComposing) return;
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        cancel();
+      } else if (event.key === "Enter" && !event.shiftKey) {
+        event.preventDefault();
+        send();
+      }
+    });
+    this.tools.hidden = true;
+    this.body.replaceChildren(element(
+      "div", { class: "edit-box" }, field,
+      element(
+        "div", { class: "edit-buttons" },
+        element("button", { type: "button", class: "button", text: "Cancel", on: { click: cancel } }),
+        element("button", { type: "button", class: "button primary", text: "Send", on: { click: send } }),
+      ),
+    ));
+    const fit = () => {
+      field.style.height = "auto";
+      field.style.height = `${field.scrollHeight + 2}px`;
+    };
+    field.addEventListener("input", fit);
+    fit();
+    field.focus();
+    field.setSelectionRange(field.value.length, field.value.length);
+    this.root.scrollIntoView({ block: "nearest" });
+  }
+
+  /** @param {Turn[]} all */
+  #fillQuestion(all) {
+    const bubble = this.body.querySelector(".bubble");
+    if (bubble) bubble.textContent = this.turn.text;
+    this.tools.replaceChildren(
+      ...this.#versionTools(all),
+      copyButton(() => this.turn.text, "Copy the question"),
+      iconButton("edit", "Edit the question", () => this.edit()),
+    );
+  }
+
+  /** @param {string} state @param {Turn[]} all */
+  #fillAnswer(state, all) {
+    const { turn } = this;
+    const running = this.actions.answerOf(turn);
+    if (running) {
+      this.note.replaceChildren();
+      this.tools.replaceChildren(this.figures);
+      this.#showProgress(running);
+      if (turn.text) this.prose?.grow(turn.text);
+      return;
+    }
+    this.figures.replaceChildren(...figuresTexts(turn).map((text) => element("span", { text })));
+    this.tools.replaceChildren(...[
+      ...this.#versionTools(all),
+      turn.text && copyButton(() => turn.text, "Copy the answer"),
+      !turn.problem && iconButton("retry", "Try again", () => this.actions.retry(turn)),
+      this.figures,
+    ].filter((tool) => tool !== "" && tool !== false));
+    const said = noteOf(turn, state, this.actions.context());
+    this.note.className = `note ${turn.problem ? "is-problem" : ""}`;
+    this.note.replaceChildren(
+      ...(said ? [element("p", { text: said }), turn.problem && element("button", {
+        type: "button", class: "button", text: "Try again", on: { click: () => this.actions.retry(turn) },
+      })].filter(Boolean) : []),
+    );
+  }
+
+  /** @param {Answer} answer */
+  #showProgress(answer) {
+    const texts = answer.pieces ? [`about ${plural(answer.pieces, "token")}`] : ["Reading the question…"];
+    if (answer.rate) texts.push(`${answer.rate.toFixed(1)} tokens/s`);
+    this.figures.replaceChildren(...texts.map((text) => element("span", { text })));
+  }
+
+  /** @param {Turn[]} all @returns {HTMLElement[]} */
+  #versionTools(all) {
+    if (all.length < 2) return [];
+    const at = all.findIndex((one) => one.id === this.turn.id);
+    const what = this.turn.role === "user" ? "question" : "answer";
+    const step = (/** @type {string} */ name, /** @type {string} */ label, /** @type {number} */ by) => {
+      const button = iconButton(name, label, () => this.actions.choose(this.turn, by));
+      button.disabled = !all[at + by];
+      return button;
+    };
+    return [element(
+      "span", { class: "versions", role: "group", "aria-label": `Versions of this ${what}` },
+      step("left", `Earlier version of the ${what}`, -1),
+      element("span", { class: "version", text: `${at + 1} / ${all.length}` }),
+      step("right", `Later version of the ${what}`, 1),
+    )];
+  }
+}
+
+/**
+ * What ended an answer, where that was not the model.
+ * @param {Turn} turn @param {string} state @param {number} context tokens that the server has room for
+ */
+function noteOf(turn, state, context) {
+  if (turn.problem) return turn.text ? `${turn.problem} What came is kept.` : turn.problem;
+  if (state === "stopped") return turn.text ? "Stopped." : "Stopped before the first word.";
+  if (state === "interrupted") return "Interrupted: the page was left before the answer was complete.";
+  const { figures } = turn;
+  if (turn.finish === "length" && figures) {
+    const full = context > 0 && figures.prompt + figures.tokens >= context;
+    if (full) return `Cut: the context of ${context.toLocaleString("en")} tokens is full. Start a new conversation.`;
+    if (turn.limit && figures.tokens < turn.limit) return "Cut: the server gives no more time to one answer.";
+    return `Cut at ${plural(figures.tokens, "token")}: Settings say how long an answer may be.`;
+  }
+  if (turn.left) return `Answered without the first ${plural(turn.left, "question")}, to fit the context.`;
+  return turn.text ? "" : "The model said nothing.";
+}
+
+/** @param {Turn} turn @returns {string[]} */
+function figuresTexts({ figures }) {
+  if (!figures) return [];
+  const { exact, tokens, rate, first } = figures;
+  return [
+    `${exact ? "" : "about "}${plural(tokens, "token")}`,
+    ...(rate ? [`${rate.toFixed(1)} tokens/s`] : []),
+    `first after ${first < 1 ? `${Math.round(first * 1000)} ms` : `${first.toFixed(1)} s`}`,
+  ];
+}
+
+/** @param {number} count @param {string} noun */
+function plural(count, noun) {
+  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+}
+
+/**
+ * Make a list's children these, without moving those that are in their place.
+ * @param {Element} list @param {Element[]} children
+ */
+function replaceInOrder(list, children) {
+  children.forEach((child, index) => {
+    if (list.children[index] !== child) list.insertBefore(child, list.children[index] ?? null);
+  });
+  while (list.children.length > children.length) list.lastElementChild?.remove();
+}

@@ -1,0 +1,337 @@
+"""The queue, the mailbox and the worker by themselves, with a session that says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem.config import SamplingParams
+from lowmem.errors import InvalidRequestError, LowmemError
+from lowmem.server.api_errors import ApiError, time_is_up
+from lowmem.server.fair_queue import FairQueue
+from lowmem.server.mailbox import End, Mailbox, Piece
+from lowmem.server.worker import Continuation, Hole, Ticket, Worker
+from lowmem.session import Response, TokenLogprob
+
+PARAMS = SamplingParams()
+
+
+def response(text: str, count: int = 1, reason: Any = None, logprobs: Any = None) -> Response:
+    return Response(text, reason, 3, 0, count, 0.1, 10.0, logprobs=logprobs)
+
+
+def test_each_client_has_one_turn_after_the_other() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "a3", "b1", "c1", "c2"):
+        queue.push(item[0], item)
+    assert len(queue) == 6
+    assert [queue.pop() for _ in range(6)] == ["a1", "b1", "c1", "a2", "c2", "a3"]
+    with pytest.raises(IndexError):
+        queue.pop()
+
+
+def test_the_rest_of_a_request_comes_before_its_clients_next_and_after_the_others() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "b1"):
+        queue.push(item[0], item)
+    assert queue.pop() == "a1"
+    queue.push_front("a", "a1 again")
+    assert [queue.pop() for _ in range(3)] == ["b1", "a1 again", "a2"]
+
+
+def test_the_longest_line_makes_room_for_a_shorter_one_only() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for item in ("a1", "a2", "b1"):
+        queue.push(item[0], item)
+    assert queue.crowded_out("a") is None and queue.crowded_out("b") is None
+    assert queue.crowded_out("c") == "a2"
+    assert queue.crowded_out("c") is None  # one each: nobody is in anybody's way
+    assert [queue.pop(), queue.pop()] == ["a1", "b1"]
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
+def test_nothing_is_lost_and_every_line_keeps_its_order(steps: list[tuple[str, bool]]) -> None:
+    queue: FairQueue[tuple[str, int]] = FairQueue()
+    given_out, waiting = [], []
+    for number, (client, takes) in enumerate(steps):
+        queue.push(client, (client, number))
+        waiting.append((client, number))
+        if takes:
+            given_out.append(queue.pop())
+        if number % 7 == 5 and waiting[-1] not in given_out:
+            assert queue.remove(client, (client, number))
+            assert not queue.remove(client, (client, number))
+            waiting.pop()
+    while len(queue):
+        given_out.append(queue.pop())
+    for client in "abc":
+        assert [item for item in given_out if item[0] == client] == [i for i in waiting if i[0] == client]
+
+
+def test_pieces_that_wait_become_one_and_keep_everything() -> None:
+    async def story() -> None:
+        box = Mailbox(10_000)
+        chance = TokenLogprob("a", -1.0, ())
+        assert box.put(Piece(0, response("a", 1, logprobs=(chance,))))
+        assert box.put(Piece(0, response("b", 2, logprobs=(chance, chance))))
+        assert box.put(Piece(1, response("c", 1)))
+        box.end()
+        box.end(time_is_up(1))  # the first end counts
+        assert not box.put(Piece(1, response("late", 2)))
+        joined, other, end = await box.take()
+        assert joined == Piece(0, response("ab", 2, logprobs=(chance,) * 3))
+        assert other == Piece(1, response("c", 1)) and end == End(None)
+
+    asyncio.run(story())
+
+
+def test_a_mailbox_takes_no_more_than_it_may_and_again_once_it_is_emptied() -> None:
+    async def story() -> None:
+        box = Mailbox(100)
+        assert box.put(Piece(0, response("x" * 60)))
+        assert not box.put(Piece(0, response("x" * 60)))
+        assert len(await box.take()) == 1
+        assert box.put(Piece(0, response("x" * 60)))
+        logged = tuple(TokenLogprob("a", -1.0, (("a", -1.0),) * 20) for _ in range(1))
+        assert not box.put(Piece(0, response("x", logprobs=logged)))
+
+    asyncio.run(story())
+
+
+def test_whoever_takes_is_woken_by_another_thread() -> None:
+    async def story() -> list[str]:
+        box = Mailbox(10_000)
+
+        def put() -> None:
+            for number in range(500):
+                assert box.put(Piece(0, response(f"{number} ")))
+            box.end()
+
+        threading.Thread(target=put).start()
+        texts = []
+        while True:
+            events = await asyncio.wait_for(box.take(), 60)
+            assert events
+            texts += [entry.response.text for entry in events if isinstance(entry, Piece)]
+            if isinstance(events[-1], End):
+                return texts
+
+    assert "".join(asyncio.run(story())) == "".join(f"{number} " for number in range(500))
+
+
+class Scripted:
+    """A session that says `answer` a word a token, and notes what it is asked and when it is closed."""
+
+    def __init__(self, answer: str = "one two three") -> None:
+        self.words = answer.split()
+        self.asked: list[Any] = []
+        self.closed = 0
+        self.fault: Exception | None = None
+        self.before: Callable[[int], None] = lambda ident: None
+
+    def continue_ids(
+        self, ids: Sequence[int], params: SamplingParams, *, on_prefill: Any, on_token: Any
+    ) -> Iterator[Response]:
+        self.asked.append(ids[0])
+        return self._answer(ids[0], on_prefill, on_token)
+
+    def fill_in(
+        self, prefix: str, suffix: str, params: SamplingParams, *, on_prefill: Any, on_token: Any
+    ) -> Iterator[Response]:
+        self.asked.append((prefix, suffix))
+        raise InvalidRequestError("there is no text", "Give some")
+
+    def _answer(self, ident: int, on_prefill: Any, on_token: Any) -> Iterator[Response]:
+        try:
+            self.before(ident)
+            on_prefill(1, 1)
+            for count, word in enumerate(self.words, 1):
+                on_token()
+                if self.fault is not None:
+                    raise self.fault
+                yield response(word, count, "stop" if count == len(self.words) else None)
+        finally:
+            self.closed += 1
+
+
+def works(*idents: int) -> list[Continuation]:
+    return [Continuation((ident,), PARAMS) for ident in idents]
+
+
+async def drained(ticket: Ticket) -> tuple[dict[int, str], ApiError | None]:
+    """The texts of a ticket's answers, and what it ended with."""
+    texts: dict[int, str] = {}
+    while True:
+        for entry in await asyncio.wait_for(ticket.mailbox.take(), 60):
+            if isinstance(entry, End):
+                return texts, entry.error
+            texts[entry.part] = texts.get(entry.part, "") + entry.response.text
+
+
+def with_worker(session: Scripted, story: Any, **options: Any) -> None:
+    worker = Worker(lambda: session, **options)  # type: ignore[arg-type, return-value]
+    worker.start()
+
+    async def run() -> None:
+        await story(worker)
+
+    try:
+        asyncio.run(run())
+    finally:
+        worker.abandon()
+        assert worker.join(60)
+
+
+def test_answers_come_part_by_part_and_are_counted() -> None:
+    session = Scripted()
+
+    async def story(worker: Worker) -> None:
+        texts, error = await drained(worker.submit("a", works(1, 2)))
+        assert texts == {0: "onetwothree", 1: "onetwothree"} and error is None
+        assert worker.counts.answers == 2 and worker.counts.tokens == 6
+        assert session.closed == 2
+
+    with_worker(session, story)
+
+
+def test_many_answers_of_one_request_do_not_hold_up_others() -> None:
+    """Each of them is a turn."""
+    session = Scripted()
+    gate = threading.Event()
+    session.before = lambda ident: gate.wait(60) and None  # type: ignore[func-returns-value]
+
+    async def story(worker: Worker) -> None:
+        tickets = [
+            worker.submit("a", works(1, 2, 3)),
+            worker.submit("a", works(4)),
+            worker.submit("b", works(11, 12)),
+        ]
+        gate.set()
+        for ticket in tickets:
+            assert (await drained(ticket))[1] is None
+        assert session.asked == [1, 11, 2, 12, 3, 4]
+
+    with_worker(session, story)
+
+
+def test_one_that_is_stopped_in_the_queue_is_never_begun() -> None:
+    session = Scripted()
+    gate = threading.Event()
+    session.before = lambda ident: gate.wait(60) and None  # type: ignore[func-returns-value]
+
+    async def story(worker: Worker) -> None:
+        first, second = worker.submit("a", works(1)), worker.submit("a", works(2))
+        worker.stop(second, time_is_up(5))
+        gate.set()
+        assert (await drained(first))[1] is None
+        _, error = await drained(second)
+        assert error is not None and error.code == "time_limit"
+        assert session.asked == [1] and worker.counts.cancelled == 1
+
+    with_worker(session, story)
+
+
+def test_one_that_is_stopped_while_it_runs_ends_at_the_next_token_and_is_closed() -> None:
+    session = Scripted("word " * 1000)
+    began = threading.Event()
+    gate = threading.Event()
+
+    def before(ident: int) -> None:
+        began.set()
+        gate.wait(60)
+
+    session.before = before
+
+    async def story(worker: Worker) -> None:
+        ticket = worker.submit("a", works(1, 2))
+        assert began.wait(60)
+        worker.stop(ticket)
+        gate.set()
+        assert (await drained(ticket))[1] is None
+        assert (await drained(worker.submit("a", works(3))))[1] is None
+        assert session.asked == [1, 3] and session.closed == 2
+        assert worker.counts.tokens == 1000  # none of the first: it was stopped in its prefill
+
+    with_worker(session, story)
+
+
+def test_an_answer_that_nobody_takes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowmem.server.worker.MOST_UNREAD_BYTES", 100)
+    session = Scripted("word " * 1000)
+
+    async def story(worker: Worker) -> None:
+        ticket = worker.submit("a", works(1))
+        other = worker.submit("b", works(2))
+        while worker.counts.cancelled < 2:
+            await asyncio.sleep(0.01)
+        texts, error = await drained(ticket)
+        assert error is not None and error.code == "unread"
+        assert len(texts[0]) <= 100
+        await drained(other)
+        assert session.closed == 2
+
+    with_worker(session, story)
+
+
+def test_faults_are_reported_and_hurt_nobody_else() -> None:
+    session = Scripted()
+    reported: list[BaseException] = []
+
+    async def story(worker: Worker) -> None:
+        session.fault = ValueError("inside")
+        _, error = await drained(worker.submit("a", works(1)))
+        assert error is not None and (error.status, error.code) == (500, "internal_error")
+        assert "inside" not in error.message and str(reported[0]) == "inside"
+        session.fault = LowmemError("the model's output is not finite", "Check it")
+        _, error = await drained(worker.submit("a", works(1)))
+        assert error is not None and (error.status, error.code) == (500, "model_error")
+        assert "not finite" in error.message
+        _, error = await drained(worker.submit("a", [Hole("", "", PARAMS)]))
+        assert error is not None and error.status == 400 and "Give some" in error.message
+        session.fault = None
+        assert (await drained(worker.submit("a", works(1))))[0] == {0: "onetwothree"}
+        assert worker.counts.failed == 2 and worker.counts.answers == 1 and len(reported) == 2
+
+    with_worker(session, story, report=reported.append)
+
+
+def test_a_model_that_cannot_be_loaded_is_the_callers_error() -> None:
+    def fail() -> Any:
+        raise InvalidRequestError("no such model")
+
+    with pytest.raises(InvalidRequestError, match="no such model"):
+        Worker(fail).start()
+
+
+def test_the_end_refuses_what_waits_and_lets_all_parts_of_what_has_begun_through() -> None:
+    session = Scripted()
+    began, gate = threading.Event(), threading.Event()
+
+    def before(ident: int) -> None:
+        began.set()
+        gate.wait(60)
+
+    session.before = before
+
+    async def story(worker: Worker) -> None:
+        first, second = worker.submit("a", works(1, 2)), worker.submit("b", works(3))
+        assert began.wait(60)
+        worker.close()
+        with pytest.raises(ApiError) as caught:
+            worker.submit("c", works(4))
+        assert caught.value.code == "shutting_down"
+        gate.set()
+        texts, error = await drained(first)
+        assert error is None and len(texts) == 2
+        _, error = await drained(second)
+        assert error is not None and error.code == "shutting_down"
+        assert session.asked == [1, 2]
+        assert worker.join(60)
+
+    with_worker(session, story)
