@@ -170,7 +170,7 @@ INLINE void store_y(int rows, int wide, float *to, int64_t stride, const __mmask
 /* ---- a few rows: weights as they stream by ------------------------------------------------------------------- */
 
 /* Bytes that are asked for ahead where weights lie one after the other: the more work a byte is, the further. */
-#define AHEAD(bits) ((bits) == 8 ? 4096 : 8192)
+#define AHEAD(bits) ((bits) == 8 ? 4096 : (bits) == 4 ? 8192 : 6144)
 
 /* y += groups first..last-1 of `rows` rows and 16 `wide` outputs. */
 INLINE void few_panel(int plain, int bits, int planes, int rows, int wide, const lm_packed *w, const lm_input *input, int64_t first,
