@@ -69,7 +69,7 @@ class QuantLinear(nn.Module):
 
     @property
     def row_invariant(self) -> bool:
-        """Whether a row's bits are the same whatever rows come with it, native.FEW_ROWS in all."""
+        """Whether a row's bits are the same whatever rows come with it."""
         return self.packed is not None
 
     def use_native(self, activation_bits: int | None = None) -> None:

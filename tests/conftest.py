@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.chromium import browser  # noqa: F401  (a fixture)
+
 # The matrices of tests are tiny: a second thread would only wait for the first, and badly so on a busy
 # machine.
 torch.set_num_threads(1)

@@ -180,34 +180,23 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype is b.dtype and bool(((a.view(kind) == b.view(kind)) | (a.isnan() & b.isnan())).all())
 
 
-class LmDense(ctypes.Structure):
-    """`lm_dense` of lowmem.h."""
-
-    _fields_ = (
-        ("in_features", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("bias_type", ctypes.c_int32),
-    )
-
-
 def dense(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """lm_dense_linear: x [rows, in] times a bfloat16 weight [out, in], in x's dtype."""
     outputs, inputs = weight.shape
-    struct = LmDense(
+    struct = native.LmDense(
         inputs,
         outputs,
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         0 if bias is None else native.TYPES[bias.dtype],
+        native.TYPES[weight.dtype],
     )
     result = torch.full((x.shape[0], outputs), -77.0, dtype=x.dtype)
     dense_call(struct, x.data_ptr(), x.dtype, x.shape[0], result.data_ptr())
     return result
 
 
-def dense_call(struct: LmDense, x: int, kind: torch.dtype, rows: int, out: int) -> None:
+def dense_call(struct: native.LmDense, x: int, kind: torch.dtype, rows: int, out: int) -> None:
     """lm_dense_linear on addresses."""
     pointer, number = ctypes.c_void_p, ctypes.c_int
     with native.running() as library:
@@ -287,8 +276,13 @@ def _run_fenced_dense() -> None:
         for rows in (1, 2, 3, 4, 5, 8, 11):
             fenced = Fenced()
             weight, bias = torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).half()
-            struct = LmDense(
-                inputs, outputs, fenced.copy(weight), fenced.copy(bias), native.TYPES[bias.dtype]
+            struct = native.LmDense(
+                inputs,
+                outputs,
+                fenced.copy(weight),
+                fenced.copy(bias),
+                native.TYPES[bias.dtype],
+                native.TYPES[weight.dtype],
             )
             out = fenced.copy(torch.zeros(rows, outputs))
             dense_call(struct, fenced.copy(torch.randn(rows, inputs)), torch.float32, rows, out)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.page_helpers import HOLD, LiveServer, live_server, until
-from tests.test_bench_report_browser import FLAGS, SIZES, TEXTS, missing
+from tests.test_bench_report_browser import SIZES, TEXTS
 
 CODE = """Here is **one** way:
 
@@ -44,23 +44,6 @@ SCRIPTS = {
     "LONG": [f"line {i}\n\n" for i in range(60)] + [HOLD] + [f"more {i}\n\n" for i in range(20)],
     "EMPTY": [""],
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    import shutil
-
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing("playwright is not installed")
-    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
-        missing("no Chromium is installed")
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
