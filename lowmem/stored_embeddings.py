@@ -1,8 +1,8 @@
 """Embeddings and heads in the float16 that they are stored in, beside activations in bfloat16 on a CPU.
 
-A float16 model runs in bfloat16 there (`loader.default_dtype`). To cast its embedding took most of a load,
-rounded every value, and put a copy beside the file's pages: 0.6 GB of StarChat Alpha. Now the table stays in
-its file. Rows that are looked up are cast, and our own kernels multiply by the head as it is, which is exact.
+A float16 model runs in bfloat16 there (`loader.default_dtype`). To cast its embeddings took most of a load,
+rounded every value, and put a copy beside the file's pages: 0.7 GB of StarChat Alpha. Now the tables stay in
+their file. Rows that are looked up are cast, and our own kernels multiply by the head as it is, which is exact.
 
 The tables are buffers: transformers takes the dtype of a model's first parameter for that of its activations,
 and a tensor that is no parameter is still known as one of its file.
@@ -68,9 +68,9 @@ class StoredHead(nn.Linear):
 def keep_as_stored(model: nn.Module, names: Iterable[str], activations: torch.dtype) -> None:
     """Swap the tables among the named tensors, which are stored in float16, for ones that keep it.
 
-    model: on meta, its tied weights tied. names: of the model's tensors. Only a plain input embedding and a
-    plain head are swapped, and of what is tied all or nothing; positions are few, and most of them never
-    looked up. Nothing at all for other `activations` than bfloat16, or without our own kernels.
+    model: on meta, its tied weights tied. names: of the model's tensors. Only plain embeddings outside of the
+    decoder layers (of tokens and of positions) and a plain head are swapped, and of what is tied all or
+    nothing. Nothing at all for other `activations` than bfloat16, or without our own kernels.
     """
     if activations is not torch.bfloat16 or dispatch.why_not_native():
         return
@@ -81,7 +81,8 @@ def keep_as_stored(model: nn.Module, names: Iterable[str], activations: torch.dt
     found: list[tuple[str, nn.Embedding | nn.Linear]] = []
     for name, module in model.named_modules():
         if type(module) is nn.Embedding:
-            suitable = module is model.get_input_embeddings() and module.max_norm is None  # type: ignore[operator]
+            in_layer = any(part.isdigit() for part in name.split("."))  # "transformer.h.0.…"
+            suitable = module.max_norm is None and not in_layer
         else:
             suitable = type(module) is nn.Linear and module is head
         if suitable:

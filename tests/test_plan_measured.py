@@ -60,3 +60,14 @@ def test_the_context_shows_in_the_plan(shaped: Path) -> None:
     short, long = (plan_for(Request(str(shaped), device="cpu", context=n)).chosen.need for n in (128, 8192))
     assert long.kv_cache - short.kv_cache == 2 * 2 * 128 * 2 * (8192 - 128)
     assert long.weights == short.weights and long.workspace >= short.workspace
+
+
+def test_positions_that_are_never_looked_up_stay_in_the_file(shaped: Path) -> None:
+    """A packed model's float16 table of 8192 positions: the rows of the context alone are in the plan."""
+
+    def weights(context: int, dtype: str | None = None) -> int:
+        request = Request(str(shaped.with_name("model-4bit")), device="cpu", context=context, dtype=dtype)
+        return plan_for(request).chosen.need.weights
+
+    assert weights(8192) - weights(1024) == (8192 - 1024) * DIMENSIONS.hidden * 2
+    assert weights(8192, "float32") == weights(1024, "float32")  # cast whole

@@ -109,7 +109,7 @@ def test_tables_stay_in_their_file(kind: str, tmp_path: Path) -> None:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, StoredEmbedding) and isinstance(head, StoredHead)
     tables = [m for m in model.modules() if isinstance(m, StoredEmbedding | StoredHead)]
-    assert len(tables) == 2
+    assert len(tables) == 2 + hasattr(model.base_model, "wpe")
     assert all(m.weight.dtype is torch.float16 and is_mapped(m.weight) for m in tables)
     assert (head.weight is table.weight) == (kind not in ("llama", "qwen2"))
     assert model.dtype is BF16 and loaded.dtype is BF16
@@ -181,7 +181,7 @@ def test_decode_reads_the_stored_tables(tmp_path: Path, monkeypatch: pytest.Monk
         return checked_step(some, filled(model, 20), [5, 6])[1]
 
     rounded = load(folder, dtype=BF16).model  # float16 tables that hold what bfloat16 does
-    for table in (rounded.transformer.wte, rounded.lm_head):
+    for table in (rounded.transformer.wte, rounded.transformer.wpe, rounded.lm_head):
         table.weight = table.weight.to(BF16).half()  # a buffer
     ours, before = stepped(model), stepped(cast)
     # 2^-3 to 2^-14 of bfloat16 are all float16: the two kernels multiply the same numbers.
@@ -239,10 +239,10 @@ def test_only_plain_tables_are_swapped() -> None:
     model = tiny_model("gpt_bigcode_mqa")
     model.transformer.wte = scaled
     model.tie_weights()
-    assert swapped(model, *tied) == set()
+    assert swapped(model, *tied) == {"transformer.wpe"}
     model = tiny_model("gpt_bigcode_mqa")
     model.transformer.h[0].extra = nn.Embedding(8, 64)
-    both = {"transformer.wte", "lm_head"}
+    both = {"transformer.wte", "transformer.wpe", "lm_head"}
     assert swapped(model, *tied, "transformer.h.0.extra.weight", "no.such.tensor") == both
     model = tiny_model("llama", tied=False)
     assert swapped(model, "lm_head.weight") == {"lm_head"}

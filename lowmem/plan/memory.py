@@ -184,11 +184,19 @@ def need_on_device(
 ) -> Need:
     """The whole model on one device."""
     return Need(
-        weights_bytes(shape, form),
+        weights_bytes(shape, form) - (0 if cuda else _never_looked_up(shape, form, context)),
         kv_cache_bytes(shape, form, context),
         workspace_bytes(shape, form, context, cuda=cuda, packs_nf4=packs_nf4),
         own_context,
     )
+
+
+def _never_looked_up(shape: ModelShape, form: Form, context: int) -> int:
+    """Bytes of the positions past the context. Beside packed weights in bfloat16 a float16 table stays in its
+    file, of which only pages that are looked up come into memory (see stored_embeddings.py)."""
+    if form != Form("gptq", "bfloat16") or shape.stored != "float16":
+        return 0
+    return max(0, shape.learned_positions - context) * shape.hidden * form.itemsize
 
 
 def need_of_split(
