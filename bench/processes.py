@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +34,37 @@ class Usage:
 
 def run_process(command: Sequence[str], log: Path) -> Usage:
     """Run a command to its end, its output to `log`, and watch its memory. SystemExit if it fails."""
-    environment = dict(os.environ)
-    environment["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's figures, on machines with a card too
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    usage, code = attempt(command, log)
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise SystemExit(f"{' '.join(command[1:4])} … failed with exit code {code}:\n{tail}")
+    return usage
+
+
+def attempt(
+    command: Sequence[str],
+    log: Path,
+    *,
+    errors: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    sample: Callable[[], None] | None = None,
+) -> tuple[Usage, int]:
+    """Run a command to its end and watch its memory: what it took, and its exit code, negative for a signal.
+
+    log: gets its output, and its standard error unless `errors` does. environment: beside our own. sample:
+    called every SAMPLE_SECONDS.
+    """
+    own = {**os.environ, **(environment or {})}
+    own["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's figures, on machines with a card too
+    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     # GPTQModel's own default, but never the one worker with which it cannot load.
-    environment.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, ((os.cpu_count() or 1) + 1) // 2)))
+    own.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, ((os.cpu_count() or 1) + 1) // 2)))
     load, peak, anonymous = os.getloadavg()[0], 0, 0
     started = time.perf_counter()
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command, cwd=log.parent, env=environment, stdout=stream, stderr=subprocess.STDOUT
-        )
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("wb"))
+        other = stack.enter_context(errors.open("wb")) if errors else subprocess.STDOUT
+        process = subprocess.Popen(command, cwd=log.parent, env=own, stdout=output, stderr=other)
         try:
             while True:
                 pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -53,18 +73,18 @@ def run_process(command: Sequence[str], log: Path) -> Usage:
                 memory = resident(process.pid)
                 peak = max(peak, memory.get("VmHWM", 0))
                 anonymous = max(anonymous, memory.get("RssAnon", 0))
+                if sample:
+                    sample()
                 time.sleep(SAMPLE_SECONDS)
         except BaseException:
             process.kill()
             raise
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - started
-    if process.returncode:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        raise SystemExit(f"{' '.join(command[1:4])} … failed with exit code {process.returncode}:\n{tail}")
     cpu = usage.ru_utime + usage.ru_stime
     # ru_maxrss counts this process's own memory at the fork too, so the high-water mark goes before it.
-    return Usage(round(wall, 2), round(cpu, 2), peak or usage.ru_maxrss * 1024, anonymous, round(load, 2))
+    found = Usage(round(wall, 2), round(cpu, 2), peak or usage.ru_maxrss * 1024, anonymous, round(load, 2))
+    return found, process.returncode
 
 
 def converse(
