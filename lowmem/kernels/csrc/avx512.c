@@ -171,6 +171,24 @@ INLINE void store_y(int rows, int wide, float *to, int64_t stride, const __mmask
 
 /* Bytes that are asked for ahead where weights lie one after the other: the more work a byte is, the further. */
 #define AHEAD(bits) ((bits) == 8 ? 4096 : (bits) == 4 ? 8192 : 6144)
+/* Beside them, one line of each page, rows of words ahead: to find where a small page lies takes longer than to read it, the
+ * more so in a virtual machine. And the scales of groups ahead: a stream so thin that the hardware forgets it. In a panel 64
+ * rows are 16 KiB. */
+enum { ROWS_AHEAD = 64, PAGE_ROWS = 16, GROUPS_AHEAD = 16, LINE = 64 };
+
+/* words: the group's first. */
+INLINE void prefetch_group(int plain, int bits, int wide, const lm_group *at, const uint32_t *words, int64_t output)
+{
+    const lm_packed *w = at->w;
+    for (int row = 0; row < at->input->group * bits / 32; row += PAGE_ROWS)
+        _mm_prefetch((const char *)(words + (ROWS_AHEAD + row) * lm_word_stride(w)), _MM_HINT_T0);
+    const int64_t later = lm_group_at(w, at->scale_row + GROUPS_AHEAD, output);
+    const int width = plain || w->scales_type != LM_F32 ? 2 : 4;
+    for (int byte = 0; byte < 16 * wide * width; byte += LINE)
+        _mm_prefetch((const char *)w->scales + later * width + byte, _MM_HINT_T0);
+    if (!plain && w->zeros)
+        _mm_prefetch((const char *)w->zeros + later, _MM_HINT_T0);
+}
 
 /* y += groups first..last-1 of `rows` rows and 16 `wide` outputs. */
 INLINE void few_panel(int plain, int bits, int planes, int rows, int wide, const lm_packed *w, const lm_input *input, int64_t first,
@@ -185,12 +203,13 @@ INLINE void few_panel(int plain, int bits, int planes, int rows, int wide, const
         const uint32_t *words = lm_words(w, g * width * bits / 32, output);
         const uint8_t *digits = (const uint8_t *)input->digits + (g * input->rows + row) * width * planes;
         sums_of_tile sum;
+        prefetch_group(plain, bits, wide, &at, words, output);
         start_sums(plain, planes, rows, wide, &at, row, output, mask, sum);
         for (int k = 0; k < width; k += 4 * UNIT_STEPS(bits)) {
             UNROLL
-            for (int v = 0; v < wide; v++)
+            for (int u = 0; u < unit_rows; u++) /* in the order of memory */
                 UNROLL
-                for (int u = 0; u < unit_rows; u++)
+                for (int v = 0; v < wide; v++)
                     _mm_prefetch((const char *)(words + u * next + 16 * v) + AHEAD(bits), _MM_HINT_T0);
             UNROLL
             for (int piece = 0; piece < pieces; piece++) {

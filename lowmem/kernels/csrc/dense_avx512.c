@@ -5,7 +5,9 @@
 
 /* One row reads one output after the other: memory in one stream, where eight of them, 12 KB apart, take 15 % longer. Several
  * rows have more to do for each weight, and read x less often when outputs share it. */
-enum { MOST_ROWS = 4, MOST_OUTPUTS = 6, AHEAD_ALONE = 2048, AHEAD = 512 /* weights */ };
+enum { MOST_ROWS = 4, MOST_OUTPUTS = 6 };
+/* Weights ahead; for one row also one line of each page, to find which takes longer than to read it. */
+enum { AHEAD_ALONE = 2048, AHEAD = 512, PAGE_VALUES = 2048, PAGES_AHEAD = 8192 };
 
 /* 16 weights as floats; the masked ones are 0 and are not read. */
 INLINE __m512 load_weights(int type, const uint16_t *from, __mmask16 mask)
@@ -59,6 +61,8 @@ INLINE void tile(int type, int rows, int outputs, const lm_dense *w, const float
         UNROLL
         for (int o = 0; o < outputs; o++)
             _mm_prefetch((const char *)(ahead + o * in), _MM_HINT_T0);
+        if (outputs == 1 && i % PAGE_VALUES == 0)
+            _mm_prefetch((const char *)(weight + i + PAGES_AHEAD), _MM_HINT_T0);
         add_products(type, rows, outputs, weight + i, x + i, in, 0xffff, 0xffff, sum);
     }
     if (i < in) {

@@ -3,7 +3,8 @@
 
 #include "lowmem.h"
 
-enum { PIECE = 1 << 20, AHEAD = 4096 };
+/* Bytes ahead: of every line, and of one line of each page, to find which takes longer than to read it. */
+enum { PIECE = 1 << 20, AHEAD = 4096, PAGE = 4096, PAGES_AHEAD = 16384 };
 
 typedef uint64_t words __attribute__((vector_size(64), aligned(1), may_alias)); /* 512 bits, wherever they lie */
 
@@ -23,6 +24,8 @@ static inline __attribute__((always_inline)) uint64_t read_piece(const char *fro
     for (; i + 256 <= bytes; i += 256) {
         for (int line = 0; line < 256; line += 64)
             __builtin_prefetch(from + i + AHEAD + line); /* behind the end it does nothing */
+        if (i % PAGE == 0)
+            __builtin_prefetch(from + i + PAGES_AHEAD);
         a ^= *(const words *)(from + i);
         b ^= *(const words *)(from + i + 64);
         c ^= *(const words *)(from + i + 128);
