@@ -5,7 +5,7 @@
     python -m benchmarks.full_size --show              the committed measurement as a report
 
 The checkpoint is made (benchmarks.make_starchat_shaped), converted to 4 bits over all of its layers and to 8
-bits over the first four, verified, planned, run, timed, and measured against the unquantized model. Each step
+bits over the first three, verified, planned, run, timed and measured against the unquantized model. Each step
 is a command of its own whose memory and disk are watched; DIR keeps its output, so an interrupted series goes
 on where it was when the same is typed again, and so does an interrupted conversion. DIR needs 42 GB.
 
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.processes import ROOT, Usage, attempt
-from benchmarks.full_size_record import RESULTS, FullSize, Run, collect
+from benchmarks.full_size_record import EIGHT, FEW, FEW_LAYERS, FOUR, RESULTS, SOURCE, FullSize, Run, collect
 from benchmarks.full_size_report import REPORT, markdown
 from benchmarks.record_file import read, write
 from lowmem.errors import LowmemError
@@ -33,7 +33,6 @@ from lowmem.errors import LowmemError
 DISK_SECONDS = 1.0
 """Between two looks at how much of the disk a step takes."""
 PROMPT = "How do I sort a list in Python?"
-FEW_LAYERS = 4
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ def _lowmem(words: str, *more: str) -> tuple[str, ...]:
     return ("-m", "lowmem", *words.split(), *more)
 
 
-SOURCE, FOUR = "starchat-shaped", "starchat-shaped-4bit"
-FEW, EIGHT = f"starchat-shaped-{FEW_LAYERS}layers", f"starchat-shaped-{FEW_LAYERS}layers-8bit"
 # 16 rows of calibration text: 8192 tokens.
 STEPS = (
     Step("make", ("-m", "benchmarks.make_starchat_shaped", SOURCE)),

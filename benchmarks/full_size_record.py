@@ -14,12 +14,17 @@ from bench.records import LatencyRecord, Machine, QualityRecord, from_json
 from lowmem.errors import SourceError
 
 RESULTS = ROOT / "benchmarks" / "results" / "full_size.json"
+FEW_LAYERS = 3
+"""That are converted to 8 bits."""
+SOURCE, FOUR = "starchat-shaped", "starchat-shaped-4bit"
+FEW, EIGHT = f"starchat-shaped-{FEW_LAYERS}layers", f"starchat-shaped-{FEW_LAYERS}layers-8bit"
+"""Folders of the work folder."""
 
 
 @dataclass(frozen=True)
 class Run:
     """A step, or a part of one that was interrupted. exit_code: negative for a signal. disk_bytes: the most
-    that the work folder grew by (0: not watched)."""
+    that the work folder grew by. Not watched: 0 bytes on the disk or outside of files, a load below 0."""
 
     step: str
     command: str
@@ -124,10 +129,8 @@ def collect(work: Path) -> FullSize:
             machine=machine_here(),
             versions=versions(),
             runs=runs,
-            four=_conversion(logs, "convert-4", 4, work / "starchat-shaped", work / "starchat-shaped-4bit"),
-            eight=_conversion(
-                logs, "convert-8", 8, work / "starchat-shaped-4layers", work / "starchat-shaped-4layers-8bit"
-            ),
+            four=_conversion(logs, "convert-4", 4, work / SOURCE, work / FOUR),
+            eight=_conversion(logs, "convert-8", 8, work / FEW, work / EIGHT),
             verified=Verified(
                 check["ok"], check["files"], check["tensors"], check["linears"], check["bytes"]
             ),

@@ -7,7 +7,7 @@ from statistics import median
 
 from bench.processes import ROOT
 from bench.records import SubjectLatency
-from benchmarks.full_size_record import PHASES, Conversion, FullSize, LayerTime, Run
+from benchmarks.full_size_record import FEW_LAYERS, PHASES, Conversion, FullSize, LayerTime, Run
 
 REPORT = ROOT / "benchmarks" / "results" / "full_size.md"
 LAYERS = 40
@@ -15,7 +15,7 @@ GIB, GB = 2**30, 10**9
 TITLES = {
     "make": "write the 16-bit checkpoint, 40 layers",
     "convert-4": "convert it to 4 bits",
-    "make-few": "write its first 4 layers",
+    "make-few": f"write its first {FEW_LAYERS} layers",
     "convert-8": "convert these to 8 bits",
     "verify": "verify the 4-bit checkpoint",
     "plan": "plan",
@@ -57,7 +57,7 @@ def markdown(record: FullSize) -> str:
             (row for step in TITLES for row in _runs(record.of(step))),
         ),
         "Peak memory is what was resident, mapped files included. Disk is the most by which the work folder "
-        "grew; — where it was not watched. Load before: the machine's load average when the step began; its "
+        "grew; — is what was not watched. Load before: the machine's load average when the step began; its "
         "two cores were not always free for it.",
         "```sh\n" + "\n".join(dict.fromkeys(run.command for run in record.runs)) + "\n```",
         "## Conversion",
@@ -91,9 +91,9 @@ def _runs(runs: Sequence[Run]) -> Iterable[tuple[str, ...]]:
             f"{run.wall_seconds:,.0f}",
             f"{run.cpu_seconds:,.0f}",
             f"{run.peak_bytes / GIB:.2f}",
-            f"{run.peak_anonymous_bytes / GIB:.2f}",
+            f"{run.peak_anonymous_bytes / GIB:.2f}" if run.peak_anonymous_bytes else "—",
             f"{run.disk_bytes / GB:.2f}" if run.disk_bytes else "—",
-            f"{run.load_average_before:.1f}",
+            f"{run.load_average_before:.1f}" if run.load_average_before >= 0 else "—",
         )
 
 
