@@ -32,6 +32,8 @@ PLANES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of an activation's integer, by the dtype of the activations; one may do, see `activation_bits`."""
 FEW_ROWS = 16
 """LM_FEW: for more rows than these (a prompt's, never a step's) weights are taken apart once for all."""
+MOST_FEATURES = 1 << 30
+"""Inputs, or outputs, of a linear: a group's length is an int in C."""
 PANEL = 64
 """LM_PANEL: outputs that lie side by side in a panel."""
 CONTRACT = 3
@@ -311,6 +313,8 @@ class Packed:
         self.in_features = words * 32 // bits
         if group < 32 or group % 32 or self.in_features == 0 or self.in_features % group:
             raise Unsuitable(f"groups of {group} of {self.in_features} inputs")
+        if self.out_features == 0 or max(self.in_features, self.out_features) > MOST_FEATURES:
+            raise Unsuitable(f"{self.in_features} to {self.out_features} features")
         shape = (self.in_features // group, self.out_features)
         _check("qweight", qweight, (self.in_features // 32 * bits, self.out_features), torch.int32)
         _check("scales", scales, shape, *TYPES)

@@ -24,7 +24,7 @@ enum {
     LM_BUNDLE = 16 /* lanes are a multiple of it; also the dimensions that are put together at a time */
 };
 
-typedef uint32_t __attribute__((may_alias)) element; /* a float, or two bfloat16 */
+typedef uint32_t __attribute__((may_alias, aligned(2))) element; /* a float, or two bfloat16, wherever they lie */
 
 /* What a thread needs while it works on a chunk; elements has room for CHUNK rows of a head's size, and
  * for a cache line between every four columns. */

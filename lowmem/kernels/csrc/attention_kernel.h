@@ -14,11 +14,13 @@
 #define UNROLL _Pragma("GCC unroll 8")
 #define VECTOR NAME(vector)
 #define INTEGERS NAME(integers)
+#define BITS NAME(bits)
 #define LOOSE NAME(loose)
 #define TILE_STEP(depth) ((depth) * ITEMS + 16)
 
 typedef float VECTOR __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t INTEGERS __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t BITS __attribute__((vector_size(4 * WIDTH))); /* where sums may wrap */
 typedef float LOOSE __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 INLINE VECTOR NAME(load)(const void *from) { return (VECTOR) * (const LOOSE *)from; }
@@ -44,7 +46,7 @@ INLINE VECTOR NAME(exp2)(VECTOR x)
     y = y * f + 2.4022650696e-1f;
     y = y * f + 6.9314718056e-1f;
     y = y * f + 1.0f;
-    return (VECTOR)(((INTEGERS)y + ((INTEGERS)whole << 23)) & ~none);
+    return (VECTOR)(((BITS)y + ((BITS)whole << 23)) & ~(BITS)none);
 }
 
 /* out[item][lane] = sum over k of a(item, k) b[k][lane], k in order. a(item, k) lies at item * item_step + k * k_step; b and
@@ -132,12 +134,12 @@ TARGET static void NAME(softmax)(float *scores, int64_t count, int64_t lanes, co
             if (k + 1 < count)
                 q = NAME(exp2)(NAME(select)(seen > k + 1, NAME(load)(column + (k + 1) * lanes) - peak, nothing));
             /* To nearest, ties to even; what is summed is what is multiplied. */
-            INTEGERS low = (INTEGERS)p, high = (INTEGERS)q;
-            low = (low + 0x7fff + (low >> 16 & 1)) & (int32_t)0xffff0000;
-            high = (high + 0x7fff + (high >> 16 & 1)) & (int32_t)0xffff0000;
+            BITS low = (BITS)p, high = (BITS)q;
+            low = (low + 0x7fff + (low >> 16 & 1)) & 0xffff0000;
+            high = (high + 0x7fff + (high >> 16 & 1)) & 0xffff0000;
             total += (VECTOR)low;
             total += (VECTOR)high;
-            p = (VECTOR)((low >> 16 & 0xffff) | high);
+            p = (VECTOR)(low >> 16 | high);
 #else
             total += p;
 #endif
@@ -223,6 +225,7 @@ TARGET static void NAME(merge)(const float *parts, int64_t stride, int64_t chunk
 #undef UNROLL
 #undef VECTOR
 #undef INTEGERS
+#undef BITS
 #undef LOOSE
 #undef TILE_STEP
 #undef NAME

@@ -8,7 +8,7 @@ void lm_dense_team(const lm_dense *w, const float *x, int64_t rows, float *y, in
 {
     const lm_isa *isa = lm_best_isa();
     /* Long enough that the memory streams, and some for every thread where there is little to do. */
-    int64_t width = PIECE_BYTES / (2 * w->in), fair = w->out / (4 * lm_size(team));
+    int64_t width = w->in ? PIECE_BYTES / (2 * w->in) : w->out, fair = w->out / (4 * lm_size(team));
     width = (width < fair ? width : fair) / OUTPUTS * OUTPUTS;
     if (width < OUTPUTS)
         width = OUTPUTS;

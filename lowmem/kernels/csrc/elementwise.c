@@ -11,6 +11,7 @@
 
 typedef float vector __attribute__((vector_size(32)));
 typedef int32_t integers __attribute__((vector_size(32)));
+typedef uint32_t bits __attribute__((vector_size(32))); /* where sums may wrap */
 typedef float loose __attribute__((vector_size(32), aligned(4), may_alias));
 
 enum { WIDTH = 8 };
@@ -68,7 +69,7 @@ INLINE void exp2_of(vector *x)
     y = y * f + 2.4022650696e-1f;
     y = y * f + 6.9314718056e-1f;
     y = y * f + 1.0f;
-    *x = (vector)(((integers)y + ((integers)whole << 23)) & ~none);
+    *x = (vector)(((bits)y + ((bits)whole << 23)) & ~(bits)none);
 }
 
 /* x Phi(x). erfc as in Abramowitz and Stegun, 7.1.26: of |x|, so that the left tail loses nothing. */

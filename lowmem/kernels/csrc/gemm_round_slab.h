@@ -282,6 +282,9 @@ TARGET static void one_group(const lm_round *job, const group *g, float *z, floa
             best = by_weights(job, g, other_z, &low, &high);
         } else {
             best = grid_of(job, &low, &high, 1.0f);
+            const wide none = wide_of(0); /* stays where no grid leaves a finite error */
+            for (int64_t j = 0; j < g->width; j++)
+                put(z + j * LM_SLAB, &none);
             for (int32_t n = 0; n < job->ranges_count; n++) {
                 grid c = grid_of(job, &low, &high, job->ranges[n]);
                 round_group(g, &c, other_z);

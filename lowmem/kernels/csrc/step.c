@@ -51,7 +51,7 @@ static size_t arrange(step *s, char *workspace)
     const lm_model *m = s->model;
     const int64_t width = attention_width(m) > m->inner ? attention_width(m) : m->inner;
     const size_t narrow = (size_t)(s->rows * m->embd) * sizeof(float);
-    const lm_kv kv = kv_of(m, m->layer);
+    const lm_kv kv = {m->heads, m->kv_heads, head_size(m), m->capacity, NULL, NULL};
     size_t at = 0, linear = linear_workspace(&m->head, s->rows, 0);
     for (int64_t i = 0; i < m->layers; i++) {
         const lm_layer *layer = m->layer + i;

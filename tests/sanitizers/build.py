@@ -1,0 +1,110 @@
+"""The kernels in C with AddressSanitizer and UBSan: the library, and a program that tries it.
+
+    python -m tests.sanitizers.build FOLDER            the library (`_native.so`) and `fuzz` in FOLDER
+    FOLDER/fuzz SEED ROUNDS                            random shapes and values through every kernel
+
+To run tests of Python on the library: `environment(FOLDER)` around `pytest -p tests.sanitizers.plugin`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent.parent / "lowmem" / "kernels" / "csrc"
+SLOW_TO_COMPILE = "avx512.c"
+"""Takes as long as all others together; its kernels are left out of a `quick` build."""
+LEFT_OUT = "AVX-512 VNNI"
+"""What has no kernels then."""
+_CHECKS = "-fsanitize=address,undefined,float-cast-overflow"
+_FLAGS = (
+    *("-g1", "-std=c11", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread"),
+    *("-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
+)
+_STUB = """\
+#include "lowmem.h"
+#if defined(__x86_64__)
+const lm_isa lm_avx512 = {.name = "AVX-512 VNNI"};
+#endif
+"""
+
+
+def compiler() -> str | None:
+    """A C compiler that has both sanitizers, or None."""
+    found = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+    if found is None:
+        return None
+    tried = subprocess.run(
+        [found, _CHECKS, "-x", "c", "-", "-o", "/dev/null"],
+        input="int main(void) { return 0; }\n",
+        text=True,
+        capture_output=True,
+    )
+    return found if tried.returncode == 0 else None
+
+
+def build(folder: Path, *, quick: bool = False) -> Path:
+    """Compile all into `folder`; the program. A minute and a half, or ten seconds when `quick`.
+
+    quick: without optimization and without AVX-512's packed kernels, and no library. Raises RuntimeError with
+    what the compiler says.
+    """
+    cc = compiler()
+    if cc is None:
+        raise RuntimeError("there is no C compiler with AddressSanitizer")
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [path for path in sorted(SOURCES.glob("*.c")) if not (quick and path.name == SLOW_TO_COMPILE)]
+    if quick:
+        (folder / "stub.c").write_text(_STUB)
+        sources.append(folder / "stub.c")
+    sources.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest first
+    sources.append(HERE / "fuzz.c")
+    level = "-O0" if quick else "-O1"
+
+    def compiled(source: Path) -> Path:
+        result = folder / f"{source.stem}.o"
+        _call([cc, "-c", level, *_FLAGS, _CHECKS, f"-I{SOURCES}", str(source), "-o", str(result)])
+        return result
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = [str(path) for path in pool.map(compiled, sources)]
+    libraries = ["-lm", "-ldl", "-pthread"]
+    if not quick:
+        kernels = [name for name in objects if Path(name).name != "fuzz.o"]
+        _call([cc, "-shared", _CHECKS, *kernels, "-o", str(folder / "_native.so"), *libraries])
+    _call([cc, _CHECKS, *objects, "-o", str(folder / "fuzz"), *libraries])
+    return folder / "fuzz"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """For a Python that loads the library of `folder` through the plugin: the sanitizers come first."""
+    cc = compiler() or "gcc"
+    runtime = [_output([cc, f"-print-file-name=lib{name}.so"]) for name in ("asan", "ubsan")]
+    return {
+        **os.environ,
+        "LD_PRELOAD": ":".join(runtime),
+        "LOWMEM_SANITIZED": str(folder / "_native.so"),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own objects live to the end
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+def _call(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
+
+
+def _output(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))

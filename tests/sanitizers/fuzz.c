@@ -1,0 +1,476 @@
+/* The kernels on random shapes and values, for a build with sanitizers (build.py): what they touch beside their tensors ends
+ * the program, and so does any bit in which instruction sets, threads or layouts differ where lowmem.h says that they
+ * may not. Usage: fuzz SEED ROUNDS [NAME OF AN INSTRUCTION SET THAT IS NOT IN THIS BUILD].
+ *
+ * The same seed does the same. Every tensor ends where its memory ends: at a red zone of AddressSanitizer, or at a page
+ * that may not be touched, which also stops vector instructions that no sanitizer sees. */
+#define _GNU_SOURCE
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "elementwise.h"
+#include "gemm.h"
+#include "gemm_round.h"
+#include "lowmem.h"
+#include "step.h"
+
+/* ---- numbers ------------------------------------------------------------------------------------------------- */
+
+static uint64_t state;
+
+static uint64_t draw(void) /* splitmix64 */
+{
+    uint64_t z = (state += 0x9e3779b97f4a7c15u);
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+}
+
+static int64_t between(int64_t low, int64_t high) { return low + (int64_t)(draw() % (uint64_t)(high - low + 1)); }
+static int one_in(int64_t n) { return draw() % (uint64_t)n == 0; }
+static int64_t one_of(const int64_t *from, int64_t count) { return from[between(0, count - 1)]; }
+#define ONE_OF(...) one_of((const int64_t[]){__VA_ARGS__}, sizeof((const int64_t[]){__VA_ARGS__}) / sizeof(int64_t))
+
+static float normal(void)
+{
+    float sum = 0;
+    for (int i = 0; i < 4; i++)
+        sum += (float)(draw() >> 40) / (float)(1 << 24) - 0.5f;
+    return sum * 1.7f;
+}
+
+/* ---- memory -------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    char *start;
+    size_t bytes; /* of a map; 0: of malloc */
+} piece;
+
+static piece pieces[4096];
+static int used;
+
+/* Exactly so many bytes, aligned to `unit` and to nothing more. */
+static void *exactly(size_t bytes, size_t unit)
+{
+    const int way = (int)between(0, 3);
+    piece *p = &pieces[used++];
+    if (used == sizeof pieces / sizeof *pieces)
+        abort();
+    if (way < 2) {
+        const size_t shift = way ? (size_t)between(0, 63) / unit * unit : 0;
+        *p = (piece){malloc(bytes + shift), 0};
+        return p->start + shift;
+    }
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
+    *p = (piece){mmap(NULL, whole + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), whole + 2 * page};
+    if (p->start == MAP_FAILED || (whole && mprotect(p->start + page, whole, PROT_READ | PROT_WRITE)))
+        abort();
+    return way == 2 ? p->start + page + whole - bytes : p->start + page; /* a fence behind, or before */
+}
+
+static void forget(void)
+{
+    while (used) {
+        const piece p = pieces[--used];
+        if (p.bytes)
+            munmap(p.start, p.bytes);
+        else
+            free(p.start);
+    }
+}
+
+static void *any_bits(size_t bytes, size_t unit)
+{
+    char *at = exactly(bytes, unit);
+    for (size_t i = 0; i < bytes; i++)
+        at[i] = (char)draw();
+    return at;
+}
+
+static size_t width_of(int type) { return type == LM_F32 ? 4 : 2; }
+
+static uint16_t half_of(int type, float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if (type == LM_BF16)
+        return (uint16_t)(bits >> 16);
+    const int32_t exponent = (int32_t)(bits >> 23 & 255) - 112; /* truncated; denormals become 0 */
+    return (uint16_t)((bits >> 16 & 0x8000) | (exponent <= 0 ? 0 : exponent > 30 ? 0x7bff : (uint32_t)exponent << 10 | (bits >> 13 & 1023)));
+}
+
+static void put(void *values, int type, int64_t at, float value)
+{
+    const uint16_t half = half_of(type, value);
+    if (type == LM_F32)
+        memcpy((char *)values + 4 * at, &value, 4);
+    else
+        memcpy((char *)values + 2 * at, &half, 2);
+}
+
+/* Numbers around 0; `wild`: any bits, so also NaN, infinity and denormals. */
+static void *numbers(int64_t count, int type, float spread, int wild)
+{
+    if (wild)
+        return any_bits((size_t)count * width_of(type), width_of(type));
+    void *values = exactly((size_t)count * width_of(type), width_of(type));
+    for (int64_t i = 0; i < count; i++)
+        put(values, type, i, normal() * (one_in(64) ? 30 * spread : spread));
+    return values;
+}
+
+/* ---- what has to be equal ------------------------------------------------------------------------------------ */
+
+static const char *what = "";
+
+static _Noreturn void differ(const char *between_what)
+{
+    fprintf(stderr, "%s: %s differ\n", what, between_what);
+    exit(1);
+}
+
+static int is_nan(const char *at, int type)
+{
+    uint32_t bits = 0;
+    memcpy(&bits, at, width_of(type));
+    return type == LM_F32    ? (bits & 0x7fffffff) > 0x7f800000
+           : type == LM_BF16 ? (bits & 0x7fff) > 0x7f80
+                             : (bits & 0x7fff) > 0x7c00;
+}
+
+static void expect_same(const char *between_what, const void *a, const void *b, int64_t count, int type)
+{
+    const size_t width = width_of(type);
+    for (int64_t i = 0; i < count; i++) {
+        const char *x = (const char *)a + (size_t)i * width, *y = (const char *)b + (size_t)i * width;
+        if (memcmp(x, y, width) && !(is_nan(x, type) && is_nan(y, type)))
+            differ(between_what);
+    }
+}
+
+static const char *missing; /* an instruction set whose kernels were not compiled */
+static const char *const isas[] = {"portable C", "AVX2", "AVX-512 VNNI"};
+enum { ISAS = sizeof isas / sizeof *isas };
+
+static int use_isa(int i) { return (!missing || strcmp(missing, isas[i])) && lm_use_isa(isas[i]); }
+
+/* ---- linears ------------------------------------------------------------------------------------------------- */
+
+static lm_packed random_packed(int64_t in, int64_t group, int64_t out, int wild)
+{
+    lm_packed w = {.bits = (int32_t)ONE_OF(8, 4, 3, 2), .group = (int32_t)group, .in = in, .out = out,
+                   .scales_type = (int32_t)between(0, 2), .bias_type = (int32_t)between(0, 2)};
+    const int64_t rows = in / 32 * w.bits, groups = in / group;
+    w.qweight = any_bits((size_t)(rows * out) * 4, 4);
+    w.scales = numbers(groups * out, w.scales_type, 0.02f, wild);
+    if (one_in(2))
+        w.zeros = any_bits((size_t)(groups * out), 1);
+    for (int64_t i = 0; w.zeros && i < groups * out; i++)
+        ((uint8_t *)w.zeros)[i] &= (uint8_t)((1 << w.bits) - 1);
+    if (one_in(2))
+        w.bias = numbers(out, w.bias_type, 1, wild);
+    return w;
+}
+
+static void multiply(const lm_packed *w, const void *x, int x_type, int64_t rows, int planes, void *out, int out_type)
+{
+    void *space = exactly(lm_linear_workspace(w, rows, planes), 1);
+    lm_linear(w, x, x_type, rows, planes, out, out_type, space);
+}
+
+static void packed(void)
+{
+    what = "lm_linear";
+    const int64_t group = ONE_OF(32, 32, 64, 96, 128, 160, 256, 288, 512), in = group * between(1, 3);
+    const int64_t out = one_in(4) ? between(1, 20) : between(1, 330);
+    const int64_t rows = one_in(40) ? between(505, 530) : one_in(3) ? between(17, 40) : between(1, 17);
+    const int wild = one_in(6), x_type = (int)between(0, 2), out_type = (int)between(0, 2), planes = (int)between(1, 3);
+    const lm_packed w = random_packed(in, group, rows > 100 ? between(1, 40) : out, wild);
+    const size_t bytes = (size_t)(rows * w.out) * width_of(out_type);
+    const void *x = numbers(rows * in, x_type, 1, wild);
+    void *first = NULL;
+    for (int i = 0; i < ISAS; i++) {
+        if (!use_isa(i))
+            continue;
+        lm_set_threads((int)between(1, 4), NULL);
+        void *y = exactly(bytes, width_of(out_type));
+        multiply(&w, x, x_type, rows, planes, y, out_type);
+        if (first)
+            expect_same(isas[i], first, y, rows * w.out, out_type);
+        else
+            first = y;
+        const int64_t panels = (w.out + LM_PANEL - 1) / LM_PANEL * LM_PANEL, groups = in / group;
+        uint32_t *words = exactly((size_t)(panels * in / 32 * w.bits) * 4, 4);
+        void *scales = exactly((size_t)(panels * groups) * width_of(w.scales_type), width_of(w.scales_type));
+        uint8_t *zeros = w.zeros ? exactly((size_t)(panels * groups), 1) : NULL;
+        lm_to_panels(&w, words, scales, zeros);
+        lm_packed other = w;
+        other.qweight = words, other.scales = scales, other.zeros = zeros, other.panels = 1;
+        void *z = exactly(bytes, width_of(out_type));
+        multiply(&other, x, x_type, rows, planes, z, out_type);
+        expect_same("panels", first, z, rows * w.out, out_type);
+    }
+}
+
+static lm_dense random_dense(int64_t in, int64_t out)
+{
+    lm_dense w = {.in = in, .out = out, .bias_type = (int32_t)between(0, 2), .weight_type = (int32_t)between(1, 2)};
+    w.weight = numbers(in * out, w.weight_type, 0.1f, one_in(8));
+    if (one_in(2))
+        w.bias = numbers(out, w.bias_type, 1, 0);
+    return w;
+}
+
+static void dense(void)
+{
+    what = "lm_dense_linear";
+    const int64_t rows = between(1, 12);
+    const lm_dense w = random_dense(one_in(20) ? 0 : between(1, 200), one_in(20) ? 0 : between(1, 90));
+    const int x_type = (int)between(0, 2), out_type = (int)between(0, 2);
+    const void *x = numbers(rows * w.in, x_type, 1, one_in(8));
+    for (int i = 0; i < ISAS; i++) {
+        if (!use_isa(i))
+            continue;
+        void *y[2];
+        for (int turn = 0; turn < 2; turn++) { /* on other threads the same bits */
+            lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
+            y[turn] = exactly((size_t)(rows * w.out) * width_of(out_type), width_of(out_type));
+            lm_dense_linear(&w, x, x_type, rows, y[turn], out_type, exactly((size_t)(rows * (w.in + w.out)) * 4, 4));
+        }
+        expect_same("threads", y[0], y[1], rows * w.out, out_type);
+    }
+}
+
+/* ---- attention and a step ------------------------------------------------------------------------------------ */
+
+static void attention(void)
+{
+    what = "lm_prompt_attention";
+    const int64_t kv_heads = between(1, 3), heads = kv_heads * between(1, one_in(5) ? 50 : 6), size = 16 * between(1, 4);
+    const int64_t length = one_in(3) ? between(250, 600) : between(1, 80), rows = between(1, length < 40 ? length : 40);
+    const int64_t capacity = length + between(0, 9), head_stride = size + between(0, 3), q_stride = heads * head_stride + between(0, 5);
+    const lm_kv kv = {heads, kv_heads, size, capacity, numbers(kv_heads * capacity * size, LM_BF16, 1, one_in(8)),
+                      numbers(kv_heads * capacity * size, LM_BF16, 1, one_in(8))};
+    const uint16_t *q = numbers((rows - 1) * q_stride + (heads - 1) * head_stride + size, LM_BF16, 1, one_in(8));
+    for (int i = 0; i < ISAS; i++) {
+        if (!use_isa(i))
+            continue;
+        uint16_t *y[2];
+        for (int turn = 0; turn < 2; turn++) {
+            lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
+            y[turn] = exactly((size_t)(rows * heads * size) * 2, 2);
+            lm_prompt_attention(&kv, q, q_stride, head_stride, rows, length, 0.25f, y[turn],
+                                exactly(lm_prompt_attention_workspace(&kv, length), 1));
+        }
+        expect_same("threads", y[0], y[1], rows * heads * size, LM_BF16);
+    }
+}
+
+static lm_weight random_weight(int64_t in, int64_t out, lm_packed *packed_room, lm_dense *dense_room)
+{
+    if (in % 32 == 0 && one_in(2)) {
+        *packed_room = random_packed(in, in % 64 || one_in(2) ? 32 : 64, out, 0);
+        return (lm_weight){packed_room, NULL, between(1, 3)};
+    }
+    *dense_room = random_dense(in, out);
+    dense_room->bias_type = LM_BF16;
+    if (dense_room->bias)
+        dense_room->bias = numbers(out, LM_BF16, 1, 0);
+    return (lm_weight){NULL, dense_room, 0};
+}
+
+static lm_norm random_norm(int64_t embd) { return (lm_norm){numbers(embd, LM_BF16, 1, 0), numbers(embd, LM_BF16, 1, 0)}; }
+
+static void step(void)
+{
+    what = "lm_step";
+    enum { LAYERS = 2 };
+    static lm_packed packed_room[5];
+    static lm_dense dense_room[5];
+    const int64_t heads = between(1, 4), size = 16 * between(1, 3), embd = heads * size;
+    const int multi_query = one_in(2);
+    const int64_t kv_heads = multi_query ? 1 : heads, inner = between(1, 9) * (one_in(2) ? 32 : 10), vocab = between(1, 100);
+    const int64_t rows = between(1, 16), length = one_in(3) ? between(240, 300) : between(0, 40);
+    const int64_t capacity = length + rows + (one_in(2) ? 0 : between(0, 9)), width = embd + 2 * kv_heads * size;
+    const size_t cache = (size_t)(kv_heads * capacity * size) * 2;
+    lm_layer layers[LAYERS];
+    uint16_t *keys[LAYERS], *values[LAYERS];
+    const lm_weight c_attn = random_weight(embd, width, packed_room, dense_room);
+    const lm_weight proj = random_weight(embd, embd, packed_room + 1, dense_room + 1);
+    const lm_weight c_fc = random_weight(embd, inner, packed_room + 2, dense_room + 2);
+    const lm_weight mlp = random_weight(inner, embd, packed_room + 3, dense_room + 3);
+    for (int i = 0; i < LAYERS; i++) {
+        keys[i] = numbers(kv_heads * capacity * size, LM_BF16, 1, 0);
+        values[i] = numbers(kv_heads * capacity * size, LM_BF16, 1, 0);
+        layers[i] = (lm_layer){random_norm(embd), random_norm(embd), c_attn, proj, c_fc, mlp, NULL, NULL};
+    }
+    lm_model m = {.layers = between(0, LAYERS), .embd = embd, .heads = heads, .kv_heads = kv_heads, .inner = inner, .vocab = vocab,
+                  .capacity = capacity, .multi_query = multi_query, .activation = one_in(2) ? LM_GELU : LM_GELU_TANH,
+                  .epsilon = 1e-5f, .scaling = 0.25f, .wte_type = (int16_t)between(1, 2), .wpe_type = (int16_t)between(1, 2),
+                  .ln_f = random_norm(embd), .head = random_weight(embd, vocab, packed_room + 4, dense_room + 4)};
+    m.wte = numbers(vocab * embd, m.wte_type, 0.2f, 0);
+    m.wpe = numbers((length + rows) * embd, m.wpe_type, 0.2f, 0);
+    int64_t *ids = exactly((size_t)rows * sizeof *ids, sizeof *ids);
+    for (int64_t r = 0; r < rows; r++)
+        ids[r] = one_in(2) ? vocab - 1 : between(0, vocab - 1);
+    for (int i = 0; i < ISAS; i++) {
+        if (!use_isa(i))
+            continue;
+        float *logits[2];
+        for (int turn = 0; turn < 2; turn++) {
+            lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
+            lm_layer *fresh = exactly((size_t)m.layers * sizeof *fresh, sizeof(void *));
+            for (int64_t l = 0; l < m.layers; l++) {
+                fresh[l] = layers[l];
+                fresh[l].keys = exactly(cache, 2), fresh[l].values = exactly(cache, 2);
+                memcpy(fresh[l].keys, keys[l], cache);
+                memcpy(fresh[l].values, values[l], cache);
+            }
+            m.layer = fresh;
+            logits[turn] = exactly((size_t)(rows * vocab) * 4, 4);
+            lm_step(&m, ids, rows, length, logits[turn], exactly(lm_step_workspace(&m, rows), 1));
+        }
+        expect_same("threads", logits[0], logits[1], rows * vocab, LM_F32);
+    }
+}
+
+/* ---- the converter's ----------------------------------------------------------------------------------------- */
+
+static const char *const gemms[] = {"portable C", "AVX2", "AVX-512", "AVX-512 BF16"};
+enum { GEMMS = sizeof gemms / sizeof *gemms };
+
+/* A matrix in either order, with strides of its own. */
+static const void *matrix(int64_t rows, int64_t columns, int type, int64_t *row, int64_t *column)
+{
+    const int turned = one_in(2);
+    const int64_t stride = (turned ? rows : columns) + between(0, 5);
+    *row = turned ? 1 : stride, *column = turned ? stride : 1;
+    return numbers((rows - 1) * *row + (columns - 1) * *column + 1, type, 1, one_in(10));
+}
+
+static void gemm(void)
+{
+    what = "lm_gemm_run";
+    const int64_t m = between(1, 70), n = between(1, 90), k = one_in(8) ? between(500, 1100) : between(1, 60);
+    lm_gemm job = {.m = m, .n = n, .k = k, .c_row = n + between(0, 4), .alpha = normal(), .a_type = one_in(2) ? LM_F32 : LM_BF16,
+                   .b_type = one_in(2) ? LM_F32 : LM_BF16, .upper = one_in(2), .bf16 = one_in(2)};
+    job.a = matrix(m, k, job.a_type, &job.a_row, &job.a_column);
+    job.b = matrix(k, n, job.b_type, &job.b_row, &job.b_column);
+    const int64_t count = (m - 1) * job.c_row + n;
+    for (int i = 0; i < GEMMS; i++) {
+        if (!lm_gemm_use(gemms[i]))
+            continue;
+        float *c[2];
+        for (int turn = 0; turn < 2; turn++) {
+            lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
+            job.c = c[turn] = exactly((size_t)count * 4, 4);
+            memset(job.c, 0, (size_t)count * 4);
+            lm_gemm_run(&job, exactly(lm_gemm_workspace(), 1));
+        }
+        expect_same("threads", c[0], c[1], count, LM_F32);
+    }
+}
+
+static void layout(void)
+{
+    what = "lm_mirror, lm_permute";
+    const int64_t n = between(1, 150), row = n + between(0, 5);
+    float *values = numbers((n - 1) * row + n, LM_F32, 1, 0);
+    int64_t *order = exactly((size_t)n * sizeof *order, sizeof *order);
+    for (int64_t i = 0; i < n; i++)
+        order[i] = i;
+    for (int64_t i = n - 1; i > 0; i--) {
+        const int64_t j = between(0, i), kept = order[i];
+        order[i] = order[j], order[j] = kept;
+    }
+    lm_set_threads((int)between(1, 4), NULL);
+    lm_mirror(values, n, row, 0.5f);
+    lm_permute(values, n, row, order, exactly((size_t)n * 4, 4));
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < i; j++)
+            if (memcmp(values + i * row + j, values + j * row + i, 4))
+                differ("the two halves");
+}
+
+static void rounding(void)
+{
+    what = "lm_round_run";
+    const int64_t width = ONE_OF(16, 32, 64), groups = between(1, 256 / width > 3 ? 3 : 256 / width), n = width * groups;
+    const int64_t out = between(1, 150), row = out + between(0, 5), bits = ONE_OF(2, 3, 4, 8);
+    const int wild = one_in(6);
+    lm_round job = {.columns = n, .width = width, .out = out, .error_row = row, .residual_row = row, .r_row = n + 1, .codes_row = row,
+                    .grid_row = row, .ranges = {1.0f, 0.9f, 0.8f}, .ranges_count = 3, .maxq = (1 << bits) - 1, .sym = one_in(2),
+                    .search = (int32_t)between(0, 2)};
+    job.passes = job.search == 2 ? (int32_t)between(0, 2) : 0;
+    const int64_t count = (n - 1) * row + out, grids = (groups - 1) * row + out;
+    const float *error = numbers(count, LM_F32, 1, wild), *residual = numbers(count, LM_F32, 0.1f, wild);
+    float *r = numbers((n - 1) * (n + 1) + n, LM_F32, 0.1f, wild && one_in(2));
+    for (int64_t i = 0; i < n; i++)
+        r[i * (n + 1) + i] = 0.5f + (float)between(0, 100) * 0.01f;
+    job.r = r;
+    for (int i = 0; i < GEMMS; i++) {
+        if (!lm_gemm_use(gemms[i]))
+            continue;
+        uint8_t *codes[2];
+        for (int turn = 0; turn < 2; turn++) {
+            lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
+            job.error = exactly((size_t)count * 4, 4), job.residual = exactly((size_t)count * 4, 4);
+            memcpy(job.error, error, (size_t)count * 4);
+            memcpy(job.residual, residual, (size_t)count * 4);
+            job.codes = codes[turn] = exactly((size_t)count, 1);
+            memset(job.codes, 0, (size_t)count);
+            job.scales = exactly((size_t)grids * 4, 4), job.zeros = exactly((size_t)grids * 4, 4);
+            for (int64_t g = 0; g < grids; g++)
+                job.scales[g] = 0.01f, job.zeros[g] = (float)(job.maxq / 2);
+            lm_round_run(&job, exactly(lm_round_workspace(), 1));
+        }
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t o = 0; o < out; o++)
+                if (codes[0][j * row + o] > job.maxq)
+                    differ("an integer and its bits");
+        if (memcmp(codes[0], codes[1], (size_t)count))
+            differ("threads");
+    }
+}
+
+static void reading(void)
+{
+    what = "lm_read";
+    const size_t bytes = (size_t)(one_in(4) ? between(1 << 20, (1 << 20) + 5000) : between(0, 3000));
+    const unsigned char *memory = any_bits(bytes, 1);
+    unsigned char sum[8] = {0};
+    for (size_t i = 0; i < bytes; i++) /* what is no whole word belongs to one; pieces of 1 MiB are whole words */
+        sum[i % 8] ^= memory[i];
+    lm_set_threads((int)between(1, 4), NULL);
+    const uint64_t got = lm_read(memory, bytes);
+    if (memcmp(&got, sum, 8))
+        differ("the words and their exclusive or");
+}
+
+int main(int count, char **arguments)
+{
+    static void (*const kinds[])(void) = {packed, packed, packed, dense, attention, step, gemm, layout, rounding, reading};
+    static const char *const names[] = {"", "", "packed", "dense", "attention", "step", "gemm", "layout", "rounding", "reading"};
+    if (count < 3)
+        return 2;
+    const uint64_t seed = strtoull(arguments[1], NULL, 10);
+    const long rounds = strtol(arguments[2], NULL, 10);
+    missing = count > 3 ? arguments[3] : NULL;
+    for (size_t kind = 0; kind < sizeof kinds / sizeof *kinds; kind++) {
+        for (long round = 0; round < rounds; round++) {
+            state = seed * 1000003 + kind * 1009 + (uint64_t)round * 7919;
+            kinds[kind]();
+            forget();
+        }
+        if (*names[kind])
+            printf("%s\n", names[kind]);
+    }
+    for (int i = 0; i < ISAS; i++)
+        if (use_isa(i))
+            printf("with %s\n", isas[i]);
+    return 0;
+}

@@ -1,0 +1,10 @@
+"""For `pytest -p tests.sanitizers.plugin`: our kernels from the library that $LOWMEM_SANITIZED names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lowmem.kernels import native
+
+native._path = lambda: Path(os.environ["LOWMEM_SANITIZED"])
