@@ -25,6 +25,7 @@ import torch
 
 from lowmem.errors import CalibrationError
 from lowmem.models.dialogue import Dialogue, Message, encode_plain
+from lowmem.models.template import apply_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -166,12 +167,10 @@ class Encoder:
         if self.dialogue is not None:
             return self.dialogue.encode(self.tokenizer, messages, add_generation_prompt=False)
         if getattr(self.tokenizer, "chat_template", None):
-            from jinja2 import TemplateError
-
             turns = [{"role": message.role, "content": message.content} for message in messages]
             try:
-                return list(self.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False))
-            except TemplateError:  # some templates refuse a system message, or turns that do not alternate
+                return apply_template(self.tokenizer, turns)
+            except Exception:  # some templates refuse a system message, or turns that do not alternate
                 pass
         return encode_plain(self.tokenizer, "\n\n".join(message.content for message in messages))
 

@@ -22,13 +22,15 @@ def load(
     ram: str | None = None,
     dtype: str | None = None,
     activation_bits: int | None = None,
+    check: bool = False,
     verbose: bool = False,
 ) -> tuple[Any, Any]:
     """The best form of `model` that fits, as a transformers model and its tokenizer.
 
     They work in `transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)` as from
     transformers' own from_pretrained; generation also stops at the end of a turn. The arguments are the
-    options of `lowmem run`; sizes are texts such as "12GiB". verbose: say on standard error what was chosen.
+    options of `lowmem run`; sizes are texts such as "12GiB". check: compare all files with their digests
+    first. verbose: say on standard error what was chosen.
     Raises LowmemError for everything that the caller can mend.
     """
     loaded = open_model(
@@ -40,6 +42,7 @@ def load(
         ram=ram,
         dtype=dtype,
         activation_bits=activation_bits,
+        check=check,
         verbose=verbose,
     )
     return loaded.model, loaded.tokenizer
@@ -55,10 +58,11 @@ def open_model(
     ram: str | None = None,
     dtype: str | None = None,
     activation_bits: int | None = None,
+    check: bool = False,
     verbose: bool = False,
 ) -> LoadedModel:
     """As `load`, with all that belongs to the model: plan, dialogue, stop tokens. A Session takes it."""
-    request = _request(model, context, bits, device, vram, ram, dtype, activation_bits)
+    request = _request(model, context, bits, device, vram, ram, dtype, activation_bits, check)
     return _open_model(request, _to_stderr if verbose else lambda line: None)
 
 
@@ -85,6 +89,7 @@ def _request(
     ram: str | None,
     dtype: str | None,
     activation_bits: int | None = None,
+    check: bool = False,
 ) -> Request:
     return Request(
         model=str(model),
@@ -95,6 +100,7 @@ def _request(
         ram=parse_bytes(ram, "ram") if ram else None,
         dtype=dtype,
         activation_bits=activation_bits,
+        check=check,
     )
 
 

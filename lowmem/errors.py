@@ -5,6 +5,17 @@ one that says what to do next. The command line prints them and exits with 2. An
 of ours and keeps its traceback.
 """
 
+MAX_MESSAGE = 4000
+"""Characters of one."""
+
+
+def printable(text: str) -> str:
+    """One line of text that a terminal shows and does not obey: what cannot be shown as Python spells it."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    half = MAX_MESSAGE // 2  # what is wrong is often said behind a name
+    return text if len(text) <= MAX_MESSAGE else f"{text[: half - 1]}…{text[-half:]}"
+
 
 class LowmemError(Exception):
     """A mistake or a limit that the user can act on.
@@ -18,7 +29,8 @@ class LowmemError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}. {self.hint}" if self.hint else self.message
+        """One line, whatever names a file brought along: nothing in it steers a terminal."""
+        return printable(f"{self.message}. {self.hint}" if self.hint else self.message)
 
 
 class SourceError(LowmemError):
@@ -39,6 +51,10 @@ class CalibrationError(LowmemError):
 
 class MemoryBudgetError(LowmemError):
     """The work would not fit the memory that it may use."""
+
+
+class OutOfMemoryError(MemoryBudgetError, MemoryError):
+    """Memory that was asked for cannot be had: a `MemoryError` too, so that a smaller form may be tried."""
 
 
 class OutputError(LowmemError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lowmem.command_line import INTERRUPTED, add_sampling_arguments, note, read_text, sampling_params
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
-from lowmem.plan_arguments import add_plan_arguments, request_of
+from lowmem.plan_arguments import add_check_argument, add_plan_arguments, request_of
 
 if TYPE_CHECKING:
     from lowmem.loader import LoadedModel
@@ -26,6 +26,7 @@ _GREEDY = SamplingParams(temperature=0.0)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem fim`."""
     add_plan_arguments(parser)
+    add_check_argument(parser)
     parser.add_argument(
         "file", metavar="FILE", nargs="?", help="a file with the marker where text is missing; - is stdin"
     )

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.checkpoint.digests import check_small
 from lowmem.checkpoint.files import one_line, read_json
 from lowmem.checkpoint.manifest import GptqFormat, find_quantization
 from lowmem.checkpoint.mapped import MappedFiles
@@ -28,6 +29,7 @@ from lowmem.errors import SourceError
 from lowmem.kernels import bnb, dispatch
 from lowmem.models.architecture import build_model, decoder_layers
 from lowmem.models.dialogue import Dialogue, end_token_ids
+from lowmem.models.vocabulary import check_vocabulary
 from lowmem.placing import Placement, Weights, connect, fill
 from lowmem.plan.device import return_freed_memory
 from lowmem.plan.memory import ON_THE_FLY, RETURNED
@@ -88,6 +90,7 @@ def load(
     split: int | None = None,
     activation_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
     """Load a converted checkpoint, anybody's GPTQ, or a 16-bit source, from disk alone.
 
@@ -96,9 +99,9 @@ def load(
     on_the_fly: quantize the decoder layers' linears of a 16-bit source with bitsandbytes while they are read.
     split: only so many decoder layers on `device`, the others on the CPU. activation_bits: 8 or 16, of the
     integers that a CPU's kernels make of activations (see kernels.native.activation_bits). progress: bytes
-    read, and all.
-    Raises SourceError for a checkpoint that is damaged, incomplete, or not of its config's model; torch's
-    own errors where memory is short.
+    read, and all. notify: hears in one line of what looks changed, but may be meant.
+    Raises SourceError for a checkpoint that is damaged, incomplete, not of its config's model, or beside
+    another tokenizer than its own; torch's own errors where memory is short.
     """
     start = time.perf_counter()
     device = torch.device(device)
@@ -108,8 +111,13 @@ def load(
     # a small model otherwise, for a prefill that is half as long.
     return_freed_memory(RETURNED if on_the_fly == "int8" else 4 << 20)
     checkpoint = _open(folder)
+    if Path(folder).expanduser().is_dir():
+        check_small(checkpoint.path, notify)
     dtype = dtype or default_dtype(checkpoint.config, device)
     model = build_model(checkpoint.config, dtype, buffers=True)
+    dialogue = Dialogue.detect(checkpoint.tokenizer)
+    stop_ids = _stop_ids(checkpoint, dialogue)
+    _check_tokenizer(checkpoint.tokenizer, dialogue, model, notify)
     layers_name, layers = decoder_layers(model, checkpoint.config)
     if checkpoint.format:
         if on_the_fly:
@@ -126,8 +134,6 @@ def load(
     transformers_model: Any = model
     transformers_model.hf_device_map = placement.device_map(len(layers))  # or pipelines would move it
     model.eval()
-    dialogue = Dialogue.detect(checkpoint.tokenizer)
-    stop_ids = _stop_ids(checkpoint, dialogue)
     _fix_generation_config(model, stop_ids)
     return LoadedModel(
         model=model,
@@ -232,6 +238,15 @@ def _packed_names(infos: Mapping[str, TensorInfo]) -> list[str]:
     if not names:
         raise SourceError("the config says that the model is quantized, and no tensor is", "Convert it again")
     return names
+
+
+def _check_tokenizer(
+    tokenizer: Any, dialogue: Dialogue | None, model: Any, notify: Callable[[str], None]
+) -> None:
+    markers: tuple[int, ...] = ()
+    if dialogue is not None:
+        markers = (dialogue.system_id, dialogue.user_id, dialogue.assistant_id, dialogue.end_id)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], markers, notify)
 
 
 def _stop_ids(checkpoint: _Checkpoint, dialogue: Dialogue | None) -> tuple[int, ...]:

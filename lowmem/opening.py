@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowmem.checkpoint import cache
+from lowmem.checkpoint.digests import check_all
 from lowmem.checkpoint.files import is_hub_id
 from lowmem.errors import MemoryBudgetError, SourceError
 from lowmem.loader import LoadedModel, load
@@ -32,7 +33,7 @@ def open_model(
     failure: Exception | None = None
     for option in (plan.chosen, *plan.fallbacks):
         try:
-            return load_option(option, plan, request, progress)
+            return load_option(option, plan, request, progress, notify)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -66,12 +67,23 @@ def _download(model: str, notify: Notify) -> Path:
 
 
 def load_option(
-    option: Option, plan: Plan, request: Request, progress: Progress | None = None
+    option: Option,
+    plan: Plan,
+    request: Request,
+    progress: Progress | None = None,
+    notify: Notify = lambda line: None,
 ) -> LoadedModel:
-    """Load one option of a plan; torch's own errors where memory is short."""
+    """Load one option of a plan, its files compared before where that is asked.
+
+    Raises torch's own errors where memory is short.
+    """
     import torch
 
     candidate = option.candidate
+    if request.check:
+        notify(f"comparing the files of {candidate.path} with their digests")
+        count = check_all(candidate.path, progress)
+        notify(f"{count} files are what they were")
     form, layers = candidate.form, candidate.shape.layers
     card = None if option.device == "cpu" else find_card(request.device)
     loaded = load(
@@ -83,6 +95,7 @@ def load_option(
         split=layers - option.cpu_layers if option.device == "split" else None,
         activation_bits=request.activation_bits,
         progress=progress,
+        notify=notify,
     )
     cache.mark_used(candidate.path)
     return replace(loaded, plan=plan, option=option)

@@ -16,6 +16,7 @@ from torch import nn
 
 from lowmem.checkpoint.mapped import forget_pages
 from lowmem.checkpoint.source import TensorInfo, resolve_names
+from lowmem.checkpoint.values import all_finite
 from lowmem.checkpoint.verify import QUANT_PARTS, unique_tensors
 from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.errors import SourceError
@@ -23,6 +24,7 @@ from lowmem.kernels import bnb
 from lowmem.quant_linear import QuantLinear
 from lowmem.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 
+_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CAST_VALUES = 1 << 20  # at a time: 4 MiB in float32 stay in a core's cache
 _SEE = "See all that is wrong with: lowmem verify DIR"
 
@@ -134,6 +136,8 @@ def _check_shape(info: TensorInfo, stored: str, shape: tuple[int, ...]) -> None:
             f"the model of config.json needs {list(shape)}",
             "The config.json and the weights are not of the same model",
         )
+    if 0 in shape:  # kernels divide by what a tensor has none of
+        raise SourceError(f"{info.file}: tensor {stored!r} of shape {list(shape)} is empty", _SEE)
 
 
 def _place(
@@ -153,9 +157,10 @@ def _place(
     elif leaf in module._buffers:
         buffer = module._buffers[leaf]
         wanted = buffer.dtype if buffer is not None and not buffer.dtype.is_floating_point else dtype
-        setattr(module, leaf, _to(weights, name, device, wanted))
+        setattr(module, leaf, _finite_if_short(_to(weights, name, device, wanted), name))
     else:
-        setattr(module, leaf, nn.Parameter(_to(weights, name, device, dtype), requires_grad=False))
+        tensor = _finite_if_short(_to(weights, name, device, dtype), name)
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
 def _to(weights: Weights, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
@@ -214,8 +219,11 @@ def _slices(
 
 def _check_packed(module: QuantLinear, leaf: str, tensor: torch.Tensor, name: str) -> None:
     if leaf == "scales":
-        if not tensor.dtype.is_floating_point:
-            raise SourceError(f"tensor {name!r} is {tensor.dtype}, not a float", "Convert it again")
+        if tensor.dtype not in _SCALES:
+            raise SourceError(
+                f"tensor {name!r} is {tensor.dtype}, not a float of 16 bits or more", "Convert it again"
+            )
+        _check_finite(tensor, name)
     elif tensor.dtype is not torch.int32:
         raise SourceError(f"tensor {name!r} is {tensor.dtype}, not int32", "Convert it again")
     if leaf == "g_idx":
@@ -224,6 +232,19 @@ def _check_packed(module: QuantLinear, leaf: str, tensor: torch.Tensor, name: st
             raise SourceError(
                 f"tensor {name!r} names groups {low} to {high}, there are {module.scales.shape[0]}", _SEE
             )
+
+
+def _finite_if_short(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor: a norm's weight or a bias has to be finite, of a matrix only `lowmem verify` makes sure."""
+    if tensor.dim() < 2:
+        _check_finite(tensor, name)
+    return tensor
+
+
+def _check_finite(tensor: torch.Tensor, name: str) -> None:
+    """For what spoils whole rows or columns: all scales of 16 billion parameters take a core 12 ms."""
+    if not all_finite(tensor):
+        raise SourceError(f"tensor {name!r} has values that are not finite", _SEE)
 
 
 def connect(model: nn.Module, placement: Placement) -> None:

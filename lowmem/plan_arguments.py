@@ -49,6 +49,15 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_check_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare the option by which commands that load a model compare its files first."""
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="before loading, compare all files with their digests (the manifest's, or the hub's)",
+    )
+
+
 def request_of(args: argparse.Namespace) -> Request:
     """The Request that the arguments stand for; RecipeError for a size that is none."""
     from lowmem.plan.device import parse_bytes
@@ -64,4 +73,5 @@ def request_of(args: argparse.Namespace) -> Request:
         ram=parse_bytes(args.ram, "--ram") if args.ram else None,
         dtype=None if args.dtype == "auto" else args.dtype,
         activation_bits=args.activation_bits,
+        check=getattr(args, "check", False),
     )

@@ -13,7 +13,7 @@ from lowmem.chat.loading import loading
 from lowmem.command_line import INTERRUPTED, add_sampling_arguments, note, read_text, sampling_params
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
-from lowmem.plan_arguments import add_plan_arguments, request_of
+from lowmem.plan_arguments import add_check_argument, add_plan_arguments, request_of
 
 if TYPE_CHECKING:
     from lowmem.chat.store import Saved
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem run`."""
     add_plan_arguments(parser)
+    add_check_argument(parser)
     prompt = parser.add_argument_group("what is asked (nothing, at a terminal: a chat)")
     prompt.add_argument("-p", "--prompt", metavar="TEXT", help="answer this, and end; stdin is not read")
     prompt.add_argument(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.chat.loading import loading
 from lowmem.command_line import INTERRUPTED, note, read_text
 from lowmem.errors import InvalidRequestError
-from lowmem.plan_arguments import add_plan_arguments, request_of
+from lowmem.plan_arguments import add_check_argument, add_plan_arguments, request_of
 
 if TYPE_CHECKING:
     from lowmem.plan.request import Request
@@ -29,6 +29,7 @@ _OFF = ("0", "none", "off")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem serve`."""
     add_plan_arguments(parser)
+    add_check_argument(parser)
     listen = parser.add_argument_group("where it listens, and who may use it")
     listen.add_argument(
         "--host",

@@ -24,6 +24,7 @@ from lowmem.models.dialogue import (
     share_room,
     split_turns,
 )
+from lowmem.models.template import apply_template
 from lowmem.text_stream import StopStrings, TextStream, token_text
 
 _CARD = SamplingParams()  # the settings of StarChat Alpha's card
@@ -376,13 +377,10 @@ def _encode_messages(loaded: LoadedModel, messages: list[Message]) -> list[int]:
         if message.role not in ROLES:  # a template may paste it into a marker
             raise InvalidRequestError(f"{message.role!r} is not a role", f"Use one of {', '.join(ROLES)}")
     try:
-        # transformers renders it in jinja2's ImmutableSandboxedEnvironment: no attribute of Python's
-        # own can be reached. A loop that takes forever is the one thing that it cannot end.
-        ids = tokenizer.apply_chat_template(
+        return apply_template(
+            tokenizer,
             [{"role": message.role, "content": message.content} for message in messages],
             add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
             sanitize_control_tokens=True,
         )
     except Exception as error:  # the template is the checkpoint's, and raises what it likes
@@ -390,7 +388,6 @@ def _encode_messages(loaded: LoadedModel, messages: list[Message]) -> list[int]:
             f"the model's chat template refuses the messages: {one_line(error)}",
             "Leave --system out, or the template with --raw",
         ) from error
-    return list(ids)
 
 
 def join(responses: Iterator[Response]) -> Response:

@@ -7,6 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from lowmem.errors import printable
+
 if TYPE_CHECKING:
     from lowmem.checkpoint.verify import VerifyReport
 
@@ -16,7 +18,7 @@ _NOTES_SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem verify`."""
-    parser.add_argument("folder", metavar="DIR", help="folder of a converted checkpoint, or anybody's GPTQ")
+    parser.add_argument("folder", metavar="DIR", help="folder of any checkpoint, or a .gguf file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         for problem in report.problems:
             print(problem)
         for note in report.notes[:_NOTES_SHOWN]:
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {printable(note)}", file=sys.stderr)
         if len(report.notes) > _NOTES_SHOWN:
             print(f"note: … and {len(report.notes) - _NOTES_SHOWN} more (see --json)", file=sys.stderr)
         print(summary(report))

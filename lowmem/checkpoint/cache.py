@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint.files import is_hub_id, read_json
-from lowmem.checkpoint.lock import locked
+from lowmem.checkpoint.lock import take
 from lowmem.checkpoint.manifest import MANIFEST_FILE, find_quantization
+from lowmem.checkpoint.whole_file import DiskFullError, write_whole
 from lowmem.config import QuantConfig
 from lowmem.errors import InvalidRequestError, LowmemError, OutputError
 
@@ -124,22 +125,25 @@ def claim(source: str, label: str) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         if not origin.exists():
-            part = origin.with_name(f"{ORIGIN_FILE}.{os.getpid()}")
-            part.write_text(json.dumps({"source": _origin(source)}) + "\n", encoding="utf-8")
-            part.replace(origin)
-    except OSError as error:
+            write_whole(origin, [(json.dumps({"source": _origin(source)}) + "\n").encode()])
+    except DiskFullError:
+        raise
+    except (OSError, OutputError) as error:
+        reason = error.__cause__ if isinstance(error, OutputError) else error
         raise OutputError(
-            f"the cache {cache_root()} cannot be written: {error.strerror or error}",
+            f"the cache {cache_root()} cannot be written: {getattr(reason, 'strerror', None) or reason}",
             "Name a folder after SOURCE, or set LOWMEM_CACHE to one",
         ) from error
     return folder
 
 
 def prune(folder: Path) -> None:
-    """Remove the folder around the entry `folder` if nothing but its origin is left in it."""
+    """Remove the folder around the entry `folder` if nothing but its origin, or a part of it, is left."""
     with contextlib.suppress(OSError):
-        if [path.name for path in folder.parent.iterdir()] == [ORIGIN_FILE]:
-            (folder.parent / ORIGIN_FILE).unlink()
+        left = list(folder.parent.iterdir())
+        if all(path.name in (ORIGIN_FILE, f"{ORIGIN_FILE}.part") for path in left):
+            for path in left:
+                path.unlink()
             folder.parent.rmdir()
 
 
@@ -205,10 +209,11 @@ def remove(name: str) -> int:
             f"{folder.parent} is a link to {os.path.realpath(folder.parent)}, outside of the cache",
             "Remove it yourself",
         )
-    waste = _beside(folder, WASTE)
+    waste, job = _beside(folder, WASTE), _beside(folder, PARTIAL)
     try:
-        with _job_lock(folder):
-            for path in (folder, _beside(folder, PARTIAL)):
+        with _job_lock(folder) as held:
+            # A job that has begun since is not held, and stays.
+            for path in (folder, *([job] if held or job.is_symlink() else [])):
                 if os.path.lexists(path):
                     # At once by its name, so that half of it is never taken for a checkpoint or a job.
                     _remove_tree(waste)
@@ -221,15 +226,15 @@ def remove(name: str) -> int:
 
 
 @contextlib.contextmanager
-def _job_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of the unfinished job beside `folder`, if there is one, against a converter."""
-    try:
-        lock = (_beside(folder, PARTIAL) / "lock").open("r+b")
-    except (FileNotFoundError, NotADirectoryError):
-        yield
+def _job_lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of the unfinished job beside `folder` against a converter; whether there is one."""
+    job = _beside(folder, PARTIAL)
+    if job.is_symlink() or not job.is_dir():
+        yield False
         return
-    with locked(lock, f"a conversion is working on {folder.parent.name}/{folder.name}"):
-        yield
+    # Made, where a process was killed before it was: its name goes with the job's.
+    with take(job / "lock", f"a conversion is working on {folder.parent.name}/{folder.name}"):
+        yield True
 
 
 def _remove_tree(path: Path) -> None:

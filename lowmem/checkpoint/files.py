@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from lowmem.checkpoint.links import check_file
 from lowmem.errors import SourceError
 
 if TYPE_CHECKING:
     import torch
 
 MAX_JSON = 100_000_000
+MAX_VALUES = 2_000_000
+"""In one JSON text, of some hundred bytes each in memory. The largest indexes have a hundred thousand."""
 CHUNK = 65536
 SPREAD_CHUNKS = 64
 
@@ -32,7 +35,11 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of at most 100 MB; SourceError when it is something else."""
+    """The JSON object in a file of at most 100 MB; SourceError when it is something else.
+
+    Also when the file is a link that leads out of its folder: see links.py.
+    """
+    check_file(path)
     try:
         with path.open("rb") as stream:
             data = stream.read(MAX_JSON + 1)
@@ -47,7 +54,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, what: str) -> Any:
-    """Decode UTF-8 JSON in which no object has a key twice; SourceError names `what` otherwise."""
+    """Decode UTF-8 JSON in which no object has a key twice; SourceError names `what` otherwise.
+
+    Also where it would become far more memory than the text has bytes.
+    """
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
+        raise SourceError(f"{what} holds more than {MAX_VALUES} values, which no JSON file here should")
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_object_of_unique_keys)
     except (ValueError, RecursionError) as error:  # ValueError covers both encodings and JSON itself

@@ -19,7 +19,11 @@ from lowmem.errors import SourceError
 
 MAGIC = b"GGUF"
 MAX_HEADER = 512 * 2**20
-MAX_ARRAY = 4_000_000  # elements; the largest vocabularies have some 260,000 tokens
+MAX_ARRAY = 1_000_000  # elements; the largest vocabularies have some 260,000 tokens and 515,000 merges
+MAX_ELEMENTS = 2_500_000  # of all arrays: other readers make an object of each
+MAX_KEYS = 65_536
+MAX_TENSORS = 200_000
+MAX_KEY = 1024
 MAX_STRING = 16 * 2**20
 MAX_DIMS = 4
 # Scalar value types: struct format by type number.
@@ -78,6 +82,7 @@ class _Reader:
     def __init__(self, stream: BinaryIO, file: str, size: int) -> None:
         self.stream, self.file, self.size = stream, file, size
         self.position = 0
+        self.elements = 0
 
     def fault(self, what: str) -> SourceError:
         return SourceError(f"{self.file} {what}", _AGAIN)
@@ -119,6 +124,9 @@ class _Reader:
         element, count = self.number("I"), self.number("Q")
         if count > MAX_ARRAY:
             raise self.fault(f"has an array of {count} elements at {key!r}")
+        self.elements += count
+        if self.elements > MAX_ELEMENTS:
+            raise self.fault(f"has arrays of more than {MAX_ELEMENTS} elements in all")
         if element == _STRING:
             for _ in range(count):
                 self.string(f"a value of {key!r}")
@@ -158,10 +166,14 @@ def _parse(reader: _Reader, path: Path) -> GgufHeader:
     # The least that a tensor's description (8 + 4 + 4 + 8) and a key (8 + 4 + 1) take.
     if tensor_count > size // 24 or key_count > size // 13:
         raise reader.fault(f"claims {tensor_count} tensors and {key_count} keys in {size} bytes")
+    if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
+        raise reader.fault(f"has {tensor_count} tensors and {key_count} keys, which no model has")
     values: dict[str, int | float | bool | str] = {}
     seen: set[str] = set()
     for _ in range(key_count):
         key = reader.string("a key")
+        if len(key) > MAX_KEY:
+            raise reader.fault(f"has a key of {len(key)} characters")
         if key in seen:
             raise reader.fault(f"has the key {key!r} twice")
         seen.add(key)

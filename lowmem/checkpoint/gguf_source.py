@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lowmem.checkpoint.config_json import MAX_COUNT
 from lowmem.checkpoint.files import one_line, read_exact, row_numbers, runs
 from lowmem.checkpoint.gguf_file import GgufHeader, GgufTensor, check_whole_model, read_gguf_header
 from lowmem.checkpoint.source_base import (
@@ -61,6 +62,9 @@ class GgufSource(Source):
                 raise SourceError(
                     f"{self.file.name} claims {layers} layers, with {len(self.header.tensors)} tensors"
                 )
+            for key, value in self.header.values.items():
+                if key.endswith(("block_count", "expert_count")) and type(value) is int and value > MAX_COUNT:
+                    raise SourceError(f"{self.file.name} claims {value} at {key!r}, which no model has")
             try:
                 self._config = AutoConfig.from_pretrained(
                     self.path, gguf_file=self.file.name, local_files_only=True, trust_remote_code=False

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from lowmem.checkpoint.bin_header import BinTensor, read_bin_header
+from lowmem.checkpoint.config_json import read_config
 from lowmem.checkpoint.files import is_plain_name, read_json
 from lowmem.checkpoint.gguf_file import GgufHeader, check_whole_model, is_gguf, read_gguf_header
+from lowmem.checkpoint.links import check_folder
+from lowmem.checkpoint.pointers import check_no_pointer
 from lowmem.checkpoint.safetensors_header import SafetensorsHeader, read_header
 from lowmem.errors import SourceError
 
@@ -84,7 +87,7 @@ def tensor_headers(path: str | Path) -> dict[str, TensorHeader]:
 def read_config_json(path: str | Path) -> dict[str, Any]:
     """config.json of a checkpoint's folder (or beside a weight file) as it stands, quantized or not.
 
-    Raises SourceError when it is missing or no JSON object.
+    Raises SourceError when it is missing, no JSON object, or has sizes that no model has.
     """
     folder = Path(path)
     if os.path.isfile(folder):
@@ -94,7 +97,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
         raise SourceError(
             f"{folder} has no config.json", "Give the folder that holds the model's config and weights"
         )
-    return read_json(file)
+    return read_config(file)
 
 
 def gguf_metadata(path: str | Path) -> dict[str, object]:
@@ -112,10 +115,10 @@ def gguf_metadata(path: str | Path) -> dict[str, object]:
 
 
 def layout_of(folder: Path, display: str) -> Layout:
-    """Which files of `folder` are its checkpoint; only their names are looked at.
+    """Which files of `folder` are its checkpoint; only their names are looked at, and where links lead.
 
-    display: how messages call the folder. Raises SourceError when there are no weights, or the names do
-    not say which belong together.
+    display: how messages call the folder. Raises SourceError when there are no weights, the names do not say
+    which belong together, or a file is a link that leads out of the folder.
     """
     try:
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -125,6 +128,7 @@ def layout_of(folder: Path, display: str) -> Layout:
         ) from error
     except OSError as error:
         raise SourceError(f"{display} cannot be read: {error.strerror or error}") from error
+    check_folder(folder)
     safetensors = [name for name in names if name.endswith(".safetensors")]
     ggufs = [name for name in names if name.endswith(".gguf")]
     for kind, index, found in (
@@ -136,6 +140,7 @@ def layout_of(folder: Path, display: str) -> Layout:
         if found:
             return Layout(kind, "", tuple(found))
     if len(ggufs) == 1:
+        check_no_pointer(folder / ggufs[0])
         return Layout("gguf", "", (ggufs[0],))
     if ggufs:
         raise SourceError(
@@ -152,9 +157,14 @@ def headers_by_name(folder: Path, layout: Layout, read: Callable[[Path], S]) -> 
 
     Raises SourceError for a shard or a tensor that is missing, or stored twice.
     """
+
+    def read_file(path: Path) -> S:
+        check_no_pointer(path)
+        return read(path)
+
     if layout.index:
-        return _files_of_index(folder, layout.index, read)
-    return _files_without_index(folder, list(layout.files), read)
+        return _files_of_index(folder, layout.index, read_file)
+    return _files_without_index(folder, list(layout.files), read_file)
 
 
 def _files_of_index(folder: Path, index: str, read: Callable[[Path], S]) -> dict[str, S]:

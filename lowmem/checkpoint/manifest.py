@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem.checkpoint.config_json import read_config
 from lowmem.checkpoint.files import is_plain_name, read_json
+from lowmem.checkpoint.links import check_folder
 from lowmem.config import BITS, QuantConfig
 from lowmem.errors import OutputError, SourceError, VerifyError
 
@@ -63,8 +65,9 @@ def read_quantization(folder: str | Path) -> GptqFormat:
 def find_quantization(folder: str | Path) -> GptqFormat | None:
     """As `read_quantization`, but None for a checkpoint that is not quantized."""
     folder = Path(folder)
+    check_folder(folder)
     file = folder / "config.json"
-    data = read_json(file).get("quantization_config") if file.is_file() else None
+    data = read_config(file).get("quantization_config") if file.is_file() else None
     if data is None and (folder / "quantize_config.json").is_file():
         file = folder / "quantize_config.json"
         # This file is auto-gptq's own and often leaves the method out.
@@ -89,23 +92,25 @@ def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_conf
 
     method = str(data.get("quant_method") or data.get("method") or "").lower()
     if method != "gptq":
-        raise refuse(f"quant_method is {method or 'missing'!r}, not 'gptq'")
+        raise refuse(f"quant_method is {_short(method or 'missing')}, not 'gptq'")
     bits = data.get("bits", data.get("wbits"))
-    if isinstance(bits, bool) or bits not in BITS:
-        raise refuse(f"bits is {bits!r}")
+    if type(bits) is not int or bits not in BITS:  # 4.0 is in BITS too
+        raise refuse(f"bits is {_short(bits)}")
     group_size = data.get("group_size", data.get("q_group_size", 128))
     if (
         isinstance(group_size, bool)
         or not isinstance(group_size, int)
-        or (group_size != -1 and group_size < 1)
+        or not (group_size == -1 or 1 <= group_size < 2**31)
     ):
-        raise refuse(f"group_size is {group_size!r}")
+        raise refuse(f"group_size is {_short(group_size)}")
     layout = str(data.get("checkpoint_format") or data.get("format") or "gptq").lower()
     if layout not in _FORMATS or data.get("is_marlin_format"):
-        raise refuse(f"checkpoint_format is {layout!r}", "Only the formats gptq and gptq_v2 can be read")
+        raise refuse(
+            f"checkpoint_format is {_short(layout)}", "Only the formats gptq and gptq_v2 can be read"
+        )
     pack_dtype = str(data.get("pack_dtype") or "int32").removeprefix("torch.")
     if pack_dtype != "int32":
-        raise refuse(f"pack_dtype is {pack_dtype!r}", "Only int32 words can be read")
+        raise refuse(f"pack_dtype is {_short(pack_dtype)}", "Only int32 words can be read")
     if data.get("lm_head"):
         raise refuse("the head is quantized (lm_head)", "Only checkpoints with a dense head can be read")
     dynamic = data.get("dynamic")
@@ -116,7 +121,7 @@ def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_conf
         )
     for flag in ("sym", "desc_act"):
         if not isinstance(data.get(flag, False), bool):
-            raise refuse(f"{flag} is {data[flag]!r}, neither true nor false")
+            raise refuse(f"{flag} is {_short(data[flag])}, neither true nor false")
     meta = data.get("meta")
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
     if isinstance(quantizer, str):
@@ -129,6 +134,12 @@ def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_conf
         checkpoint_format=layout,
         quantizer=tuple(str(name) for name in quantizer) if isinstance(quantizer, list) else (),
     )
+
+
+def _short(value: object) -> str:
+    """A value of a file in a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, Any]:

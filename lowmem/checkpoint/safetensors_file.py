@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lowmem.checkpoint.safetensors_header import (
     read_header_bytes,
 )
 from lowmem.checkpoint.source_base import Source, TensorInfo, check_readable, check_rows
-from lowmem.errors import SourceError
+from lowmem.errors import OutOfMemoryError, SourceError
 
 __all__ = ["DTYPES", "SafetensorsHeader", "SafetensorsSource", "StoredTensor", "read_header", "read_tensor"]
 
@@ -26,22 +27,36 @@ DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, (name, _)
 def read_tensor(
     path: Path, name: str, stored: StoredTensor, rows: slice | torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A tensor, or rows of a 2-D one, in its stored dtype and memory of its own."""
+    """A tensor, or rows of a 2-D one, in its stored dtype and memory of its own.
+
+    Raises SourceError when the file cannot be read or ends before, OutOfMemoryError when it does not fit.
+    """
     what = f"{path.name} (tensor {name!r})"
     try:
         with path.open("rb", buffering=0) as stream:
             if rows is None:
-                out = torch.empty(stored.shape, dtype=stored.dtype)
+                out = _empty(stored.shape, stored.dtype, what)
                 read_exact(stream, stored.begin, out, what)
                 return out
             numbers = row_numbers(rows, stored.shape[0])
-            out = torch.empty((len(numbers), stored.shape[1]), dtype=stored.dtype)
+            out = _empty((len(numbers), stored.shape[1]), stored.dtype, what)
             row_bytes = stored.shape[1] * stored.dtype.itemsize
             for position, first, count in runs(numbers):
                 read_exact(stream, stored.begin + first * row_bytes, out[position : position + count], what)
             return out
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, what: str) -> torch.Tensor:
+    try:
+        return torch.empty(shape, dtype=dtype)
+    except RuntimeError as error:  # torch's own is of no kind: the shape was checked against the file
+        nbytes = math.prod(shape) * dtype.itemsize
+        raise OutOfMemoryError(
+            f"{what} needs {nbytes} bytes of memory, which the system does not have",
+            "Close other programs, or check where the file comes from: it may be mostly a hole",
+        ) from error
 
 
 class SafetensorsSource(Source):

@@ -15,6 +15,7 @@ import torch
 
 from lowmem.checkpoint.files import one_line, update_with_bytes, update_with_sample
 from lowmem.checkpoint.headers import read_config_json
+from lowmem.checkpoint.links import leads_outside
 from lowmem.checkpoint.patterns import (
     CODE_SUFFIXES,
     LICENCE_PATTERNS,
@@ -23,6 +24,7 @@ from lowmem.checkpoint.patterns import (
     VOCABULARIES,
     WEIGHT_SUFFIXES,
 )
+from lowmem.checkpoint.tokenizer_files import check_tokenizer_files
 from lowmem.errors import SourceError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 FLOATS = ("float32", "float16", "bfloat16")
 MAX_CARD = 4_000_000
+MAX_LICENCE = 4096
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Source(ABC):
         from transformers import __version__ as version
 
         path = self.path / "config.json"
-        model_type = read_config(self.path).get("model_type")
+        stored = read_config(self.path)
+        model_type = stored.get("model_type")
         if not isinstance(model_type, str):
             raise SourceError(f"{path} does not say its model_type", "It is not a transformers checkpoint")
         if model_type not in CONFIG_MAPPING:
@@ -104,6 +108,7 @@ class Source(ABC):
                 f"{path} has model_type {model_type!r}, which transformers {version} does not know",
                 "A newer transformers may; code that comes with a checkpoint is never run",
             )
+        check_keys(stored, CONFIG_MAPPING[model_type], path)
         try:
             config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the values are anyone's, and each config class fails its own way
@@ -111,7 +116,7 @@ class Source(ABC):
         return config  # type: ignore[no-any-return]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The fast tokenizer; SourceError when there is none or it cannot be read."""
+        """The fast tokenizer; SourceError when there is none, it cannot be read, or names other places."""
         names = [path.name for path in self._files(VOCABULARIES)]
         if not names:
             raise SourceError(
@@ -122,11 +127,14 @@ class Source(ABC):
     def _load_tokenizer(self, **options: Any) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
+        check_tokenizer_files(self.path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False, **options
             )
-        except Exception as error:  # the Rust tokenizers raise bare Exception on a damaged file
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a damaged file: bare Exceptions of the Rust code, and its panics
             raise SourceError(f"the tokenizer in {self.path} cannot be read: {one_line(error)}") from error
         if not tokenizer.is_fast:
             raise SourceError(
@@ -145,7 +153,8 @@ class Source(ABC):
 
     def license_name(self) -> str | None:
         """The licence that the model card's front matter names, or None."""
-        return license_of_card(self.path / "README.md")
+        card = self.path / "README.md"
+        return None if leads_outside(card) else license_of_card(card)
 
     def fingerprint(self) -> str:
         """A sha256 by which a changed source is noticed; cheap at any size.
@@ -169,16 +178,13 @@ class Source(ABC):
         return digest.hexdigest()
 
     def _files(self, patterns: tuple[str, ...]) -> list[Path]:
-        roots = [self.path.resolve()]
-        if roots[0].parent.name == "snapshots":  # the hub's cache: snapshots/<commit>/x -> ../../blobs/y
-            roots.append(roots[0].parent.parent / "blobs")
         found = []
         for path in sorted(self.path.iterdir()):
             if path.suffix.lower() in CODE_SUFFIXES + WEIGHT_SUFFIXES or not path.is_file():
                 continue
             if not any(fnmatchcase(path.name, pattern) for pattern in patterns):
                 continue
-            if any(path.resolve().is_relative_to(root) for root in roots):
+            if not leads_outside(path):
                 found.append(path)
         return found
 
@@ -193,6 +199,13 @@ def read_config(folder: Path) -> dict[str, Any]:
                 "Convert the 16-bit original instead",
             )
     return config
+
+
+def check_keys(config: Mapping[str, Any], kind: type, file: Path) -> None:
+    """SourceError where a key of config.json, which becomes an attribute, takes the place of a method."""
+    key = next((key for key in config if callable(getattr(kind, key, None))), None)
+    if key is not None:
+        raise SourceError(f"{file} has the key {key!r}, which is no setting", "Download it again")
 
 
 def _describe(quantization: object) -> str:
@@ -224,8 +237,18 @@ def license_of_card(card: Path) -> str | None:
     end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
     if end is None:
         return None
+    # Of front matter only what is said of the licence: parsing a megabyte of results takes long.
+    said, wanted = [], False
+    for line in lines[1:end]:
+        if not line.startswith((" ", "-", "#")):
+            wanted = line.startswith(("license:", "license_name:"))
+        if wanted:
+            said.append(line)
+    text = "\n".join(said)
+    if len(text) > MAX_LICENCE:
+        return None
     try:
-        front = yaml.safe_load("\n".join(lines[1:end]))
+        front = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return None
     if not isinstance(front, dict):

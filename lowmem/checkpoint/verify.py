@@ -13,20 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem.checkpoint.config_json import read_config
+from lowmem.checkpoint.digests import difference, known_digests
 from lowmem.checkpoint.files import is_plain_name, one_line, read_json
-from lowmem.checkpoint.manifest import (
-    MANIFEST_FILE,
-    FileDigest,
-    GptqFormat,
-    checkpoint_files,
-    digest_file,
-    find_quantization,
-    read_manifest,
-)
+from lowmem.checkpoint.links import check_folder
+from lowmem.checkpoint.manifest import MANIFEST_FILE, GptqFormat, checkpoint_files, find_quantization
 from lowmem.checkpoint.packing import stored_shapes, unpack_zeros
+from lowmem.checkpoint.pointers import HINT, WHAT, is_pointer
 from lowmem.checkpoint.safetensors_file import SafetensorsHeader, StoredTensor, read_header, read_tensor
 from lowmem.checkpoint.values import all_finite
-from lowmem.errors import LowmemError, VerifyError
+from lowmem.errors import LowmemError, VerifyError, printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,15 +46,15 @@ class Problem:
 
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.tensor) if part)
-        return f"{where}: {self.what}" if where else self.what
+        return printable(f"{where}: {self.what}" if where else self.what)
 
 
 @dataclass(frozen=True)
 class VerifyReport:
     """What was checked, and what was found.
 
-    ours: there is a manifest, so that digests were compared. bytes: of all files that were read.
-    notes: what is worth knowing and no damage.
+    ours: there is a manifest, so that all files were compared. format: of packed linears, or None. bytes: of
+    all files that were read. notes: what is worth knowing and no damage.
     """
 
     folder: Path
@@ -127,6 +123,10 @@ def read_shards(folder: Path) -> Shards:
             problems.append(Problem(file, "", "the file is missing"))
             broken.add(file)
             continue
+        if is_pointer(folder / file):
+            problems.append(Problem(file, "", f"{WHAT} ({HINT})"))
+            broken.add(file)
+            continue
         try:
             header = read_header(folder / file)
         except LowmemError as error:
@@ -166,15 +166,26 @@ def meta_model(folder: Path) -> nn.Module:
 
     Raises VerifyError when transformers cannot make a causal language model of it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
+        read_config(folder / "config.json")
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the values are anyone's, and each config class fails its own way
+        raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
+    return model_of(config)
+
+
+def model_of(config: Any) -> nn.Module:
+    """As `meta_model`, of a config that was read."""
+    from transformers import AutoModelForCausalLM
+
+    try:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # the values are anyone's, and each config class fails its own way
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as above
         raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
     return model
 
@@ -182,13 +193,26 @@ def meta_model(folder: Path) -> nn.Module:
 def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Check the checkpoint in `folder`; problems are in the report, nothing is raised for them.
 
-    A checkpoint without our manifest is somebody else's: all but the digests is checked, and the notes
-    say so. Raises VerifyError only when there is no folder to check.
+    A checkpoint without our manifest is somebody else's: digests are compared where the hub's are known, and
+    the notes say so. Folders of pickle shards and GGUF files are checked by verify_source.py. Raises
+    VerifyError only when there is nothing to check.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix in (".gguf", ".safetensors")):
         raise VerifyError(f"{folder} is not a folder", "Give the folder that lowmem convert wrote")
+    if folder.is_dir():
+        check_folder(folder)
+    whole = (SINGLE_FILE, INDEX_FILE, MANIFEST_FILE)
+    if folder.is_file() or (not any((folder / name).is_file() for name in whole) and _other_weights(folder)):
+        from lowmem.checkpoint.verify_source import verify_source
+
+        return verify_source(folder, progress)
     return _Verification(folder, progress).run()
+
+
+def _other_weights(folder: Path) -> bool:
+    """Whether there are weights, but not in our kind of files."""
+    return any(path.suffix in (".bin", ".gguf", ".safetensors") for path in folder.iterdir())
 
 
 class _Verification:
@@ -207,10 +231,7 @@ class _Verification:
         shards = read_shards(self.folder)
         self.problems += shards.problems
         self.total = shards.nbytes + (self._sizes(names) if self.ours else 0)
-        if self.ours:
-            self._digests(names)
-        else:
-            self.notes.append(f"there is no {MANIFEST_FILE}: digests were not compared")
+        self._digests(names)
         format, linears = self._model(shards)
         return VerifyReport(
             folder=self.folder,
@@ -237,28 +258,23 @@ class _Verification:
 
     def _digests(self, names: list[str]) -> None:
         try:
-            manifest = read_manifest(self.folder) or {}
+            digests = known_digests(self.folder)
         except VerifyError as error:
             return self._fault(MANIFEST_FILE, "", error.message)
+        if not digests.ours:
+            self.notes.append(digests.note(names))
+            names = [name for name in names if name in digests.files]
+            self.total += self._sizes(names)
         known = {problem.file for problem in self.problems if "missing" in problem.what}
-        for name in sorted(set(manifest) | set(names)):
+        for name in sorted(set(digests.files) | set(names)):
             if name not in names:
                 if name not in known:
                     self._fault(name, "", "the file is missing")
-            elif name not in manifest:
+            elif name not in digests.files:
                 self._fault(name, "", f"the file is not listed in {MANIFEST_FILE}")
-            else:
-                self._compare(name, manifest[name])
+            elif fault := difference(self.folder / name, digests.files[name], digests.origin, self._advance):
+                self._fault(name, "", fault)
         return None
-
-    def _compare(self, name: str, expected: FileDigest) -> None:
-        file = self.folder / name
-        size = file.stat().st_size
-        if size != expected.bytes:
-            self._advance(size)
-            self._fault(name, "", f"has {size} bytes, and the manifest says {expected.bytes}")
-        elif digest_file(file, self._advance) != expected:
-            self._fault(name, "", "was changed: its sha256 is not the manifest's")
 
     def _model(self, shards: Shards) -> tuple[GptqFormat | None, int]:
         """Check the tensors against the model of config.json; the format, and how many linears are packed."""

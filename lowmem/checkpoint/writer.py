@@ -1,12 +1,9 @@
-"""Writing safetensors files so that a reader never sees half of one: stage, flush to disk, rename."""
+"""Writing safetensors files, a tensor at a time."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import torch
 
 from lowmem.checkpoint.manifest import FileDigest
 from lowmem.checkpoint.safetensors_file import DTYPES, StoredTensor, read_header
+from lowmem.checkpoint.whole_file import write_json, write_whole
 from lowmem.errors import OutputError
 
 CHUNK = 8 << 20
@@ -36,59 +34,6 @@ class TensorPlan:
         for size in self.shape:
             count *= size
         return count * self.dtype.itemsize
-
-
-def as_output_error(error: OSError, path: Path) -> OutputError:
-    """A failed write in the user's words; what is finished stays and can be resumed."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full:
-        return OutputError(
-            f"the disk is full: {path} could not be written ({error.strerror})",
-            "Free some space and give the same command again; finished layers are kept",
-        )
-    return OutputError(
-        f"{path} could not be written: {error.strerror or error}", "Check the folder and try again"
-    )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
-    """Write `chunks` beside `path`, flush them to disk, and rename: all of it or nothing.
-
-    Raises OutputError, and leaves no part behind, when the disk is full.
-    """
-    part = path.with_name(path.name + ".part")
-    digest, count = hashlib.sha256(), 0
-    try:
-        with open(part, "wb") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
-                digest.update(chunk)
-                count += len(chunk)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise as_output_error(error, path) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return FileDigest(digest.hexdigest(), count)
-
-
-def write_json(path: Path, value: object) -> FileDigest:
-    """Write JSON for people to read: indented, keys in the order given."""
-    return write_whole(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
 def _header(plans: Sequence[TensorPlan]) -> bytes:

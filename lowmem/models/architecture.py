@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowmem.errors import ArchitectureError
+from lowmem.checkpoint.files import one_line
+from lowmem.errors import ArchitectureError, LowmemError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -89,8 +90,35 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool) 
     """transformers' model with its parameters on the meta device: structure without memory.
 
     buffers: whether non-persistent buffers (rotary frequencies) are real, as a model that is going to run
-    needs, or on meta too, as a probe does. Old causal masks, which nothing reads, are empty.
+    needs, or on meta too, as a probe does. Old causal masks, which nothing reads, are empty. Raises
+    ArchitectureError for a config of which transformers makes no causal language model.
     """
+    _check_methods(config)
+    try:
+        return _build(config, dtype, buffers)
+    except LowmemError:
+        raise
+    except Exception as error:  # sizes and names that contradict each other fail anywhere in the model's code
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
+        raise ArchitectureError(
+            f"config.json makes no {_kind(config)} model: {one_line(error)}",
+            "The file is damaged, or of another model",
+        ) from error
+
+
+def _check_methods(config: PretrainedConfig) -> None:
+    """Every key of config.json became an attribute: none may stand in a method's place."""
+    for name in vars(config):
+        if callable(getattr(type(config), name, None)):
+            raise ArchitectureError(f"config.json has the key {name!r}, which is no setting")
+
+
+def _kind(config: PretrainedConfig) -> str:
+    return str(getattr(config, "model_type", "causal language"))[:100]
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype, buffers: bool) -> nn.Module:
     from accelerate import init_empty_weights
 
     if not buffers:
@@ -114,9 +142,10 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype, context: Any) -> 
         with context:
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
-        kind = getattr(config, "model_type", "this model type")
+        if "Unrecognized configuration class" not in str(error):
+            raise
         raise ArchitectureError(
-            f"transformers has no causal language model for {kind!r}",
+            f"transformers has no causal language model for {_kind(config)!r}",
             "lowmem converts decoder-only models such as gpt_bigcode, llama and starcoder2",
         ) from error
     return model

@@ -8,20 +8,23 @@ from pathlib import Path
 
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.files import is_hub_id, read_json
+from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.config import BITS
 from lowmem.errors import LowmemError, SourceError
 from lowmem.plan.memory import ON_THE_FLY, Form
 from lowmem.plan.shape import ModelShape, as_converted, read_shape
 
 REPORT_FILE = "lowmem-report.json"
+MEASURED = "measured"
+"""Of a manifest: what was measured of its checkpoint since it was made (`kld`)."""
 _NEIGHBOURS = 500
 """Folders beside a source that are looked at."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One form of the model. bits: of a linear's weights. kld: its measured KL divergence, where its report
-    has one. path: a folder, or a weight file."""
+    """One form of the model. bits: of a linear's weights. kld: its measured KL divergence, where its
+    manifest has one. path: a folder, or a weight file."""
 
     label: str
     bits: int
@@ -179,8 +182,13 @@ def _base_model(folder: Path) -> object:
 
 
 def _measured_kld(folder: Path) -> float | None:
-    value = _report(folder).get("kld")
-    return float(value) if isinstance(value, (int, float)) and value >= 0 else None
+    try:
+        measured = read_json(folder / MANIFEST_FILE).get(MEASURED)
+    except LowmemError:
+        measured = None
+    value = measured.get("kld") if isinstance(measured, dict) else _report(folder).get("kld")
+    # A whole number may have thousands of digits, and a float be infinite.
+    return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1e6 else None
 
 
 def _report(folder: Path) -> dict[str, object]:

@@ -26,7 +26,8 @@ class Request:
     context: tokens of prompt and answer together. bits, method: only such forms ("gptq", "int8", "nf4" or
     "dense"). device: "auto", "cpu" or "cuda:N". vram, ram: bytes that may be taken instead of what is free.
     dtype: of activations and dense weights. bandwidth: bytes a second of a card that is only named.
-    activation_bits: 8 or 16, of a CPU's activations (see kernels.native.activation_bits).
+    activation_bits: 8 or 16, of a CPU's activations (see kernels.native.activation_bits). check: compare the
+    files with their digests before they are loaded.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Request:
     dtype: str | None = None
     bandwidth: float | None = None
     activation_bits: int | None = None
+    check: bool = False
 
 
 def plan_for(request: Request, *, named_card: bool = False, measure: bool = False) -> Plan:

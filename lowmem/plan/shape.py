@@ -17,7 +17,7 @@ from lowmem.checkpoint.headers import TensorHeader, gguf_metadata, read_config_j
 from lowmem.checkpoint.manifest import GptqFormat, find_quantization
 from lowmem.errors import SourceError
 
-_LAYER = re.compile(r"^(.*?\.)?(\d+)\.")
+_LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
 # Of old checkpoints, which no current model reads: masks and rotary tables, computed since.
 _LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "rope_freqs.weight")
 _HEADS = ("lm_head.weight",)
@@ -149,6 +149,11 @@ def _shape(
             linears.add((header.shape[0] * 32 // format.bits, header.shape[1]))
         tensors.append(Tensor(name, header.shape, header.nbytes, layer, packed, linear))
     layers = 1 + max((tensor.layer for tensor in tensors), default=-1)
+    if layers > len(tensors):
+        raise SourceError(
+            f"{path} names a decoder layer {layers - 1}, and holds {len(tensors)} tensors",
+            "Download or copy it again",
+        )
     hidden = _int(config, path, "hidden_size", "n_embd", "d_model")
     heads = _int(config, path, "num_attention_heads", "n_head", "num_heads")
     if not layers or not linears:

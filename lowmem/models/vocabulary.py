@@ -1,0 +1,49 @@
+"""Whether a tokenizer can be the one that a model was made with: its ids against the embedding's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from lowmem.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FEWEST = (
+    3 / 4
+)  # of a model's rows that its own tokenizer has tokens for: rows are rounded up to a multiple of 128 or so
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    needed: Iterable[int] = (),
+    notify: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Compare the tokenizer's ids with a model whose embedding has `rows` rows.
+
+    needed: ids that an answer cannot do without, such as those of a dialogue. Raises SourceError when text
+    can become an id that the model does not have, or one of `needed` is none of its. notify hears of added
+    tokens that the model does not have, and of a model that has far more rows than there are tokens.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if not vocabulary:
+        raise SourceError(
+            "the tokenizer has no tokens", "Put the model's own tokenizer.json beside its weights"
+        )
+    beyond = {token: number for token, number in vocabulary.items() if number >= rows}
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    plain = [token for token in beyond if token not in added]
+    unusable = sorted({number for number in needed if number >= rows})
+    if plain or unusable:
+        highest = max(beyond.values(), default=max(unusable, default=0))
+        raise SourceError(
+            f"the tokenizer gives tokens up to {highest}, and the model has {rows}: it is another model's",
+            "Put the model's own tokenizer files beside its weights",
+        )
+    if beyond:
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        notify(f"the model of {rows} tokens does not have the tokenizer's {min(beyond)!r}{more}")
+    elif len(vocabulary) < rows * _FEWEST:
+        notify(f"the tokenizer has {len(vocabulary)} tokens, and the model {rows}: it may be another model's")
