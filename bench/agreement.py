@@ -7,7 +7,6 @@ two answers are the same: that is exact, though the unquantized model generates 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,15 +79,13 @@ def equal_tokens(
     rows = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.int64)
     for row, ids in enumerate(texts):
         rows[row, : len(ids)] = torch.tensor(ids)
-    states = reference.last_hidden(rows, folder, progress)
     found = []
-    with reference.head() as logits:
+    with reference.passed(rows, folder, progress) as states, reference.head() as logits:
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             # The token at place i is chosen at place i - 1.
             places = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
             best = logits(states.read(row, row + 1)[0, places]).argmax(-1).tolist()
             found.append(_common(best, answer))
-    shutil.rmtree(folder)
     return tuple(found)
 
 

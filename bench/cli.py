@@ -25,5 +25,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure; the exit code. Raises LowmemError for what the user can mend."""
+    from lowmem.checkpoint.files import one_line
+    from lowmem.errors import MemoryBudgetError
+    from lowmem.opening import is_out_of_memory
+
     module = next(module for name, module, _ in MEASUREMENTS if name == args.measurement)
-    return int(importlib.import_module(module).run(args))
+    try:
+        return int(importlib.import_module(module).run(args))
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryBudgetError(
+            f"memory ran out: {one_line(error)}",
+            "Close other programs, or measure smaller --forms, and give the same command again: what is "
+            "measured is kept",
+        ) from error

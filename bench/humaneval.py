@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import textwrap
 import time
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bench.records import Attempt, Subject, SubjectHumanEval, from_json
 from bench.sandbox import Limits, check
 from lowmem import __version__
+from lowmem.checkpoint.whole_file import as_output_error
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
 
@@ -231,15 +233,20 @@ class WorkFile:
         return found
 
     def add(self, key: str, attempt: Attempt, seconds: float) -> None:
-        """One more attempt, in the file when this returns."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
+        """One more attempt, on disk when this returns. OutputError where that fails."""
         line = json.dumps({"key": key, "seconds": seconds, "attempt": asdict(attempt)})
-        with self.file.open("a+b") as stream:
-            if stream.tell():
-                stream.seek(-1, 2)
-                if stream.read(1) != b"\n":  # half a line of an interrupted run
-                    stream.write(b"\n")
-            stream.write(line.encode() + b"\n")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a+b") as stream:
+                if stream.tell():
+                    stream.seek(-1, 2)
+                    if stream.read(1) != b"\n":  # half a line of an interrupted run
+                        stream.write(b"\n")
+                stream.write(line.encode() + b"\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise as_output_error(error, self.file) from error
 
     def remove(self) -> None:
         """Forget them all."""

@@ -14,11 +14,11 @@ from lowmem.command_line import INTERRUPTED, note
 from lowmem.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from bench.humaneval import Listener, Settings
+    from bench.humaneval import Listener, Problem, Settings
     from bench.lineup import Entrant
-    from bench.records import Attempt, HumanEvalRecord
+    from bench.records import Attempt, HumanEvalRecord, Origin
     from lowmem.session import Session
 
 DESCRIPTION = """HumanEval's 164 problems, answered by every form of a model: pass@1. The answers are programs
@@ -73,11 +73,10 @@ def run(args: argparse.Namespace) -> int:
             "files of yours, but it is run",
             "If that is what you want, add --allow-code-execution",
         )
-    from bench.humaneval import WORK_FILE, Settings, WorkFile, key_of, load_problems, measure_subject
+    from bench.humaneval import Settings, load_problems
     from bench.origin import origin_of
-    from bench.records import HumanEvalRecord, write_record
-    from bench.sandbox import Limits, require
-    from bench.sources import open_any
+    from bench.room import alone
+    from bench.sandbox import require
     from lowmem.checkpoint.source import open_source
     from lowmem.generate.sampling import check_sampling
     from lowmem.plan.request import find_card
@@ -98,15 +97,34 @@ def run(args: argparse.Namespace) -> int:
     lineup = line_up(args.models, reference=args.reference, forms=args.forms, cuda=card is not None)
     digest = open_source(lineup.source, offline=True).fingerprint()
     origin = origin_of(sys.argv[1:], lineup.source, digest, device)
+    with alone(Path(args.out).expanduser(), "humaneval"):
+        listener = _listener(args.quiet)
+        listener.note(f"generated code is run behind {walls.describe()}")
+        return _record(args, lineup.entrants, problems, settings, device, origin, listener)
+
+
+def _record(
+    args: argparse.Namespace,
+    entrants: Sequence[Entrant],
+    problems: list[Problem],
+    settings: Settings,
+    device: str,
+    origin: Origin,
+    listener: Listener,
+) -> int:
+    """All attempts, into the record; the exit code."""
+    from bench.humaneval import WORK_FILE, WorkFile, key_of, measure_subject
+    from bench.records import HumanEvalRecord, write_record
+    from bench.sandbox import Limits
+    from bench.sources import open_any
+
     out, limits = Path(args.out).expanduser(), Limits()
     work = WorkFile(out / WORK_FILE)
     if args.fresh:
         work.remove()
-    listener = _listener(args.quiet)
-    listener.note(f"generated code is run behind {walls.describe()}")
     subjects = []
     try:
-        for entrant in lineup.entrants:
+        for entrant in entrants:
             own = open_any(entrant.candidate.path).fingerprint()
             subjects.append(
                 measure_subject(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bench.latency import Entry, Lengths
     from bench.latency_rounds import Found, Watcher
     from bench.latency_worker import Visit
+    from bench.machine_state import Before
     from bench.records import Origin
 
 
@@ -54,12 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write `latency.json` and show it; 130 after Ctrl-C, with the record of the whole rounds."""
-    from bench.latency import choose_lengths, make_record
-    from bench.latency_rounds import Found
-    from bench.latency_view import make_watcher, print_record
-    from bench.machine_state import look_before, swap_warning
+    from bench.latency import choose_lengths
+    from bench.machine_state import look_before
     from bench.origin import origin_of
-    from bench.records import to_json, write_record
+    from bench.room import alone
 
     device = _device(args)
     lineup = _line_up(args, cuda=device != "cpu")
@@ -67,6 +66,20 @@ def run(args: argparse.Namespace) -> int:
     lengths = choose_lengths(args.prompts, args.contexts, args.new_tokens, positions)
     origin = origin_of(sys.argv[1:], lineup.source, _digest(lineup), device)
     before = look_before(origin.load_average)
+    with alone(args.out, "latency"):
+        return _record(args, lineup, lengths, origin, device, before)
+
+
+def _record(
+    args: argparse.Namespace, lineup: Lineup, lengths: Lengths, origin: Origin, device: str, before: Before
+) -> int:
+    """All rounds, into the record; the exit code."""
+    from bench.latency import make_record
+    from bench.latency_rounds import Found
+    from bench.latency_view import make_watcher, print_record
+    from bench.machine_state import swap_warning
+    from bench.records import to_json, write_record
+
     found, watcher = Found(), make_watcher(quiet=args.quiet)
     for warning in before.warnings:
         watcher.line(warning)

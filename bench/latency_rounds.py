@@ -20,6 +20,7 @@ from bench.latency import Entry, order
 from bench.latency_worker import Job, Visit
 from bench.processes import converse
 from bench.records import from_json, to_json
+from lowmem.checkpoint.whole_file import as_output_error, write_whole
 from lowmem.errors import OutputError
 
 WORKER = "bench.latency_worker"
@@ -75,6 +76,7 @@ class WorkFile:
 
     def __init__(self, file: Path, key: dict[str, Any], clock: Callable[[], float] = time.time) -> None:
         self.file, self.key, self._clock = file, json.loads(json.dumps(key)), clock
+        self._times: dict[tuple[int, str], float] = {}
 
     def read(self) -> dict[tuple[int, str], Visit]:
         """(round, label) → visit, of those that are young enough."""
@@ -86,32 +88,42 @@ class WorkFile:
             for line in lines[1:]:
                 data = json.loads(line)
                 if 0 <= self._clock() - data["time"] <= KEPT_SECONDS:
-                    found[int(data["round"]), str(data["label"])] = from_json(Visit, data["visit"])
+                    place = int(data["round"]), str(data["label"])
+                    found[place] = from_json(Visit, data["visit"])
+                    self._times[place] = float(data["time"])
         except (OSError, ValueError, KeyError, TypeError):
             return found  # the last line may be half a line
         return found
 
     def begin(self, visits: dict[tuple[int, str], Visit]) -> None:
-        """Write the key and what is kept, in place of whatever was there. OutputError where that fails."""
-        part = self.file.with_suffix(".part")
+        """Write the key and what is kept, at once in place of whatever was there.
+
+        A visit keeps its time: it does not become younger with every run. OutputError where that fails.
+        """
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.key) + "\n", encoding="utf-8")
-            os.replace(part, self.file)
         except OSError as error:
             raise OutputError(
                 f"{self.file.parent} cannot be written: {error.strerror}", "Give another folder with --out"
             ) from error
-        for (round_number, label), visit in visits.items():
-            self.add(round_number, label, visit)
+        lines = [json.dumps(self.key)]
+        lines += [self._line(*place, visit, self._times.get(place)) for place, visit in visits.items()]
+        write_whole(self.file, ["".join(f"{line}\n" for line in lines).encode()])
 
     def add(self, round_number: int, label: str, visit: Visit) -> None:
-        """One more visit, on disk when this returns."""
-        data = {"round": round_number, "label": label, "time": self._clock(), "visit": to_json(visit)}
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(data) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        """One more visit, on disk when this returns. OutputError where that fails."""
+        line = self._line(round_number, label, visit) + "\n"
+        try:
+            with self.file.open("ab") as stream:
+                stream.write(line.encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise as_output_error(error, self.file) from error
+
+    def _line(self, round_number: int, label: str, visit: Visit, when: float | None = None) -> str:
+        when = self._clock() if when is None else when
+        return json.dumps({"round": round_number, "label": label, "time": when, "visit": to_json(visit)})
 
     def remove(self) -> None:
         """The measurement is whole."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from bench import room
 from bench.agreement import agreement
 from bench.divergence import compare, summarize
 from bench.lineup import Entrant, Lineup, line_up
@@ -35,14 +35,21 @@ from bench.records import (
     read_record,
     write_record,
 )
-from bench.reference import Reference, cache_folder, reference_states
+from bench.reference import (
+    Reference,
+    cache_folder,
+    disk_needed,
+    missing_texts,
+    reference_states,
+    state_bytes,
+)
 from bench.sources import open_any
-from bench.streamed import StreamedModel, head_of
+from bench.streamed import StreamedModel, head_of, working
 from bench.texts import Text, read_texts
 from convert.activations import HiddenStates
 from lowmem.checkpoint.files import read_json
 from lowmem.checkpoint.source import open_source
-from lowmem.checkpoint.writer import write_json
+from lowmem.checkpoint.whole_file import write_json
 from lowmem.errors import InvalidRequestError, LowmemError, MemoryBudgetError
 
 SETTINGS_FILE = "quality.settings.json"
@@ -71,8 +78,8 @@ class Settings:
     texts: built-in ones. files: of the user's. dtype: arithmetic of quantized forms; None is that in which
     `lowmem run` would run them. reference_dtype: of the reference. kernels: load the forms and run the
     kernels that answer, instead of streaming them. greedy: measure the greedy answers too. record: write the
-    divergence into the reports of folders that lowmem made. cache: keep the reference. force: forget what an
-    earlier run has measured.
+    divergence into the manifests of folders that lowmem made. cache: keep the reference. force: forget what
+    an earlier run has measured.
     """
 
     texts: tuple[str, ...]
@@ -139,12 +146,25 @@ def measure(
             folder = cache_folder(reference)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowmem-quality-")))
+        stack.enter_context(room.alone(out, "quality"))
+        stack.enter_context(room.checked(folder, _disk_needed(reference, entrants, texts, folder)))
         listener.begins(f"reference, {settings.reference_dtype}")
         kept = reference_states(reference, texts, folder, listener.layers, listener.note)
         if not kept.seconds:
             listener.note(f"the reference was computed before, and is in {folder}")
         work = _Work(reference, kept, texts, folder, settings, listener)
         return _measure_all(work, entrants, lineup, out, argv)
+
+
+def _disk_needed(
+    reference: StreamedModel, entrants: Sequence[tuple[Entrant, bool]], texts: Sequence[Text], folder: Path
+) -> int:
+    """Bytes that the whole measurement takes at most: the reference, and beside it a form's states before and
+    after the last norm."""
+    missing = missing_texts(reference, texts, folder)
+    values = state_bytes(reference, texts) // reference.dtype.itemsize
+    widest: int = max(getattr(torch, entrant.subject.dtype).itemsize for entrant, _ in entrants)
+    return max(disk_needed(reference, missing), state_bytes(reference, missing) + 2 * values * widest)
 
 
 @dataclass(frozen=True)
@@ -176,8 +196,10 @@ def _measure_all(
     if earlier is not None:
         for old in earlier.subjects:
             label = old.subject.label
-            if label not in digests or known.get(label) == digests[label]:
+            if label in known and digests.get(label, known[label]) == known[label]:
                 found[label] = old
+    else:  # what is there is of other settings: from here on nobody takes it for what is measured now
+        write_json(out / SETTINGS_FILE, {**_settings(work), "subjects": {}})
     for entrant, is_floor in entrants:
         label = entrant.subject.label
         if label in found:
@@ -242,10 +264,10 @@ def _opened(work: _Work, entrant: Entrant) -> Iterator[tuple[dict[str, Rows], Lo
     rows = torch.cat([text.rows for text in work.texts])
     if settings.kernels and method != "dense":  # torch's own product is a dense form's kernel either way
         loaded = _load(work, entrant)
-        folder.mkdir(parents=True, exist_ok=True)
-        states = _loaded_states(loaded, rows, folder / "last", work.reference.hidden)
-        with head_of(loaded.model, loaded.device) as logits:
-            yield _of_texts(states, work.texts), logits
+        with working(folder):
+            states = _loaded_states(loaded, rows, folder / "last", work.reference.hidden)
+            with head_of(loaded.model, loaded.device) as logits:
+                yield _of_texts(states, work.texts), logits
         del loaded
         gc.collect()
     else:
@@ -259,10 +281,8 @@ def _opened(work: _Work, entrant: Entrant) -> Iterator[tuple[dict[str, Rows], Lo
             with model.head() as logits:
                 yield {name: Rows(states) for name, states in work.kept.states.items()}, logits
             return
-        states = model.last_hidden(rows, folder, work.listener.layers)
-        with model.head() as logits:
+        with model.passed(rows, folder, work.listener.layers) as states, model.head() as logits:
             yield _of_texts(states, work.texts), logits
-    shutil.rmtree(folder)
 
 
 def _of_texts(states: HiddenStates, texts: Sequence[Text]) -> dict[str, Rows]:
@@ -319,7 +339,8 @@ def _greedy(work: _Work, entrant: Entrant) -> GreedyAgreement | None:
     except LowmemError as error:
         work.listener.note(f"{label} gives no greedy answers: {error.message}")
         return None
-    return agreement(work.reference, loaded, work.folder / "greedy.partial", work.listener.layers)
+    folder = work.folder / f"greedy-{_digest(entrant)[:24]}-{entrant.candidate.form.method}.partial"
+    return agreement(work.reference, loaded, folder, work.listener.layers)
 
 
 def _with_noise_floor(lineup: Lineup, settings: Settings) -> list[tuple[Entrant, bool]]:
@@ -377,7 +398,7 @@ def _earlier(work: _Work, out: Path) -> tuple[dict[str, str], QualityRecord | No
 
 
 def record_divergence(entrant: Entrant, quality: SubjectQuality, work: _Work) -> None:
-    """Write the mean KL divergence into the report of a folder that lowmem made: the planner ranks by it."""
+    """Write the mean KL divergence into the manifest of a folder of ours: the planner ranks by it."""
     from bench.recorded import write_kld
 
     if entrant.subject.method != "gptq" or work.settings.kernels:

@@ -287,7 +287,7 @@ def write_record(record: QualityRecord | HumanEvalRecord | LatencyRecord, folder
 
     Raises OutputError where that cannot be done.
     """
-    from lowmem.checkpoint.writer import as_output_error, write_whole
+    from lowmem.checkpoint.whole_file import as_output_error, write_whole
 
     file = folder / FILES[type(record)]
     try:

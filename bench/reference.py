@@ -10,15 +10,16 @@ float32 (144 in bfloat16), where their logits would be 2.25 GiB.
     cache folder/quality/<source digest>/<text digest>-<dtype>.json      what it is, and the digest of
                                          <text digest>-<dtype>.states    raw [rows, row_length, hidden]
                                          <digest>.partial/               an interrupted pass, see streamed.py
+                                         <digest>.partial/ready.json     its texts' JSON, as the last step
 
 A file whose digest is not the one noted is computed anew, as is everything of another version of lowmem.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,17 +27,19 @@ from pathlib import Path
 
 import torch
 
-from bench.streamed import Progress, StreamedModel
+from bench.streamed import Progress, StreamedModel, remove_waste, working
 from bench.texts import Text
 from convert.activations import HiddenStates
 from lowmem.checkpoint.cache import cache_root
 from lowmem.checkpoint.files import read_json
 from lowmem.checkpoint.manifest import digest_file
-from lowmem.checkpoint.writer import tensor_bytes, write_json, write_whole
+from lowmem.checkpoint.whole_file import write_json, write_whole
+from lowmem.checkpoint.writer import tensor_bytes
 from lowmem.errors import LowmemError, OutputError
 from lowmem.plan.device import host_memory_peak
 
 FORMAT = 1
+_READY = "ready.json"
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def reference_states(
     All texts that are missing go through the layers together, so that the source is read once. notify: hears
     of files that are damaged. Raises as StreamedModel.last_hidden does.
     """
-    kept = {text.name: _kept(model, text, folder, notify) for text in texts}
-    missing = [text for text in texts if kept[text.name] is None]
+    _tidy(folder)
+    missing = missing_texts(model, texts, folder, notify)
     seconds, peak = 0.0, 0
     if missing:
         started = time.perf_counter()
@@ -93,18 +96,55 @@ def compute(
             "Set LOWMEM_CACHE to a folder, or --no-cache",
         ) from error
     work = folder / f"{name[:32]}.partial"
-    states = model.last_hidden(rows, work, progress)
-    first = 0
-    for text in texts:
-        count = len(text.rows)
-        digest = write_whole(
-            _file(model, text, folder, "states"),
-            (tensor_bytes(states.read(row, row + 1)) for row in range(first, first + count)),
-        )
-        about = {**_about(model, text), "sha256": digest.sha256, "bytes": digest.bytes}
-        write_json(_file(model, text, folder, "json"), about)
-        first += count
-    shutil.rmtree(work)
+    with model.passed(rows, work, progress) as states:
+        ready, first = {}, 0
+        for text in texts:
+            count = len(text.rows)
+            digest = write_whole(
+                _file(model, text, folder, "states"),
+                (tensor_bytes(states.read(row, row + 1)) for row in range(first, first + count)),
+            )
+            ready[text.name] = {**_about(model, text), "sha256": digest.sha256, "bytes": digest.bytes}
+            first += count
+        # One file for all of them, so that a process that is killed among them has not done it for nothing.
+        names = {_file(model, text, folder, "json").name: ready[text.name] for text in texts}
+        write_json(work / _READY, names)
+        _note(work)
+
+
+def missing_texts(
+    model: StreamedModel,
+    texts: Sequence[Text],
+    folder: Path,
+    notify: Callable[[str], None] = lambda line: None,
+) -> list[Text]:
+    """The texts whose reference `folder` does not hold, or not as it was written."""
+    return [text for text in texts if _kept(model, text, folder, notify) is None]
+
+
+def disk_needed(model: StreamedModel, missing: Sequence[Text]) -> int:
+    """Bytes of disk that computing these texts takes at most: the states before and after the last norm, and
+    what is kept."""
+    return 3 * state_bytes(model, missing)
+
+
+def state_bytes(model: StreamedModel, texts: Sequence[Text]) -> int:
+    """Bytes of the last hidden states of these texts."""
+    return sum(text.rows.numel() for text in texts) * model.hidden * model.dtype.itemsize
+
+
+def _note(work: Path) -> None:
+    """Write the texts' JSON files that a pass has ready."""
+    for name, about in read_json(work / _READY).items():
+        write_json(work.parent / name, about)
+
+
+def _tidy(folder: Path) -> None:
+    """Finish what killed processes have left almost done."""
+    remove_waste(folder)
+    for ready in folder.glob(f"*.partial/{_READY}"):
+        with contextlib.suppress(LowmemError), working(ready.parent):  # another process may be at it
+            _note(ready.parent)
 
 
 def _about(model: StreamedModel, text: Text) -> dict[str, object]:

@@ -14,10 +14,11 @@ transformers' own code does all the computing: the layers are called as the mode
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import torch
 from torch import nn
@@ -29,9 +30,9 @@ from convert.calls import LayerCall, catch_calls, embed, replaced_forwards
 from convert.weights import Weights, empty, move_buffers
 from lowmem import __version__
 from lowmem.checkpoint.files import read_json
-from lowmem.checkpoint.lock import locked
+from lowmem.checkpoint.lock import take
 from lowmem.checkpoint.source import Source
-from lowmem.checkpoint.writer import write_json
+from lowmem.checkpoint.whole_file import as_output_error, is_disk_full, write_json
 from lowmem.config import QUANTIZED_SLICE_BYTES
 from lowmem.errors import CalibrationError, LowmemError, OutputError, SourceError
 from lowmem.kernels import bnb
@@ -42,6 +43,8 @@ OnTheFly = Literal["int8", "nf4"]
 Progress = Callable[[int, int], None]
 ACTIVATION_BYTES = 192 << 20
 """Rows run through a layer together while its widest activations stay below this."""
+WASTE = ".done"
+"""Of the name of a folder that is being removed."""
 
 
 class StreamedModel:
@@ -98,8 +101,21 @@ class StreamedModel:
         and in all. Raises OutputError when the disk is full, or another process works in `folder`;
         SourceError for a source that is damaged.
         """
+        with _held(folder):
+            return self._pass(rows, folder, progress)
+
+    @contextlib.contextmanager
+    def passed(
+        self, rows: torch.Tensor, folder: Path, progress: Progress | None = None
+    ) -> Iterator[HiddenStates]:
+        """As `last_hidden`; `folder` is held until the result has been used, and then removed, but for an
+        exception: what was computed stays."""
+        with working(folder):
+            yield self._pass(rows, folder, progress)
+
+    def _pass(self, rows: torch.Tensor, folder: Path, progress: Progress | None) -> HiddenStates:
         return_freed_memory()  # else the heap keeps what earlier layers took
-        with _working(folder), torch.no_grad():
+        with torch.no_grad():
             states, done = self._resumed(folder, rows)
             calls, model = self._calls(rows)
             if states is None:
@@ -322,17 +338,37 @@ def _replaced(
 
 
 @contextlib.contextmanager
-def _working(folder: Path) -> Iterator[None]:
-    """Hold the folder of a pass against a second process."""
+def working(folder: Path) -> Iterator[None]:
+    """Hold the folder of a pass against a second process, and remove it, unless something is raised.
+
+    First it gets another name, so that half of it is never taken for a pass (see `remove_waste`).
+    """
+    with _held(folder):
+        yield
+        waste = folder.with_name(folder.name + WASTE)
+        shutil.rmtree(waste, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rename(waste)
+        shutil.rmtree(waste, ignore_errors=True)
+
+
+def remove_waste(folder: Path) -> None:
+    """Remove what a killed process has left of folders that it was removing in `folder`."""
+    for waste in folder.glob(f"*{WASTE}"):
+        shutil.rmtree(waste, ignore_errors=True)
+
+
+def _held(folder: Path) -> IO[bytes]:
+    """The folder of a pass, made and held until this is closed."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("ab")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return take(folder / "lock", f"another process is measuring the same in {folder}")
     except OSError as error:
+        if is_disk_full(error):
+            raise as_output_error(error, folder) from error
         raise OutputError(
             f"{folder} cannot be written: {error.strerror}", "Set LOWMEM_CACHE to a folder that can"
         ) from error
-    with locked(lock, f"another process is measuring the same in {folder}"):
-        yield
 
 
 def _set_child(module: nn.Module, name: str, child: nn.Module) -> None:

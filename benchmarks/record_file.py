@@ -25,7 +25,7 @@ def read(kind: type[Record], file: Path, module: str) -> Record:
 
 def write(record: Any, file: Path) -> None:
     """Write a record, a dataclass, whole or not at all. Raises OutputError."""
-    from lowmem.checkpoint.writer import as_output_error, write_whole  # imports torch
+    from lowmem.checkpoint.whole_file import as_output_error, write_whole
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from lowmem.checkpoint.values import all_finite
-from lowmem.checkpoint.writer import tensor_bytes, write_whole
+from lowmem.checkpoint.whole_file import write_whole
+from lowmem.checkpoint.writer import tensor_bytes
 from lowmem.errors import CalibrationError, OutputError
 
 

@@ -124,6 +124,9 @@ def run(args: argparse.Namespace) -> int:
     from convert.pipeline import convert
     from convert.progress import make_reporter
     from convert.recipe import Options
+    from lowmem.checkpoint.files import one_line
+    from lowmem.errors import MemoryBudgetError
+    from lowmem.opening import is_out_of_memory
     from lowmem.plan.device import parse_bytes
 
     config = QuantConfig(
@@ -160,6 +163,14 @@ def run(args: argparse.Namespace) -> int:
             reporter=reporter,
             on_target=target.append,
         )
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryBudgetError(
+            f"memory ran out: {one_line(error)}",
+            "Close other programs, or allow less with --memory SIZE, and give the same command again: "
+            "finished layers are kept",
+        ) from error
     except KeyboardInterrupt:
         job = Job(target[0]) if target else None
         state = job.load() if job else None

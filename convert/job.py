@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.layer import LinearReport
-from lowmem.checkpoint.lock import locked
+from lowmem.checkpoint.lock import take
 from lowmem.checkpoint.manifest import MANIFEST_FILE
-from lowmem.checkpoint.writer import as_output_error, sync_folder, write_json
+from lowmem.checkpoint.whole_file import as_output_error, sync_folder, write_json
 from lowmem.errors import OutputError, RecipeError
 
 VERSION = 1
@@ -96,14 +96,14 @@ class Job:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Hold the folder against other processes; made here, and gone if nothing came of it."""
-        shutil.rmtree(self._waste, ignore_errors=True)
+        self.remove_waste()
         try:
-            self.folder.mkdir(exist_ok=True)
-            lock = (self.folder / "lock").open("w")
+            lock = take(self.folder / "lock", f"another process is converting into {self.out}")
         except OSError as error:
             raise as_output_error(error, self.folder) from error
-        with locked(lock, f"another process is converting into {self.out}"):
+        with lock:
             try:
+                self._put_back()
                 yield
             finally:
                 if self.folder.is_dir() and not (self.folder / "job.json").exists():
@@ -145,6 +145,10 @@ class Job:
             changes = differences(found.recipe, recipe)
             if not changes:
                 self.state, self.resumed = found, True
+                if found.publishing:  # until it is again: OUT may still be the one that is replaced
+                    found.publishing = False
+                    self.commit()
+                self.sweep(found.finished_layers)
                 return
             if not force:
                 raise RecipeError(
@@ -161,8 +165,18 @@ class Job:
 
     def clear(self) -> None:
         """Remove all that an earlier job left, but the lock."""
+        self._keep("lock")
+
+    def sweep(self, finished: int) -> None:
+        """Remove what job.json, which says `finished`, does not speak of: it takes the room of what comes."""
+        kept = [self.staged(index) for index in range(finished)]
+        if finished:  # the first layer's are made again
+            kept += [self.hidden(finished), self.unquantized(finished)]
+        self._keep("lock", "job.json", self._replaced.name, *(path.name for path in kept))
+
+    def _keep(self, *names: str) -> None:
         for entry in self.folder.iterdir():
-            if entry.name == "lock":
+            if entry.name in names:
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -199,18 +213,40 @@ class Job:
     def _waste(self) -> Path:
         return self.folder.with_name(self.folder.name + ".done")
 
+    def remove_waste(self) -> None:
+        """Remove what a killed process has left of a folder that it was removing: OUT is whole without it."""
+        shutil.rmtree(self._waste, ignore_errors=True)
+
+    @property
+    def _replaced(self) -> Path:
+        """Where the earlier OUT lies while the new one takes its place."""
+        return self.folder / "replaced"
+
+    def _put_back(self) -> None:
+        """An earlier OUT, if a process was stopped between taking it away and putting the new one there: it
+        stays until there is a new one."""
+        if self._replaced.is_dir() and not os.path.lexists(self.out):
+            try:
+                os.rename(self._replaced, self.out)
+            except OSError as error:
+                raise as_output_error(error, self.out) from error
+
     def discard(self) -> None:
-        """Remove the job's folder: at once by its name, so that half of it is never taken for a job."""
-        shutil.rmtree(self._waste, ignore_errors=True)
-        os.rename(self.folder, self._waste)
-        shutil.rmtree(self._waste, ignore_errors=True)
+        """Remove the job's folder: at once by its name, so that half of it is never taken for a job.
+
+        Where the disk refuses it is left, and the next conversion into the same place removes it.
+        """
+        self.remove_waste()
+        with contextlib.suppress(OSError):
+            os.rename(self.folder, self._waste)
+        self.remove_waste()
 
     def publish(self) -> None:
         """The finished result becomes OUT in one rename, and the job's folder goes."""
         sync_folder(self.result)
         self.state.publishing = True
         self.commit()
-        old = self.folder / "replaced"
+        old = self._replaced
         try:
             if os.path.lexists(self.out) and any(self.out.iterdir()):
                 os.rename(self.out, old)

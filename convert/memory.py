@@ -8,17 +8,15 @@ refuses and names the least budget that would do.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from convert import gptq, hessian, rounding
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.config import QuantConfig
-from lowmem.errors import MemoryBudgetError, OutputError
+from lowmem.errors import MemoryBudgetError
 from lowmem.models.architecture import Architecture, LayerSpec, LinearSpec
 from lowmem.plan.device import format_bytes
 
@@ -281,34 +279,3 @@ def _measure(
             LIBRARIES + chunk + peak,
         )
     return MemoryPlan(rows_at_a_time, rows_a_step, keep, hidden_bytes, base, tuple(stages), host, card)
-
-
-def check_disk(
-    folder: Path, arch: Architecture, config: QuantConfig, plan: MemoryPlan, finished: int
-) -> None:
-    """Refuse before hours of work when the disk cannot hold the result.
-
-    Raises OutputError saying what is needed: the staged layers that are still to come, the result
-    beside them, and two layers' hidden states; beside the unquantized stream, the same and what a layer's
-    linears put out.
-    """
-    packed = [sum(packed_bytes(s, config) for s in layer.linears) for layer in arch.layers]
-    outside = 2 * sum(_numel(arch.shapes[n]) for n in arch.outside())
-    needed = sum(packed[finished:]) + outside + sum(packed) + outside + 2 * plan.hidden_bytes
-    one = plan.hidden_bytes // arch.shapes[arch.embedding][1]  # one value of every token
-    needed += one * max(
-        sum(linear.out_features for linear in layer.linears)
-        + max(linear.in_features for linear in layer.linears)
-        for layer in arch.layers
-    )
-    if config.follows_unquantized:
-        needed += 2 * plan.hidden_bytes
-    if config.corrects:
-        needed += one * max(sum(linear.out_features for linear in layer.linears) for layer in arch.layers)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OutputError(
-            f"the conversion needs {format_bytes(needed)} of disk in {folder.parent}, "
-            f"which has {format_bytes(free)} free",
-            "Free some space, or choose another folder",
-        )

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from convert import memory
+from convert import disk, memory
 from convert.activations import HiddenStates
 from convert.calibration import CalibrationRows, CalibrationSpec, load_rows
 from convert.calls import LayerCall, catch_calls, embed
@@ -26,6 +26,7 @@ from convert.weights import Weights, empty, move_buffers
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.checkpoint.source import Source, open_source
+from lowmem.checkpoint.whole_file import free_bytes, refusals
 from lowmem.checkpoint.writer import TensorPlan, write_tensors
 from lowmem.config import QuantConfig
 from lowmem.errors import CalibrationError, OutputError
@@ -104,7 +105,8 @@ def convert(
         on_target(target)
         reporter.message(f"converting into {target}")
     try:
-        summary = _convert_into(Job(target), work, reporter)
+        with refusals(target):
+            summary = _convert_into(Job(target), work, reporter)
         if out is None:
             reporter.message(f"use it with: lowmem run {shlex.quote(str(source))}")
         return summary
@@ -118,6 +120,7 @@ def _check_out(job: Job, options: Options) -> bool:
     """Refuse what cannot be written; True if all is written, and only the job's folder was left over."""
     if job.was_published():
         return True
+    job.remove_waste()
     job.check_out(options.force)
     return False
 
@@ -131,6 +134,7 @@ def _place_in_cache(source: str, config: QuantConfig, calibration: CalibrationSp
     others = {name: value for name, value in asked.items() if value != usual[name]}
     target = cache.claim(source, cache.label_of(config, others))
     if (target / MANIFEST_FILE).is_file() and not options.force and not Job(target).was_published():
+        Job(target).remove_waste()
         raise OutputError(
             f"{source} is converted already, in {target}",
             f"Type lowmem run {shlex.quote(source)}, or convert it again with --force",
@@ -198,7 +202,9 @@ def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
         fixed_rows=state.run.get("rows_at_a_time"),
         read_overhead=work.source.read_overhead,
     )
-    memory.check_disk(job.folder, arch, work.config, plan, state.finished_layers)
+    rooms = _disk_plans(work, plan)
+    room = rooms[state.finished_layers]
+    disk.check(job, room.needed)
     if job.resumed:
         torch.set_num_threads(state.run["threads"])
     else:
@@ -206,6 +212,31 @@ def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
     reporter.started(
         plan, len(arch.layers), state.finished_layers, describe(work.source, arch, work.config, work.rows)
     )
+    reporter.disk(room.needed, free_bytes(job.folder), job.folder.parent)
+    with disk.told(job, rooms):
+        return _all_layers(job, work, plan, reporter)
+
+
+def _disk_plans(work: _Work, plan: memory.MemoryPlan) -> dict[int, disk.DiskPlan]:
+    """The room that is needed, by the number of layers that are finished."""
+    side_bytes = sum(path.stat().st_size for path in work.source.side_files())
+    return {
+        finished: disk.plan(
+            work.arch,
+            work.config,
+            plan,
+            replays=work.config.true_sequential and work.device.type == "cpu",
+            side_bytes=side_bytes,
+            store_head=work.options.store_head,
+            finished=finished,
+        )
+        for finished in range(len(work.arch.layers) + 1)
+    }
+
+
+def _all_layers(job: Job, work: _Work, plan: memory.MemoryPlan, reporter: Reporter) -> ResultSummary:
+    """Every unfinished layer, and the checkpoint of them."""
+    arch, state = work.arch, job.state
     started, before = time.monotonic(), state.seconds
     model = build_model(work.source.config(), work.dtype, buffers=True)
     use_row_attention(model)  # a CPU's attends by our own kernels where they take it

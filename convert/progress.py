@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lowmem.plan.device import format_bytes
@@ -24,6 +25,9 @@ class Reporter:
 
     def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
         """The plan is made; `finished` layers are there from an interrupted run."""
+
+    def disk(self, needed: int, free: int, folder: Path) -> None:
+        """Bytes of disk that the work takes in `folder`, and that are free."""
 
     def message(self, text: str) -> None:
         """Something that a person should know."""
@@ -93,6 +97,9 @@ class LineReporter(Reporter):
         self._line(describe_plan(plan))
         if finished:
             self._line(f"going on after layer {finished} of {layers}")
+
+    def disk(self, needed: int, free: int, folder: Path) -> None:
+        self._line(f"needs at most {format_bytes(needed)} of disk in {folder}: {format_bytes(free)} are free")
 
     def layer(self, layer: int, result: LayerResult) -> None:
         done = layer + 1 - self._first
@@ -177,6 +184,9 @@ class JsonReporter(Reporter):
 
     def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
         self._event("started", plan=asdict(plan), layers=layers, finished=finished, note=note)
+
+    def disk(self, needed: int, free: int, folder: Path) -> None:
+        self._event("disk", needed=needed, free=free, folder=str(folder))
 
     def linear(self, layer: int, report: LinearReport) -> None:
         self._event("linear", layer=layer, **asdict(report))

@@ -17,7 +17,8 @@ from torch import nn
 
 from convert.activations import read_rows
 from convert.calls import LayerCall, replaced_forwards
-from lowmem.checkpoint.writer import as_output_error, tensor_bytes
+from lowmem.checkpoint.whole_file import as_output_error
+from lowmem.checkpoint.writer import tensor_bytes
 
 
 class RowsFile:

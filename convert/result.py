@@ -18,7 +18,8 @@ from convert.recipe import Options
 from convert.weights import Weights, stored_dtype
 from lowmem.checkpoint.manifest import FileDigest, quantization_config_dict, read_manifest, write_manifest
 from lowmem.checkpoint.source import Source
-from lowmem.checkpoint.writer import merge, write_json, write_tensors, write_whole
+from lowmem.checkpoint.whole_file import write_json, write_whole
+from lowmem.checkpoint.writer import merge, write_tensors
 from lowmem.config import QuantConfig
 from lowmem.models.architecture import Architecture
 from lowmem.models.dialogue import CHAT_TEMPLATE, Dialogue, end_token_ids

@@ -79,10 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LowmemError as error:
         print(f"lowmem {args.command}: {error}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone: that is no failure of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError, OSError) as error:
+        from lowmem.checkpoint.files import one_line
+        from lowmem.opening import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"lowmem {args.command}: memory ran out: {one_line(error)}. Close other programs, or ask for "
+            "fewer bits or a shorter --context",
+            file=sys.stderr,
+        )
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return INTERRUPTED

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from bench.processes import resident
-from convert import memory
+from convert import disk, memory
+from convert.job import Job
 from lowmem.config import QuantConfig
 from lowmem.errors import MemoryBudgetError, OutputError
 from lowmem.models.architecture import inspect
+from lowmem.plan.device import format_bytes
 from tests.convert_helpers import calibration_file
 from tests.helpers import save_source, tiny_config, tiny_model
 
@@ -159,11 +161,7 @@ def test_a_card_that_is_too_small_is_refused_with_what_it_lacks():
 
 
 def test_a_small_disk_is_refused_before_the_work(tmp_path, monkeypatch):
-    import shutil
-    from collections import namedtuple
-
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1 << 20))
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 1 << 20)
     arch = inspect(tiny_config("llama"))
     plan = memory.plan(
         arch,
@@ -175,8 +173,10 @@ def test_a_small_disk_is_refused_before_the_work(tmp_path, monkeypatch):
         base=0,
         host_budget=1 << 34,
     )
-    with pytest.raises(OutputError, match="of disk"):
-        memory.check_disk(tmp_path, arch, QuantConfig(group_size=32), plan, 0)
+    needed = disk.plan(arch, QuantConfig(group_size=32), plan, replays=True).needed
+    with pytest.raises(OutputError, match=rf"needs {format_bytes(needed)} of disk .* 1 MiB free\. Free"):
+        disk.check(Job(tmp_path / "out"), needed)
+    disk.check(Job(tmp_path / "out"), 1 << 20)
 
 
 @pytest.mark.slow
