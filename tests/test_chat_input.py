@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prompt_toolkit import utils
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import History, InMemoryHistory
@@ -89,6 +90,42 @@ def test_an_old_history_is_made_private_and_short(tmp_path: Path, monkeypatch: p
     assert set(entries) <= {f"entry {n}" for n in range(100)}
     history.append_string("y" * 100_000)  # a pasted file
     assert path.stat().st_size <= 1000
+
+
+def test_a_history_stays_short_while_the_chat_goes_on(
+    keys: PipeInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """prompt_toolkit keeps all of a run's messages in memory, pasted files too; the file grew with them."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr(input, "_LARGEST_HISTORY", 1000)
+    monkeypatch.setattr(input, "_MOST_CHARACTERS", 1000)
+    monkeypatch.setattr(input, "_MOST_ENTRIES", 20)
+    path = tmp_path / "lowmem" / "history"
+    for history in (open_history(pytest.fail), input._RunHistory()):
+        for number in range(200):
+            history.append_string(f"entry {number}")
+            assert not path.exists() or path.stat().st_size <= 1000
+        assert history.get_strings() == [f"entry {number}" for number in range(180, 200)]
+        history.append_string("y" * 50_000)
+        assert history.get_strings() == ["y" * 50_000], "a large message can be had back at once"
+        history.append_string("after")
+        assert history.get_strings() == ["after"]
+    reader = prompt(keys, open_history(pytest.fail))
+    keys.send_text(UP + UP + ENTER)
+    assert reader.read() == "entry 199"
+
+
+def test_widths_of_texts_are_not_remembered_for_ever(
+    keys: PipeInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """prompt_toolkit keeps the width of every short text that it has shown."""
+    monkeypatch.setattr(input, "_MOST_WIDTHS", 200)
+    reader = prompt(keys)
+    for number in range(300):
+        utils.get_cwidth(f"text {number} that was shown")
+    keys.send_text("a" + ENTER)
+    assert reader.read() == "a"
+    assert 0 < len(utils._CHAR_SIZES_CACHE) < 200 and utils.get_cwidth("日本") == 4
 
 
 def test_a_history_that_cannot_be_kept_is_no_reason_not_to_chat(

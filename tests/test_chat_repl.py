@@ -147,6 +147,29 @@ def test_ctrl_c_waits_while_something_is_drawn() -> None:
     assert reached
 
 
+def test_ctrl_c_between_an_answer_and_the_prompt_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For some milliseconds after an answer neither the chat nor the prompt took SIGINT, and Python's own
+    handler ended the program: all that was said was lost."""
+    monkeypatch.setattr(
+        "lowmem.chat.repl.figures", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or "figures"
+    )
+    chat, terminal = talk("a", "b")
+    assert [e.answer for e in chat.conversation.exchanges] == ["one.", "two."]
+    assert not any(e.stopped for e in chat.conversation.exchanges), "it was not about the next answer"
+    assert terminal.text().count("figures") == 2
+
+
+def test_ctrl_c_stops_a_command_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(*arguments: Any, **options: Any) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(FakeSession, "count", count)
+    chat, terminal = talk("a", "/context", "b")
+    assert [e.answer for e in chat.conversation.exchanges] == ["one.", "two."]
+    assert terminal.lines().count("stopped") == 1
+
+
 def test_leaving() -> None:
     ctrl_c = KeyboardInterrupt
     chat, terminal = talk(ctrl_c(), "a", ctrl_c(), ctrl_c(), "never read")

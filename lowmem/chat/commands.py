@@ -186,8 +186,9 @@ def _context(chat: Chat, argument: str) -> None:
         used = session.count("", system=system) if system else 0
         chat.say(f"nothing is said yet; system text {used:,} of {session.context:,} tokens")
         return
-    totals = [session.count(messages[: 2 * n], system=system) for n in range(1, len(messages) // 2 + 1)]
-    first = session.count(messages[:2])
+    with chat.interrupts.armed():  # a long conversation takes its time
+        totals = [session.count(messages[: 2 * n], system=system) for n in range(1, len(messages) // 2 + 1)]
+        first = session.count(messages[:2])
     lines = [f"{totals[-1]:,} of {session.context:,} tokens"]
     if system:
         lines.append(f"{totals[0] - first:>8,}  system: {one_line(system)}")

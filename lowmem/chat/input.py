@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 
-from prompt_toolkit import PromptSession
+from prompt_toolkit import PromptSession, utils
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition, has_focus
@@ -21,6 +22,9 @@ from lowmem.chat.store import state_folder
 _PROMPT, _CONTINUATION = "> ", "  "
 _LARGEST_ENTRY = 20_000  # characters: a pasted file is not looked for with the arrow key
 _LARGEST_HISTORY = 4 << 20  # bytes
+_MOST_ENTRIES = 1000  # that the arrow key and Ctrl-R reach, of so many characters in all
+_MOST_CHARACTERS = 1 << 20
+_MOST_WIDTHS = 5000  # texts whose widths prompt_toolkit remembers
 _STYLE = Style.from_dict(
     {
         "prompt": "bold",
@@ -69,6 +73,7 @@ class Prompt:
 
     def read(self) -> str:
         """The next message; KeyboardInterrupt for Ctrl-C at an empty prompt, EOFError for Ctrl-D."""
+        _forget_widths()
         return self._session.prompt()
 
 
@@ -126,16 +131,41 @@ def _keys() -> KeyBindings:
     return keys
 
 
-class _ChatHistory(FileHistory):
-    """prompt_toolkit's, which must not end the chat when the disk is full."""
+class _Newest(History):
+    """prompt_toolkit's histories keep every message of a run in memory; here only the newest stay there.
+
+    Each prompt goes through all of them, so that they also cost time.
+    """
+
+    def load_history_strings(self) -> Iterable[str]:
+        """Those of earlier runs, newest first."""
+        return _newest(super().load_history_strings())  # type: ignore[safe-super]
+
+    def append_string(self, string: str) -> None:
+        """One message more."""
+        super().append_string(string)
+        self._loaded_strings = _newest(self._loaded_strings)
+
+
+class _ChatHistory(_Newest, FileHistory):
+    """In a file, which neither ends the chat when the disk is full nor grows for ever."""
 
     def store_string(self, string: str) -> None:
         if len(string) > _LARGEST_ENTRY:
             return
         try:
             super().store_string(string)
+            with open(self.filename, "r+b") as file:
+                _keep_newest(file.fileno())
         except OSError:
             pass
+
+
+class _RunHistory(_Newest, InMemoryHistory):
+    """Of this run alone."""
+
+    def store_string(self, string: str) -> None:
+        """Nowhere: what the arrow key finds is in memory anyway."""
 
 
 def open_history(notify: Callable[[str], None]) -> History:
@@ -143,24 +173,48 @@ def open_history(notify: Callable[[str], None]) -> History:
     path = state_folder() / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0), 0o600)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
         try:
             if os.fstat(handle).st_mode & 0o077:
                 os.fchmod(handle, 0o600)
-            if os.fstat(handle).st_size > _LARGEST_HISTORY:
-                _keep_newest(handle)
+            _keep_newest(handle)
         finally:
             os.close(handle)
     except OSError as error:
         notify(f"the history cannot be kept in {path}: {error.strerror or error}")
-        return InMemoryHistory()
+        return _RunHistory()
     return _ChatHistory(path)
 
 
+def _forget_widths() -> None:
+    """prompt_toolkit remembers the width of every text of up to 64 characters that it ever showed."""
+    widths = getattr(utils, "_CHAR_SIZES_CACHE", None)
+    if isinstance(widths, dict) and len(widths) > _MOST_WIDTHS:
+        widths.clear()
+
+
+def _newest(strings: Iterable[str]) -> list[str]:
+    """The first of `strings`, as many as are kept in memory; one at least."""
+    kept: list[str] = []
+    left = _MOST_CHARACTERS
+    for string in islice(strings, _MOST_ENTRIES):
+        left -= len(string)
+        if left < 0 and kept:
+            break
+        kept.append(string)
+    return kept
+
+
 def _keep_newest(handle: int) -> None:
-    """Cut the older half off, at the start of an entry (`\\n# date`)."""
+    """Cut the older half off a file that is too large, at the start of an entry (`\\n# date`).
+
+    The newer half is written over the older before the rest goes: an end in between loses nothing of it.
+    """
     size = os.fstat(handle).st_size
+    if size <= _LARGEST_HISTORY:
+        return
     data = os.pread(handle, size, size // 2)
     start = data.find(b"\n# ")
-    os.ftruncate(handle, 0)
-    os.write(handle, data[start:] if start >= 0 else b"")
+    kept = data[start:] if start >= 0 else b""
+    os.pwrite(handle, kept, 0)
+    os.ftruncate(handle, len(kept))

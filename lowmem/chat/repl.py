@@ -37,6 +37,7 @@ class Chat:
 
     conversation, params: what the next turn starts from. last, answers, new_tokens, dropped: figures of the
     answers so far. templated: whether the model takes messages; else each message is continued on its own.
+    interrupts: Ctrl-C while the chat runs.
     """
 
     def __init__(
@@ -61,9 +62,15 @@ class Chat:
         self.templated = loaded.dialogue is not None or bool(loaded.tokenizer.chat_template)
         self._console, self._reader, self._view, self._quiet = console, reader, view, quiet
         self._tries = 0  # of /retry for the last question
+        self.interrupts = Interrupts()
 
     def run(self) -> int:
         """Talk until the user leaves; the exit code."""
+        # All the time: Ctrl-C between an answer and the next prompt must not end the chat and what was said.
+        with self.interrupts:
+            return self._run()
+
+    def _run(self) -> int:
         self._greet()
         leaving = False  # Ctrl-C at an empty prompt was the last thing that happened
         while True:
@@ -78,6 +85,7 @@ class Chat:
             except EOFError:
                 return 0
             leaving = False
+            self.interrupts.requested = False  # what came before the message is not about its answer
             # Half a surrogate pair may come from a terminal that is not UTF-8, and has no encoding.
             text = text.encode("utf-8", "replace").decode("utf-8")
             try:
@@ -88,6 +96,8 @@ class Chat:
                     commands.obey(self, typed)
             except EOFError:
                 return 0
+            except KeyboardInterrupt:
+                self.note("stopped")
             except LowmemError as error:
                 self._line(str(error), "red")
             except Exception as error:
@@ -127,7 +137,7 @@ class Chat:
         text, last, stopped = "", None, False
         responses: Iterator[Response] | None = None
         self._console.file.write("\n")
-        with quiet_keyboard(), Interrupts() as interrupts, self._view(self._console) as view:
+        with quiet_keyboard(), self._view(self._console) as view:
             view.waiting("reading")
 
             def on_prefill(done: int, total: int) -> None:
@@ -135,10 +145,10 @@ class Chat:
                     view.waiting(f"reading {done:,}/{total:,} tokens")
 
             try:
-                with interrupts.armed():
+                with self.interrupts.armed():
                     responses = self._request(question, params, on_prefill)
                 while True:
-                    with interrupts.armed():
+                    with self.interrupts.armed():
                         response = next(responses, None)
                     if response is None:
                         break

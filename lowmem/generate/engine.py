@@ -22,6 +22,7 @@ from lowmem.generate.cache import KVCache
 from lowmem.generate.lookup import Lookup, Pace
 from lowmem.generate.native_step import MOST_ROWS, NativeStep, StepRefused, checked_step, why_not
 from lowmem.generate.prefix_store import LEAST_TOKENS, PrefixStore, common_prefix
+from lowmem.generate.primitives import keep_few
 from lowmem.generate.rearranging import Rearranging
 from lowmem.generate.sampling import Choice, Sampler, check_sampling
 from lowmem.quant_linear import QuantLinear
@@ -82,6 +83,7 @@ class Engine:
                 f"a context of {context} tokens, and the model has {self._positions} positions",
                 f"Use --context {self._positions} or less",
             )
+        keep_few()
         table = model.get_input_embeddings().weight
         self.model = model
         self.context = context
