@@ -85,7 +85,8 @@ def _runs(runs: Sequence[Run]) -> Iterable[tuple[str, ...]]:
     for number, run in enumerate(runs, 1):
         title = TITLES[run.step]
         if len(runs) > 1:
-            title += f" (run {number} of {len(runs)}" + (", killed)" if run.exit_code < 0 else ")")
+            ended = "killed" if run.exit_code < 0 else "interrupted" if run.exit_code else "to the end"
+            title += f" (run {number} of {len(runs)}, {ended})"
         yield (
             title,
             f"{run.wall_seconds:,.0f}",

@@ -2,7 +2,7 @@
 
 A float16 model runs in bfloat16 there (`loader.default_dtype`). To cast its embeddings took most of a load,
 rounded every value, and put a copy beside the file's pages: 0.7 GB of StarChat Alpha. Now the tables stay in
-their file. Rows that are looked up are cast, and our own kernels multiply by the head as it is, which is exact.
+their file. Rows are cast as they are looked up, and our own kernels multiply by the head as it is: exactly.
 
 The tables are buffers: transformers takes the dtype of a model's first parameter for that of its activations,
 and a tensor that is no parameter is still known as one of its file.
