@@ -91,7 +91,7 @@ def take_census() -> Census:
     storages = {
         thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
         for thing in found
-        if isinstance(thing, tensor) and thing.device.type != "meta"
+        if isinstance(thing, tensor) and thing.device.type != "meta" and _is_dense(thing)
     }
     return Census(
         rss=rollup["Rss"],
@@ -126,6 +126,13 @@ def _heap() -> int:
     library.mallinfo2.restype = _Mallinfo
     info = library.mallinfo2()
     return int(info.uordblks + info.hblkhd)
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Whether a tensor has a storage of its own to be counted; a sparse one has several tensors."""
+    import torch
+
+    return tensor.layout is torch.strided
 
 
 def _kinds() -> tuple[Any, tuple[Any, ...]]:

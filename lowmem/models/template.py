@@ -31,6 +31,7 @@ MAX_TEXT = 2**22
 """Characters that it may add to what the messages say."""
 MEMORY = 2**30
 """Bytes that rendering may take."""
+_COUNTS = ("index", "index0", "revindex", "revindex0", "length")
 _LIMITING = threading.Lock()  # the limit is the process's: two at once would restore each other's
 _FILE = "<template>"  # what jinja2 calls the code that it makes of a template
 
@@ -67,9 +68,11 @@ def check_template(template: str) -> None:
     tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
     for power in tree.find_all(nodes.Pow):
         raise ValueError(f"it raises to a power in line {power.lineno}")
+    # What jinja2 counts in a loop is no more than the messages, unless something else has that name.
+    counts = all(name.ctx == "load" for name in tree.find_all(nodes.Name) if name.name == "loop")
     for product in tree.find_all(nodes.Mul):
         sides = (product.left, product.right)
-        if not any(isinstance(side, nodes.Const) and _is_small(side.value) for side in sides):
+        if not any(_is_small(side, counts) for side in sides):
             raise ValueError(f"it multiplies what it has computed in line {product.lineno}")
 
 
@@ -81,8 +84,15 @@ def _without_generation(template: str) -> str:
     return template
 
 
-def _is_small(value: object) -> bool:
-    return abs(value) <= 1000 if isinstance(value, (int, float)) else isinstance(value, str)
+def _is_small(side: Any, counts: bool) -> bool:
+    """Whether a factor is written in the template, or counts a loop (`counts`: that is what `loop` does)."""
+    from jinja2 import nodes
+
+    if isinstance(side, nodes.Getattr) and isinstance(side.node, nodes.Name) and side.node.name == "loop":
+        return counts and side.attr in _COUNTS
+    if not isinstance(side, nodes.Const):
+        return False
+    return abs(side.value) <= 1000 if isinstance(side.value, (int, float)) else isinstance(side.value, str)
 
 
 @contextlib.contextmanager

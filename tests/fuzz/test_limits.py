@@ -319,6 +319,8 @@ def test_templates_that_models_have() -> None:
         ),
         ("{{ 10 ** 10 ** 10 }}", ValueError, "power"),
         ("{% set x = 99 %}{{ x * x }}", ValueError, "multiplies"),
+        ("{% set loop = namespace(index=99) %}{{ loop.index * loop.index }}", ValueError, "multiplies"),
+        ("{% for m in messages %}{{ loop.first * loop.last * m }}{% endfor %}", ValueError, "multiplies"),
         ("{% for i in range(60000) %}{{ 'a' * 100 }}{% endfor %}", ValueError, "6000000 characters"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", Exception, "unsafe"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", Exception, "unsafe"),
