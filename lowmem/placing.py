@@ -16,7 +16,7 @@ from torch import nn
 
 from lowmem.checkpoint.mapped import forget_pages
 from lowmem.checkpoint.source import TensorInfo, resolve_names
-from lowmem.checkpoint.values import all_finite
+from lowmem.checkpoint.values import FLOATS, all_finite
 from lowmem.checkpoint.verify import QUANT_PARTS, unique_tensors
 from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.errors import SourceError
@@ -24,7 +24,6 @@ from lowmem.kernels import bnb
 from lowmem.quant_linear import QuantLinear
 from lowmem.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 
-_SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CAST_VALUES = 1 << 20  # at a time: 4 MiB in float32 stay in a core's cache
 _SEE = "See all that is wrong with: lowmem verify DIR"
 
@@ -88,8 +87,11 @@ def fill(
     infos = weights.infos
     model.tie_weights()  # type: ignore[operator]  # building without memory has parted what is tied
     places, shapes = _names(model, infos)
+    integers = {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
     for name, stored in places.items():
         _check_shape(infos[stored], stored, shapes[name])
+        if name not in integers:
+            _check_float(infos[stored], stored)
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and placement.device.type == "cpu":  # else nearly all is cast, and this would hardly show
         half = [name for name, stored in places.items() if infos[stored].dtype == "float16"]
@@ -138,6 +140,14 @@ def _check_shape(info: TensorInfo, stored: str, shape: tuple[int, ...]) -> None:
         )
     if 0 in shape:  # kernels divide by what a tensor has none of
         raise SourceError(f"{info.file}: tensor {stored!r} of shape {list(shape)} is empty", _SEE)
+
+
+def _check_float(info: TensorInfo, stored: str) -> None:
+    if getattr(torch, info.dtype) not in FLOATS:
+        raise SourceError(
+            f"{info.file}: tensor {stored!r} is {info.dtype}, not a float of 16 bits or more",
+            "Give the 16-bit original, or what lowmem convert made of it",
+        )
 
 
 def _place(
@@ -219,7 +229,7 @@ def _slices(
 
 def _check_packed(module: QuantLinear, leaf: str, tensor: torch.Tensor, name: str) -> None:
     if leaf == "scales":
-        if tensor.dtype not in _SCALES:
+        if tensor.dtype not in FLOATS:
             raise SourceError(
                 f"tensor {name!r} is {tensor.dtype}, not a float of 16 bits or more", "Convert it again"
             )

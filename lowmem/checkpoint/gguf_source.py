@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +199,8 @@ class GgufSource(Source):
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of sizes of 0 too; what is wrong with them is told below
                 auto: Any = AutoModelForCausalLM
                 model = auto.from_config(self.config(), trust_remote_code=False)
             names: dict[str, str] = get_gguf_hf_weights_map(_Shallow(model), self._processor)

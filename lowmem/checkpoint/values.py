@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a weight is that can be taken for itself: smaller floats and integers mean nothing without scales."""
+
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite; `torch.isfinite` would make several copies to say so."""

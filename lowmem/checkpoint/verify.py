@@ -6,6 +6,7 @@ against its name, shape, dtype and values. Every problem is collected, not only 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from lowmem.checkpoint.manifest import MANIFEST_FILE, GptqFormat, checkpoint_fil
 from lowmem.checkpoint.packing import stored_shapes, unpack_zeros
 from lowmem.checkpoint.pointers import HINT, WHAT, is_pointer
 from lowmem.checkpoint.safetensors_file import SafetensorsHeader, StoredTensor, read_header, read_tensor
-from lowmem.checkpoint.values import all_finite
+from lowmem.checkpoint.values import FLOATS, all_finite
 from lowmem.errors import LowmemError, VerifyError, printable
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def model_of(config: Any) -> nn.Module:
     try:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # all that is wrong is told as a problem
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # as above
         raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
@@ -295,6 +297,7 @@ class _Verification:
         unclaimed = set(shards.tensors)
         linears = 0
         dense = dict(unique_tensors(model))
+        integers = {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
         for name, module in model.named_modules():
             parts = [f"{name}.{part}" for part in QUANT_PARTS]
             if isinstance(module, nn.Linear) and any(self._expected_name(shards, part) for part in parts):
@@ -311,7 +314,9 @@ class _Verification:
             if not stored and not any(self._lost(shards, alias) for alias in aliases):
                 self._fault(shards.promised.get(name, ""), name, "the tensor is missing")
             for alias in stored:
-                self._dense(shards, alias, shape)
+                self._dense(shards, alias, shape, name in integers)
+        if format is not None and not linears and shards.tensors:
+            self._fault("config.json", "", "says that the model is quantized, and no tensor is")
         self._unclaimed(shards, unclaimed)
         return format, linears
 
@@ -381,10 +386,13 @@ class _Verification:
                 else:
                     self.notes.append(f"{tensor} {what}")
 
-    def _dense(self, shards: Shards, name: str, shape: tuple[int, ...]) -> None:
+    def _dense(self, shards: Shards, name: str, shape: tuple[int, ...], integers: bool) -> None:
         stored, file = shards.stored(name), shards.tensors[name].path.name
         if stored.shape != shape:
             self._fault(file, name, f"has shape {list(stored.shape)}, the model needs {list(shape)}")
+            return
+        if not integers and stored.dtype not in FLOATS:
+            self._fault(file, name, f"has dtype {stored.dtype}, no float of 16 bits or more")
             return
         values = self._read(shards, name)
         if values is not None and not all_finite(values):

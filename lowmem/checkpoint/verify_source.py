@@ -17,7 +17,7 @@ from lowmem.checkpoint.bin_shards import BinSource
 from lowmem.checkpoint.digests import difference, known_digests
 from lowmem.checkpoint.manifest import checkpoint_files
 from lowmem.checkpoint.source import Source, open_source, resolve_names
-from lowmem.checkpoint.values import all_finite
+from lowmem.checkpoint.values import FLOATS, all_finite
 from lowmem.checkpoint.verify import Problem, Progress, VerifyReport, model_of, unique_tensors
 from lowmem.errors import LowmemError
 
@@ -83,7 +83,9 @@ class _Verification:
     def tensors(self, source: Source) -> None:
         """What the model of the config needs, against what is stored. Raises LowmemError."""
         shapes: dict[str, tuple[int, ...]] = {}
-        for name, (aliases, shape) in unique_tensors(model_of(source.config())):
+        model = model_of(source.config())
+        integers = {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
+        for name, (aliases, shape) in unique_tensors(model):
             shapes[next((alias for alias in aliases if alias in source.infos), name)] = shape
         stored_names = resolve_names(source.infos, list(shapes))
         order = sorted(stored_names.items(), key=lambda item: (source.infos[item[1]].file, item[1]))
@@ -91,6 +93,9 @@ class _Verification:
             info = source.infos[stored]
             if info.shape != shapes[name]:
                 what = f"has shape {list(info.shape)}, the model needs {list(shapes[name])}"
+                self.problems.append(Problem(info.file, stored, what))
+            elif name not in integers and getattr(torch, info.dtype) not in FLOATS:
+                what = f"has dtype {info.dtype}, no float of 16 bits or more"
                 self.problems.append(Problem(info.file, stored, what))
             elif not all(all_finite(part) for part in self.parts(source, stored)):
                 self.problems.append(Problem(info.file, stored, "has values that are not finite"))

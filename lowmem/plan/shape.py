@@ -146,6 +146,11 @@ def _shape(
         if linear:
             linears.add((header.shape[1], header.shape[0]))
         if packed and name.endswith(".qweight") and format is not None:
+            if len(header.shape) != 2:
+                raise SourceError(
+                    f"{header.file}: tensor {name!r} has shape {list(header.shape)}, not of two dimensions",
+                    "See all that is wrong with: lowmem verify DIR",
+                )
             linears.add((header.shape[0] * 32 // format.bits, header.shape[1]))
         tensors.append(Tensor(name, header.shape, header.nbytes, layer, packed, linear))
     layers = 1 + max((tensor.layer for tensor in tensors), default=-1)

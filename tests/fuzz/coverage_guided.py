@@ -181,6 +181,7 @@ def _become_libfuzzer(atheris: Any, fuzz_targets: Any, target: str, seconds: str
             f"-max_total_time={seconds}",
             f"-rss_limit_mb={MEMORY_MIB}",
             f"-timeout={INPUT_SECONDS}",
+            f"-report_slow_units={INPUT_SECONDS}",  # by the clock, so a busy machine alone makes slow ones
             f"-max_len={MAX_LENGTH.get(target, 1 << 14)}",
             f"-artifact_prefix={corpus}.",
             "-print_final_stats=1",

@@ -146,15 +146,15 @@ def _fork(arguments: list[str], root: str) -> Outcome:
         for file in (out, err, seen):
             file.seek(0)
             texts.append(file.read(_TEXT).decode("utf-8", "backslashreplace"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before, *events = texts[2].splitlines()
     return Outcome(
         code=os.WEXITSTATUS(status) if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 99 else None,
         signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
         stdout=texts[0],
         stderr=texts[1],
-        events=sorted(set(texts[2].splitlines())),
+        events=sorted(set(events)),
         seconds=seconds,
-        peak=max(used.ru_maxrss - before, 0) << 10,
+        peak=max((used.ru_maxrss << 10) - int(before), 0),
     )
 
 
@@ -167,7 +167,9 @@ def _child(arguments: list[str], root: str, out: int, err: int, seen: int) -> No
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS * 10)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        pages = Path("/proc/self/statm").read_text().split()
+        used, resident = (int(count) * resource.getpagesize() for count in pages[:2])
+        os.write(seen, b"%d\n" % resident)
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         _watch(root, seen)

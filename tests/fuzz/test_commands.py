@@ -20,22 +20,17 @@ from tests.fuzz.seeds import KINDS, copy_seed
 COMMANDS = ("plan", "verify", "run", "convert")
 # One of each kind of harm, and the commands that go furthest with it.
 QUICK = {
-    "config.json is a link that leads outside": ("plan", "convert"),
+    "config.json is a link that leads outside": ("plan",),
     "packed: a shard is a link that leads outside": ("run",),
     "config.json is a pipe": ("run",),
     "the index names '/etc/passwd'": ("convert",),
-    "packed: the index names a path": ("run",),
     "source: n_layer '1000000000'": ("convert",),
-    "packed: num_hidden_layers '1000000000'": ("run",),
-    "an activation that nobody knows": ("run",),
     "attributes of Python": ("run",),
-    "packed: auto_map of an unknown model": ("run",),
     "auto_map of the tokenizer alone": ("run",),
     "a pickle among the weights that runs code": ("convert",),
     "fast_tokenizer_files elsewhere": ("run",),
-    "bits that are a fraction": ("run",),
     "groups beyond 64 bits": ("run",),
-    "a huge embedding that the config agrees with": ("plan", "convert"),
+    "a huge embedding that the config agrees with": ("convert",),
     "a layer of a number of 9 digits": ("plan",),
     "GGUF: llama.block_count 4294967295": ("run",),
 }

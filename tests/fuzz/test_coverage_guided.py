@@ -27,7 +27,7 @@ HAS_WHEEL = (
 SHORT = 1
 LONG = int(os.environ.get("LOWMEM_FUZZ_SECONDS", "60"))
 # Of the quick ones: transformers reads what the others give it, and takes seconds to begin.
-QUICK = ("safetensors", "bin_pickle", "gguf")
+QUICK = ("bin_pickle", "gguf")
 
 
 @pytest.fixture(autouse=True)

@@ -27,13 +27,13 @@ SHORT = {
     "gguf": 60,
     "manifest": 40,
     "card": 40,
-    "index": 20,
+    "index": 12,
     "quantization": 20,
-    "config": 12,
-    "tokenizer": 8,
-    "tokenizer_config": 8,
+    "config": 8,
+    "tokenizer": 5,
+    "tokenizer_config": 5,
     "template": 20,
-    "gguf_model": 4,
+    "gguf_model": 3,
 }
 PEAK = 300_000_000
 """Bytes of Python's own that an input may take: more than a seed takes, far less than it may claim."""
