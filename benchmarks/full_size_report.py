@@ -170,8 +170,8 @@ def _run(record: FullSize) -> Iterable[str]:
     )
     yield (
         f"`lowmem bench latency`, {record.latency.rounds} rounds, memory read at "
-        f"{rate.median / GB:.1f} GB/s ({rate.low / GB:.1f} to {rate.high / GB:.1f}) meanwhile; weights are still "
-        "being put into order between the few tokens that are decoded:"
+        f"{rate.median / GB:.1f} GB/s ({rate.low / GB:.1f} to {rate.high / GB:.1f}) meanwhile; weights are "
+        "still being put into order between the few tokens that are decoded:"
     )
     yield _table(("", "tokens/s", "lowest to highest", "share of the roofline"), _latency(subject))
 
