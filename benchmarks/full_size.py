@@ -108,6 +108,7 @@ def run_step(step: Step, work: Path, say: Callable[[str], None]) -> int:
         environment={"LOWMEM_CACHE": str(work / "cache")},
         sample=disk.look,
     )
+    disk.look(at_once=True)  # a step may be shorter than the time between two looks
     note(log.with_suffix(".json"), step, usage, code, disk.most, date)
     say(f"    exit code {code}, {usage.wall_seconds:.0f} s, {usage.peak_bytes / 2**30:.2f} GiB")
     return code
@@ -126,9 +127,9 @@ class _Disk:
         self._folder, self._at, self.most = folder, 0.0, 0
         self._before = self._blocks()
 
-    def look(self) -> None:
+    def look(self, at_once: bool = False) -> None:
         """Count again, if it is time."""
-        if time.monotonic() - self._at >= DISK_SECONDS:
+        if at_once or time.monotonic() - self._at >= DISK_SECONDS:
             self.most = max(self.most, self._blocks() - self._before)
             self._at = time.monotonic()
 

@@ -49,7 +49,7 @@ def test_a_step_is_watched_and_an_interrupted_one_goes_on(tmp_path: Path) -> Non
     assert done(step, tmp_path)
     first, second = (json.loads((tmp_path / "logs" / f"make.{n}.json").read_bytes()) for n in (1, 2))
     assert (first["exit_code"], second["exit_code"]) == (-9, 0)
-    assert 40_000_000 <= first["disk_bytes"] < 41_000_000 and second["disk_bytes"] < 1_000_000
+    assert 40_000_000 <= first["disk_bytes"] < 80_000_000 and second["disk_bytes"] < 1_000_000
     assert second["peak_anonymous_bytes"] > 100_000_000 and second["wall_seconds"] >= 0.3
     assert str(tmp_path) not in first["command"]
     assert json.loads((tmp_path / "logs" / "make.2.log").read_text()) == {"well": True}
