@@ -117,7 +117,7 @@ def run_step(step: Step, work: Path, say: Callable[[str], None]) -> int:
 def note(file: Path, step: Step, usage: Usage, code: int, disk: int, date: str) -> None:
     """Write the figures of a run beside its output."""
     run = Run(step.name, "python " + shlex.join(step.command), date, code, disk_bytes=disk, **asdict(usage))
-    file.write_text(json.dumps(asdict(run), indent=1) + "\n", encoding="utf-8")
+    write(run, file)
 
 
 class _Disk:

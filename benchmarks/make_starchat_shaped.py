@@ -17,7 +17,7 @@ into them, and the zip's checksums are mended, so that every tool sees what torc
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import shutil
 import struct
 import sys
@@ -170,9 +170,7 @@ def _mend_directory(path: Path, start: int, checksums: dict[str, int]) -> None:
 
 
 def _bytes_of(config: dict[str, object]) -> int:
-    from math import prod
-
-    return sum(2 * prod(shape) for shape in starchat_shapes(config).values())
+    return sum(2 * math.prod(shape) for shape in starchat_shapes(config).values())
 
 
 # --- the tokenizer ----------------------------------------------------------------------------------------
@@ -181,6 +179,8 @@ def _bytes_of(config: dict[str, object]) -> int:
 def _write_tokenizer(folder: Path) -> None:
     """A byte-level BPE with single digits, as StarCoder's, trained on Python's standard library."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from lowmem.checkpoint.whole_file import write_json
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -208,9 +208,9 @@ def _write_tokenizer(folder: Path) -> None:
     end = SPECIAL_TOKENS[0]
     others = [*SPECIAL_TOKENS[1:], *DIALOGUE_TOKENS]
     special = {"additional_special_tokens": others, "bos_token": end, "eos_token": end, "unk_token": end}
-    _write_json(folder / "special_tokens_map.json", special)
+    write_json(folder / "special_tokens_map.json", special)
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 8192, "add_prefix_space": False}
-    _write_json(folder / "tokenizer_config.json", special | settings)
+    write_json(folder / "tokenizer_config.json", special | settings)
 
 
 def _source_code() -> Iterator[str]:
@@ -223,10 +223,6 @@ def _source_code() -> Iterator[str]:
             text = path.read_text("utf-8", errors="replace")
             rest -= len(text)
             yield text
-
-
-def _write_json(path: Path, data: object) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> int:

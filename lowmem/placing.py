@@ -17,7 +17,7 @@ from torch import nn
 from lowmem.checkpoint.mapped import forget_pages
 from lowmem.checkpoint.source import TensorInfo, resolve_names
 from lowmem.checkpoint.values import FLOATS, all_finite
-from lowmem.checkpoint.verify import QUANT_PARTS, unique_tensors
+from lowmem.checkpoint.verify import QUANT_PARTS, integer_buffers, unique_tensors
 from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.errors import SourceError
 from lowmem.kernels import bnb
@@ -87,7 +87,7 @@ def fill(
     infos = weights.infos
     model.tie_weights()  # type: ignore[operator]  # building without memory has parted what is tied
     places, shapes = _names(model, infos)
-    integers = {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
+    integers = integer_buffers(model)
     for name, stored in places.items():
         _check_shape(infos[stored], stored, shapes[name])
         if name not in integers:

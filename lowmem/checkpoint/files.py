@@ -53,12 +53,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def about_values(data: bytes) -> int:
+    """About how many values a JSON text has."""
+    return data.count(b",") + data.count(b"[") + data.count(b"{")
+
+
 def parse_json(data: bytes, what: str) -> Any:
     """Decode UTF-8 JSON in which no object has a key twice; SourceError names `what` otherwise.
 
     Also where it would become far more memory than the text has bytes.
     """
-    if data.count(b",") + data.count(b"[") + data.count(b"{") > MAX_VALUES:
+    if about_values(data) > MAX_VALUES:
         raise SourceError(f"{what} holds more than {MAX_VALUES} values, which no JSON file here should")
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_object_of_unique_keys)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lowmem.checkpoint.files import is_plain_name, read_json
+from lowmem.checkpoint.files import about_values, is_plain_name, read_json
 from lowmem.checkpoint.links import check_folder
 from lowmem.checkpoint.patterns import TOKENIZER_PATTERNS
 from lowmem.errors import SourceError
@@ -41,7 +41,9 @@ def check_tokenizer_files(folder: Path) -> None:
             if not file.is_file():
                 continue
             size = file.stat().st_size
-            if size > MAX_TOKENIZER or (size > MAX_TOKENIZER_VALUES and _values(file) > MAX_TOKENIZER_VALUES):
+            if size > MAX_TOKENIZER or (
+                size > MAX_TOKENIZER_VALUES and about_values(file.read_bytes()) > MAX_TOKENIZER_VALUES
+            ):
                 raise SourceError(
                     f"{file} is larger than any tokenizer's, of {size} bytes", "Download it again"
                 )
@@ -68,12 +70,6 @@ def _check_settings(folder: Path, file: Path, settings: dict[str, object]) -> No
             raise SourceError(
                 f"{file} has a token of number {number[:40]!r}, which no vocabulary has", "Download it again"
             )
-
-
-def _values(file: Path) -> int:
-    """About how many values a JSON file has."""
-    data = file.read_bytes()
-    return data.count(b",") + data.count(b"[") + data.count(b"{")
 
 
 def _exists(path: Path) -> bool:

@@ -192,6 +192,11 @@ def model_of(config: Any) -> nn.Module:
     return model
 
 
+def integer_buffers(model: nn.Module) -> set[str]:
+    """Names of the model's tensors that are no floats by its own definition; all others have to be."""
+    return {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
+
+
 def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport:
     """Check the checkpoint in `folder`; problems are in the report, nothing is raised for them.
 
@@ -297,7 +302,7 @@ class _Verification:
         unclaimed = set(shards.tensors)
         linears = 0
         dense = dict(unique_tensors(model))
-        integers = {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
+        integers = integer_buffers(model)
         for name, module in model.named_modules():
             parts = [f"{name}.{part}" for part in QUANT_PARTS]
             if isinstance(module, nn.Linear) and any(self._expected_name(shards, part) for part in parts):

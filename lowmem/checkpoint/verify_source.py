@@ -18,7 +18,14 @@ from lowmem.checkpoint.digests import difference, known_digests
 from lowmem.checkpoint.manifest import checkpoint_files
 from lowmem.checkpoint.source import Source, open_source, resolve_names
 from lowmem.checkpoint.values import FLOATS, all_finite
-from lowmem.checkpoint.verify import Problem, Progress, VerifyReport, model_of, unique_tensors
+from lowmem.checkpoint.verify import (
+    Problem,
+    Progress,
+    VerifyReport,
+    integer_buffers,
+    model_of,
+    unique_tensors,
+)
 from lowmem.errors import LowmemError
 
 _SLICE_VALUES = 1 << 24  # of a tensor, read at a time
@@ -84,7 +91,7 @@ class _Verification:
         """What the model of the config needs, against what is stored. Raises LowmemError."""
         shapes: dict[str, tuple[int, ...]] = {}
         model = model_of(source.config())
-        integers = {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
+        integers = integer_buffers(model)
         for name, (aliases, shape) in unique_tensors(model):
             shapes[next((alias for alias in aliases if alias in source.infos), name)] = shape
         stored_names = resolve_names(source.infos, list(shapes))

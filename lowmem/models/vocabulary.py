@@ -10,9 +10,8 @@ from lowmem.errors import SourceError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FEWEST = (
-    3 / 4
-)  # of a model's rows that its own tokenizer has tokens for: rows are rounded up to a multiple of 128 or so
+_FEWEST = 3 / 4
+"""Of a model's rows that its own tokenizer has tokens for: rows are rounded up to a multiple of 128 or so."""
 
 
 def check_vocabulary(
