@@ -88,11 +88,7 @@ def take_census() -> Census:
         types[kind] += 1
         if issubclass(kind, (tensor, *caches)):
             found.append(thing)
-    storages = {
-        thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
-        for thing in found
-        if isinstance(thing, tensor) and thing.device.type != "meta" and _is_dense(thing)
-    }
+    storages = dict(pair for thing in found if isinstance(thing, tensor) and (pair := _storage(thing)))
     return Census(
         rss=rollup["Rss"],
         pss=rollup["Pss"],
@@ -128,11 +124,18 @@ def _heap() -> int:
     return int(info.uordblks + info.hblkhd)
 
 
-def _is_dense(tensor: Any) -> bool:
-    """Whether a tensor has a storage of its own to be counted; a sparse one has several tensors."""
-    import torch
+def _storage(tensor: Any) -> tuple[int, int] | None:
+    """Which storage is a tensor's, and its bytes; None where it has none of its own, as a sparse one.
 
-    return tensor.layout is torch.strided
+    The storage's own address names it: of tensors that only stand for others there is none of their data.
+    """
+    if tensor.device.type == "meta":
+        return None
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # torch's word for such a tensor
+        return None
+    return storage._cdata, storage.nbytes()
 
 
 def _kinds() -> tuple[Any, tuple[Any, ...]]:

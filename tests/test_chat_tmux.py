@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import REPO, TINY_STARCHAT
 
@@ -96,10 +97,25 @@ def answered(count: int) -> Callable[[str], bool]:
     return lambda text: text.count("TTFT") == count and ready(text)
 
 
+def with_positions(folder: Path, count: int) -> Path:
+    """tiny-starchat with so many positions, the learned ones over and over: answers of any length."""
+    shutil.copytree(TINY_STARCHAT, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "transformer.wpe.weight"
+    rows = tensors[name].shape[0]
+    tensors[name] = tensors[name].repeat(-(-count // rows), 1)[:count].contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "n_positions": count}))
+    return folder
+
+
 def test_a_chat(tmux: Tmux) -> None:
-    run = f"{sys.executable} -m lowmem run {TINY_STARCHAT} --temperature 0 --max-new-tokens"
+    # An answer of 8000 tokens is no end before Ctrl-C, however late this process is woken.
+    model = with_positions(tmux.folder / "model", 8192)
+    run = f"{sys.executable} -m lowmem run {model} --temperature 0 --max-new-tokens"
     tmux.wait("shell>")
-    tmux.type(f"{run} 1000 --no-speculation; echo left with $?")
+    tmux.type(f"{run} 8000 --no-speculation; echo left with $?")
     assert "MiB of weights" in tmux.wait(ready)
 
     # An answer grows, is stopped in the middle, and the chat goes on.
