@@ -214,7 +214,7 @@ class SessionRound:
         self._talk = self._talk.with_exchange(Exchange(question, text))
 
     def _ask_much(self) -> None:
-        self._ask(self._session.context // 3)  # more than a third of the context: old turns go
+        self._ask(self._session.context // 4)  # more than half of the context in tokens: old turns go
 
     def _leave(self) -> None:
         responses: Any = self._stream(self._question())

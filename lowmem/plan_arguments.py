@@ -43,9 +43,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--activation-bits",
         type=int,
-        choices=(8, 16),
-        help="of activations on a CPU: 8 reads a prompt nearly twice as fast, 16 is exact "
-        "(8 where it is free, at 3 and 2 bits)",
+        choices=(8, 12, 16),
+        help="of activations on a CPU: the fewer, the faster a prompt is read, 16 is exact "
+        "(as few as are free: 16 for weights of 8 bits, 12 for 4, 8 for 3 and 2)",
     )
 
 

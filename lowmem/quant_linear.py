@@ -75,7 +75,8 @@ class QuantLinear(nn.Module):
     def use_native(self, activation_bits: int | None = None) -> None:
         """Multiply with our own kernels from now on (see kernels/native.py), once all tensors are in place.
 
-        activation_bits: 8 or 16, of a 16-bit activation's integer; None is native.activation_bits.
+        activation_bits: of a 16-bit activation's integer, one of native.ACTIVATION_BITS; None is
+        native.activation_bits. Weights of 8 bits take 16 for 12.
 
         An act-order weight of other tools, its groups scattered, gets its rows in order: memory of its own
         instead of the file's. Raises native.Unsuitable, and changes nothing, when the kernels cannot take it.
@@ -89,7 +90,7 @@ class QuantLinear(nn.Module):
             self.order = order if self.order is None else self.order[order]
         packed = native.Packed.of(self)
         if activation_bits is not None:
-            packed.planes = activation_bits // 8
+            packed.planes = native.planes_of(activation_bits)
         self.packed = packed
 
     @property

@@ -18,7 +18,9 @@ from lowmem.checkpoint.packing import pack_rows
 from lowmem.kernels import native
 
 ISAS = ("portable C", "AVX2", "AVX-512 VNNI")
-LIMITS = {1: 127, 2: 32639, 3: 8355711}
+PAIRED = 4
+"""LM_PAIRED: a plane and a half."""
+LIMITS = {1: 127, 2: 32639, 3: 8355711, PAIRED: 30448}
 """L of so many planes."""
 
 
@@ -107,6 +109,17 @@ def quantized(x: np.ndarray, planes: int) -> tuple[np.ndarray, np.ndarray]:
     return q, largest / limit
 
 
+def paired(q: np.ndarray) -> np.ndarray:
+    """int64 [rows, inputs] as LM_PAIRED holds them; two upper digits and one lower must make each pair."""
+    even, odd = q[:, ::2], (q[:, 1::2] + 8) // 16 * 16
+    rest = odd // 16 % 16
+    even = rest + (even - rest + 8) // 16 * 16
+    lower = (even + 128) % 256 - 128
+    upper = np.stack([even - lower, odd - 16 * lower])
+    assert not (upper % 256).any() and (upper // 256).min() >= -128 and (upper // 256).max() <= 127
+    return np.stack([even, odd], axis=2).reshape(q.shape)
+
+
 def rule(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
     """What lowmem.h says that the product is: float32 [rows, out], for finite x [rows, in]."""
     values = x.float().numpy()
@@ -114,15 +127,19 @@ def rule(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
     integers = weight.q.numpy().astype(np.float64)
     y = np.zeros((x.shape[0], weight.q.shape[1]), np.float32)
     width = kernel_group(weight.group)
+    if planes == PAIRED and weight.bits == 8:
+        planes = 2
     for start in range(0, x.shape[1], width):
         row = start // weight.group
         q, scale = quantized(values[:, start : start + width], planes)
+        if planes == PAIRED:
+            q = paired(q)
         zero = (
             1 << (weight.bits - 1) if weight.zeros is None else weight.zeros[row].numpy().astype(np.float64)
         )
         w = integers[start : start + width] - zero
         digits = []
-        for _ in range(planes - 1):
+        for _ in range({PAIRED: 2}.get(planes, planes) - 1):
             low = (q + 128) % 256 - 128
             digits.append(low)
             q = (q - low) // 256
@@ -252,7 +269,7 @@ def _run_fenced_packed(bits: int, outputs: int) -> None:
     for kind in native.TYPES:
         weight = random_weight(bits, 32, 64, outputs, zeros=True, bias=kind, scales=kind)
         assert weight.zeros is not None and weight.bias is not None
-        for rows, planes in ((1, 1), (3, 2), (2, 3), (21, 2)):
+        for rows, planes in ((1, 1), (3, 2), (2, 3), (21, 2), (3, PAIRED), (21, PAIRED)):
             fenced = Fenced()
             x = torch.randn(rows, 64).to(kind)
             struct = native.LmPacked(

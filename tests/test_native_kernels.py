@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from lowmem.kernels import native, reference
 from tests.native_oracle import (
     ISAS,
     LIMITS,
+    PAIRED,
     Weight,
     dense,
     fma32,
@@ -245,10 +247,11 @@ def test_nothing_past_the_end_is_read() -> None:
 def worst(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
     """The most that float32 y can be off by, float64 [rows, out].
 
-    An activation's integer is off by scale / 2, and by 2^-23 of the activation for two roundings before it
-    (L / a, and its product with x). The sum of a group's lower planes, below 2^31, is rounded to 2^-24 of
-    itself: that is less than scale / 100 an input. At most four roundings (c, scale, scale * weight_scale,
-    the bias) are each 2^-24 of all |x w|, and one a group is that of y.
+    An activation's integer is off by scale / 2, where pairs share a digit by 8 scales more, and by 2^-23 of
+    the activation for two roundings before it (L / a, and its product with x). The sum of a group's lower
+    planes, below 2^31, is rounded to 2^-24 of itself: that is less than scale / 100 an input. At most four
+    roundings (c, scale, scale * weight_scale, the bias) are each 2^-24 of all |x w|, and one a group is that
+    of y.
     """
     size, exact = x.double().abs(), weight.exact().abs()
     width = kernel_group(weight.group)
@@ -257,7 +260,8 @@ def worst(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
     groups = parts.shape[1]
     bias = 0 if weight.bias is None else weight.bias.double().abs()
     total = (size + scale) @ exact + bias
-    return (scale * 0.51 + size * 2.0**-23) @ exact + total * (4 + groups) * 2.0**-24 + 1e-40
+    off = 8.51 if planes == PAIRED and weight.bits != 8 else 0.51
+    return (scale * off + size * 2.0**-23) @ exact + total * (4 + groups) * 2.0**-24 + 1e-40
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -265,24 +269,27 @@ def worst(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
 def test_within_the_derived_bound_of_float64(bits: int, kind: torch.dtype) -> None:
     """Outputs in x's dtype, with the planes that this dtype gets: the bound and half a step of the dtype."""
     half_step = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[kind]
-    planes = native.PLANES[kind]
     for inputs, group in ((96, 96), (2048, 128)):
         weight = random_weight(bits, group, inputs, 200, zeros=True, bias=kind)
         x = activations(18, inputs, kind)
         assert weight.bias is not None
         exact = x.double() @ weight.exact() + weight.bias.double()
-        bound = worst(x, weight, planes)
-        for rows in (2, 18):
-            y = multiply(weight.packed(), x[:rows], planes, kind).double()
+        packed = weight.packed()
+        for planes, rows in itertools.product((3,) if kind is torch.float32 else (2, PAIRED), (2, 18)):
+            bound = worst(x, weight, planes)
+            y = multiply(packed, x[:rows], planes, kind).double()
             allowed = bound + (exact.abs() + bound) * half_step + (2.0**-25 if kind is torch.float16 else 0)
             assert ((y - exact[:rows]).abs() <= allowed[:rows]).all()
-            assert same(native.linear(weight.packed(), x[:rows]), y.to(kind))
+            packed.planes = planes
+            assert same(native.linear(packed, x[:rows]), y.to(kind))
 
 
 @pytest.mark.parametrize(
-    ("kind", "share"), [(torch.bfloat16, 0.1), (torch.float16, 0.5), (torch.float32, 2)], ids=str
+    ("kind", "planes", "share"),
+    [(torch.bfloat16, 2, 0.1), (torch.bfloat16, PAIRED, 0.8), (torch.float16, 2, 0.5), (torch.float32, 3, 2)],
+    ids=str,
 )
-def test_digits_cost_less_than_the_dtype_does(kind: torch.dtype, share: float) -> None:
+def test_digits_cost_less_than_the_dtype_does(kind: torch.dtype, planes: int, share: float) -> None:
     """What becoming integers adds to y beside what rounding x to its dtype did; for float32, torch's product.
 
     Normal activations in groups of 128, root mean square over 24 rows of 200 outputs.
@@ -291,7 +298,7 @@ def test_digits_cost_less_than_the_dtype_does(kind: torch.dtype, share: float) -
     ideal = torch.randn(24, 1024, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     x = ideal.to(kind)
     exact = x.double() @ weight.exact()
-    own = (multiply(weight.packed(), x, native.PLANES[kind]).double() - exact).square().mean().sqrt()
+    own = (multiply(weight.packed(), x, planes).double() - exact).square().mean().sqrt()
     if kind is torch.float32:
         given_ = ((x @ weight.exact().float()).double() - exact).square().mean().sqrt()
     else:

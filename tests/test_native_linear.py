@@ -121,19 +121,23 @@ def test_any_linear_is_float64s(
 
 @needs_native
 @pytest.mark.parametrize("bits", BITS)
-def test_16_bit_activations_become_8_only_where_it_is_free_or_asked_for(bits: int) -> None:
+def test_16_bit_activations_become_fewer_only_where_it_is_free_or_asked_for(bits: int) -> None:
     linear = quant_linear(256, 96, bits, 64)
     x = torch.randn(native.FEW_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     results = {}
-    for asked in (None, 8, 16):
+    for asked in (None, *native.ACTIVATION_BITS):
         linear.use_native(activation_bits=asked)
         results[asked] = linear(x)
         assert torch.equal(linear(x[:1]), results[asked][:1]), "a step's rows as a prompt's"
         exact_in_float32 = error(linear(x.float()), exact(linear, x.float()))
         assert exact_in_float32 < TOLERANCES[torch.float32], "never float32"
-    assert torch.equal(results[None], results[8 if bits <= 3 else 16])
-    assert error(results[16], exact(linear, x)) < TOLERANCES[torch.bfloat16]
+    assert torch.equal(results[None], results[{8: 16, 4: 12}.get(bits, 8)])
+    assert torch.equal(results[12], results[16]) == (bits == 8)
+    for most in (12, 16):
+        assert error(results[most], exact(linear, x)) < TOLERANCES[torch.bfloat16]
     assert TOLERANCES[torch.bfloat16] < error(results[8], exact(linear, x)) < 0.02
+    with pytest.raises(ValueError, match="activations of 10 bits"):
+        linear.use_native(activation_bits=10)
 
 
 @needs_native

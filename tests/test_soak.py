@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from io import BufferedReader
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -40,14 +42,19 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     return load(save_source(tiny_model("gpt_bigcode_mqa", layers=1, positions=128), folder))
 
 
-def grown(round_of: Callable[[], None]) -> dict[str, int]:
-    """What ROUNDS rounds leave behind when WARM rounds have filled every cache; all rounds are the same."""
+def grown(round_of: Callable[[], None]) -> dict[str, float]:
+    """What a round leaves behind when WARM rounds have filled every cache; all rounds are the same.
+
+    The median of ROUNDS: a leak is in each of them, while what a library, or another test before this one,
+    does once in a process's life is in one.
+    """
     for _ in range(WARM):
         round_of()
-    before = figures()
+    found = [figures()]
     for _ in range(ROUNDS):
         round_of()
-    return {name: after - before[name] for name, after in figures().items()}
+        found.append(figures())
+    return {name: median(b[name] - a[name] for a, b in pairwise(found)) for name in found[0]}
 
 
 def figures() -> dict[str, int]:
@@ -58,13 +65,12 @@ def figures() -> dict[str, int]:
     return {name: found[name] for name in names}
 
 
-def assert_flat(found: dict[str, int]) -> None:
+def assert_flat(found: dict[str, float]) -> None:
     """Not one object in ten turns, and no tensor, descriptor or thread at all.
 
     Blocks are of numbers and strings too, which caches of libraries gather for some rounds more.
     """
-    turns = ROUNDS * TURNS
-    slack = {"objects": turns // 10, "blocks": 5 * turns}
+    slack = {"objects": TURNS // 10, "blocks": 5 * TURNS}
     assert all(amount <= slack.get(name, 0) for name, amount in found.items()), found
 
 
@@ -109,9 +115,9 @@ def test_what_is_kept_is_seen() -> None:
             elif isinstance(thing, BufferedReader):
                 thing.close()
     assert (len(tensors), len(bare)) == (11, 4)
-    assert (found["tensors"], found["tensor_bytes"]) == (ROUNDS, ROUNDS * 400)
-    assert (found["descriptors"], found["threads"]) == (ROUNDS, ROUNDS)
-    assert found["blocks"] > ROUNDS * 1000
+    assert (found["tensors"], found["tensor_bytes"]) == (1, 400)
+    assert (found["descriptors"], found["threads"]) == (1, 1)
+    assert found["blocks"] > 1000
     with pytest.raises(AssertionError):
         assert_flat(found)
 

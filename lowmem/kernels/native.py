@@ -29,27 +29,37 @@ from lowmem.kernels.cuda import PackedLinear
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """LM_F32, LM_F16, LM_BF16."""
 PLANES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
-"""Bytes of an activation's integer, by the dtype of the activations; one may do, see `activation_bits`."""
+"""Bytes of an activation's integer, by the dtype of the activations; fewer may do, see `activation_bits`."""
+ACTIVATION_BITS = (8, 12, 16)
+"""Bits that the integer of a 16-bit activation can have."""
 FEW_ROWS = 16
 """LM_FEW: for more rows than these (a prompt's, never a step's) weights are taken apart once for all."""
 MOST_FEATURES = 1 << 30
 """Inputs, or outputs, of a linear: a group's length is an int in C."""
 PANEL = 64
 """LM_PANEL: outputs that lie side by side in a panel."""
-CONTRACT = 3
+CONTRACT = 4
 """LM_CONTRACT of csrc/lowmem.h."""
+_PAIRED = 4  # LM_PAIRED
 _INSTALL = "install a C compiler (gcc or clang), then install lowmem again"
 _ORDER_VALUES = 1 << 22  # weights that are unpacked at a time while rows are put in order
 
 
 def activation_bits(bits: int) -> int:
-    """Bits of the integer that a 16-bit activation becomes, by a weight's width: 16, or 8 where it is free.
+    """Bits of the integer that a 16-bit activation becomes, by a weight's width: as few as are free.
 
-    8 bits are nearly twice as fast in a prefill, and at 3 bits a tenth faster in a step. To the KL divergence
-    of tiny-starchat on code they add 1.3 % at 3 bits, 0.4 % at 2, but 8 % at 4 and many times what there is
-    at 8 (`python -m benchmarks.activations`).
+    12 bits take three products of bytes for two inputs, where 16 take four and 8 take two (LM_PAIRED of
+    csrc/lowmem.h). To the KL divergence of tiny-starchat on code 12 add 0.04 % at 4 bits; 8 add 8 % there,
+    1.6 % at 3 bits, 0.3 % at 2, and many times what there is at 8 (`python -m benchmarks.activations`).
     """
-    return 8 if bits <= 3 else 16
+    return {8: 16, 4: 12}.get(bits, 8)
+
+
+def planes_of(activation_bits: int) -> int:
+    """`planes` of csrc/lowmem.h for integers of so many bits, one of ACTIVATION_BITS. Raises ValueError."""
+    if activation_bits not in ACTIVATION_BITS:
+        raise ValueError(f"activations of {activation_bits} bits: there are {ACTIVATION_BITS}")
+    return {8: 1, 12: _PAIRED, 16: 2}[activation_bits]
 
 
 class Unsuitable(ValueError):
@@ -323,7 +333,7 @@ class Packed:
         if bias is not None:
             _check("bias", bias, shape[1:], *TYPES)
         self.bits, self.group = bits, group
-        self.planes = activation_bits(bits) // 8
+        self.planes = planes_of(activation_bits(bits))
         """As PLANES, of 16-bit activations."""
         self._tensors: tuple[torch.Tensor | None, ...] = (qweight, scales, zeros, bias)
         self._coming: list[torch.Tensor | None] = []

@@ -290,7 +290,7 @@ FEW_PLANES(2) FEW_PLANES(3) FEW_PLANES(4) FEW_PLANES(8)
 static void few(const lm_packed *w, const lm_input *input, int64_t first, int64_t last, float *y, int64_t stride)
 {
     static const few_kernel kernels[4][3][4] = {FEW_TABLE(2), FEW_TABLE(3), FEW_TABLE(4), FEW_TABLE(8)};
-    const few_kernel *by_rows = kernels[w->bits == 8 ? 3 : w->bits - 2][input->planes - 1];
+    const few_kernel *by_rows = kernels[w->bits == 8 ? 3 : w->bits - 2][input->planes == LM_PAIRED ? 1 : input->planes - 1];
     const int64_t tile = FEW_TILE(input->planes), groups = w->in / input->group;
     /* Panels one after the other; GPTQ's rows group by group. Several tiles read the same words: the second finds them
      * in the cache. */

@@ -6,8 +6,12 @@
 
 #include "lowmem.h"
 
-/* The largest integer of so many planes. */
-static inline int32_t lm_limit(int planes) { return planes == 1 ? 127 : planes == 2 ? 32639 : 8355711; }
+/* The largest integer of so many planes. With LM_PAIRED a lower digit moves the second of a pair by up to 16 * 128, and an
+ * upper digit must still hold the rest. */
+static inline int32_t lm_limit(int planes)
+{
+    return planes == 1 ? 127 : planes == 2 ? 32639 : planes == 3 ? 8355711 : 30448;
+}
 
 /* limit / a, or 0 where nothing is there, or nothing that can be scaled: the scale, a / limit, says what it was. */
 static inline float lm_inverse(float a, int32_t limit)
@@ -20,9 +24,9 @@ static inline float lm_inverse(float a, int32_t limit)
  * whole ones of digits written. */
 enum { LM_ROWS_AT_ONCE = 8 };
 
-/* NAME_type_planes for every type and number of planes, made of quantize_group, and NAME, which chooses; `digit` is the
- * type of a digit, and parts(planes) how many there are of an input. */
-#define LM_QUANTIZE(target, name, digit, parts, type, planes)                                                          \
+/* NAME_type_planes for every type and every `planes`, made of quantize_group, and NAME, which chooses; `digit` is the
+ * type of a digit, and count(width, planes) how many there are of so many inputs. */
+#define LM_QUANTIZE(target, name, digit, count, type, planes)                                                          \
     target static void name##_##type##_##planes(const void *x, int64_t stride, lm_input *input, int64_t first,         \
                                                 int64_t last)                                                          \
     {                                                                                                                  \
@@ -32,22 +36,23 @@ enum { LM_ROWS_AT_ONCE = 8 };
                 for (int64_t r = begin; r < begin + LM_ROWS_AT_ONCE && r < rows; r++) {                                \
                     const int64_t index = g * rows + r;                                                                \
                     quantize_group(x, type, r * stride + g * width, (int)width, input->bits, planes,                   \
-                                   (digit *)input->digits + index * width * parts(planes), input->scales + index,      \
+                                   (digit *)input->digits + count(index * width, planes), input->scales + index,      \
                                    input->sums + 3 * index);                                                           \
                 }                                                                                                      \
     }
-#define LM_QUANTIZE_TYPE(target, name, digit, parts, type)                                                             \
-    LM_QUANTIZE(target, name, digit, parts, type, 1)                                                                   \
-    LM_QUANTIZE(target, name, digit, parts, type, 2) LM_QUANTIZE(target, name, digit, parts, type, 3)
-#define LM_QUANTIZE_ALL(target, name, digit, parts)                                                                    \
-    LM_QUANTIZE_TYPE(target, name, digit, parts, 0)                                                                    \
-    LM_QUANTIZE_TYPE(target, name, digit, parts, 1) LM_QUANTIZE_TYPE(target, name, digit, parts, 2)                    \
+#define LM_QUANTIZE_TYPE(target, name, digit, count, type)                                                             \
+    LM_QUANTIZE(target, name, digit, count, type, 1)                                                                   \
+    LM_QUANTIZE(target, name, digit, count, type, 2) LM_QUANTIZE(target, name, digit, count, type, 3)                  \
+    LM_QUANTIZE(target, name, digit, count, type, 4)
+#define LM_QUANTIZE_ALL(target, name, digit, count)                                                                    \
+    LM_QUANTIZE_TYPE(target, name, digit, count, 0)                                                                    \
+    LM_QUANTIZE_TYPE(target, name, digit, count, 1) LM_QUANTIZE_TYPE(target, name, digit, count, 2)                    \
     void name(const void *x, int x_type, int64_t stride, lm_input *input, int64_t first, int64_t last)                 \
     {                                                                                                                  \
         typedef void (*kernel)(const void *, int64_t, lm_input *, int64_t, int64_t);                                   \
-        static const kernel kernels[3][3] = {{name##_0_1, name##_0_2, name##_0_3},                                     \
-                                             {name##_1_1, name##_1_2, name##_1_3},                                     \
-                                             {name##_2_1, name##_2_2, name##_2_3}};                                    \
+        static const kernel kernels[3][4] = {{name##_0_1, name##_0_2, name##_0_3, name##_0_4},                         \
+                                             {name##_1_1, name##_1_2, name##_1_3, name##_1_4},                         \
+                                             {name##_2_1, name##_2_2, name##_2_3, name##_2_4}};                        \
         kernels[x_type][input->planes - 1](x, stride, input, first, last);                                             \
     }
 

@@ -1,6 +1,6 @@
 /* Activations as pairs of 16-bit integers, for the kernels with AVX2.
  *
- * They lie as [group][row][part][pair]: one part with 1 or 2 planes, the whole q, which fits 16 bits; with 3 planes a part
+ * They lie as [group][row][part][pair]: one part but with 3 planes, the whole q, which fits 16 bits; with 3 planes a part
  * for each plane, since the sums of the two lower ones together and of the highest are wanted apart. Which two inputs make
  * a pair follows from the weight's bits (avx2.c).
  */
@@ -34,6 +34,16 @@ INLINE int32_t sum_8(__m256i v)
 INLINE __m256i low_digit(__m256i q) { return _mm256_srai_epi32(_mm256_slli_epi32(q, 24), 24); }
 INLINE __m256i without(__m256i q, __m256i digit) { return _mm256_srai_epi32(_mm256_sub_epi32(q, digit), 8); }
 
+/* Eight integers as LM_PAIRED holds them (lowmem.h). */
+INLINE __m256i paired(__m256i q)
+{
+    const __m256i eight = _mm256_set1_epi32(8), fifteen = _mm256_set1_epi32(15);
+    const __m256i sixteenths = _mm256_srai_epi32(_mm256_add_epi32(q, eight), 4);
+    const __m256i rest = _mm256_and_si256(_mm256_shuffle_epi32(sixteenths, 0xf5), fifteen);
+    const __m256i even = _mm256_add_epi32(rest, _mm256_andnot_si256(fifteen, _mm256_add_epi32(_mm256_sub_epi32(q, rest), eight)));
+    return _mm256_blend_epi32(even, _mm256_slli_epi32(sixteenths, 4), 0xaa);
+}
+
 INLINE void quantize_group(const void *x, int type, int64_t at, int width, int bits, int planes, int16_t *digits,
                            float *scale, int32_t *sums)
 {
@@ -57,6 +67,8 @@ INLINE void quantize_group(const void *x, int type, int64_t at, int width, int b
         for (int half = 0; half < 2; half++) {
             __m256 scaled = _mm256_mul_ps(load_8(x, type, at + k + 8 * half), _mm256_set1_ps(inverse));
             __m256i q = _mm256_max_epi32(_mm256_min_epi32(_mm256_cvtps_epi32(scaled), high), low);
+            if (planes == LM_PAIRED)
+                q = paired(q);
             __m256i p0 = low_digit(q), rest = without(q, p0), p1 = low_digit(rest), p2 = without(rest, p1);
             sum[0] = _mm256_add_epi32(sum[0], p0);
             sum[1] = _mm256_add_epi32(sum[1], p1);
@@ -69,10 +81,11 @@ INLINE void quantize_group(const void *x, int type, int64_t at, int width, int b
             _mm256_storeu_si256((void *)(digits + part_index * width + k),
                                 pairs_of(bits, part[part_index][0], part[part_index][1]));
     }
-    for (int plane = 0; plane < planes; plane++)
+    for (int plane = 0; plane < LM_SUMS(planes); plane++)
         sums[plane] = sum_8(sum[plane]);
 }
 
-LM_QUANTIZE_ALL(TARGET, lm_quantize_avx2, int16_t, PARTS)
+#define COUNT(inputs, planes) ((inputs) * PARTS(planes))
+LM_QUANTIZE_ALL(TARGET, lm_quantize_avx2, int16_t, COUNT)
 
 #endif

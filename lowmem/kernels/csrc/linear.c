@@ -25,6 +25,9 @@ static size_t thread_bytes(int64_t rows)
     return aligned((size_t)at_most(rows, MANY_ROWS) * LM_MANY_COLUMNS * sizeof(float)) + SCRATCH;
 }
 
+/* Two weights of 8 bits are no byte. */
+static int planes_of(const lm_packed *w, int planes) { return w->bits == 8 && planes == LM_PAIRED ? 2 : planes; }
+
 static layout layout_of(const lm_packed *w, int64_t rows, int planes)
 {
     const int64_t part = at_most(rows, MANY_ROWS), groups = w->in / lm_kernel_group(w->group);
@@ -37,7 +40,10 @@ static layout layout_of(const lm_packed *w, int64_t rows, int planes)
     return l;
 }
 
-size_t lm_linear_workspace(const lm_packed *w, int64_t rows, int planes) { return layout_of(w, rows, planes).bytes; }
+size_t lm_linear_workspace(const lm_packed *w, int64_t rows, int planes)
+{
+    return layout_of(w, rows, planes_of(w, planes)).bytes;
+}
 
 static void store(const float *y, int64_t y_stride, int64_t rows, int64_t columns, char *out, int type, int64_t out_stride,
                   int64_t first)
@@ -110,13 +116,13 @@ static char *align(void *workspace) { return (char *)aligned((size_t)workspace);
 void lm_linear(const lm_packed *w, const void *x, int x_type, int64_t rows, int planes, void *out, int out_type,
                void *workspace)
 {
-    call c = {w, x, out, align(workspace), rows, w->in, w->out, x_type, planes, out_type};
+    call c = {w, x, out, align(workspace), rows, w->in, w->out, x_type, planes_of(w, planes), out_type};
     lm_run(shares, &c);
 }
 
 void lm_linear_team(const lm_packed *w, const float *x, int64_t x_stride, int64_t rows, int planes, float *y, int64_t y_stride,
                     void *workspace, lm_team *team)
 {
-    call c = {w, (const char *)x, (char *)y, align(workspace), rows, x_stride, y_stride, LM_F32, planes, LM_F32};
+    call c = {w, (const char *)x, (char *)y, align(workspace), rows, x_stride, y_stride, LM_F32, planes_of(w, planes), LM_F32};
     shares(&c, team);
 }

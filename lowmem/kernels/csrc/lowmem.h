@@ -13,7 +13,13 @@
  *   ("planes") in balanced digits, q = p0 + 256 p1 + 65536 p2 with digits -128..127. Two planes hold more than a bfloat16
  *   or float16 does beside its group's largest, three as much as a float32.
  *
- *   c = the exact integer sum over the group of (w - zero) q, brought to float: with one plane (float)c, with two
+ *   LM_PAIRED is one plane and a half, for weights of at most 4 bits: L is 30448, and of q of an even input and r of the
+ *   next one (m = floor((r + 8) / 16), d = m mod 16) become q' = d + 16 floor((q - d + 8) / 16) and r' = 16 m. Both are
+ *   then off by 8 at most, 12 bits, and with the digit p = q' - 256 h, the same for both, r' = 16 p + 256 k: so
+ *   w q' + v r' = 256 (w h + v k) + p (w + 16 v), where w + 16 v is a byte, as GPTQ packs 4 bits. Three products of
+ *   bytes for two inputs, where two planes take four.
+ *
+ *   c = the exact integer sum over the group of (w - zero) q, brought to float: with one plane, two and LM_PAIRED
  *   (float)(int32)c, with three fmaf((float)c2, 65536, (float)(c0 + 256 c1)), where ck are the sums of plane k.
  *
  *   y = fmaf(c, scale * weight_scale, y) over the groups in their order, from y = 0; then y + bias.
@@ -56,12 +62,16 @@ typedef struct {
 typedef struct {
     int64_t rows, in;
     int32_t group;  /* of the quantization: lm_kernel_group of the weight */
-    int32_t planes; /* 1, 2 or 3 */
+    int32_t planes; /* 1, 2, 3 or LM_PAIRED */
     int32_t bits;   /* of the weight that they are for */
     void *digits;   /* lm_isa.digit_bytes bytes, 64-byte aligned */
     float *scales;  /* [in / group, rows] */
-    int32_t *sums;  /* [in / group, rows, 3]: of each plane's digits */
+    int32_t *sums;  /* [in / group, rows, 3]: of each plane's digits; LM_PAIRED has two, the lower one times its weights */
 } lm_input;
+
+/* For weights of 8 bits it is two planes. */
+enum { LM_PAIRED = 4 };
+#define LM_SUMS(planes) ((planes) == LM_PAIRED ? 2 : (planes))
 
 /* ---- threads (threads.c) ------------------------------------------------------------------------------------- */
 
@@ -102,7 +112,7 @@ typedef struct {
 
 #define LM_FEW 16
 #define LM_MANY_COLUMNS 128            /* columns that `many` is given at a time, at most */
-#define LM_SCRATCH_BYTES (128 * 256)   /* what `many` needs a thread */
+#define LM_SCRATCH_BYTES (128 * 384)   /* what `many` needs a thread */
 
 extern const lm_isa lm_portable;
 #if defined(__x86_64__)
@@ -115,7 +125,7 @@ LM_EXPORT const char *lm_isa_name(void);
 LM_EXPORT int lm_use_isa(const char *name);
 /* LM_CONTRACT: raised with every change to a structure or function of these headers, so that a library compiled from
  * other sources than the Python beside it is refused. */
-enum { LM_CONTRACT = 3 };
+enum { LM_CONTRACT = 4 };
 LM_EXPORT int lm_contract(void);
 
 /* The group in which activations are quantized: the weight's own up to 256, else the largest of 256, 128, 64, 32 that

@@ -1,8 +1,7 @@
 /* The kernels in plain C, for any CPU: the rule of lowmem.h as directly as it can be said. Sixteen outputs are four values
  * of the vector type that gcc and clang have on every machine, and that NEON and SSE2 have registers of.
  *
- * Digits lie as [group][row][part][input], 16 bits each: one part with 1 or 2 planes, the whole q; with 3 planes a part
- * for each.
+ * Digits lie as [group][row][part][input], 16 bits each: one part, the whole q, but with 3 planes a part for each.
  */
 #include <math.h>
 #include <string.h>
@@ -41,6 +40,14 @@ static inline float rounded(float v)
 /* The lowest balanced digit of q, -128..127. */
 static inline int32_t low_digit(int32_t q) { return ((q + 128) & 255) - 128; }
 
+/* q of an even input and of the odd one after it, as LM_PAIRED holds them (lowmem.h). */
+static void pair(int32_t q[2])
+{
+    const int32_t sixteenths = (q[1] + 8) >> 4, rest = sixteenths & 15;
+    q[0] = rest + ((q[0] - rest + 8) & ~15);
+    q[1] = 16 * sixteenths;
+}
+
 static void quantize_group(const float *x, int width, int planes, int16_t *digits, float *scale, int32_t *sums)
 {
     const int32_t limit = lm_limit(planes);
@@ -52,22 +59,27 @@ static void quantize_group(const float *x, int width, int planes, int16_t *digit
     const float a = lm_from_bits(most);
     const float inverse = lm_inverse(a, limit);
     *scale = a / (float)limit;
-    int32_t sum[3] = {0, 0, 0};
+    int32_t q[WIDEST], sum[3] = {0, 0, 0};
     for (int k = 0; k < width; k++) {
         const float v = x[k] * inverse, low = -(float)limit, high = (float)limit;
         /* NaN becomes the lowest, as x86 converts it. */
-        const int32_t q = (int32_t)(v > low ? rounded(v < high ? v : high) : low);
-        const int32_t p0 = low_digit(q), rest = (q - p0) / 256, p1 = low_digit(rest), p2 = (rest - p1) / 256;
+        q[k] = (int32_t)(v > low ? rounded(v < high ? v : high) : low);
+    }
+    if (planes == LM_PAIRED)
+        for (int k = 0; k < width; k += 2)
+            pair(q + k);
+    for (int k = 0; k < width; k++) {
+        const int32_t p0 = low_digit(q[k]), rest = (q[k] - p0) / 256, p1 = low_digit(rest), p2 = (rest - p1) / 256;
         sum[0] += p0;
         sum[1] += p1;
         sum[2] += p2;
-        digits[k] = (int16_t)(planes == 3 ? p0 : q);
+        digits[k] = (int16_t)(planes == 3 ? p0 : q[k]);
         if (planes == 3) {
             digits[width + k] = (int16_t)p1;
             digits[2 * width + k] = (int16_t)p2;
         }
     }
-    memcpy(sums, sum, (size_t)planes * sizeof sum[0]);
+    memcpy(sums, sum, (size_t)LM_SUMS(planes) * sizeof sum[0]);
 }
 
 static void quantize(const void *x, int x_type, int64_t stride, lm_input *input, int64_t first, int64_t last)
