@@ -1,8 +1,8 @@
 /* The packed kernels with AVX-512 for a few rows: weights are multiplied as they stream by. */
 #if defined(__x86_64__)
-#include "weights_avx512.h"
+#include "sums_avx512.h"
 
-/* ---- sums ---------------------------------------------------------------------------------------------------- */
+/* ---- a row or two: sums of each plane, and y, in registers ---------------------------------------------------- */
 
 INLINE __m512 as_float(int planes, const __m512i sum[3])
 {
@@ -12,9 +12,10 @@ INLINE __m512 as_float(int planes, const __m512i sum[3])
     return planes != 3 ? low : _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[2]), _mm512_set1_ps(65536), low);
 }
 
-/* Vectors of 16 outputs that are worked on at a time: with one or two rows more, or the sums would wait for each other. */
+/* Vectors of 16 outputs that are worked on at a time: as many as there are registers for, or the sums would wait for each
+ * other. */
 enum { MOST_ROWS = 4, WIDE = 2, WIDEST = 4 };
-#define WIDTH(rows) ((rows) <= 2 ? WIDEST : WIDE)
+#define WIDTH(rows, planes) ((rows) <= 2 || (planes) != 3 ? WIDEST : WIDE)
 
 typedef __m512i sums_of_tile[MOST_ROWS][WIDEST][3]; /* the used ones live in registers */
 
@@ -63,8 +64,6 @@ INLINE void store_y(int rows, int wide, float *to, int64_t stride, const __mmask
         for (int v = 0; v < wide; v++)
             _mm512_mask_storeu_ps(to + r * stride + 16 * v, mask[v], y[r][v]);
 }
-
-/* ---- weights as they stream by ------------------------------------------------------------------------------- */
 
 /* Bytes that are asked for ahead where weights lie one after the other: the more work a byte is, the further. */
 #define AHEAD(bits) ((bits) == 8 ? 4096 : (bits) == 4 ? 8192 : 6144)
@@ -138,6 +137,76 @@ INLINE void few_panel(int plain, int bits, int planes, int rows, int wide, const
     store_y(rows, wide, to, stride, mask, y);
 }
 
+/* ---- three and four rows: planes one after the other into the same sums, so that these are of more columns -------- */
+
+/* Add the products of a group's weights and one plane of its digits: `fours` of each row's digits for a piece, `gap` bytes
+ * apart, then on by `next` to those of the next piece. pairs: they are what pairs share. first: the plane that asks for memory
+ * ahead. */
+INLINE void add_plane(int bits, int pairs, int first, int rows, int wide, int width, const uint32_t *words, int64_t stride,
+                      const __mmask16 *mask, const uint8_t *digits, int64_t row_bytes, int gap, int next, __m512i *sum)
+{
+    const int pieces = UNIT_PIECES(bits), unit_rows = UNIT_ROWS(bits), fours = pairs ? 1 : PIECE_STEPS(bits);
+    for (int k = 0; k < width; k += 4 * UNIT_STEPS(bits)) {
+        if (first) {
+            UNROLL
+            for (int u = 0; u < unit_rows; u++)
+                UNROLL
+                for (int v = 0; v < wide; v++)
+                    _mm_prefetch((const char *)(words + u * stride + 16 * v) + AHEAD(bits), _MM_HINT_T0);
+        }
+        UNROLL
+        for (int piece = 0; piece < pieces; piece++) {
+            __m512i step[WIDEST][2];
+            UNROLL
+            for (int v = 0; v < wide; v++) {
+                if (!pairs || bits != 4)
+                    unpack(bits, piece, words + 16 * v, stride, mask[v], step[v]);
+                if (pairs)
+                    step[v][0] = pairs_of(bits, words + 16 * v, mask[v], step[v]);
+            }
+            UNROLL
+            for (int s = 0; s < fours; s++)
+                UNROLL
+                for (int r = 0; r < rows; r++) {
+                    __m512i x = broadcast(digits + r * row_bytes + gap * s);
+                    UNROLL
+                    for (int v = 0; v < wide; v++)
+                        sum[r * wide + v] = dot(sum[r * wide + v], step[v][s], x);
+                }
+            digits += next;
+        }
+        words += unit_rows * stride;
+    }
+}
+
+/* As few_panel, for one or two planes; y stays in memory. */
+INLINE void some_panel(int plain, int bits, int planes, int rows, int wide, const lm_packed *w, const lm_input *input, int64_t first,
+                       int64_t last, int64_t row, int64_t output, const __mmask16 *mask, float *to, int64_t stride)
+{
+    const int width = input->group, steps = PIECE_STEPS(bits), is_paired = planes == LM_PAIRED;
+    const int gap = is_paired ? 4 : 4 * planes, piece = 4 * STEP_DIGITS(steps, planes);
+    const int64_t next = lm_word_stride(w), row_bytes = DIGIT_BYTES(width, planes);
+    for (int64_t g = first; g < last; g++) {
+        const lm_group at = {w, input, g, g * width / w->group};
+        const uint32_t *words = lm_words(w, g * width * bits / 32, output);
+        const uint8_t *digits = (const uint8_t *)input->digits + (g * input->rows + row) * row_bytes;
+        __m512i sum[MOST_ROWS * WIDEST];
+        prefetch_group(plain, bits, wide, &at, words, output);
+        clear_sums(rows, wide, sum);
+        if (planes != 1) {
+            add_zeros(plain, 1, rows, wide, &at, row, output, mask, sum);
+            add_plane(bits, 0, 1, rows, wide, width, words, next, mask, digits + (is_paired ? 0 : 4), row_bytes, gap, piece, sum);
+            raise_sums(rows, wide, sum);
+        }
+        add_zeros(plain, 0, rows, wide, &at, row, output, mask, sum);
+        add_plane(bits, is_paired, planes == 1, rows, wide, width, words, next, mask, digits + (is_paired ? 8 : 0), row_bytes, gap,
+                  piece, sum);
+        add_scaled(plain, rows, wide, &at, row, output, mask, sum, NULL, to, stride);
+    }
+}
+
+/* ---- columns and rows --------------------------------------------------------------------------------------------- */
+
 /* The same for outputs begin..end-1. */
 typedef void (*few_kernel)(const lm_packed *w, const lm_input *input, int64_t first, int64_t last, int64_t row, int64_t begin,
                            int64_t end, float *y, int64_t stride);
@@ -146,9 +215,13 @@ INLINE void few_columns(int plain, int bits, int planes, int rows, const lm_pack
                         int64_t row, int64_t begin, int64_t end, float *y, int64_t stride)
 {
     const __mmask16 full[WIDEST] = {FULL, FULL, FULL, FULL};
+    const int wide = WIDTH(rows, planes);
     int64_t o = begin;
-    for (; o + 16 * WIDTH(rows) <= end; o += 16 * WIDTH(rows))
-        few_panel(plain, bits, planes, rows, WIDTH(rows), w, input, first, last, row, o, full, y + o - begin, stride);
+    for (; o + 16 * wide <= end; o += 16 * wide)
+        if (rows <= 2 || planes == 3)
+            few_panel(plain, bits, planes, rows, wide, w, input, first, last, row, o, full, y + o - begin, stride);
+        else
+            some_panel(plain, bits, planes, rows, wide, w, input, first, last, row, o, full, y + o - begin, stride);
     for (; o < end; o += 16) {
         const __mmask16 mask[1] = {end - o >= 16 ? FULL : (__mmask16)((1u << (end - o)) - 1)};
         few_panel(plain, bits, planes, rows, 1, w, input, first, last, row, o, mask, y + o - begin, stride);
@@ -181,15 +254,15 @@ void lm_few_avx512(const lm_packed *w, const lm_input *input, int64_t first, int
     static const few_kernel kernels[4][4][4] = {FEW_TABLE(2), FEW_TABLE(3), FEW_TABLE(4), FEW_TABLE_8};
     const few_kernel(*by_planes)[4] = kernels[w->bits == 8 ? 3 : w->bits - 2];
     clear(input, last - first, y, stride);
-    /* Panels one after the other; GPTQ's rows group by group, all columns of each. One or two rows keep the sums of a
-     * whole panel in registers; for more, its group's weights are taken again from the nearest cache. */
+    /* Panels one after the other; GPTQ's rows group by group, all columns of each. Up to four rows are a panel's at once; for
+     * more, its group's weights are taken again from the nearest cache. */
     const int64_t groups = w->in / input->group;
-    const int64_t columns = w->panels ? LM_PANEL : last - first, at_once = w->panels && input->rows <= 2 ? groups : 1;
+    const int64_t columns = w->panels ? LM_PANEL : last - first, at_once = w->panels && input->rows <= MOST_ROWS ? groups : 1;
     for (int64_t o = first; o < last; o += columns) {
         const int64_t end = last - o < columns ? last : o + columns;
         for (int64_t g = 0; g < groups; g += at_once)
-            for (int64_t r = 0; r < input->rows; r += 4) {
-                int64_t rows = input->rows - r < 4 ? input->rows - r : 4;
+            for (int64_t r = 0; r < input->rows; r += MOST_ROWS) {
+                const int64_t rows = input->rows - r < MOST_ROWS ? input->rows - r : MOST_ROWS;
                 by_planes[input->planes - 1][rows - 1](w, input, g, g + at_once, r, o, end, y + r * stride + o - first,
                                                        stride);
             }

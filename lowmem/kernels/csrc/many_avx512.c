@@ -1,6 +1,6 @@
 /* The packed kernels with AVX-512 for many rows: a group's weights are unpacked once, and multiplied by all of them. */
 #if defined(__x86_64__)
-#include "weights_avx512.h"
+#include "sums_avx512.h"
 
 enum { WIDE = 2, PANEL = 16 * WIDE }; /* vectors of outputs that are worked on at a time */
 
@@ -35,38 +35,14 @@ INLINE void unpack_group(int bits, int planes, const lm_group *at, int64_t first
     }
 }
 
-/* Rows of a tile: as many as the registers hold sums of. Of two planes the upper one's sums are moved up by its 8 bits, and
- * the lower one's are added to them; of three the third has sums of its own. */
+/* Rows of a tile: as many as the registers hold sums of. Of three planes the third has sums of its own. */
 #define TILE(planes) ((planes) == 3 ? 6 : 12)
 enum { MOST_ROWS = 12, REST = 4 };
-typedef __m512i sums_of_tile[MOST_ROWS][WIDE]; /* live in registers */
-
-/* A tile of rows and PANEL columns of a group. sums: of its first row's digits, of plane 0. */
-typedef struct {
-    const lm_group *group;
-    const __mmask16 *mask;
-    const int32_t *sums;
-    int64_t output;
-} lm_tile;
-
-/* Add -zero times the sum of the plane's digits. */
-INLINE void add_zeros(int plain, int plane, int rows, const lm_tile *tile, sums_of_tile sum)
-{
-    const lm_packed *w = tile->group->w;
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int v = 0; v < WIDE; v++) {
-            const int64_t at = lm_group_at(w, tile->group->scale_row, tile->output + 16 * v);
-            sum[r][v] = _mm512_add_epi32(sum[r][v], minus_zeros(plain, w, at, tile->mask[v], tile->sums[3 * r + plane]));
-            __asm__("" : "+v"(sum[r][v])); /* in a register of its own from here on */
-        }
-}
 
 /* Add the products of one plane: `fours` of each row's digits in turn, then on by `next`. ahead: what a tile of other rows
  * will read, asked for as this one goes on. */
 INLINE const uint8_t *add_products(int rows, int width, int fours, int next, int64_t row_bytes, const uint8_t *weights,
-                                   const uint8_t *digits, const uint8_t *ahead, sums_of_tile sum)
+                                   const uint8_t *digits, const uint8_t *ahead, __m512i *sum)
 {
     /* Three rows are one register and what the CPU adds to it, or there are not enough for their addresses. */
     const uint8_t *base[MOST_ROWS / 3];
@@ -88,7 +64,7 @@ INLINE const uint8_t *add_products(int rows, int width, int fours, int next, int
                 __m512i x = broadcast(base[r / 3] + r % 3 * row_bytes + 4 * s);
                 UNROLL
                 for (int v = 0; v < WIDE; v++)
-                    sum[r][v] = dot(sum[r][v], w[v], x);
+                    sum[r * WIDE + v] = dot(sum[r * WIDE + v], w[v], x);
             }
             weights += 64 * WIDE;
         }
@@ -99,15 +75,6 @@ INLINE const uint8_t *add_products(int rows, int width, int fours, int next, int
         }
     }
     return ahead;
-}
-
-INLINE void clear_sums(int rows, sums_of_tile sum)
-{
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int v = 0; v < WIDE; v++)
-            sum[r][v] = _mm512_setzero_si512();
 }
 
 /* Tiles whose digits are asked for ahead: with many inputs they come from memory for every piece of columns. */
@@ -123,52 +90,33 @@ INLINE void many_tile(int plain, int planes, int rows, const lm_group *at, uint8
     const int64_t row_bytes = DIGIT_BYTES(width, planes);
     const uint8_t *digits = (const uint8_t *)input->digits + (at->group * input->rows + row) * row_bytes;
     const uint8_t *steps = scratch + column * width;
-    const lm_tile tile = {at, mask, input->sums + 3 * (at->group * input->rows + row), output};
-    sums_of_tile sum;
-    __m512 highest[MOST_ROWS][WIDE];
-    clear_sums(rows, sum);
+    __m512i sum[MOST_ROWS * WIDE];
+    __m512 highest[MOST_ROWS * WIDE];
+    clear_sums(rows, WIDE, sum);
     if (planes == 3) {
-        add_zeros(plain, 2, rows, &tile, sum);
+        add_zeros(plain, 2, rows, WIDE, at, row, output, mask, sum);
         ahead = add_products(rows, width, 1, next, row_bytes, steps, digits + 8, ahead, sum);
         UNROLL
         for (int r = 0; r < rows; r++)
             UNROLL
             for (int v = 0; v < WIDE; v++)
-                highest[r][v] = _mm512_cvtepi32_ps(sum[r][v]);
-        clear_sums(rows, sum);
+                highest[r * WIDE + v] = _mm512_cvtepi32_ps(sum[r * WIDE + v]);
+        clear_sums(rows, WIDE, sum);
     }
     if (planes != 1) {
-        add_zeros(plain, 1, rows, &tile, sum);
+        add_zeros(plain, 1, rows, WIDE, at, row, output, mask, sum);
         if (planes == LM_PAIRED)
             ahead = add_products(rows, width, 2, next, row_bytes, steps, digits, ahead, sum);
         else
             ahead = add_products(rows, width, 1, next, row_bytes, steps, digits + 4, ahead, sum);
-        UNROLL
-        for (int r = 0; r < rows; r++)
-            UNROLL
-            for (int v = 0; v < WIDE; v++)
-                sum[r][v] = _mm512_slli_epi32(sum[r][v], 8);
+        raise_sums(rows, WIDE, sum);
     }
-    add_zeros(plain, 0, rows, &tile, sum);
+    add_zeros(plain, 0, rows, WIDE, at, row, output, mask, sum);
     if (planes == LM_PAIRED)
         add_products(rows, width / 2, 1, next, row_bytes, pairs_in(scratch, width) + column * width / 2, digits + 8, ahead, sum);
     else
         add_products(rows, width, 1, next, row_bytes, steps, digits, ahead, sum);
-    const float *scales = input->scales + at->group * input->rows + row;
-    UNROLL
-    for (int v = 0; v < WIDE; v++) {
-        const __m512 weight_scale = load_floats(at->w->scales, plain ? LM_F16 : at->w->scales_type,
-                                                lm_group_at(at->w, at->scale_row, output + 16 * v), mask[v]);
-        UNROLL
-        for (int r = 0; r < rows; r++) {
-            float *y = to + r * stride + 16 * v;
-            __m512 c = _mm512_cvtepi32_ps(sum[r][v]);
-            if (planes == 3)
-                c = _mm512_fmadd_ps(highest[r][v], _mm512_set1_ps(65536), c);
-            const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(scales[r]), weight_scale);
-            _mm512_mask_storeu_ps(y, mask[v], _mm512_fmadd_ps(c, scale, _mm512_maskz_loadu_ps(mask[v], y)));
-        }
-    }
+    add_scaled(plain, rows, WIDE, at, row, output, mask, sum, planes == 3 ? highest : NULL, to, stride);
 }
 
 typedef void (*many_kernel)(const lm_group *at, int64_t first, int64_t last, float *y, int64_t stride, uint8_t *scratch);
