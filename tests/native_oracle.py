@@ -269,7 +269,7 @@ def _run_fenced_packed(bits: int, outputs: int) -> None:
     for kind in native.TYPES:
         weight = random_weight(bits, 32, 64, outputs, zeros=True, bias=kind, scales=kind)
         assert weight.zeros is not None and weight.bias is not None
-        for rows, planes in ((1, 1), (3, 2), (2, 3), (21, 2), (3, PAIRED), (21, PAIRED)):
+        for rows, planes in ((1, 1), (3, 2), (2, 3), (35, 2), (3, PAIRED), (35, PAIRED)):
             fenced = Fenced()
             x = torch.randn(rows, 64).to(kind)
             struct = native.LmPacked(

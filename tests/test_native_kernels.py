@@ -85,11 +85,11 @@ def test_every_instruction_set_computes_the_rule(bits: int, group: int, planes: 
         weight = random_weight(
             bits, group, inputs, 200, zeros=zeros, bias=kinds[0], scales=kinds[1], seed=seed
         )
-        x = activations(21, inputs, kinds[2], seed)
+        x = activations(37, inputs, kinds[2], seed)
         expected, packed = rule(x, weight, planes), weight.packed()
         for isa in ISAS:
             with using(isa) as can:
-                for rows in (1, 2, 7, 16, 21) if can else ():  # few up to 16, many above
+                for rows in (1, 2, 7, 32, 37) if can else ():  # few up to 32, many above
                     assert same(multiply(packed, x[:rows], planes), expected[:rows]), (isa, rows, zeros)
         seed += 1
 
@@ -271,11 +271,11 @@ def test_within_the_derived_bound_of_float64(bits: int, kind: torch.dtype) -> No
     half_step = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[kind]
     for inputs, group in ((96, 96), (2048, 128)):
         weight = random_weight(bits, group, inputs, 200, zeros=True, bias=kind)
-        x = activations(18, inputs, kind)
+        x = activations(34, inputs, kind)
         assert weight.bias is not None
         exact = x.double() @ weight.exact() + weight.bias.double()
         packed = weight.packed()
-        for planes, rows in itertools.product((3,) if kind is torch.float32 else (2, PAIRED), (2, 18)):
+        for planes, rows in itertools.product((3,) if kind is torch.float32 else (2, PAIRED), (2, 34)):
             bound = worst(x, weight, planes)
             y = multiply(packed, x[:rows], planes, kind).double()
             allowed = bound + (exact.abs() + bound) * half_step + (2.0**-25 if kind is torch.float16 else 0)

@@ -33,7 +33,7 @@ PLANES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 ACTIVATION_BITS = (8, 12, 16)
 """Bits that the integer of a 16-bit activation can have."""
 FEW_ROWS = 16
-"""LM_FEW: for more rows than these (a prompt's, never a step's) weights are taken apart once for all."""
+"""LM_FEW: rows of a decode step, at most."""
 MOST_FEATURES = 1 << 30
 """Inputs, or outputs, of a linear: a group's length is an int in C."""
 PANEL = 64

@@ -187,7 +187,7 @@ static void packed(void)
     what = "lm_linear";
     const int64_t group = ONE_OF(32, 32, 64, 96, 128, 160, 256, 288, 512), in = group * between(1, 3);
     const int64_t out = one_in(4) ? between(1, 20) : between(1, 330);
-    const int64_t rows = one_in(40) ? between(505, 530) : one_in(3) ? between(17, 40) : between(1, 17);
+    const int64_t rows = one_in(40) ? between(505, 530) : one_in(3) ? between(33, 50) : between(1, 33);
     const int wild = one_in(6), x_type = (int)between(0, 2), out_type = (int)between(0, 2), planes = (int)between(1, LM_PAIRED);
     const lm_packed w = random_packed(in, group, rows > 100 ? between(1, 40) : out, wild);
     const size_t bytes = (size_t)(rows * w.out) * width_of(out_type);

@@ -4,7 +4,7 @@
 #include "lowmem.h"
 #include "types.h"
 
-enum { ALIGNMENT = 64, FEW_COLUMNS = 4096, MANY_ROWS = 512 };
+enum { ALIGNMENT = 64, FEW_ROWS = 2 * LM_FEW, FEW_COLUMNS = 4096, MANY_ROWS = 512 };
 /* Outputs begin so far behind a thread's scratch that both are not a multiple of a page apart: loads from one would wait
  * for stores to the other. */
 enum { SCRATCH = LM_SCRATCH_BYTES + 33 * ALIGNMENT };
@@ -20,7 +20,7 @@ typedef struct {
 
 static size_t thread_bytes(int64_t rows)
 {
-    if (rows <= LM_FEW)
+    if (rows <= FEW_ROWS)
         return aligned((size_t)rows * FEW_COLUMNS * sizeof(float));
     return aligned((size_t)at_most(rows, MANY_ROWS) * LM_MANY_COLUMNS * sizeof(float)) + SCRATCH;
 }
@@ -77,7 +77,7 @@ static void share(const lm_packed *w, const void *x, int x_type, int64_t x_strid
     isa->quantize(x, x_type, x_stride, &input, groups * rank / size, groups * (rank + 1) / size);
     lm_barrier(team);
     char *own = workspace + l.threads + (size_t)rank * l.thread_bytes;
-    const int is_few = rows <= LM_FEW;
+    const int is_few = rows <= FEW_ROWS;
     float *y = (float *)(is_few ? own : own + SCRATCH);
     /* Few rows: the wider a piece, the longer the memory's streams; four a thread, so that one who is late costs little. */
     int64_t columns = is_few ? at_most((w->out / (4 * size) + LM_PANEL - 1) / LM_PANEL * LM_PANEL, FEW_COLUMNS) : LM_MANY_COLUMNS;

@@ -101,7 +101,8 @@ typedef struct {
     /* Rows x [.., in] of LM_ type, of groups first..last-1 (as numbered by input->group), into input. */
     void (*quantize)(const void *x, int x_type, int64_t stride, lm_input *input, int64_t first, int64_t last);
     /* y[r * stride + o - first] for o in first..last-1 (multiples of 16, or last = out) and every row: with bias.
-     * `few`: reads the weights once for up to LM_FEW rows; `many`: unpacks them into scratch first. */
+     * `few`: takes the weights apart as they stream by, for a step's rows and short prompts; `many`: unpacks them into
+     * scratch first. */
     void (*few)(const lm_packed *w, const lm_input *input, int64_t first, int64_t last, float *y, int64_t stride);
     void (*many)(const lm_packed *w, const lm_input *input, int64_t first, int64_t last, float *y, int64_t stride,
                  void *scratch);
@@ -110,7 +111,7 @@ typedef struct {
                   int64_t stride);
 } lm_isa;
 
-#define LM_FEW 16
+#define LM_FEW 16 /* rows of a step, at most */
 #define LM_MANY_COLUMNS 128            /* columns that `many` is given at a time, at most */
 #define LM_SCRATCH_BYTES (128 * 384)   /* what `many` needs a thread */
 
