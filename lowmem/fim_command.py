@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lowmem.command_line import INTERRUPTED, add_sampling_arguments, note, read_text, sampling_params
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
+from lowmem.garbage import paused_collection
 from lowmem.plan_arguments import add_check_argument, add_plan_arguments, request_of
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_params(args, _GREEDY)
     prefix, suffix = texts(args)
     # Only now: torch takes seconds to import, and what is wrong above needs none of it.
-    from lowmem.generate.sampling import check_sampling
-    from lowmem.opening import open_model
-    from lowmem.session import Session
+    with paused_collection():
+        from lowmem.generate.sampling import check_sampling
+        from lowmem.opening import open_model
+        from lowmem.session import Session
 
     check_sampling(params)
     streamed = not args.json and not args.whole

@@ -26,6 +26,7 @@ from lowmem.checkpoint.safetensors_file import SafetensorsHeader, SafetensorsSou
 from lowmem.checkpoint.source import Source, TensorInfo, open_source
 from lowmem.checkpoint.verify import read_shards
 from lowmem.errors import SourceError
+from lowmem.garbage import paused_collection
 from lowmem.kernels import bnb, dispatch
 from lowmem.models.architecture import build_model, decoder_layers
 from lowmem.models.dialogue import Dialogue, end_token_ids
@@ -80,6 +81,7 @@ class _Checkpoint:
     format: GptqFormat | None
 
 
+@paused_collection()
 def load(
     folder: str | Path,
     *,

@@ -13,6 +13,7 @@ from lowmem.chat.loading import loading
 from lowmem.command_line import INTERRUPTED, add_sampling_arguments, note, read_text, sampling_params
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
+from lowmem.garbage import paused_collection
 from lowmem.plan_arguments import add_check_argument, add_plan_arguments, request_of
 
 if TYPE_CHECKING:
@@ -65,11 +66,12 @@ def run(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace, progress: Any) -> tuple[Session, SamplingParams, Saved | None]:
     """The model, loaded, and what the conversation starts from."""
     # Only now: torch takes seconds to import, and what was wrong before needs none of it.
-    from lowmem.chat.settings import check_seed
-    from lowmem.chat.store import load
-    from lowmem.generate.sampling import check_sampling
-    from lowmem.opening import open_model
-    from lowmem.session import Session
+    with paused_collection():
+        from lowmem.chat.settings import check_seed
+        from lowmem.chat.store import load
+        from lowmem.generate.sampling import check_sampling
+        from lowmem.opening import open_model
+        from lowmem.session import Session
 
     saved = load(args.load, SamplingParams()) if args.load else None
     params = sampling_params(args, saved.params if saved else SamplingParams())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.chat.loading import loading
 from lowmem.command_line import INTERRUPTED, note, read_text
 from lowmem.errors import InvalidRequestError
+from lowmem.garbage import paused_collection
 from lowmem.plan_arguments import add_check_argument, add_plan_arguments, request_of
 
 if TYPE_CHECKING:
@@ -210,10 +211,11 @@ def served_name(model: str) -> str:
 
 def _open(request: Request, prefixes: int, speculate: bool, say: Any, progress: Any) -> Session:
     """In the model's thread: the model, loaded, with `prefixes` bytes for those of earlier prompts."""
-    from lowmem.generate.prefix_store import PrefixStore
-    from lowmem.opening import open_model
-    from lowmem.plan.device import host_memory_available, host_memory_private
-    from lowmem.session import Session
+    with paused_collection():
+        from lowmem.generate.prefix_store import PrefixStore
+        from lowmem.opening import open_model
+        from lowmem.plan.device import host_memory_available, host_memory_private
+        from lowmem.session import Session
 
     ram = request.ram or host_memory_available() + host_memory_private()
     loaded = open_model(replace(request, ram=max(1, ram - OWN_BYTES - prefixes)), say, progress)
