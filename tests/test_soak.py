@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.record_file import write
 from benchmarks.soak import SHOWN, Record, judge, table, trend_of
-from benchmarks.soak_worker import Census, SessionRound, take_census
+from benchmarks.soak_worker import Census, SessionRound, rebuild_interned, take_census
 from lowmem.chat.markdown import THEME
 from lowmem.chat.repl import Chat
 from lowmem.chat.view import TerminalView
@@ -120,6 +121,14 @@ def test_what_is_kept_is_seen() -> None:
     assert found["blocks"] > 1000
     with pytest.raises(AssertionError):
         assert_flat(found)
+
+
+def test_interned_strings_that_come_and_go_take_no_more_once_their_table_is_rebuilt() -> None:
+    rebuild_interned()
+    before = take_census().heap
+    for number in range(100_000):
+        sys.intern(f"another {number}")
+    assert take_census().heap - before < 1 << 20
 
 
 class _Interrupting(TerminalView):
