@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "lowmem": 0,
     "lowmem.errors": 0,
+    "lowmem.garbage": 0,
     "lowmem.config": 1,
     "lowmem.checkpoint": 2,
     "lowmem.text_stream": 2,
