@@ -8,6 +8,7 @@ import pytest
 
 from lowmem.checkpoint import hub
 from lowmem.checkpoint.source import Source, open_source
+from lowmem.checkpoint.whole_file import DiskFullError
 from lowmem.errors import SourceError
 from tests.helpers import (
     fails,
@@ -118,6 +119,52 @@ def test_a_download_asks_for_what_is_needed_and_opens_it(replica, monkeypatch):
     } < wanted
     assert not wanted & {"handler.py", "training_args.bin", "runs/events.out", "../up.json"}
     assert "fetching" in lines[0]
+
+
+def test_what_does_not_fit_the_disk_is_not_fetched(replica, tmp_path, monkeypatch):
+    """The sizes are the hub's; of what the cache holds already, whole or a part, nothing is needed again."""
+    from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
+
+    gib = 1 << 30
+    siblings = [
+        RepoSibling(
+            rfilename=f"pytorch_model-0000{n}-of-00002.bin",
+            size=3 * gib,
+            blob_id=f"{n}",
+            lfs=BlobLfsInfo(size=3 * gib, sha256=f"{n}a", pointer_size=1),
+        )
+        for n in (1, 2)
+    ]
+    siblings += [RepoSibling(rfilename="config.json", size=gib, blob_id="small")]
+    siblings += [RepoSibling(rfilename="optimizer.pt", size=100 * gib, blob_id="never")]
+    answer = Answer()
+    answer.siblings = siblings
+    fetched: list[str] = []
+
+    def snapshot_download(repo: str, **options: object) -> str:
+        fetched.append(repo)
+        return str(replica)
+
+    free = [7 * gib - 1]
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *args, **options: answer)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("lowmem.checkpoint.hub.free_bytes", lambda folder: free[0])
+    with pytest.raises(DiskFullError, match=r"need 7.00 GiB more of disk in .*, which has 7") as caught:
+        hub.download("owner/name")
+    assert "HF_HOME" in caught.value.hint and not fetched
+    blobs = tmp_path / "models--owner--name" / "blobs"
+    blobs.mkdir(parents=True)
+    with (blobs / "1a").open("wb") as whole, (blobs / "2a.incomplete").open("wb") as part:
+        whole.truncate(3 * gib)
+        part.truncate(gib)
+    free[0] = 3 * gib - 1
+    with pytest.raises(DiskFullError, match=r"need 3.00 GiB"):
+        hub.download("owner/name")
+    assert not fetched
+    free[0] = 3 * gib
+    assert hub.download("owner/name") == replica and fetched == ["owner/name"]
 
 
 def test_choosing_files_of_a_repository():

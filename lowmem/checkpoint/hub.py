@@ -6,10 +6,11 @@ import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from lowmem.checkpoint.files import one_line
 from lowmem.checkpoint.patterns import LICENCE_PATTERNS, SETTINGS_PATTERNS, TOKENIZER_PATTERNS
+from lowmem.checkpoint.whole_file import DiskFullError, free_bytes
 from lowmem.errors import SourceError
 
 TIMEOUT_S = 10.0
@@ -51,7 +52,8 @@ def download(
     """The local folder of a hub repository's snapshot, fetched where needed.
 
     An interrupted download resumes. Without a network a complete cached copy serves. SourceError
-    in one line when there is neither, or the repository is unknown, gated or private.
+    in one line when there is neither, or the repository is unknown, gated or private; DiskFullError before
+    anything is fetched when the disk has no room for what is missing.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -92,7 +94,7 @@ def download(
     if offline or constants.HF_HUB_OFFLINE:
         return no_network("offline")
     try:
-        info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S)
+        info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
     except errors.HFValidationError as error:
         raise SourceError(f"{repo} is neither a folder here nor a hub id: {one_line(error)}") from error
     except errors.GatedRepoError as error:
@@ -107,6 +109,7 @@ def download(
     except network_errors as error:
         return no_network(one_line(error))
     files = choose_files([sibling.rfilename for sibling in info.siblings or []], repo)
+    _check_room(repo, [sibling for sibling in info.siblings or [] if sibling.rfilename in files])
     if progress:
         progress(f"{repo}: fetching {len(files)} files of revision {info.sha or revision}")
     try:
@@ -121,6 +124,31 @@ def download(
             "Run the same command again: it goes on where it stopped",
         ) from error
     return Path(folder)
+
+
+def _check_room(repo: str, files: Iterable[Any]) -> None:
+    """Raises DiskFullError where the hub's cache has no room for what it lacks of `files`, RepoSiblings.
+
+    What an interrupted download has left counts as held.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    cache = Path(constants.HF_HUB_CACHE)
+    blobs = cache / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    needed = 0
+    for file in files:
+        lfs = getattr(file, "lfs", None)
+        name = lfs.sha256 if lfs else getattr(file, "blob_id", None)
+        held = max((path.stat().st_size for path in blobs.glob(f"{name}*")), default=0) if name else 0
+        needed += max(0, (getattr(file, "size", None) or 0) - held)
+    if needed > (free := free_bytes(cache)):
+        gib = 1 << 30
+        raise DiskFullError(
+            f"the files of {repo} need {needed / gib:.2f} GiB more of disk in {cache}, "
+            f"which has {free / gib:.2f} GiB free",
+            f"Free {(needed - free) / gib:.2f} GiB more, or set HF_HOME to a folder on a larger disk",
+        )
 
 
 def _gated(repo: str) -> str:
