@@ -74,6 +74,30 @@ def test_a_turn_brings_the_turns_before() -> None:
     assert sum("7 + 2 tokens · TTFT 0.25 s · 12.5 tokens/s · " in line for line in lines) == 2
 
 
+def test_what_an_answer_took_is_given_back_before_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small blocks that live between large ones that went hold whole pages, unless glibc is asked for them."""
+    before, seen = _anonymous(), []
+    kept: list[bytearray] = []
+
+    def typed() -> str:
+        seen.append(_anonymous())
+        if len(seen) > 1:
+            raise EOFError
+        blocks = [bytearray(200_000) for _ in range(500)]
+        kept.extend(blocks[::50])
+        return "/context"
+
+    chat, _ = talk()
+    monkeypatch.setattr(chat._reader, "read", typed)
+    assert chat.run() == 0
+    assert seen[1] - before < 30 << 20
+
+
+def _anonymous() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024
+
+
 def test_system_and_settings_hold_from_the_next_turn() -> None:
     chat, terminal = talk(
         "a", "/system Be brief.", "/set temperature 0.9", "b", "/system", "/system none", "c"

@@ -20,6 +20,7 @@ from lowmem.chat.view import View, make_view
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
 from lowmem.opening import is_out_of_memory
+from lowmem.plan.device import trim_memory
 from lowmem.session import Response, Session
 
 _LONG_PROMPT = 256  # tokens from which it is worth telling how far reading is
@@ -74,6 +75,7 @@ class Chat:
         self._greet()
         leaving = False  # Ctrl-C at an empty prompt was the last thing that happened
         while True:
+            trim_memory()  # while somebody types
             try:
                 text = self._reader.read()
             except KeyboardInterrupt:
