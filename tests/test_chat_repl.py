@@ -75,7 +75,7 @@ def test_a_turn_brings_the_turns_before() -> None:
 
 
 def test_what_an_answer_took_is_given_back_before_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small blocks that live between large ones that went hold whole pages, unless glibc is asked for them."""
+    """Small blocks that live between large ones that went hold pages, unless glibc is asked for them."""
     before, seen = _anonymous(), []
     kept: list[bytearray] = []
 
