@@ -49,7 +49,6 @@ def test_every_instruction_set_at_length_and_its_own_tests(tmp_path: Path) -> No
             sys.executable,
             "-m",
             "pytest",
-            "-q",
             "-x",
             "-p",
             "tests.sanitizers.plugin",
