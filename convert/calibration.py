@@ -26,6 +26,7 @@ import torch
 from lowmem.errors import CalibrationError
 from lowmem.models.dialogue import Dialogue, Message, encode_plain
 from lowmem.models.template import apply_template
+from lowmem.tokenizing import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -147,7 +148,7 @@ class Encoder:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None) -> Encoder:
         """The encoder of a tokenizer: StarChat's template, else the tokenizer's own, else plain text."""
-        before = list(tokenizer("")["input_ids"])[:1]
+        before = encode(tokenizer, "")[:1]
         lead = tuple(before) if before == [tokenizer.bos_token_id] else ()
         end_of_text = tokenizer.get_vocab().get("<|endoftext|>")  # also where eos is a turn's end
         choices = (end_of_text, tokenizer.eos_token_id, tokenizer.bos_token_id)

@@ -26,6 +26,7 @@ from lowmem.models.dialogue import (
 )
 from lowmem.models.template import apply_template
 from lowmem.text_stream import StopStrings, TextStream, token_text
+from lowmem.tokenizing import encode
 
 _CARD = SamplingParams()  # the settings of StarChat Alpha's card
 _PROBE = Message("user", "x")  # stands for a last message where the tokens of one turn are counted
@@ -360,7 +361,7 @@ def encode_prompt(
             raise InvalidRequestError(
                 f"messages need a dialogue template, and {reason}", "Give a prompt alone"
             )
-        return list(tokenizer(prompt, verbose=False).input_ids)
+        return encode(tokenizer, prompt)
     return _encode_messages(loaded, _messages(prompt, system))
 
 
@@ -383,6 +384,8 @@ def _encode_messages(loaded: LoadedModel, messages: list[Message]) -> list[int]:
             add_generation_prompt=True,
             sanitize_control_tokens=True,
         )
+    except InvalidRequestError:  # the tokenizer's
+        raise
     except Exception as error:  # the template is the checkpoint's, and raises what it likes
         raise InvalidRequestError(
             f"the model's chat template refuses the messages: {one_line(error)}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lowmem.tokenizing import decode
+
 _INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character (yet)
 
 
@@ -42,8 +44,7 @@ class TextStream:
         return whole[len(given) :], whole
 
     def _text(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return decode(self._tokenizer, ids, skip_special_tokens=True)
 
 
 class StopStrings:
@@ -110,8 +111,5 @@ def token_text(tokenizer: Any, token: int) -> str:
     Some tokenizers leave a word's space out at the start of a text, so that the second of two shows it. A
     part of a character is U+FFFD.
     """
-    one, two = (
-        str(tokenizer.decode([token] * count, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-        for count in (1, 2)
-    )
+    one, two = (decode(tokenizer, [token] * count, skip_special_tokens=False) for count in (1, 2))
     return two[len(one) :] if two.startswith(one) and len(two) > len(one) else one

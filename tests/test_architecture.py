@@ -14,6 +14,7 @@ RANKS = {
     "lowmem.errors": 0,
     "lowmem.garbage": 0,
     "lowmem.config": 1,
+    "lowmem.tokenizing": 1,
     "lowmem.checkpoint": 2,
     "lowmem.text_stream": 2,
     "lowmem.markup": 2,

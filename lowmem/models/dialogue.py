@@ -24,6 +24,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import InvalidRequestError
+from lowmem.tokenizing import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,9 +182,8 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids without added special tokens, and without the warning about long texts."""
-    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    return list(encoding["input_ids"])
+    """Token ids without added special tokens."""
+    return encode(tokenizer, text, add_special_tokens=False, split_special_tokens=True)
 
 
 def end_token_ids(

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from lowmem.tokenizing import panics_told
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -42,7 +44,8 @@ def apply_template(
     """The token ids of messages in the tokenizer's own chat template.
 
     messages: of "role" and "content". options: further arguments of transformers' apply_chat_template.
-    Raises whatever the template raises; ValueError or MemoryError where it goes beyond the limits above.
+    Raises whatever the template raises; ValueError or MemoryError where it goes beyond the limits above;
+    InvalidRequestError where the tokenizer gives up.
     """
     check_template(tokenizer.chat_template)
     with _limited_memory(), _counted_lines():
@@ -50,7 +53,7 @@ def apply_template(
         text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, **plain)
     if len(text) > MAX_TEXT + sum(len(message["content"]) for message in messages):
         raise ValueError(f"it makes {len(text)} characters of the messages")
-    with _counted_lines():
+    with _counted_lines(), panics_told():
         ids: Any = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options)
     return list(ids)
 

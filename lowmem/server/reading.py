@@ -23,6 +23,7 @@ from lowmem.server.protocol import (
 )
 from lowmem.server.worker import Continuation, Hole, Work
 from lowmem.session import encode_prompt
+from lowmem.tokenizing import decode
 
 CARD = SamplingParams()
 """What is not given in a request."""
@@ -138,10 +139,7 @@ class Reader:
     def _echo(self, prompt: str | Sequence[int]) -> str:
         if isinstance(prompt, str):
             return prompt
-        decoded: str = self._loaded.tokenizer.decode(
-            list(prompt), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return decoded
+        return decode(self._loaded.tokenizer, prompt, skip_special_tokens=False)
 
     def _params(self, request: SamplingFields, limit: int, logprobs: int | None) -> SamplingParams:
         given = {
