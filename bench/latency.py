@@ -13,8 +13,8 @@ from bench.records import DecodeLatency, Origin, PrefillLatency, Repeated, Roofl
 from bench.records import LatencyRecord as Record
 from bench.roofline import Rates, decode_ceiling, prefill_ceiling
 from lowmem.errors import InvalidRequestError
-from lowmem.plan.device import format_bytes
 from lowmem.plan.memory import HOST_CONTEXT, bytes_read_a_token, need_on_device
+from lowmem.units import format_bytes
 
 PROMPTS = (32, 128, 512, 2048)
 CONTEXTS = (128, 1024, 4096)

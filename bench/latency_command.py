@@ -158,6 +158,7 @@ def _plan(
     from bench.roofline import SECONDS
     from lowmem.plan import device as machine
     from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT
+    from lowmem.units import format_bytes
 
     entries = [Entry(entrant, lengths, 0) for entrant in lineup.entrants]
     dtype = probe_dtype(entries)
@@ -168,11 +169,11 @@ def _plan(
         raise MemoryBudgetError(f"not even the machine's own rates could be measured on {device}: {probe}")
     if limit := args.vram or args.ram:
         free = machine.parse_bytes(limit, "--vram" if args.vram else "--ram")
-        said = f"{'--vram' if args.vram else '--ram'} allows {machine.format_bytes(free)}"
+        said = f"{'--vram' if args.vram else '--ram'} allows {format_bytes(free)}"
         own = CUDA_CONTEXT if args.vram else HOST_CONTEXT
     else:
         free = machine.host_memory_available() if device == "cpu" else probe.free_bytes
-        said = f"{machine.format_bytes(free)} are free"
+        said = f"{format_bytes(free)} are free"
         own = HOST_CONTEXT if device == "cpu" else 0  # a card's own context has been taken off already
     place = Place(device, free, said, own, machine.packs_nf4())
     entries = [enter(entrant, lengths, place) for entrant in lineup.entrants]

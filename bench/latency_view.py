@@ -12,7 +12,7 @@ from bench.latency_rounds import Watcher
 from bench.latency_worker import Visit
 from bench.records import LatencyRecord, Roofline, SubjectLatency
 from bench.roofline import decode_ceiling, prefill_ceiling
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 CPUFREQ = Path("/sys/devices/system/cpu")
 BUSY = 0.3

@@ -151,7 +151,7 @@ NARROW = ("form", "bits", "size", "ratio ± se", "KL mean ± se", "p99", "same t
 
 def cells(subject: SubjectQuality, text: TextQuality) -> tuple[str, ...]:
     """One line of the table: see COLUMNS."""
-    from lowmem.plan.device import format_bytes
+    from lowmem.units import format_bytes
 
     kld, greedy = text.kld, subject.greedy
     equal = "" if greedy is None else f"{sum(greedy.equal_tokens)}/{sum(greedy.answer_tokens)}"

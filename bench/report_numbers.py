@@ -6,7 +6,7 @@ import math
 import unicodedata
 
 from bench.records import Repeated
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 NOTHING = "–"
 """Stands for a number that there is not."""

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowmem.checkpoint.lock import take
-from lowmem.checkpoint.whole_file import DiskFullError, free_bytes, refusals
+from lowmem.checkpoint.whole_file import DiskFullError, refusals, require_room
 from lowmem.errors import OutputError
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
-_ELSEWHERE = "measure fewer --rows, or set LOWMEM_CACHE (with --no-cache TMPDIR) to a folder on another disk"
+_ELSEWHERE = "measure fewer --rows, set LOWMEM_CACHE (with --no-cache TMPDIR) to a folder on another disk"
 
 
 @contextlib.contextmanager
@@ -41,13 +41,7 @@ def checked(folder: Path, needed: int) -> Iterator[None]:
 
     needed: bytes at most. Raises OutputError.
     """
-    free = free_bytes(folder)
-    if needed > free:
-        raise OutputError(
-            f"the measurement needs {format_bytes(needed)} of disk in {folder}, "
-            f"which has {format_bytes(free)} free",
-            f"Free {format_bytes(needed - free)} more, {_ELSEWHERE}",
-        )
+    require_room(folder, needed, "the measurement", _ELSEWHERE)
     try:
         yield
     except DiskFullError as error:

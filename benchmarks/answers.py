@@ -10,9 +10,9 @@ import sys
 
 from lowmem.config import SamplingParams
 from lowmem.opening import load_option
-from lowmem.plan.device import format_bytes
 from lowmem.plan.request import Request, plan_for
 from lowmem.session import Session
+from lowmem.units import format_bytes
 
 PROMPT = "How do I sort a list in Python?"
 

@@ -165,13 +165,15 @@ def _run(record: FullSize) -> Iterable[str]:
         f"`lowmem run`, {answer.label} by {answer.kernel}, context {answer.context}: loaded in "
         f"{answer.load_seconds:.1f} s, first token of {answer.prompt_tokens} after "
         f"{answer.ttft_seconds:.2f} s, then {answer.tokens_per_second:.2f} tokens/s over "
-        f"{answer.new_tokens}. Planned {answer.predicted_bytes / GIB:.2f} GiB, measured "
+        f"{answer.new_tokens}, each followed by putting weights into the order that is read fastest, for as "
+        f"long again. Planned {answer.predicted_bytes / GIB:.2f} GiB, measured "
         f"{run.peak_bytes / GIB:.2f} GiB ({(run.peak_bytes / answer.predicted_bytes - 1) * 100:+.1f} %)."
     )
     yield (
         f"`lowmem bench latency`, {record.latency.rounds} rounds, memory read at "
-        f"{rate.median / GB:.1f} GB/s ({rate.low / GB:.1f} to {rate.high / GB:.1f}) meanwhile; weights are "
-        "still being put into order between the few tokens that are decoded:"
+        f"{rate.median / GB:.1f} GB/s ({rate.low / GB:.1f} to {rate.high / GB:.1f}) meanwhile, the "
+        "weights in that order. A prompt's roofline is torch's product in bfloat16, which products of bytes "
+        "may pass:"
     )
     yield _table(("", "tokens/s", "lowest to highest", "share of the roofline"), _latency(subject))
 

@@ -32,7 +32,7 @@ import httpx
 import psutil
 
 from bench.origin import machine_here, versions
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 TINY = Path(__file__).resolve().parent.parent / "lowmem" / "data" / "tiny-starchat"
 SERVED = "model"

@@ -34,7 +34,7 @@ from typing import Any
 from bench.origin import machine_here, versions
 from benchmarks.record_file import write
 from benchmarks.soak_terminal import Stuck, Terminal
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 MIB = 1 << 20
 LIMITS: dict[str, float] = {

@@ -8,7 +8,7 @@ from typing import Any
 import lowmem
 from convert.layer import LinearReport
 from lowmem.config import QuantConfig
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 OPENRAIL = "bigcode-openrail-m"
 

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 from convert.job import Job
 from convert.memory import MemoryPlan, packed_bytes
-from lowmem.checkpoint.whole_file import DiskFullError, free_bytes
+from lowmem.checkpoint.whole_file import DiskFullError, free_bytes, require_room
 from lowmem.config import QuantConfig
-from lowmem.errors import OutputError
 from lowmem.models.architecture import Architecture, LayerSpec, LinearSpec
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 STORED = 2
 """Bytes of a value that is not quantized."""
@@ -123,14 +122,8 @@ def _target_values(group: tuple[LinearSpec, ...], layer: LayerSpec) -> int:
 
 
 def check(job: Job, needed: int) -> None:
-    """Refuse before hours of work when the disk cannot hold what they write. Raises OutputError."""
-    free = free_bytes(job.folder)
-    if needed > free:
-        raise OutputError(
-            f"the conversion needs {format_bytes(needed)} of disk in {job.folder.parent}, "
-            f"which has {format_bytes(free)} free",
-            f"Free {format_bytes(needed - free)} more, or choose another folder",
-        )
+    """Refuse before hours of work when the disk cannot hold what they write. Raises DiskFullError."""
+    require_room(job.folder.parent, needed, "the conversion", "choose another folder")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from lowmem.checkpoint.packing import stored_shapes
 from lowmem.config import QuantConfig
 from lowmem.errors import MemoryBudgetError
 from lowmem.models.architecture import Architecture, LayerSpec, LinearSpec
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 LIBRARIES = 192 << 20
 """What torch's and the BLAS's own buffers and the allocator's slack add while computing (measured)."""

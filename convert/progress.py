@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar

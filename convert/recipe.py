@@ -15,7 +15,8 @@ from lowmem.checkpoint.source import Source
 from lowmem.config import QuantConfig
 from lowmem.errors import RecipeError
 from lowmem.models.architecture import Architecture
-from lowmem.plan.device import bfloat16_is_fast, format_bytes
+from lowmem.plan.device import bfloat16_is_fast
+from lowmem.units import format_bytes
 
 GROUP_SIZES = (128, 64, 32)
 """Tried in this order when the user names none and the larger one does not divide."""

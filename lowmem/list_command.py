@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    from lowmem.plan.device import format_bytes
+    from lowmem.units import format_bytes
 
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
     bits = str(entry.bits) if entry.bits else "?"

@@ -48,7 +48,7 @@ def print_table(plan: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lowmem.plan.device import format_bytes
+    from lowmem.units import format_bytes
 
     budget = plan.budget
     have = budget.host if budget.card is None else budget.card

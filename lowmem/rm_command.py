@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Remove what the names mean, all of them or, if one means nothing, none; 1 when the user says no."""
     from lowmem.checkpoint.cache import find, remove
-    from lowmem.plan.device import format_bytes
+    from lowmem.units import format_bytes
 
     chosen = {entry.name: entry for entry in map(find, args.names)}
     if not args.yes:

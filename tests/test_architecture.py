@@ -13,6 +13,7 @@ RANKS = {
     "lowmem": 0,
     "lowmem.errors": 0,
     "lowmem.garbage": 0,
+    "lowmem.units": 0,
     "lowmem.config": 1,
     "lowmem.tokenizing": 1,
     "lowmem.checkpoint": 2,

@@ -15,10 +15,11 @@ import torch
 from bench.processes import resident
 from convert import disk, memory
 from convert.job import Job
+from lowmem.checkpoint import whole_file
 from lowmem.config import QuantConfig
 from lowmem.errors import MemoryBudgetError, OutputError
 from lowmem.models.architecture import inspect
-from lowmem.plan.device import format_bytes
+from lowmem.units import format_bytes
 from tests.convert_helpers import calibration_file
 from tests.helpers import save_source, tiny_config, tiny_model
 
@@ -161,7 +162,7 @@ def test_a_card_that_is_too_small_is_refused_with_what_it_lacks():
 
 
 def test_a_small_disk_is_refused_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 1 << 20)
+    monkeypatch.setattr(whole_file, "free_bytes", lambda _: 1 << 20)
     arch = inspect(tiny_config("llama"))
     plan = memory.plan(
         arch,

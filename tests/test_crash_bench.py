@@ -19,6 +19,7 @@ from bench.reference import cache_folder, disk_needed, reference_states
 from bench.sources import open_any
 from bench.streamed import StreamedModel
 from bench.texts import Text, digest_of
+from lowmem.checkpoint import whole_file
 from lowmem.errors import OutputError
 from tests.helpers import save_source, tiny_model
 from tests.test_bench_latency import visit
@@ -87,7 +88,7 @@ def test_the_room_that_a_reference_is_told_to_need_is_what_it_takes(model, monke
 
 
 def test_a_measurement_that_has_no_room_is_refused_before_it(folder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(room, "free_bytes", lambda _: 10_000)
+    monkeypatch.setattr(whole_file, "free_bytes", lambda _: 10_000)
     with pytest.raises(
         OutputError, match=r"needs \d+ KiB of disk in .*quality.*10 KiB free\. Free \d+ KiB more"
     ):

@@ -150,8 +150,8 @@ def test_what_does_not_fit_the_disk_is_not_fetched(replica, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("lowmem.checkpoint.hub.free_bytes", lambda folder: free[0])
-    with pytest.raises(DiskFullError, match=r"need 7.00 GiB more of disk in .*, which has 7") as caught:
+    monkeypatch.setattr("lowmem.checkpoint.whole_file.free_bytes", lambda folder: free[0])
+    with pytest.raises(DiskFullError, match=r"needs 7.00 GiB of disk in .*, which has 7") as caught:
         hub.download("owner/name")
     assert "HF_HOME" in caught.value.hint and not fetched
     blobs = tmp_path / "models--owner--name" / "blobs"
@@ -160,7 +160,7 @@ def test_what_does_not_fit_the_disk_is_not_fetched(replica, tmp_path, monkeypatc
         whole.truncate(3 * gib)
         part.truncate(gib)
     free[0] = 3 * gib - 1
-    with pytest.raises(DiskFullError, match=r"need 3.00 GiB"):
+    with pytest.raises(DiskFullError, match=r"needs 3.00 GiB"):
         hub.download("owner/name")
     assert not fetched
     free[0] = 3 * gib

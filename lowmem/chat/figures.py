@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lowmem.plan.device import MemoryUse, format_bytes, memory_use
+from lowmem.plan.device import MemoryUse, memory_use
+from lowmem.units import format_bytes
 
 if TYPE_CHECKING:
     from lowmem.loader import LoadedModel

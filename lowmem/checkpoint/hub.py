@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lowmem.checkpoint.files import one_line
 from lowmem.checkpoint.patterns import LICENCE_PATTERNS, SETTINGS_PATTERNS, TOKENIZER_PATTERNS
-from lowmem.checkpoint.whole_file import DiskFullError, free_bytes
+from lowmem.checkpoint.whole_file import require_room
 from lowmem.errors import SourceError
 
 TIMEOUT_S = 10.0
@@ -142,13 +142,8 @@ def _check_room(repo: str, files: Iterable[Any]) -> None:
         name = lfs.sha256 if lfs else getattr(file, "blob_id", None)
         held = max((path.stat().st_size for path in blobs.glob(f"{name}*")), default=0) if name else 0
         needed += max(0, (getattr(file, "size", None) or 0) - held)
-    if needed > (free := free_bytes(cache)):
-        gib = 1 << 30
-        raise DiskFullError(
-            f"the files of {repo} need {needed / gib:.2f} GiB more of disk in {cache}, "
-            f"which has {free / gib:.2f} GiB free",
-            f"Free {(needed - free) / gib:.2f} GiB more, or set HF_HOME to a folder on a larger disk",
-        )
+    work = f"what is left to download of {repo}"
+    require_room(cache, needed, work, "set HF_HOME to a folder on a larger disk")
 
 
 def _gated(repo: str) -> str:

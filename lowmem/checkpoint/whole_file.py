@@ -14,6 +14,7 @@ from typing import IO
 
 from lowmem.checkpoint.manifest import FileDigest
 from lowmem.errors import OutputError
+from lowmem.units import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -32,6 +33,18 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def require_room(folder: Path, needed: int, work: str, otherwise: str) -> None:
+    """DiskFullError where `folder` has no room for `needed` bytes: said before hours of work.
+
+    work: what needs them, as the message's beginning. otherwise: what else there is to do than to free some.
+    """
+    if needed > (free := free_bytes(folder)):
+        raise DiskFullError(
+            f"{work} needs {format_bytes(needed)} of disk in {folder}, which has {format_bytes(free)} free",
+            f"Free {format_bytes(needed - free)} more, or {otherwise}",
+        )
 
 
 def as_output_error(error: OSError, path: Path) -> OutputError:

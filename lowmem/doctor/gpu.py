@@ -23,8 +23,8 @@ from lowmem.generate.engine import Engine
 from lowmem.kernels import bnb, dispatch
 from lowmem.loader import LoadedModel, load
 from lowmem.models.architecture import decoder_layers
-from lowmem.plan.device import format_bytes
 from lowmem.quant_linear import QuantLinear
+from lowmem.units import format_bytes
 
 _CONTEXT = 256
 _NEW_TOKENS = 24

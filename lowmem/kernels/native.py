@@ -30,7 +30,8 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """LM_F32, LM_F16, LM_BF16."""
 PLANES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of an activation's integer, by the dtype of the activations; fewer may do, see `activation_bits`."""
-ACTIVATION_BITS = (8, 12, 16)
+_PLANES_BY_BITS = {8: 1, 12: 4, 16: 2}  # 4: LM_PAIRED
+ACTIVATION_BITS = tuple(_PLANES_BY_BITS)
 """Bits that the integer of a 16-bit activation can have."""
 FEW_ROWS = 16
 """LM_FEW: rows of a decode step, at most."""
@@ -40,7 +41,6 @@ PANEL = 64
 """LM_PANEL: outputs that lie side by side in a panel."""
 CONTRACT = 4
 """LM_CONTRACT of csrc/lowmem.h."""
-_PAIRED = 4  # LM_PAIRED
 _INSTALL = "install a C compiler (gcc or clang), then install lowmem again"
 _ORDER_VALUES = 1 << 22  # weights that are unpacked at a time while rows are put in order
 
@@ -59,7 +59,7 @@ def planes_of(activation_bits: int) -> int:
     """`planes` of csrc/lowmem.h for integers of so many bits, one of ACTIVATION_BITS. Raises ValueError."""
     if activation_bits not in ACTIVATION_BITS:
         raise ValueError(f"activations of {activation_bits} bits: there are {ACTIVATION_BITS}")
-    return {8: 1, 12: _PAIRED, 16: 2}[activation_bits]
+    return _PLANES_BY_BITS[activation_bits]
 
 
 class Unsuitable(ValueError):

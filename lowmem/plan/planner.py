@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from lowmem.config import DEFAULT_CONTEXT
 from lowmem.errors import MemoryBudgetError
 from lowmem.plan.candidates import Candidate, by_bits
-from lowmem.plan.device import format_bytes
 from lowmem.plan.memory import (
     HOST_CONTEXT,
     Form,
@@ -25,6 +24,7 @@ from lowmem.plan.memory import (
     need_on_device,
 )
 from lowmem.plan.shape import ModelShape
+from lowmem.units import format_bytes
 
 _MIB = 1 << 20
 

@@ -12,6 +12,7 @@ from lowmem.plan.bandwidth import card_bandwidth, host_bandwidth
 from lowmem.plan.candidates import Candidate, convertible, find_candidates
 from lowmem.plan.memory import CUDA_CONTEXT
 from lowmem.plan.planner import Budget, Plan, default_context, make_plan
+from lowmem.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +96,7 @@ def _budget(request: Request, card: torch.device | None, vram: int | None, measu
         return Budget("cpu", host, host_bandwidth=rate, packs_nf4=packs)
     if card is None:
         assert vram is not None
-        name = f"a card with {machine.format_bytes(vram)}"
+        name = f"a card with {format_bytes(vram)}"
         return Budget(name, host, vram, CUDA_CONTEXT, rate, request.bandwidth, packs)
     rate_on_card = request.bandwidth or (card_bandwidth(card) if measure else None)
     if vram is not None:
