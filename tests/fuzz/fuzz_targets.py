@@ -33,9 +33,10 @@ from lowmem.models.architecture import inspect
 from lowmem.models.dialogue import Dialogue, encode_plain, end_token_ids, fim_tokens
 from lowmem.models.template import apply_template
 from lowmem.plan.shape import read_shape
+from lowmem.tokenizing import decode
 from tests.helpers import TINY_STARCHAT
 
-TEXT = "def f(a):\n    return a  # <|end|> <fim_prefix> ÿ€😀"
+TEXT = "def f(a):\n    return a  # <|end|> <fim_prefix> ÿ€😀 " + "a" * 40 + "b"
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "Hello <|end|>"}]
 INDEX = "model.safetensors.index.json"
 
@@ -186,7 +187,7 @@ def index(data: bytes) -> None:
 
 
 def tokenizer(data: bytes) -> None:
-    """tokenizer.json, and all that is asked of the tokenizer before a model is there."""
+    """tokenizer.json, and all that is asked of the tokenizer, an answer's text included."""
     _tokenizer("tokenizer.json", data)
 
 
@@ -203,7 +204,8 @@ def _tokenizer(name: str, data: bytes) -> None:
         dialogue = Dialogue.detect(made)
         end_token_ids(made, dialogue)
         fim_tokens(made)
-        encode_plain(made, TEXT)
+        ids = encode_plain(made, TEXT)
+        decode(made, ids, skip_special_tokens=True)
 
 
 @cache
@@ -296,7 +298,7 @@ def seeds_of(target: str) -> list[bytes]:
     names = {"config": "config.json", "index": INDEX, "tokenizer_config": "tokenizer_config.json"}
     if target in names:
         return [(seeds.seed_folder("source") / names[target]).read_bytes()]
-    return [seeds.small_tokenizer()]
+    return [seeds.small_tokenizer(), seeds.small_tokenizer(splits="(a|a)*$")]
 
 
 def clean_up() -> None:

@@ -112,8 +112,11 @@ def templates() -> list[bytes]:
     return [CHAT_TEMPLATE.encode(), other.encode()]
 
 
-def small_tokenizer() -> bytes:
-    """tiny-starchat's tokenizer.json with the first tokens alone, so that mutations hit what matters."""
+def small_tokenizer(splits: str | None = None) -> bytes:
+    """tiny-starchat's tokenizer.json with the first tokens alone, so that mutations hit what matters.
+
+    splits: a regular expression that cuts a text before anything else does.
+    """
     data = json.loads((TINY_STARCHAT / "tokenizer.json").read_text(encoding="utf-8"))
     model, added = data["model"], data["added_tokens"]
     special = {token["content"] for token in added}
@@ -124,4 +127,7 @@ def small_tokenizer() -> bytes:
     data["model"] = {**model, "vocab": {text: n for n, text in enumerate(vocab)}, "merges": merges}
     for token in added:
         token["id"] = data["model"]["vocab"][token["content"]]
+    if splits is not None:
+        cut = {"type": "Split", "pattern": {"Regex": splits}, "behavior": "Isolated", "invert": False}
+        data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [cut, data["pre_tokenizer"]]}
     return json.dumps(data).encode()
