@@ -21,12 +21,12 @@ import torch
 from bench.divergence import compare
 from bench.origin import origin_of
 from bench.texts import read_texts
-from lowmem.kernels import native
+from lowmem.kernels import native_linear
 from lowmem.loader import LoadedModel, load
 from lowmem.quant_linear import QuantLinear
 
 TEXTS = ("code", "dialogues")
-PLANES = {24: 3, **{bits: native.planes_of(bits) for bits in (16, 12, 8)}}
+PLANES = {24: 3, **{bits: native_linear.planes_of(bits) for bits in (16, 12, 8)}}
 """By the bits of an activation's integer; weights of 8 bits take 16 for 12."""
 _AT_ONCE = 4  # rows
 
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _use(loaded: LoadedModel, planes: int) -> None:
     """All linears of the model multiply with so many bytes of an activation."""
-    native.PLANES[torch.float32] = planes
+    native_linear.PLANES[torch.float32] = planes
     for module in loaded.model.modules():
         if isinstance(module, QuantLinear):
             if module.packed is None:

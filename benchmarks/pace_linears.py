@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.pace_models import WIDTHS
 from benchmarks.peers_run import say
-from lowmem.kernels import native
+from lowmem.kernels import native, native_linear
 
 SHAPES = ((6144, 24576), (24576, 6144), (6144, 6144), (6144, 6400))
 ROWS = (1, 2, 4, 8, 16, 64, 512)
@@ -104,11 +104,11 @@ def measure(
     are, else as the file has it. peers: torch's operator too."""
     pool.reset()
     nbytes = inputs * outputs * bits // 8 + inputs // group * outputs * 2
-    copies: list[native.Packed] = []
+    copies: list[native_linear.Packed] = []
     for _ in range(FILE_BYTES // nbytes):
         qweight = pool.cut((inputs * bits // 32, outputs), torch.int32)
         scales = pool.cut((inputs // group, outputs), torch.float16)
-        copies.append(native.Packed(qweight, scales, None, None, bits, group))
+        copies.append(native_linear.Packed(qweight, scales, None, None, bits, group))
         if panels:
             copies[-1].to_panels()
     for rows in all_rows:
@@ -118,13 +118,13 @@ def measure(
 
 
 def _measure(
-    copies: Sequence[native.Packed], nbytes: int, x: torch.Tensor, other: tuple[Case, int] | None
+    copies: Sequence[native_linear.Packed], nbytes: int, x: torch.Tensor, other: tuple[Case, int] | None
 ) -> LinearTimes:
     one = copies[0]
     bits, group, inputs, outputs = one.bits, one.group, one.in_features, one.out_features
     read = [partial(native.read, tensor) for packed in copies for tensor in weights(packed)]
     cases = [
-        Case("ours", _each([partial(native.linear, packed, x) for packed in copies])),
+        Case("ours", _each([partial(native_linear.linear, packed, x) for packed in copies])),
         Case("read", _each(read)),
     ]
     torch_name, other_bytes = (other[0].name, other[1]) if other else ("", nbytes)
@@ -144,7 +144,7 @@ def _measure(
     )  # fmt: skip
 
 
-def weights(packed: native.Packed) -> tuple[torch.Tensor, torch.Tensor]:
+def weights(packed: native_linear.Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernels read of a weight: words and scales, wherever they lie by now."""
     words, scales = packed._tensors[:2]
     assert words is not None and scales is not None

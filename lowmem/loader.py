@@ -100,8 +100,8 @@ def load(
     float16 arithmetic multiply it many times slower (see `default_dtype`). Scales stay as they are stored.
     on_the_fly: quantize the decoder layers' linears of a 16-bit source with bitsandbytes while they are read.
     split: only so many decoder layers on `device`, the others on the CPU. activation_bits: 8, 12 or 16, of
-    the integers that a CPU's kernels make of activations (see kernels.native.activation_bits). progress:
-    bytes read, and all. notify: hears in one line of what looks changed, but may be meant.
+    the integers that a CPU's kernels make of activations (see kernels.native_linear.activation_bits).
+    progress: bytes read, and all. notify: hears in one line of what looks changed, but may be meant.
     Raises SourceError for a checkpoint that is damaged, incomplete, not of its config's model, or beside
     another tokenizer than its own; torch's own errors where memory is short.
     """

@@ -12,7 +12,7 @@ from lowmem.checkpoint.manifest import GptqFormat
 from lowmem.checkpoint.mapped import forget_pages, is_mapped
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.errors import SourceError
-from lowmem.kernels import native, reference
+from lowmem.kernels import native_linear, reference
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias", "order")
 
@@ -36,7 +36,7 @@ class QuantLinear(nn.Module):
     g_idx: torch.Tensor
     bias: torch.Tensor | None
     order: torch.Tensor | None
-    packed: native.Packed | None
+    packed: native_linear.Packed | None
     """The weight as our own kernels read it, while they are used."""
 
     def __init__(
@@ -73,24 +73,25 @@ class QuantLinear(nn.Module):
         return self.packed is not None
 
     def use_native(self, activation_bits: int | None = None) -> None:
-        """Multiply with our own kernels from now on (see kernels/native.py), once all tensors are in place.
+        """Multiply with our own kernels from now on (see kernels/native_linear.py), once all tensors are in place.
 
-        activation_bits: of a 16-bit activation's integer, one of native.ACTIVATION_BITS; None is
-        native.activation_bits. Weights of 8 bits take 16 for 12.
+        activation_bits: of a 16-bit activation's integer, one of native_linear.ACTIVATION_BITS; None is
+        native_linear.activation_bits. Weights of 8 bits take 16 for 12.
 
         An act-order weight of other tools, its groups scattered, gets its rows in order: memory of its own
-        instead of the file's. Raises native.Unsuitable, and changes nothing, when the kernels cannot take it.
+        instead of the file's. Raises native_linear.Unsuitable, and changes nothing, when the kernels cannot
+        take it.
         """
         if self.qweight.device.type != "cpu":
-            raise native.Unsuitable("its tensors are not on the CPU")
-        order = native.groups_of(self.g_idx, self.scales.shape[0]).order
+            raise native_linear.Unsuitable("its tensors are not on the CPU")
+        order = native_linear.groups_of(self.g_idx, self.scales.shape[0]).order
         if order is not None:
-            self.qweight = native.rows_in_order(self.qweight, self.bits, order)
+            self.qweight = native_linear.rows_in_order(self.qweight, self.bits, order)
             self.g_idx = self.g_idx[order]
             self.order = order if self.order is None else self.order[order]
-        packed = native.Packed.of(self)
+        packed = native_linear.Packed.of(self)
         if activation_bits is not None:
-            packed.planes = native.planes_of(activation_bits)
+            packed.planes = native_linear.planes_of(activation_bits)
         self.packed = packed
 
     @property
@@ -114,8 +115,8 @@ class QuantLinear(nn.Module):
         """x [..., in] → [..., out]."""
         if self.order is not None:
             x = x.index_select(-1, self.order)
-        if self.packed is not None and native.takes(x):
-            return native.linear(self.packed, x)
+        if self.packed is not None and native_linear.takes(x):
+            return native_linear.linear(self.packed, x)
         return reference.linear(
             x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.bias, v2=self.zeros_v2
         )

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lowmem.kernels import dispatch, native
+from lowmem.kernels import dispatch, native_linear
 
 _CAST_WEIGHTS = 1 << 21  # of a head at a time, for more rows than our own kernels take: 12 MiB of copies
 
@@ -50,11 +50,11 @@ class StoredHead(nn.Linear):
         self.register_parameter("bias", linear.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """x [..., in] → [..., out]; for native.FEW_ROWS or fewer nothing is rounded but the result."""
-        if input.numel() <= native.FEW_ROWS * self.in_features and native.takes_dense(
+        """x [..., in] → [..., out]; for native_linear.FEW_ROWS or fewer nothing is rounded but the result."""
+        if input.numel() <= native_linear.FEW_ROWS * self.in_features and native_linear.takes_dense(
             input, self.weight, self.bias
         ):
-            return native.dense_linear(input, self.weight, self.bias)
+            return native_linear.dense_linear(input, self.weight, self.bias)
         step = max(1, _CAST_WEIGHTS // max(1, self.in_features))
         result = input.new_empty((*input.shape[:-1], self.out_features))
         for first in range(0, self.out_features, step):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lowmem.checkpoint.packing import pack_rows
-from lowmem.kernels import native
+from lowmem.kernels import native, native_linear
 
 ISAS = ("portable C", "AVX2", "AVX-512 VNNI")
 PAIRED = 4
@@ -53,9 +53,9 @@ class Weight:
     zeros: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
-    def packed(self) -> native.Packed:
+    def packed(self) -> native_linear.Packed:
         """As the library reads it."""
-        packed = native.Packed(
+        packed = native_linear.Packed(
             pack_rows(self.q, self.bits), self.scales, self.zeros, self.bias, self.bits, self.group
         )
         packed.planes = 2  # the rule is the same for any number of rows
@@ -167,7 +167,7 @@ def using(isa: str) -> Iterator[bool]:
 
 
 def call(
-    weight: native.Packed | native.LmPacked,
+    weight: native_linear.Packed | native_linear.LmPacked,
     x: int,
     kind: torch.dtype,
     rows: int,
@@ -176,14 +176,14 @@ def call(
     out_kind: torch.dtype,
 ) -> None:
     """lm_linear on addresses."""
-    address = weight.address if isinstance(weight, native.Packed) else ctypes.addressof(weight)
+    address = weight.address if isinstance(weight, native_linear.Packed) else ctypes.addressof(weight)
     with native.running() as library:
         space = native.workspace(library.lm_linear_workspace(address, rows, planes))
         library.lm_linear(address, x, native.TYPES[kind], rows, planes, out, native.TYPES[out_kind], space)
 
 
 def multiply(
-    packed: native.Packed, x: torch.Tensor, planes: int, out: torch.dtype = torch.float32
+    packed: native_linear.Packed, x: torch.Tensor, planes: int, out: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """x [rows, in] times the weight with so many planes, as `out`."""
     result = torch.full((x.shape[0], packed.out_features), -77.0, dtype=out)
@@ -200,7 +200,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def dense(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """lm_dense_linear: x [rows, in] times a bfloat16 weight [out, in], in x's dtype."""
     outputs, inputs = weight.shape
-    struct = native.LmDense(
+    struct = native_linear.LmDense(
         inputs,
         outputs,
         weight.data_ptr(),
@@ -213,7 +213,7 @@ def dense(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = Non
     return result
 
 
-def dense_call(struct: native.LmDense, x: int, kind: torch.dtype, rows: int, out: int) -> None:
+def dense_call(struct: native_linear.LmDense, x: int, kind: torch.dtype, rows: int, out: int) -> None:
     """lm_dense_linear on addresses."""
     pointer, number = ctypes.c_void_p, ctypes.c_int
     with native.running() as library:
@@ -272,7 +272,7 @@ def _run_fenced_packed(bits: int, outputs: int) -> None:
         for rows, planes in ((1, 1), (3, 2), (2, 3), (35, 2), (3, PAIRED), (35, PAIRED)):
             fenced = Fenced()
             x = torch.randn(rows, 64).to(kind)
-            struct = native.LmPacked(
+            struct = native_linear.LmPacked(
                 bits,
                 32,
                 64,
@@ -293,7 +293,7 @@ def _run_fenced_dense() -> None:
         for rows in (1, 2, 3, 4, 5, 8, 11):
             fenced = Fenced()
             weight, bias = torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).half()
-            struct = native.LmDense(
+            struct = native_linear.LmDense(
                 inputs,
                 outputs,
                 fenced.copy(weight),

@@ -21,7 +21,7 @@ from lowmem.checkpoint.source import open_source
 from lowmem.checkpoint.verify import SINGLE_FILE, verify
 from lowmem.cli import main
 from lowmem.errors import InvalidRequestError, SourceError
-from lowmem.kernels import native
+from lowmem.kernels import native, native_linear
 from lowmem.loader import load
 from lowmem.opening import open_model
 from lowmem.plan.request import Request
@@ -145,10 +145,10 @@ def test_what_c_could_not_count_is_refused() -> None:
     """Shapes of tensors that a sparse file can hold: nothing is allocated for them here either."""
     for inputs, outputs in ((1 << 31, 8), (64, 1 << 31)):
         words = torch.zeros((), dtype=torch.int32).expand(inputs // 8, outputs)
-        with pytest.raises(native.Unsuitable, match="features"):
-            native.Packed(words, torch.empty(1, outputs, device="meta"), None, None, 4, inputs)
-    with pytest.raises(native.Unsuitable, match="64 to 0 features"):
-        native.Packed(torch.empty(8, 0, dtype=torch.int32), torch.empty(2, 0), None, None, 4, 32)
+        with pytest.raises(native_linear.Unsuitable, match="features"):
+            native_linear.Packed(words, torch.empty(1, outputs, device="meta"), None, None, 4, inputs)
+    with pytest.raises(native_linear.Unsuitable, match="64 to 0 features"):
+        native_linear.Packed(torch.empty(8, 0, dtype=torch.int32), torch.empty(2, 0), None, None, 4, 32)
 
 
 # ---- another tokenizer -----------------------------------------------------------------------------------

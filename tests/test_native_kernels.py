@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS
-from lowmem.kernels import native, reference
+from lowmem.kernels import native, native_linear, reference
 from tests.native_oracle import (
     ISAS,
     LIMITS,
@@ -127,7 +127,7 @@ def test_any_size(
     words = pack_rows(weight.q, bits)
     moved = torch.empty(words.numel() + 1, dtype=torch.int32)[1:].view(words.shape).copy_(words)
     scales = torch.empty(weight.scales.numel() + 1, dtype=kinds[1])[1:].view(weight.scales.shape)
-    packed = native.Packed(moved, scales.copy_(weight.scales), weight.zeros, weight.bias, bits, group)
+    packed = native_linear.Packed(moved, scales.copy_(weight.scales), weight.zeros, weight.bias, bits, group)
     for isa in ISAS:
         with using(isa) as can:
             assert not can or same(multiply(packed, x, planes), expected), isa
@@ -281,7 +281,7 @@ def test_within_the_derived_bound_of_float64(bits: int, kind: torch.dtype) -> No
             allowed = bound + (exact.abs() + bound) * half_step + (2.0**-25 if kind is torch.float16 else 0)
             assert ((y - exact[:rows]).abs() <= allowed[:rows]).all()
             packed.planes = planes
-            assert same(native.linear(packed, x[:rows]), y.to(kind))
+            assert same(native_linear.linear(packed, x[:rows]), y.to(kind))
 
 
 @pytest.mark.parametrize(
@@ -315,12 +315,14 @@ def test_agrees_with_the_reference_on_stored_tensors(bits: int, kind: torch.dtyp
     x = activations(20, 256, kind)
     stored = (pack_rows(r.q, bits), pack_zeros(r.zeros, bits), r.scales, r.g_idx, bits)
     expected = reference.linear(x, *stored).double()
-    got = native.linear(weight.packed(), x).double()
+    got = native_linear.linear(weight.packed(), x).double()
     # Beside our bound: the reference's weight and both outputs rounded, its sum of 256 in float32.
     half_step = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[kind]
     size = x.double().abs() @ weight.exact().abs()
     allowed = (
-        worst(x, weight, native.PLANES[kind]) + size * (half_step + 2.0**-16) + 2 * half_step * expected.abs()
+        worst(x, weight, native_linear.PLANES[kind])
+        + size * (half_step + 2.0**-16)
+        + 2 * half_step * expected.abs()
     )
     assert ((got - expected).abs() <= allowed * 1.001).all()
     assert (got - expected).abs().mean() <= expected.abs().mean() * (half_step + 2.0**-18)
@@ -347,7 +349,7 @@ def test_every_16_bit_number_as_activation_scale_and_bias(isa: str, kind: torch.
     for scales, bias in ((numbers.view(1, -1), None), (torch.zeros(1, 65536), numbers)):
         wide = None if bias is None else bias.float()
         half, whole = (
-            multiply(native.Packed(words, s, None, b, 8, 32), torch.eye(32)[:2], 2)
+            multiply(native_linear.Packed(words, s, None, b, 8, 32), torch.eye(32)[:2], 2)
             for s, b in ((scales, bias), (scales.float(), wide))
         )
         assert same(half, whole)
@@ -364,7 +366,7 @@ def test_outputs_round_to_nearest_even(isa: str, kind: torch.dtype) -> None:
     halves = 2.0**-25 * torch.arange(4096)  # float16's denormals, and half way between them
     bias = torch.cat([ties.view(torch.float32), anything.int().view(torch.float32), halves, -halves])
     words = torch.zeros(32 * 8 // 32, len(bias), dtype=torch.int32)
-    packed = native.Packed(words, torch.ones(1, len(bias)), None, bias, 8, 32)
+    packed = native_linear.Packed(words, torch.ones(1, len(bias)), None, bias, 8, 32)
     assert same(multiply(packed, torch.zeros(1, 32), 2, kind)[0], (0.0 + bias).to(kind))  # 0 + -0 is +0
 
 

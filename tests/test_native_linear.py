@@ -24,7 +24,7 @@ from lowmem.checkpoint.safetensors_file import read_header
 from lowmem.config import BITS, PREFILL_CHUNK
 from lowmem.doctor import kernels as doctor
 from lowmem.errors import InvalidRequestError
-from lowmem.kernels import cuda, dispatch, native, torch_ops
+from lowmem.kernels import cuda, dispatch, native, native_linear, torch_ops
 from lowmem.kernels.cuda import sample_linear
 from lowmem.plan import memory
 from lowmem.plan.shape import ModelShape
@@ -123,9 +123,11 @@ def test_any_linear_is_float64s(
 @pytest.mark.parametrize("bits", BITS)
 def test_16_bit_activations_become_fewer_only_where_it_is_free_or_asked_for(bits: int) -> None:
     linear = quant_linear(256, 96, bits, 64)
-    x = torch.randn(2 * native.FEW_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(
+        2 * native_linear.FEW_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)
+    ).bfloat16()
     results = {}
-    for asked in (None, *native.ACTIVATION_BITS):
+    for asked in (None, *native_linear.ACTIVATION_BITS):
         linear.use_native(activation_bits=asked)
         results[asked] = linear(x)
         assert torch.equal(linear(x[:1]), results[asked][:1]), "a step's rows as a prompt's"
@@ -291,7 +293,7 @@ def test_what_could_not_be_read_safely_is_refused() -> None:
         "bits": 4,
         "group": 32,
     }
-    native.Packed(**good)
+    native_linear.Packed(**good)
     words = linear.qweight
     shifted = torch.empty(words.nbytes + 1, dtype=torch.uint8)[1:].numpy().view("<i4")
     for change in (
@@ -313,10 +315,10 @@ def test_what_could_not_be_read_safely_is_refused() -> None:
         {"bias": torch.zeros(63)},
         {"bias": torch.zeros(64, dtype=torch.int32)},
     ):
-        with pytest.raises(native.Unsuitable):
-            native.Packed(**{**good, **change})
+        with pytest.raises(native_linear.Unsuitable):
+            native_linear.Packed(**{**good, **change})
     odd = quant_linear(96, 32, 4, 48)  # two groups, each half of a kernel's vector too long
-    with pytest.raises(native.Unsuitable, match="multiples of 32"):
+    with pytest.raises(native_linear.Unsuitable, match="multiples of 32"):
         odd.use_native()
     x = torch.randn(2, 96)
     assert error(odd(x), exact(odd, x)) < 1e-5 and not odd.row_invariant
@@ -373,7 +375,7 @@ def test_the_plan_counts_the_workspace(form: str) -> None:
     linear.use_native()
     assert linear.packed is not None
     asked = native.library().lm_linear_workspace(
-        linear.packed.address, 8 * PREFILL_CHUNK, native.PLANES[getattr(torch, form)]
+        linear.packed.address, 8 * PREFILL_CHUNK, native_linear.PLANES[getattr(torch, form)]
     )
     shape = ModelShape(
         "llama", 1, inputs, 4, 4, 16, 100, 100, form, (), ((inputs, 128),), GptqFormat(4, group), 0
@@ -479,8 +481,8 @@ def test_the_doctor_computes_with_the_library(monkeypatch: pytest.MonkeyPatch) -
     line = doctor.native_works("kernels")
     assert isinstance(line, str) and native.isa_name() in line and "equal to float64" in line
     assert "torch's" in line or sys.platform != "linux"
-    right = native.linear
-    monkeypatch.setattr(native, "linear", lambda *a: right(*a) * 1.001)
+    right = native_linear.linear
+    monkeypatch.setattr(native_linear, "linear", lambda *a: right(*a) * 1.001)
     with pytest.raises(RuntimeError, match="differs"):
         doctor.native_works("kernels")
 

@@ -19,7 +19,7 @@ from lowmem.generate.cache import KVCache
 from lowmem.generate.engine import Engine, Token
 from lowmem.generate.lookup import Pace
 from lowmem.generate.native_step import MOST_ROWS, NativeStep
-from lowmem.kernels import native
+from lowmem.kernels import native, native_linear
 from lowmem.loader import load
 from lowmem.quant_linear import QuantLinear
 from tests.helpers import tiny_model
@@ -188,7 +188,7 @@ def test_reading_reads_every_byte_once(own: bool) -> None:
     with native.running() as library:
         try:
             for threads in (1, 2, 5):
-                library.lm_set_threads(threads, None if own else native._native().gomp)
+                library.lm_set_threads(threads, None if own else native.loaded().gomp)
                 for start, size in (
                     (0, 0),
                     (1, 1),
@@ -202,12 +202,12 @@ def test_reading_reads_every_byte_once(own: bool) -> None:
                     part = memory[start : start + size]
                     assert library.lm_read(part.ctypes.data, size) == exclusive_or(part.tobytes())
         finally:
-            native._native().threads = 0  # set again by the next caller
+            native.loaded().threads = 0  # set again by the next caller
 
 
 FORK = """
 import os, numpy as np, torch
-from lowmem.kernels import native
+from lowmem.kernels import native, native_linear
 library = native.library()
 library.lm_set_threads(3, None)
 data = np.arange(1 << 19, dtype=np.uint64)
@@ -229,4 +229,4 @@ def test_a_forked_child_gets_threads_of_its_own() -> None:
 def test_the_modules_constants_are_the_librarys() -> None:
     folder = Path(native_step.__file__).parent.parent / "kernels" / "csrc"
     assert f"LM_STEP_ROWS = {MOST_ROWS} " in (folder / "step.h").read_text()
-    assert f"#define LM_FEW {native.FEW_ROWS} " in (folder / "lowmem.h").read_text()
+    assert f"#define LM_FEW {native_linear.FEW_ROWS} " in (folder / "lowmem.h").read_text()

@@ -14,7 +14,7 @@ from lowmem.checkpoint.mapped import is_mapped
 from lowmem.config import SamplingParams
 from lowmem.generate.engine import Engine
 from lowmem.generate.native_step import checked_step, why_not
-from lowmem.kernels import native
+from lowmem.kernels import native, native_linear
 from lowmem.loader import load
 from lowmem.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 from tests.helpers import save_source, tiny_model
@@ -62,10 +62,10 @@ def test_a_float16_weight_against_float64(isa: str, bias: torch.dtype | None) ->
         x = torch.randn(11, inputs, generator=rng)
         exact = x.double() @ weight.double().T + (0 if b is None else b.double())
         size = x.double().abs() @ weight.double().abs().T + (0 if b is None else b.double().abs())
-        y = native.dense_linear(x, weight, b)
+        y = native_linear.dense_linear(x, weight, b)
         assert ((y.double() - exact).abs() <= size * (inputs + 1) * 2.0**-24).all()
         for rows in (1, 2, 3, 5, 10):
-            assert same(native.dense_linear(x[11 - rows :], weight, b), y[11 - rows :]), rows
+            assert same(native_linear.dense_linear(x[11 - rows :], weight, b), y[11 - rows :]), rows
 
 
 @needs_library
@@ -77,7 +77,7 @@ def test_every_float16_is_itself(isa: str) -> None:
         weight = torch.zeros(len(chosen), inputs, dtype=torch.float16)
         place = torch.arange(len(chosen)) % inputs
         weight[torch.arange(len(chosen)), place] = chosen
-        y = native.dense_linear(torch.ones(1, inputs), weight)[0]
+        y = native_linear.dense_linear(torch.ones(1, inputs), weight)[0]
         assert same(y + 0.0, chosen.float() + 0.0)
     assert len(other) == 2 * 1024
 
@@ -85,16 +85,16 @@ def test_every_float16_is_itself(isa: str) -> None:
 @needs_library
 def test_what_the_kernel_would_not_read_safely_is_refused() -> None:
     x, weight = torch.ones(2, 8), torch.ones(4, 8, dtype=torch.float16)
-    assert torch.equal(native.dense_linear(x, weight), torch.full((2, 4), 8.0))
-    assert native.dense_linear(x[:0], weight).shape == (0, 4)
-    assert native.dense_linear(x[0], weight).shape == (4,)
+    assert torch.equal(native_linear.dense_linear(x, weight), torch.full((2, 4), 8.0))
+    assert native_linear.dense_linear(x[:0], weight).shape == (0, 4)
+    assert native_linear.dense_linear(x[0], weight).shape == (4,)
     for bad in (weight.float(), weight[:, :7], weight[:, ::2], weight[0], weight[:0], weight.T):
         with pytest.raises(ValueError):
-            native.dense_linear(x, bad)
+            native_linear.dense_linear(x, bad)
     with pytest.raises(ValueError):
-        native.dense_linear(x, weight, torch.ones(3))
+        native_linear.dense_linear(x, weight, torch.ones(3))
     with pytest.raises(ValueError):
-        native.dense_linear(x.requires_grad_(), weight)
+        native_linear.dense_linear(x.requires_grad_(), weight)
 
 
 # ---- a loaded model --------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def test_prefill_is_nearer_to_the_stored_model_than_a_cast(
     got, before = model(ids, logits_to_keep=rows).logits, cast(ids, logits_to_keep=rows).logits
     assert got.dtype is BF16 and got.shape == exact.shape
     error, error_before = ((y.float() - exact).norm() / exact.norm() for y in (got, before))
-    if rows <= native.FEW_ROWS:
+    if rows <= native_linear.FEW_ROWS:
         # Only the logits themselves are rounded: nothing is nearer in bfloat16.
         assert ((got.float() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-6).all()
         assert error < 0.8 * error_before

@@ -9,7 +9,7 @@ from lowmem.checkpoint.manifest import GptqFormat
 from lowmem.checkpoint.packing import unpack_rows, unpack_zeros
 from lowmem.config import BITS
 from lowmem.doctor.report import Check, Checks, guarded
-from lowmem.kernels import bnb, dispatch, native, reference
+from lowmem.kernels import bnb, dispatch, native, native_linear, reference
 from lowmem.kernels.cuda import SampleLinear, sample_linear
 
 _GROUP_SIZE = 128  # that of most checkpoints
@@ -67,10 +67,10 @@ def native_works(area: str) -> Check | str:
     for bits in BITS:
         for sym in (True, False):
             linear = sample_linear(GptqFormat(bits, _GROUP_SIZE, sym), torch.device("cpu"), torch.float32)
-            packed = native.Packed.of(linear)
+            packed = native_linear.Packed.of(linear)
             for count in (1, 4, 40):
                 rows = torch.randn(count, linear.in_features, generator=torch.Generator().manual_seed(bits))
-                worst = max(worst, _error(native.linear(packed, rows), linear, rows))
+                worst = max(worst, _error(native_linear.linear(packed, rows), linear, rows))
     if not worst < 1e-5:
         raise RuntimeError(f"{native.isa_name()}: differs from float64 by {worst:.1g}")
     threads = "torch's" if native.threads_are_torchs() else "their own"

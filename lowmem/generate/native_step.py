@@ -20,11 +20,11 @@ from torch import nn
 
 from lowmem.checkpoint.files import one_line
 from lowmem.generate.cache import KVCache
-from lowmem.kernels import dispatch, native
+from lowmem.kernels import dispatch, native, native_linear
 from lowmem.quant_linear import QuantLinear
 from lowmem.stored_embeddings import StoredEmbedding, StoredHead
 
-MOST_ROWS = native.FEW_ROWS
+MOST_ROWS = native_linear.FEW_ROWS
 """Rows of a step, at most: a token and the draft behind it. Of more, none would come out as it does alone."""
 _HEAD_UNIT = 16  # a head's size is a multiple of it
 # transformers' names → LM_GELU, LM_GELU_TANH. gelu_new and gelu_fast are the same formula.
@@ -217,7 +217,7 @@ class NativeStep:
         dtype = _stored_dtype(linear)
         weight = self._tensor(linear.weight, (outputs, inputs), dtype)
         bias = None if linear.bias is None else self._tensor(linear.bias, (outputs,))
-        dense = native.LmDense(
+        dense = native_linear.LmDense(
             inputs, outputs, weight, bias, native.TYPES[torch.bfloat16], native.TYPES[dtype]
         )
         self._keep.append(dense)

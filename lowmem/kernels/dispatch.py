@@ -17,7 +17,7 @@ from torch import nn
 
 from lowmem.checkpoint.manifest import GptqFormat
 from lowmem.errors import InvalidRequestError
-from lowmem.kernels import cuda, native, torch_ops
+from lowmem.kernels import cuda, native, native_linear, torch_ops
 from lowmem.kernels.cuda import REFERENCE, KernelChoice, PackedLinear, PassedOver
 
 __all__ = [
@@ -39,7 +39,7 @@ class SwitchableLinear(PackedLinear, Protocol):
     """A packed linear that can be told to use our own kernels."""
 
     def use_native(self, activation_bits: int | None = None) -> None:
-        """From now on; raises native.Unsuitable, and stays as it is, when they cannot take it."""
+        """From now on; raises native_linear.Unsuitable, and stays as it is, when they cannot take it."""
 
 
 def choose_kernel(device: torch.device, format: GptqFormat, dtype: torch.dtype) -> KernelChoice:
@@ -144,7 +144,7 @@ def _install_on_cpu(
         try:
             cast(SwitchableLinear, linear).use_native(activation_bits)
             used[native_name()] += 1
-        except native.Unsuitable:
+        except native_linear.Unsuitable:
             used[REFERENCE] += 1
     names = used.most_common()
     return names[0][0] if len(names) == 1 else ", ".join(f"{name} {count}" for name, count in names)

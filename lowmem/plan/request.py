@@ -27,8 +27,8 @@ class Request:
     context: tokens of prompt and answer together. bits, method: only such forms ("gptq", "int8", "nf4" or
     "dense"). device: "auto", "cpu" or "cuda:N". vram, ram: bytes that may be taken instead of what is free.
     dtype: of activations and dense weights. bandwidth: bytes a second of a card that is only named.
-    activation_bits: 8, 12 or 16, of a CPU's activations (see kernels.native.activation_bits). check: compare
-    the files with their digests before they are loaded.
+    activation_bits: 8, 12 or 16, of a CPU's activations (see kernels.native_linear.activation_bits).
+    check: compare the files with their digests before they are loaded.
     """
 
     model: str
