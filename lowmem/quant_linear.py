@@ -73,7 +73,7 @@ class QuantLinear(nn.Module):
         return self.packed is not None
 
     def use_native(self, activation_bits: int | None = None) -> None:
-        """Multiply with our own kernels from now on (see kernels/native_linear.py), once all tensors are in place.
+        """Multiply with our own kernels from now on (kernels/native_linear.py), once all tensors are there.
 
         activation_bits: of a 16-bit activation's integer, one of native_linear.ACTIVATION_BITS; None is
         native_linear.activation_bits. Weights of 8 bits take 16 for 12.
