@@ -16,6 +16,10 @@ from lowmem.errors import LowmemError
 
 USER_ERROR = 2
 INTERRUPTED = 130
+_LOST = (
+    "a file of the model cannot be read any more: it was cut short, or its disk is gone. "
+    "Put it back (lowmem verify finds which it is), then give the same command again"
+)
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of torchao's import, not of ours
+    from lowmem.kernels.lost_files import lost_files_told
+
     module = next(command.module for command in COMMANDS if command.name == args.command)
     try:
-        return int(importlib.import_module(module).run(args))
+        with lost_files_told(f"lowmem {args.command}: {_LOST}", USER_ERROR):
+            return int(importlib.import_module(module).run(args))
     except LowmemError as error:
         print(f"lowmem {args.command}: {error}", file=sys.stderr)
         return USER_ERROR

@@ -95,7 +95,7 @@ def test_a_library_that_is_not_there_or_of_another_version_is_explained(
     for path, words in ((None, "not compiled"), (broken, "cannot be used"), (other, "lm_")):
         native._load.cache_clear()
         with monkeypatch.context() as patched:
-            patched.setattr(native, "_path", lambda path=path: path)
+            patched.setattr(native, "library_path", lambda path=path: path)
             assert not native.available()
             assert words in native.why_not() and "install a C compiler" in native.why_not()
             assert "\n" not in native.why_not()
@@ -113,7 +113,7 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch, 
     subprocess.run(
         [compiler, "-shared", "-fPIC", "-o", tmp_path / "_native.so", tmp_path / "old.c"], check=True
     )
-    monkeypatch.setattr(native, "_path", lambda: tmp_path / "_native.so")
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_native.so")
     native._load.cache_clear()
     try:
         assert not native.available()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.machinery
 import os
 import threading
 from collections.abc import Iterator
@@ -20,9 +19,11 @@ from typing import Any
 
 import torch
 
+from lowmem.kernels.lost_files import library_path
+
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """LM_F32, LM_F16, LM_BF16."""
-CONTRACT = 4
+CONTRACT = 5
 """LM_CONTRACT of csrc/lowmem.h."""
 _INSTALL = "install a C compiler (gcc or clang), then install lowmem again"
 _POINTER, _INT, _LONG, _SIZE = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_size_t
@@ -53,6 +54,7 @@ _DECLARED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "lm_permute": (None, (_POINTER, _LONG, _LONG, _POINTER, _POINTER)),
     "lm_round_workspace": (_SIZE, ()),
     "lm_round_run": (None, (_POINTER, _POINTER)),
+    "lm_tell_bus_errors": (_INT, (ctypes.c_char_p, _INT)),
 }
 
 
@@ -79,17 +81,10 @@ class _Native:
             self.threads = count
 
 
-def _path() -> Path | None:
-    """The compiled library, beside this file."""
-    folder = Path(__file__).parent
-    names = (folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((path for path in names if path.is_file()), None)
-
-
 @functools.cache
 def _load() -> _Native | str:
     """The library, or why there is none."""
-    path = _path()
+    path = library_path()
     if path is None:
         if os.name == "nt":
             return "lowmem's own kernels are not made for Windows"

@@ -7,4 +7,4 @@ from pathlib import Path
 
 from lowmem.kernels import native
 
-native._path = lambda: Path(os.environ["LOWMEM_SANITIZED"])
+native.library_path = lambda: Path(os.environ["LOWMEM_SANITIZED"])

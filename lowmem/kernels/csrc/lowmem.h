@@ -126,7 +126,7 @@ LM_EXPORT const char *lm_isa_name(void);
 LM_EXPORT int lm_use_isa(const char *name);
 /* LM_CONTRACT: raised with every change to a structure or function of these headers, so that a library compiled from
  * other sources than the Python beside it is refused. */
-enum { LM_CONTRACT = 4 };
+enum { LM_CONTRACT = 5 };
 LM_EXPORT int lm_contract(void);
 
 /* The group in which activations are quantized: the weight's own up to 256, else the largest of 256, 128, 64, 32 that
@@ -176,5 +176,11 @@ LM_EXPORT void lm_to_panels(const lm_packed *w, uint32_t *qweight, void *scales,
 
 /* Read `bytes` once with all threads, as fast as this CPU can; the exclusive or of all words. */
 LM_EXPORT uint64_t lm_read(const void *memory, size_t bytes);
+
+/* ---- files that are lost while they are mapped (fault.c) ------------------------------------------------------ */
+
+/* From now on a page that cannot be read (SIGBUS) puts the terminal back as it is now, writes `line` to standard error and
+ * ends the process with exit_code; NULL: what was before. 0, or -1 where the system refuses. One at a time. */
+LM_EXPORT int lm_tell_bus_errors(const char *line, int exit_code);
 
 #endif

@@ -1,0 +1,51 @@
+/* A page of a mapped file that cannot be read (SIGBUS): one line and an exit code, in place of a crash. */
+#define _POSIX_C_SOURCE 200809L /* sigaction */
+#include <signal.h>
+#include <string.h>
+#include <termios.h>
+#include <unistd.h>
+
+#include "lowmem.h"
+
+static struct {
+    char line[4096];
+    size_t length;
+    int exit_code, has_terminal;
+    struct termios terminal; /* as it was: whoever reads keys may have switched its echo off */
+    struct sigaction before;
+} told;
+
+/* Nothing here but what POSIX allows in a signal's handler. */
+static void tell(int number, siginfo_t *about, void *context)
+{
+    (void)context;
+    if (about->si_code <= 0) { /* sent by a process: it ends this one as ever, once the handler is left */
+        signal(number, SIG_DFL);
+        raise(number);
+        return;
+    }
+    if (told.has_terminal) {
+        signal(SIGTTOU, SIG_IGN);
+        tcsetattr(STDIN_FILENO, TCSANOW, &told.terminal);
+    }
+    for (size_t done = 0; done < told.length;) {
+        const ssize_t written = write(STDERR_FILENO, told.line + done, told.length - done);
+        if (written <= 0)
+            break;
+        done += (size_t)written;
+    }
+    _exit(told.exit_code);
+}
+
+int lm_tell_bus_errors(const char *line, int exit_code)
+{
+    if (!line)
+        return sigaction(SIGBUS, &told.before, NULL);
+    told.length = strnlen(line, sizeof told.line);
+    memcpy(told.line, line, told.length);
+    told.exit_code = exit_code;
+    told.has_terminal = tcgetattr(STDIN_FILENO, &told.terminal) == 0;
+    struct sigaction action = {.sa_sigaction = tell, .sa_flags = SA_SIGINFO};
+    sigemptyset(&action.sa_mask);
+    return sigaction(SIGBUS, &action, &told.before);
+}
