@@ -26,6 +26,7 @@ from lowmem.checkpoint.patterns import (
 )
 from lowmem.checkpoint.tokenizer_files import check_tokenizer_files
 from lowmem.errors import SourceError
+from lowmem.tokenizing import decode, encode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -132,6 +133,8 @@ class Source(ABC):
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False, **options
             )
+            # Settings of a wrong kind are taken as they are, and met by the first text.
+            decode(tokenizer, encode(tokenizer, "a"), skip_special_tokens=True)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a damaged file: bare Exceptions of the Rust code, and its panics

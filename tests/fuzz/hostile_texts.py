@@ -346,6 +346,7 @@ def _(folder: Path) -> None:
 
 
 tokenizer_config("a tokenizer of the hub", ALL, name_or_path="owner/name", _name_or_path="owner/name")
+tokenizer_config("a longest text that is no number", ("plan", "verify"), model_max_length="")
 tokenizer_config("tokens that are no text", ALL, eos_token=7, bos_token=["a"], pad_token={"a": 1})
 tokenizer_config(
     "a context that is no number", ALL, model_max_length="long", padding_side="up", truncation_side=7

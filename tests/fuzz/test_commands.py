@@ -29,6 +29,7 @@ QUICK = {
     "auto_map of the tokenizer alone": ("run",),
     "a pickle among the weights that runs code": ("convert",),
     "fast_tokenizer_files elsewhere": ("run",),
+    "a longest text that is no number": ("run",),
     "groups beyond 64 bits": ("run",),
     "a huge embedding that the config agrees with": ("convert",),
     "a layer of a number of 9 digits": ("plan",),
