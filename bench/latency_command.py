@@ -137,8 +137,8 @@ def _line_up(args: argparse.Namespace, *, cuda: bool) -> Lineup:
 def _digest(lineup: Lineup) -> str:
     """The fingerprint of the source, or of the converted folder that runs without one."""
     from lowmem.checkpoint.safetensors_file import SafetensorsSource
+    from lowmem.checkpoint.shards import read_shards
     from lowmem.checkpoint.source import open_source
-    from lowmem.checkpoint.verify import read_shards
 
     candidate = lineup.entrants[0].candidate
     if candidate.form.method == "gptq" and str(candidate.path) == lineup.source:

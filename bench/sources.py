@@ -11,9 +11,9 @@ import torch
 from lowmem.checkpoint.files import one_line
 from lowmem.checkpoint.manifest import GptqFormat, find_quantization
 from lowmem.checkpoint.safetensors_file import SafetensorsHeader, SafetensorsSource, read_tensor
+from lowmem.checkpoint.shards import read_shards
 from lowmem.checkpoint.source import Source, TensorInfo, open_source
 from lowmem.checkpoint.source_base import FLOATS
-from lowmem.checkpoint.verify import read_shards
 from lowmem.errors import SourceError
 from lowmem.quant_linear import QuantLinear
 

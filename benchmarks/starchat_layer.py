@@ -199,8 +199,8 @@ def measure(work: Path, names: Sequence[str], report: Path) -> None:
     from convert.calls import catch_calls, embed
     from convert.weights import Weights, empty, put
     from lowmem.checkpoint.manifest import read_quantization
+    from lowmem.checkpoint.shards import read_shards
     from lowmem.checkpoint.source import open_source
-    from lowmem.checkpoint.verify import read_shards
     from lowmem.kernels.reference import dequantize
     from lowmem.models.architecture import build_model, decoder_layers, inspect
 

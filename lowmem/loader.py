@@ -23,8 +23,8 @@ from lowmem.checkpoint.files import one_line, read_json
 from lowmem.checkpoint.manifest import GptqFormat, find_quantization
 from lowmem.checkpoint.mapped import MappedFiles
 from lowmem.checkpoint.safetensors_file import SafetensorsHeader, SafetensorsSource, read_tensor
+from lowmem.checkpoint.shards import read_shards
 from lowmem.checkpoint.source import Source, TensorInfo, open_source
-from lowmem.checkpoint.verify import read_shards
 from lowmem.errors import SourceError
 from lowmem.garbage import paused_collection
 from lowmem.kernels import bnb, dispatch

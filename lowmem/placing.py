@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from lowmem.checkpoint.mapped import forget_pages
+from lowmem.checkpoint.model_tensors import QUANT_PARTS, integer_buffers, unique_tensors
 from lowmem.checkpoint.source import TensorInfo, resolve_names
 from lowmem.checkpoint.values import FLOATS, all_finite
-from lowmem.checkpoint.verify import QUANT_PARTS, integer_buffers, unique_tensors
 from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.errors import SourceError
 from lowmem.kernels import bnb

@@ -12,11 +12,10 @@ import pytest
 from benchmarks.crash_scenarios import Material, make_material, tree
 from benchmarks.faults import Child, Fault, Outcome
 from lowmem.checkpoint import cache
-from tests.crash_helpers import spawner  # noqa: F401  (a fixture)
 
 
 @pytest.fixture(scope="module")
-def material(spawner, tmp_path_factory) -> Material:  # noqa: F811
+def material(spawner, tmp_path_factory) -> Material:
     return make_material(tmp_path_factory.mktemp("concurrency") / "material", spawner)
 
 
@@ -39,7 +38,7 @@ class Commands:
 
 
 @pytest.fixture
-def lowmem(spawner, tmp_path: Path, monkeypatch) -> Commands:  # noqa: F811
+def lowmem(spawner, tmp_path: Path, monkeypatch) -> Commands:
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     return Commands(spawner, tmp_path)
 

@@ -22,7 +22,7 @@ from bench.texts import Text, digest_of
 from lowmem.checkpoint import whole_file
 from lowmem.errors import OutputError
 from tests.helpers import save_source, tiny_model
-from tests.test_bench_latency import visit
+from tests.latency_helpers import visit
 from tests.test_bench_quality import SETTINGS, Heard, folder, run  # noqa: F401  (a fixture)
 
 

@@ -22,7 +22,6 @@ from lowmem.checkpoint.whole_file import DiskFullError, free_bytes, write_whole
 from lowmem.config import QuantConfig, SamplingParams
 from lowmem.errors import OutputError
 from tests.convert_helpers import digest_of, quick_convert
-from tests.crash_helpers import spawner  # noqa: F401  (a fixture)
 from tests.helpers import save_source, tiny_model
 
 CONFIG = QuantConfig(bits=4, group_size=32, tune_steps=2)
@@ -348,7 +347,7 @@ def saving(path: str, step: int, told: str) -> None:
     store.save(path, conversation, SamplingParams())
 
 
-def test_a_conversation_is_the_older_or_the_newer_one_at_every_kill(spawner, tmp_path):  # noqa: F811
+def test_a_conversation_is_the_older_or_the_newer_one_at_every_kill(spawner, tmp_path):
     folder = tmp_path / "chats"
     folder.mkdir()
     for step in range(1, 20):

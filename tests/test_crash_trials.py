@@ -6,7 +6,6 @@ A seeded few of what `python -m benchmarks.crash_trials` does by the hundred.
 from __future__ import annotations
 
 from benchmarks.crash_trials import run
-from tests.crash_helpers import spawner  # noqa: F401  (a fixture)
 
 FEW = {
     ("convert", "kill"): 4,
@@ -21,7 +20,7 @@ FEW = {
 }
 
 
-def test_faults_at_random_moments_do_no_harm(spawner):  # noqa: F811
+def test_faults_at_random_moments_do_no_harm(spawner):
     tallies = run(FEW, seed=3, context=spawner)
     kills = [tally for tally in tallies if tally.fault == "kill"]
     assert [tally.hit for tally in kills] == [4, 3, 3, 4, 3]

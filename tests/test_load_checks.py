@@ -17,8 +17,9 @@ from lowmem import loader
 from lowmem.checkpoint import mapped
 from lowmem.checkpoint.digests import check_all, known_digests
 from lowmem.checkpoint.manifest import MANIFEST_FILE, write_manifest
+from lowmem.checkpoint.shards import SINGLE_FILE
 from lowmem.checkpoint.source import open_source
-from lowmem.checkpoint.verify import SINGLE_FILE, verify
+from lowmem.checkpoint.verify import verify
 from lowmem.cli import main
 from lowmem.errors import InvalidRequestError, SourceError
 from lowmem.kernels import native, native_linear

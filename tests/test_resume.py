@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -43,22 +42,6 @@ def child(source: str, out: str) -> None:
 
     torch.set_num_threads(1)
     quick_convert(Path(source), Path(out), shards())
-
-
-@pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def spawner(monkeypatch_module):
-    """Processes that have the libraries loaded already, so that a kill falls into the work."""
-    # The server is a process of its own, and passes over what it cannot import.
-    monkeypatch_module.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])
-    return context
 
 
 def start(spawner, source: Path, out: Path):

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem.checkpoint.manifest import MANIFEST_FILE, write_manifest
-from lowmem.checkpoint.verify import INDEX_FILE, SINGLE_FILE, VerifyReport, verify
+from lowmem.checkpoint.shards import INDEX_FILE, SINGLE_FILE
+from lowmem.checkpoint.verify import VerifyReport, verify
 from lowmem.errors import VerifyError
 from tests.helpers import save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint

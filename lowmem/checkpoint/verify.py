@@ -6,48 +6,26 @@ against its name, shape, dtype and values. Every problem is collected, not only 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from lowmem.checkpoint.config_json import read_config
 from lowmem.checkpoint.digests import difference, known_digests
-from lowmem.checkpoint.files import is_plain_name, one_line, read_json
 from lowmem.checkpoint.links import check_folder
 from lowmem.checkpoint.manifest import MANIFEST_FILE, GptqFormat, checkpoint_files, find_quantization
+from lowmem.checkpoint.model_tensors import QUANT_PARTS, integer_buffers, meta_model, misfit, unique_tensors
 from lowmem.checkpoint.packing import stored_shapes, unpack_zeros
-from lowmem.checkpoint.pointers import HINT, WHAT, is_pointer
-from lowmem.checkpoint.safetensors_file import SafetensorsHeader, StoredTensor, read_header, read_tensor
-from lowmem.checkpoint.values import FLOATS, all_finite
-from lowmem.errors import LowmemError, VerifyError, printable
+from lowmem.checkpoint.shards import INDEX_FILE, SINGLE_FILE, Problem, Shards, read_shards
+from lowmem.checkpoint.values import all_finite
+from lowmem.errors import LowmemError, VerifyError
 
-if TYPE_CHECKING:
-    from torch import nn
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-QUANT_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 # Tensors of old checkpoints that no current model has: masks and rotary tables, computed since.
 _LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing wrong: the file (or "" for the whole checkpoint), the tensor (or ""), and what."""
-
-    file: str
-    tensor: str
-    what: str
-
-    def __str__(self) -> str:
-        where = ": ".join(part for part in (self.file, self.tensor) if part)
-        return printable(f"{where}: {self.what}" if where else self.what)
 
 
 @dataclass(frozen=True)
@@ -78,123 +56,6 @@ class VerifyReport:
         if self.problems:
             more = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
             raise VerifyError(f"{self.problems[0]}{more}", "Convert it again, or download it again")
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The safetensors files of a folder by their headers.
-
-    tensors: each name's header. promised: the file that the index names for each tensor (empty without
-    an index). problems: of the index and the headers.
-    """
-
-    tensors: dict[str, SafetensorsHeader]
-    promised: dict[str, str]
-    problems: tuple[Problem, ...]
-
-    def stored(self, name: str) -> StoredTensor:
-        """Shape, dtype and place of a tensor; KeyError when there is none."""
-        return self.tensors[name].tensors[name]
-
-    def read(self, name: str) -> torch.Tensor:
-        """A tensor in its stored dtype; SourceError when the file ends before."""
-        header = self.tensors[name]
-        return read_tensor(header.path, name, header.tensors[name])
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(stored.end - stored.begin for stored in map(self.stored, self.tensors))
-
-
-def read_shards(folder: Path) -> Shards:
-    """The headers of model.safetensors, or of the shards that the index names; nothing is raised."""
-    problems: list[Problem] = []
-    promised: dict[str, str] = {}
-    if (folder / INDEX_FILE).is_file():
-        promised, fault = _read_index(folder / INDEX_FILE)
-        problems += [fault] if fault else []
-        files = sorted(set(promised.values()))
-    else:
-        files = [SINGLE_FILE]
-    tensors: dict[str, SafetensorsHeader] = {}
-    broken = set()
-    for file in files:
-        if not (folder / file).is_file():
-            problems.append(Problem(file, "", "the file is missing"))
-            broken.add(file)
-            continue
-        if is_pointer(folder / file):
-            problems.append(Problem(file, "", f"{WHAT} ({HINT})"))
-            broken.add(file)
-            continue
-        try:
-            header = read_header(folder / file)
-        except LowmemError as error:
-            problems.append(Problem(file, "", error.message))
-            broken.add(file)
-            continue
-        for name in header.tensors:
-            if name in tensors:
-                problems.append(Problem(file, name, f"is in {tensors[name].path.name} as well"))
-            elif promised and promised.get(name) != file:
-                problems.append(Problem(file, name, f"is in this file, but not so in {INDEX_FILE}"))
-            else:
-                tensors[name] = header
-    for name, file in promised.items():
-        if name not in tensors and file not in broken:
-            problems.append(Problem(file, name, f"is promised by {INDEX_FILE} and not there"))
-    return Shards(tensors, promised, tuple(problems))
-
-
-def _read_index(file: Path) -> tuple[dict[str, str], Problem | None]:
-    try:
-        weight_map = read_json(file).get("weight_map")
-    except LowmemError as error:
-        return {}, Problem(file.name, "", error.message)
-    if not isinstance(weight_map, dict) or not weight_map:
-        return {}, Problem(file.name, "", "has no weight_map")
-    for name, shard in weight_map.items():
-        if not is_plain_name(shard):
-            return {}, Problem(
-                file.name, name, f"lies in {str(shard)[:80]!r}, which is no name of a file here"
-            )
-    return weight_map, None
-
-
-def meta_model(folder: Path) -> nn.Module:
-    """The model of config.json without any weights, on the meta device; no code of the folder's runs.
-
-    Raises VerifyError when transformers cannot make a causal language model of it.
-    """
-    from transformers import AutoConfig
-
-    try:
-        read_config(folder / "config.json")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the values are anyone's, and each config class fails its own way
-        raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
-    return model_of(config)
-
-
-def model_of(config: Any) -> nn.Module:
-    """As `meta_model`, of a config that was read."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all that is wrong is told as a problem
-            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # as above
-        raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
-    return model
-
-
-def integer_buffers(model: nn.Module) -> set[str]:
-    """Names of the model's tensors that are no floats by its own definition; all others have to be."""
-    return {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
 
 
 def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport:
@@ -393,11 +254,8 @@ class _Verification:
 
     def _dense(self, shards: Shards, name: str, shape: tuple[int, ...], integers: bool) -> None:
         stored, file = shards.stored(name), shards.tensors[name].path.name
-        if stored.shape != shape:
-            self._fault(file, name, f"has shape {list(stored.shape)}, the model needs {list(shape)}")
-            return
-        if not integers and stored.dtype not in FLOATS:
-            self._fault(file, name, f"has dtype {stored.dtype}, no float of 16 bits or more")
+        if what := misfit(stored.shape, stored.dtype, shape, integers=integers):
+            self._fault(file, name, what)
             return
         values = self._read(shards, name)
         if values is not None and not all_finite(values):
@@ -420,14 +278,3 @@ class _Verification:
                 self._fault(shards.tensors[name].path.name, name, "is no tensor of this model")
             else:
                 self.notes.append(f"{name} is no tensor of this model, and is not used")
-
-
-def unique_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
-    """(name, (all its names, shape)) of every tensor in a model's state: a tied head comes once."""
-    groups: dict[int, list[str]] = {}
-    shapes: dict[int, tuple[int, ...]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-        shapes[id(tensor)] = tuple(tensor.shape)
-    for key, names in groups.items():
-        yield names[0], (tuple(names), shapes[key])

@@ -16,16 +16,11 @@ from lowmem.checkpoint.bin_checksums import checksum_faults
 from lowmem.checkpoint.bin_shards import BinSource
 from lowmem.checkpoint.digests import difference, known_digests
 from lowmem.checkpoint.manifest import checkpoint_files
+from lowmem.checkpoint.model_tensors import integer_buffers, misfit, model_of, unique_tensors
+from lowmem.checkpoint.shards import Problem
 from lowmem.checkpoint.source import Source, open_source, resolve_names
-from lowmem.checkpoint.values import FLOATS, all_finite
-from lowmem.checkpoint.verify import (
-    Problem,
-    Progress,
-    VerifyReport,
-    integer_buffers,
-    model_of,
-    unique_tensors,
-)
+from lowmem.checkpoint.values import all_finite
+from lowmem.checkpoint.verify import Progress, VerifyReport
 from lowmem.errors import LowmemError
 
 _SLICE_VALUES = 1 << 24  # of a tensor, read at a time
@@ -98,11 +93,8 @@ class _Verification:
         order = sorted(stored_names.items(), key=lambda item: (source.infos[item[1]].file, item[1]))
         for name, stored in order:
             info = source.infos[stored]
-            if info.shape != shapes[name]:
-                what = f"has shape {list(info.shape)}, the model needs {list(shapes[name])}"
-                self.problems.append(Problem(info.file, stored, what))
-            elif name not in integers and getattr(torch, info.dtype) not in FLOATS:
-                what = f"has dtype {info.dtype}, no float of 16 bits or more"
+            dtype = getattr(torch, info.dtype)
+            if what := misfit(info.shape, dtype, shapes[name], integers=name in integers):
                 self.problems.append(Problem(info.file, stored, what))
             elif not all(all_finite(part) for part in self.parts(source, stored)):
                 self.problems.append(Problem(info.file, stored, "has values that are not finite"))

@@ -11,11 +11,11 @@ import torch
 
 from lowmem.checkpoint.manifest import FileDigest
 from lowmem.checkpoint.safetensors_file import DTYPES, StoredTensor, read_header
+from lowmem.checkpoint.shards import INDEX_FILE
 from lowmem.checkpoint.whole_file import write_json, write_whole
 from lowmem.errors import OutputError
 
 CHUNK = 8 << 20
-INDEX_FILE = "model.safetensors.index.json"
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
