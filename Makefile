@@ -1,6 +1,8 @@
 # `make demo` and `make test` need nothing but Python (3.10 or later) and a package index.
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that share the tests, a file each.
+JOBS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: demo test slow lint format clean
@@ -9,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/lowmem demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure; the exit code. Raises LowmemError for what the user can mend."""
     from lowmem.checkpoint.files import one_line
     from lowmem.errors import MemoryBudgetError
-    from lowmem.opening import is_out_of_memory
+    from lowmem.plan.device import is_out_of_memory
 
     module = next(module for name, module, _ in MEASUREMENTS if name == args.measurement)
     try:

@@ -260,7 +260,7 @@ def main() -> int:
     except Exception as error:
         from lowmem.checkpoint.files import one_line
         from lowmem.errors import LowmemError
-        from lowmem.opening import is_out_of_memory
+        from lowmem.plan.device import is_out_of_memory
 
         if is_out_of_memory(error):
             event("failure", f"memory ran out: {one_line(error)}")

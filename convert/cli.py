@@ -126,8 +126,7 @@ def run(args: argparse.Namespace) -> int:
     from convert.recipe import Options
     from lowmem.checkpoint.files import one_line
     from lowmem.errors import MemoryBudgetError
-    from lowmem.opening import is_out_of_memory
-    from lowmem.plan.device import parse_bytes
+    from lowmem.plan.device import is_out_of_memory, parse_bytes
 
     config = QuantConfig(
         bits=args.bits,

@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (MemoryError, RuntimeError, OSError) as error:
         from lowmem.checkpoint.files import one_line
-        from lowmem.opening import is_out_of_memory
+        from lowmem.plan.device import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

@@ -12,6 +12,7 @@ from lowmem.checkpoint.digests import check_all
 from lowmem.checkpoint.files import is_hub_id
 from lowmem.errors import MemoryBudgetError, SourceError
 from lowmem.loader import LoadedModel, load
+from lowmem.plan.device import is_out_of_memory
 from lowmem.plan.planner import Option, Plan
 from lowmem.plan.request import Request, find_card, plan_for
 
@@ -99,20 +100,6 @@ def load_option(
     )
     cache.mark_used(candidate.path)
     return replace(loaded, plan=plan, option=option)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had, on a card or on the host."""
-    if isinstance(error, MemoryError):
-        return True
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, (RuntimeError, OSError)) and any(
-        sign in text for sign in ("out of memory", "can't allocate memory", "cannot allocate memory")
-    )
 
 
 def _free() -> None:

@@ -6,6 +6,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -158,6 +159,7 @@ class FakeSession:
     templated: bool = True
     asked: list[dict[str, Any]] = field(default_factory=list)
     closed: int = 0
+    engine: Any = field(default_factory=lambda: SimpleNamespace(meanwhile=nullcontext))
 
     @property
     def loaded(self) -> Any:

@@ -14,8 +14,9 @@ from lowmem import opening
 from lowmem.config import SamplingParams
 from lowmem.errors import MemoryBudgetError, SourceError
 from lowmem.loader import load
-from lowmem.opening import is_out_of_memory, open_model
+from lowmem.opening import open_model
 from lowmem.plan import request as request_module
+from lowmem.plan.device import is_out_of_memory
 from lowmem.plan.request import Request, plan_for
 from lowmem.session import Session
 from tests.command_lines import ENVIRONMENT

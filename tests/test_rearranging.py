@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lowmem.chat.repl import Chat
 from lowmem.config import SamplingParams
 from lowmem.generate import rearranging
 from lowmem.generate.engine import Engine
@@ -16,6 +19,8 @@ from lowmem.generate.rearranging import Rearranging
 from lowmem.kernels import native
 from lowmem.loader import LoadedModel, load
 from lowmem.quant_linear import QuantLinear
+from lowmem.session import Session
+from tests.chat_helpers import terminal_console
 from tests.helpers import TINY_STARCHAT
 from tests.rtn_helpers import write_rtn_checkpoint
 
@@ -73,6 +78,67 @@ def test_short_memory_leaves_everything_as_it_is(
     work = Rearranging(loaded.model)
     work.finish()
     assert not work and not any(in_panels(loaded))
+
+
+def test_memory_that_ran_out_meanwhile_ends_it_and_a_fault_is_told(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), ValueError("x")):
+
+        def fail(linear: QuantLinear, error: Exception = error) -> bool:
+            raise error
+
+        monkeypatch.setattr(QuantLinear, "use_panels", fail)
+        work = Rearranging(loaded.model)
+        if isinstance(error, ValueError):
+            with pytest.raises(ValueError, match="x"), work.meanwhile():
+                pass
+        else:
+            work.one()
+        assert not work and not any(in_panels(loaded))
+
+
+def test_it_goes_on_while_somebody_types_and_stops_with_that(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end waits for the linear that has been begun, and nothing happens after it."""
+    work = Rearranging(loaded.model)
+    count = len(work)
+    begun, typed = threading.Event(), threading.Event()
+    use_panels = QuantLinear.use_panels
+
+    def slowly(linear: QuantLinear) -> bool:
+        begun.set()
+        assert typed.wait(60)
+        return use_panels(linear)
+
+    monkeypatch.setattr(QuantLinear, "use_panels", slowly)
+    with pytest.raises(KeyboardInterrupt), work.meanwhile():
+        assert begun.wait(60)
+        threading.Timer(0.2, typed.set).start()
+        raise KeyboardInterrupt  # Ctrl-C at the prompt
+    assert len(work) == count - 1 == count - sum(in_panels(loaded))
+    with work.meanwhile():
+        while work:
+            time.sleep(0.01)
+    assert all(in_panels(loaded))
+    with work.meanwhile():
+        assert not any(t.name.startswith("rearranging") for t in threading.enumerate())
+
+
+def test_a_chat_has_all_done_while_the_first_question_is_typed(folder: Path) -> None:
+    session = Session(load(folder), context=64)
+
+    class Reader:
+        def read(self) -> str:
+            while session.engine.unsettled:
+                time.sleep(0.01)
+            raise EOFError
+
+    console, _ = terminal_console()
+    assert session.engine.unsettled
+    assert Chat(session, console, Reader(), params=SamplingParams()).run() == 0
+    assert all(in_panels(session.loaded))
 
 
 def test_an_answer_rearranges_the_model_and_is_the_same(folder: Path) -> None:

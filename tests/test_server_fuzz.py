@@ -45,24 +45,29 @@ def live() -> Iterator[Live]:
 def mended(case: Any, data: Any) -> Any:
     """Most bodies name the model that is served, or nothing but the name would be tried.
 
-    Half of them lose what no description can say: which fields go together, which messages follow each other,
-    which token ids there are.
+    Half of all lose what no description can say: which fields go together, which messages follow each other,
+    which token ids there are. And half of those keep nothing but what has to be there, as the simplest input
+    does, which is always tried.
     """
     body = case.body
-    if not isinstance(body, dict) or "model" not in body or not data.draw(st.integers(0, 3)):
+    if not isinstance(body, dict) or "model" not in body:
         return case
-    body["model"] = MODEL
-    if data.draw(st.booleans()):
-        for name in ("stream_options", "top_logprobs", "best_of", "echo", *UNSUPPORTED):
-            body.pop(name, None)
-        messages = body.get("messages")
-        for message in messages if isinstance(messages, list) else ():
-            if isinstance(message, dict):
-                message["role"] = "user"
-                content = message.get("content")
-                message["content"] = content[:8] if isinstance(content, str) else "Hi"
-        if "prompt" in body and not isinstance(body["prompt"], str):
-            body["prompt"] = data.draw(st.sampled_from(("def f():", ["a", "b"], [5, 6], [[5], [6, 7]])))
+    how = data.draw(st.sampled_from(("bare", "fitting", "named", "as it came")))
+    if how != "as it came":
+        body["model"] = MODEL
+    if how not in ("bare", "fitting"):
+        return case
+    told = ("stream_options", "top_logprobs", "best_of", "echo", *UNSUPPORTED)
+    for name in told if how == "fitting" else set(body) - {"model", "messages", "prompt"}:
+        body.pop(name, None)
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            message["role"] = "user"
+            content = message.get("content")
+            message["content"] = content[:8] if isinstance(content, str) else "Hi"
+    if "prompt" in body and not isinstance(body["prompt"], str):
+        body["prompt"] = data.draw(st.sampled_from(("def f():", ["a", "b"], [5, 6], [[5], [6, 7]])))
     return case
 
 

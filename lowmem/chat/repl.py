@@ -19,8 +19,7 @@ from lowmem.chat.text import clean
 from lowmem.chat.view import View, make_view
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
-from lowmem.opening import is_out_of_memory
-from lowmem.plan.device import trim_memory
+from lowmem.plan.device import is_out_of_memory, trim_memory
 from lowmem.session import Response, Session
 
 _LONG_PROMPT = 256  # tokens from which it is worth telling how far reading is
@@ -77,7 +76,8 @@ class Chat:
         while True:
             trim_memory()  # while somebody types
             try:
-                text = self._reader.read()
+                with self.session.engine.meanwhile():
+                    text = self._reader.read()
             except KeyboardInterrupt:
                 if leaving:
                     return 0

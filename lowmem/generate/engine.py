@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,6 +141,22 @@ class Engine:
     def settle(self) -> None:
         """Have all weights in the order that is read fastest now, as they are after some tokens anyway."""
         self._rearranging.finish()
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether `settle`, or a little of it by `settle_one`, has something to do."""
+        return bool(self._rearranging)
+
+    def settle_one(self) -> None:
+        """`settle` for one linear, some hundredths of a second: for who has nothing else to do."""
+        self._rearranging.one()
+
+    def meanwhile(self) -> AbstractContextManager[None]:
+        """`settle` in a thread, for as long as the caller waits for something else inside: a prompt, say.
+
+        No other call of this engine may be under way, or be made inside.
+        """
+        return self._rearranging.meanwhile()
 
     def reset(self) -> None:
         """Forget what the cache holds; its memory stays."""

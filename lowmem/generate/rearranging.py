@@ -1,18 +1,23 @@
-"""Packed weights into the order in which memory is read fastest, a few at a time, between tokens.
+"""Packed weights into the order in which memory is read fastest, while nobody waits and between tokens.
 
 A model answers as soon as its files are mapped, in GPTQ's own order, whose rows lie pages apart: read at two
 thirds of the memory's pace. The same words in panels are read at all of it (csrc/panels.c), but to copy them
-all first would hold the first token back by longer than it takes itself. So every token is followed by some
-of that work, for as long as the token took, until all is done.
+all first would hold the first token back by longer than it takes itself. So it is done while somebody types
+or no request has come, and where an answer is wanted before, every token is followed by some of that work,
+for as long as the token took, until all is done.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from threading import Event
 
 from torch import nn
 
-from lowmem.plan.device import host_memory_available
+from lowmem.plan.device import host_memory_available, is_out_of_memory
 from lowmem.quant_linear import QuantLinear
 
 _MARGIN = 256 << 20
@@ -28,17 +33,52 @@ class Rearranging:
     def __len__(self) -> int:
         return len(self._left)
 
+    def one(self) -> None:
+        """The next linear. What memory is too short for stays as it is, for good, as does what fails."""
+        if not self._left:
+            return
+        linear = self._left[-1]
+        if host_memory_available() < linear.qweight.nbytes + _MARGIN:
+            self._left.clear()
+            return
+        try:
+            linear.use_panels()
+        except Exception as error:
+            self._left.clear()
+            if not is_out_of_memory(error):
+                raise
+        else:
+            self._left.pop()
+
     def go_on(self, seconds: float) -> None:
-        """Rearrange for about so many seconds. What memory is too short for stays as it is, for good."""
+        """Linear after linear for about so many seconds."""
         stop = time.perf_counter() + seconds
         while self._left and time.perf_counter() < stop:
-            linear = self._left[-1]
-            if host_memory_available() < linear.qweight.nbytes + _MARGIN:
-                self._left.clear()
-                return
-            linear.use_panels()
-            self._left.pop()
+            self.one()
 
     def finish(self) -> None:
         """All that is left, now."""
         self.go_on(float("inf"))
+
+    @contextmanager
+    def meanwhile(self) -> Iterator[None]:
+        """Linear after linear in a thread, as long as the caller does something else: nothing with the model.
+
+        The end waits for the linear that has been begun, and raises what the thread raised.
+        """
+        if not self._left:
+            yield
+            return
+        ended = Event()
+
+        def work() -> None:
+            while self._left and not ended.is_set():
+                self.one()
+
+        with ThreadPoolExecutor(1, "rearranging") as thread:
+            done = thread.submit(work)
+            try:
+                yield
+            finally:
+                ended.set()
+        done.result()

@@ -189,3 +189,17 @@ def packs_nf4() -> bool:
             return any("avx512_bf16" in line for line in cpu if line.startswith("flags"))
     except OSError:
         return False
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory could not be had, on a card or on the host."""
+    if isinstance(error, MemoryError):
+        return True
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, OSError)) and any(
+        sign in text for sign in ("out of memory", "can't allocate memory", "cannot allocate memory")
+    )

@@ -215,14 +215,21 @@ class Worker:
 
     def _next(self) -> Ticket | None:
         """The request whose turn it is, once there is one; None when there will be none."""
-        with self._changed:
-            self._serving = None
-            while not self._queue:
+        engine = self.session.engine
+        while True:
+            with self._changed:
+                self._serving = None
+                if not self._queue and not self._closed and not engine.unsettled:
+                    self._changed.wait()
+                if self._queue:
+                    self._serving = self._queue.pop()
+                    return self._serving
                 if self._closed:
                     return None
-                self._changed.wait()
-            self._serving = self._queue.pop()
-            return self._serving
+            try:
+                engine.settle_one()  # while nobody asks
+            except Exception as error:
+                self._report(error)
 
     def _serve(self, session: Session, ticket: Ticket) -> None:
         """The next answer of a ticket; whatever goes wrong is this ticket's end and nobody else's."""
