@@ -196,3 +196,24 @@ def test_it_follows_an_answer_only_from_its_end(chat, server):
     jump.click()
     until(lambda: scroller.evaluate(gap) < 2)
     assert jump.is_hidden()
+
+
+def test_who_goes_up_while_letters_come_is_not_taken_back(chat, server):
+    """The page grows before the browser has told of the scrolling."""
+    chat.page.add_init_script(
+        """window.grown = [];
+        window.ResizeObserver = class extends ResizeObserver {
+          constructor(tell) { super(tell); window.grown.push(tell); }
+        };"""
+    )
+    chat.page.reload()
+    chat.send("LONG")
+    chat.wait_text("line 59")
+    scroller = chat.page.locator("#scroller")
+    until(lambda: scroller.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight") < 2)
+    scroller.evaluate("e => { e.scrollTop = 100; window.grown.forEach((tell) => tell()); }")
+    chat.button("Go to the end").wait_for()
+    server.session.go.release()
+    chat.done()
+    chat.wait_text("more 19")
+    assert scroller.evaluate("e => e.scrollTop") == 100

@@ -29,6 +29,7 @@ export class Thread {
     /** @type {string|null} */
     this.shownId = null;
     this.following = true;
+    this.seenTop = 0; // where the scroller was when this last knew
     this.scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     // Letters that get another size, and a keyboard that slides in, are no reason to leave the end.
     new ResizeObserver(() => this.follow()).observe(this.scroller);
@@ -83,12 +84,15 @@ export class Thread {
 
   toEnd() {
     this.following = true;
+    this.seenTop = 0;
     this.follow();
   }
 
-  /** Stay at the end, if that is where the person is. */
+  /** Stay at the end, if that is where the person is: who has just gone up is not, though no event says so yet. */
   follow() {
+    if (this.scroller.scrollTop < this.seenTop - 1 && !this.#nearTheEnd()) this.following = false;
     if (this.following) this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.seenTop = this.scroller.scrollTop;
     this.#showJump();
   }
 
@@ -106,9 +110,14 @@ export class Thread {
     };
   }
 
-  #scrolled() {
+  #nearTheEnd() {
     const { scrollTop, scrollHeight, clientHeight } = this.scroller;
-    this.following = scrollHeight - scrollTop - clientHeight < NEAR_THE_END;
+    return scrollHeight - scrollTop - clientHeight < NEAR_THE_END;
+  }
+
+  #scrolled() {
+    this.following = this.#nearTheEnd();
+    this.seenTop = this.scroller.scrollTop;
     this.#showJump();
   }
 
