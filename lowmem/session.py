@@ -25,6 +25,7 @@ from lowmem.models.dialogue import (
     split_turns,
 )
 from lowmem.models.template import apply_template
+from lowmem.plan.device import trim_memory
 from lowmem.text_stream import StopStrings, TextStream, token_text
 from lowmem.tokenizing import encode
 
@@ -337,6 +338,7 @@ class Session:
             # Not left to the garbage collector: the engine is to be free for the next request.
             if isinstance(tokens, Generator):
                 tokens.close()
+            trim_memory()  # what an answer freed stays with malloc, more of it in some hours than in others
 
     def _logprob(self, token: Token, logprob: float) -> TokenLogprob:
         tokenizer = self.loaded.tokenizer

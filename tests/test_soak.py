@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
 import signal
 import sys
@@ -87,6 +88,21 @@ def session_rounds(loaded: LoadedModel, folder: Path) -> Callable[[], None]:
 
 def test_turns_and_resets_of_a_session_leave_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
     assert_flat(grown(session_rounds(loaded, tmp_path)))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how malloc keeps freed pages is glibc's")
+def test_pages_that_were_freed_between_blocks_that_live_on_are_given_back_after_an_answer(
+    loaded: LoadedModel,
+) -> None:
+    session, params = Session(loaded), SamplingParams(max_new_tokens=4)
+    session.complete("a question", params)
+    blocks = [b"x" * (64 << 10) for _ in range(1024)]
+    kept = take_census().anonymous
+    del blocks[::2]
+    assert kept - take_census().anonymous < 4 << 20  # freed, and still with the process
+    session.complete("a question", params)
+    assert kept - take_census().anonymous > 24 << 20
+    assert len(blocks) == 512  # the others live on
 
 
 def test_what_is_kept_is_seen() -> None:
