@@ -15,7 +15,7 @@ from glob import glob
 from setuptools import Extension, setup
 
 NATIVE = Extension(
-    "lowmem.kernels._native",
+    "lowmem.kernels.native._native",
     sorted(glob("lowmem/kernels/csrc/*.c")),
     depends=sorted(glob("lowmem/kernels/csrc/*.h")),
     # Nothing may be contracted behind our back: every instruction set gives the same bits.

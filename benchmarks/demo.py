@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.quality import Comparison, Quality
+    from lowmem.benchmarks.quality.in_memory import Comparison, Quality
 
 PROMPT = "Write a Python function get_name. Return the name of this object."
 BITS = (8, 4)
@@ -66,12 +66,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _demo(folder: Path, rows: int, new_tokens: int) -> None:
-    from benchmarks.quality import Comparison, log_probabilities, text_rows
-    from convert.calibration import CalibrationSpec
-    from convert.pipeline import convert
-    from convert.progress import make_reporter
+    from lowmem.benchmarks.quality.in_memory import Comparison, log_probabilities, text_rows
+    from lowmem.convert.calibration import CalibrationSpec
+    from lowmem.convert.pipeline import convert
+    from lowmem.convert.progress import make_reporter
+
     from lowmem.config import QuantConfig
-    from lowmem.loader import load
+    from lowmem.loading.loader import load
 
     source = embedded_model()
     candidates = [("bf16 source", source)]
@@ -102,10 +103,10 @@ def _demo(folder: Path, rows: int, new_tokens: int) -> None:
 def _measure(name: str, path: Path, comparison: Comparison, new_tokens: int) -> Row:
     """Answer the prompt, and compare: in bf16 as a user runs it, so the arithmetic's noise is in it."""
     import torch
+    from lowmem.benchmarks.quality.in_memory import log_probabilities
 
-    from benchmarks.quality import log_probabilities
     from lowmem.config import SamplingParams
-    from lowmem.loader import load
+    from lowmem.loading.loader import load
     from lowmem.plan.request import Request, plan_for
     from lowmem.session import Session
 

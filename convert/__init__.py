@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from convert.pipeline import convert as convert
+    from lowmem.convert.pipeline import convert as convert
 
 __all__ = ["convert"]
 
@@ -11,7 +11,7 @@ __all__ = ["convert"]
 def __getattr__(name: str) -> Any:
     """Import the converter, and torch with it, when it is first asked for: `lowmem --help` is not."""
     if name == "convert":
-        from convert.pipeline import convert
+        from lowmem.convert.pipeline import convert
 
         return convert
-    raise AttributeError(f"module 'convert' has no attribute {name!r}")
+    raise AttributeError(f"module 'lowmem.convert' has no attribute {name!r}")

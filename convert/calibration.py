@@ -26,7 +26,7 @@ import torch
 from lowmem.errors import CalibrationError
 from lowmem.models.dialogue import Dialogue, Message, encode_plain
 from lowmem.models.template import apply_template
-from lowmem.tokenizing import encode
+from lowmem.text.tokenizing import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

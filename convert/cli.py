@@ -119,12 +119,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert as the arguments say; the exit code."""
-    from convert.calibration import CalibrationSpec
-    from convert.job import Job
-    from convert.pipeline import convert
-    from convert.progress import make_reporter
-    from convert.recipe import Options
-    from lowmem.checkpoint.files import one_line
+    from lowmem.convert.calibration import CalibrationSpec
+    from lowmem.convert.job import Job
+    from lowmem.convert.pipeline import convert
+    from lowmem.convert.progress import make_reporter
+    from lowmem.convert.recipe import Options
+
+    from lowmem.checkpoint.files.reading import one_line
     from lowmem.errors import MemoryBudgetError
     from lowmem.plan.device import is_out_of_memory, parse_bytes
 

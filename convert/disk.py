@@ -12,12 +12,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from convert.job import Job
-from convert.memory import MemoryPlan, packed_bytes
-from lowmem.checkpoint.whole_file import DiskFullError, free_bytes, require_room
+from lowmem.convert.job import Job
+from lowmem.convert.memory import MemoryPlan, packed_bytes
+
+from lowmem.checkpoint.files.whole import DiskFullError, free_bytes, require_room
 from lowmem.config import QuantConfig
 from lowmem.models.architecture import Architecture, LayerSpec, LinearSpec
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 STORED = 2
 """Bytes of a value that is not quantized."""
@@ -61,7 +62,7 @@ def plan(
 ) -> DiskPlan:
     """What is to come after `finished` layers.
 
-    replays: finished linears' outputs lie in files (convert/replay.py). side_bytes: of the source's tokenizer
+    replays: finished linears' outputs lie in files (convert/stages/replay.py). side_bytes: of the source's tokenizer
     and licence files, 0 where it has none. store_head: as in Options.
     """
     hidden = arch.shapes[arch.embedding][1]

@@ -22,10 +22,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.layer import LinearReport
-from lowmem.checkpoint.lock import take
+from lowmem.convert.stages.layer import LinearReport
+
+from lowmem.checkpoint.files.lock import take
+from lowmem.checkpoint.files.whole import as_output_error, sync_folder, write_json
 from lowmem.checkpoint.manifest import MANIFEST_FILE
-from lowmem.checkpoint.whole_file import as_output_error, sync_folder, write_json
 from lowmem.errors import OutputError, RecipeError
 
 VERSION = 1

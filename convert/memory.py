@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from lowmem.convert.math import gptq, hessian, rounding
 
-from convert import gptq, hessian, rounding
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.config import QuantConfig
 from lowmem.errors import MemoryBudgetError
 from lowmem.models.architecture import Architecture, LayerSpec, LinearSpec
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 LIBRARIES = 192 << 20
 """What torch's and the BLAS's own buffers and the allocator's slack add while computing (measured)."""
@@ -105,7 +105,7 @@ def _layer_stages(
     replays: bool,
 ) -> list[Stage]:
     """The moments of one decoder layer, on the compute device. replays: finished linears' outputs lie in
-    files, and their dense weights are dropped (convert/replay.py)."""
+    files, and their dense weights are dropped (convert/stages/replay.py)."""
     itemsize = dtype.itemsize
     whole = sum(_numel(arch.shapes[f"{layer.name}.{n}"]) for n in arch.inside(layer)) * itemsize
     dense = whole  # what there is of it

@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lowmem.convert import disk, memory
+from lowmem.convert.calibration import CalibrationRows, CalibrationSpec, load_rows
+from lowmem.convert.job import Job, differences
+from lowmem.convert.progress import Reporter
+from lowmem.convert.recipe import Options, compute_dtype, describe, fit_group_size, recipe_of
+from lowmem.convert.result.finish import ResultSummary, put_together
+from lowmem.convert.stages.layer import LayerResult, Seconds, quantize_layer
+from lowmem.convert.stages.replay import Replay
+from lowmem.convert.stages.targets import record
 
-from convert import disk, memory
-from convert.activations import HiddenStates
-from convert.calibration import CalibrationRows, CalibrationSpec, load_rows
-from convert.calls import LayerCall, catch_calls, embed
-from convert.job import Job, differences
-from convert.layer import LayerResult, Seconds, quantize_layer
-from convert.progress import Reporter
-from convert.recipe import Options, compute_dtype, describe, fit_group_size, recipe_of
-from convert.replay import Replay
-from convert.result import ResultSummary, put_together
-from convert.targets import record
-from convert.weights import Weights, empty, move_buffers
 from lowmem.checkpoint import cache
+from lowmem.checkpoint.files.whole import free_bytes, refusals
+from lowmem.checkpoint.files.writer import TensorPlan, write_tensors
 from lowmem.checkpoint.manifest import MANIFEST_FILE
-from lowmem.checkpoint.source import Source, open_source
-from lowmem.checkpoint.whole_file import free_bytes, refusals
-from lowmem.checkpoint.writer import TensorPlan, write_tensors
+from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.config import QuantConfig
 from lowmem.errors import CalibrationError, OutputError
 from lowmem.generate.attention import use_row_attention
 from lowmem.models.architecture import Architecture, build_model, decoder_layers, inspect
 from lowmem.models.dialogue import Dialogue
 from lowmem.plan import device as machine
+from lowmem.streaming.hidden_states import HiddenStates
+from lowmem.streaming.layer_calls import LayerCall, catch_calls, embed
+from lowmem.streaming.weights import Weights, empty, move_buffers
 
 # Of Options: what changes the result, beside the quantization itself.
 _RESULT_OPTIONS = ("shard_size", "store_head", "revision", "compute_dtype")
@@ -84,7 +84,7 @@ def convert(
 ) -> ResultSummary:
     """Quantize the checkpoint `source` into the folder `out` with GPTQ.
 
-    source: a folder, file or hub id (see lowmem.checkpoint.source). out: None is the place in lowmem's own
+    source: a folder, file or hub id (see lowmem.checkpoint.source.open). out: None is the place in lowmem's own
     cache that belongs to the source and the recipe (see lowmem.checkpoint.cache). on_target: called with the
     folder once it is known, before anything is written. The folder appears whole or not at all. An
     interrupted conversion goes on after its last finished layer when it is called again with the same

@@ -10,14 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 if TYPE_CHECKING:
+    from lowmem.convert.memory import MemoryPlan
+    from lowmem.convert.stages.layer import LayerResult, LinearReport
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
-
-    from convert.layer import LayerResult, LinearReport
-    from convert.memory import MemoryPlan
 
 
 class Reporter:

@@ -6,17 +6,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from lowmem.convert.calibration import CalibrationRows
+from lowmem.convert.math import products
+from lowmem.convert.progress import Reporter
 
 import lowmem
-from convert import products
-from convert.calibration import CalibrationRows
-from convert.progress import Reporter
-from lowmem.checkpoint.source import Source
+from lowmem.checkpoint.source.open import Source
 from lowmem.config import QuantConfig
 from lowmem.errors import RecipeError
 from lowmem.models.architecture import Architecture
 from lowmem.plan.device import bfloat16_is_fast
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 GROUP_SIZES = (128, 64, 32)
 """Tried in this order when the user names none and the larger one does not divide."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from lowmem.loader import LoadedModel
-from lowmem.opening import open_model as _open_model
+from lowmem.loading.loader import LoadedModel
+from lowmem.loading.opening import open_model as _open_model
 from lowmem.plan.device import parse_bytes
 from lowmem.plan.planner import Plan
 from lowmem.plan.request import Request, plan_for

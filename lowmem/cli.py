@@ -32,19 +32,23 @@ class Command:
 
 
 COMMANDS = (
-    Command("convert", "convert.cli", "quantize a checkpoint to 8, 4, 3 or 2 bits with GPTQ"),
-    Command("plan", "lowmem.plan_command", "what every form of a model needs, and which one runs here"),
-    Command("run", "lowmem.run_command", "chat with the best form of a model that fits, or answer a prompt"),
-    Command("fim", "lowmem.fim_command", "fill in what is missing in the middle of a file"),
-    Command("serve", "lowmem.serve_command", "an OpenAI-compatible API, and a chat page for the browser"),
+    Command("convert", "lowmem.convert.cli", "quantize a checkpoint to 8, 4, 3 or 2 bits with GPTQ"),
+    Command("plan", "lowmem.commands.plan", "what every form of a model needs, and which one runs here"),
+    Command("run", "lowmem.commands.run", "chat with the best form of a model that fits, or answer a prompt"),
+    Command("fim", "lowmem.commands.fim", "fill in what is missing in the middle of a file"),
+    Command("serve", "lowmem.commands.serve", "an OpenAI-compatible API, and a chat page for the browser"),
     Command(
-        "verify", "lowmem.verify_command", "check a converted checkpoint, file by file and tensor by tensor"
+        "verify", "lowmem.commands.verify", "check a converted checkpoint, file by file and tensor by tensor"
     ),
-    Command("list", "lowmem.list_command", "the converted checkpoints in lowmem's cache"),
-    Command("rm", "lowmem.rm_command", "remove checkpoints from the cache"),
-    Command("doctor", "lowmem.doctor_command", "check what works on this machine, and say what does not"),
-    Command("bench", "bench.cli", "measure output quality and latency against bf16, and report"),
-    Command("demo", "benchmarks.demo", "convert the embedded model, answer a prompt, measure: a few minutes"),
+    Command("list", "lowmem.commands.list", "the converted checkpoints in lowmem's cache"),
+    Command("rm", "lowmem.commands.rm", "remove checkpoints from the cache"),
+    Command("doctor", "lowmem.commands.doctor", "check what works on this machine, and say what does not"),
+    Command("bench", "lowmem.benchmarks.cli", "measure output quality and latency against bf16, and report"),
+    Command(
+        "demo",
+        "lowmem.benchmarks.demo",
+        "convert the embedded model, answer a prompt, measure: a few minutes",
+    ),
 )
 
 
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of torchao's import, not of ours
-    from lowmem.kernels.lost_files import lost_files_told
+    from lowmem.kernels.native.lost_files import lost_files_told
 
     module = next(command.module for command in COMMANDS if command.name == args.command)
     try:
@@ -91,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError, OSError) as error:
-        from lowmem.checkpoint.files import one_line
+        from lowmem.checkpoint.files.reading import one_line
         from lowmem.plan.device import is_out_of_memory
 
         if not is_out_of_memory(error):

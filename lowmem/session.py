@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lowmem.checkpoint.files import one_line
+from lowmem.checkpoint.files.reading import one_line
 from lowmem.config import DEFAULT_CONTEXT, SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.compiled import default_decode
 from lowmem.generate.engine import Engine, FinishReason, Progress, Token, context_length
 from lowmem.generate.sampling import check_sampling
-from lowmem.loader import LoadedModel
+from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import (
     ROLES,
     Message,
@@ -26,8 +26,8 @@ from lowmem.models.dialogue import (
 )
 from lowmem.models.template import apply_template
 from lowmem.plan.device import trim_memory
-from lowmem.text_stream import StopStrings, TextStream, token_text
-from lowmem.tokenizing import encode
+from lowmem.text.stream import StopStrings, TextStream, token_text
+from lowmem.text.tokenizing import encode
 
 _CARD = SamplingParams()  # the settings of StarChat Alpha's card
 _PROBE = Message("user", "x")  # stands for a last message where the tokens of one turn are counted

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.chromium import browser  # noqa: F401  (a fixture)
-from tests.crash_helpers import spawner  # noqa: F401  (a fixture)
+from tests.experiments.crash_helpers import spawner  # noqa: F401  (a fixture)
 
 # The matrices of tests are tiny: a second thread would only wait for the first, and badly so on a busy
 # machine.

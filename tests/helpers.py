@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from lowmem.benchmarks.experiments.full_size.replicas import STARCHAT_VOCAB, starchat_config
 
-from benchmarks.replicas import STARCHAT_VOCAB, starchat_config
-from lowmem.checkpoint.source import open_source
+from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import SourceError
 
 REPO = Path(__file__).resolve().parent.parent

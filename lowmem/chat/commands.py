@@ -14,7 +14,7 @@ from lowmem.chat.settings import NAMES, show_settings, with_setting
 from lowmem.chat.store import load, save
 from lowmem.chat.text import one_line
 from lowmem.errors import InvalidRequestError
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 if TYPE_CHECKING:
     from lowmem.chat.repl import Chat

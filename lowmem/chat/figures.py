@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lowmem.plan.device import MemoryUse, memory_use
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 if TYPE_CHECKING:
-    from lowmem.loader import LoadedModel
+    from lowmem.loading.loader import LoadedModel
     from lowmem.session import Response
 
 

@@ -18,7 +18,7 @@ def loading(model: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] |
     from rich.text import Text
 
     from lowmem.chat.text import one_line
-    from lowmem.units import format_bytes
+    from lowmem.text.units import format_bytes
 
     name = one_line(model)
     with Console(stderr=True).status(Text(f"loading {name}", "dim")) as status:

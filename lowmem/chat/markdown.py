@@ -1,6 +1,6 @@
 """Markdown → styled lines, one top-level block at a time, so that a block's lines never depend on another.
 
-markdown-it parses by the rules of `lowmem.markup`, rich lays out; links and images are shown as written.
+markdown-it parses by the rules of `lowmem.text.markup`, rich lays out; links and images are shown as written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.theme import Theme
 
-from lowmem.markup import make_parser
+from lowmem.text.markup import make_parser
 
 CODE_THEME = "ansi_dark"  # the terminal's own sixteen colours, so that a light one is served as well
 THEME = Theme(

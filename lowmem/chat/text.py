@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.markup import clean
+from lowmem.text.markup import clean
 
 __all__ = ["clean", "one_line"]
 

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.checkpoint.files import is_hub_id, read_json
-from lowmem.checkpoint.lock import take
+from lowmem.checkpoint.files.lock import take
+from lowmem.checkpoint.files.reading import is_hub_id, read_json
+from lowmem.checkpoint.files.whole import DiskFullError, write_whole
 from lowmem.checkpoint.manifest import MANIFEST_FILE, find_quantization
-from lowmem.checkpoint.whole_file import DiskFullError, write_whole
 from lowmem.config import QuantConfig
 from lowmem.errors import InvalidRequestError, LowmemError, OutputError
 

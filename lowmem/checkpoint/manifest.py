@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.checkpoint.config_json import read_config
-from lowmem.checkpoint.files import is_plain_name, read_json
-from lowmem.checkpoint.links import check_folder
+from lowmem.checkpoint.files.links import check_folder
+from lowmem.checkpoint.files.reading import is_plain_name, read_json
+from lowmem.checkpoint.headers.config import read_config
 from lowmem.config import BITS, QuantConfig
 from lowmem.errors import OutputError, SourceError, VerifyError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowmem.doctor.machine import Card, Machine
 from lowmem.doctor.report import Check, Checks
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 NEEDED = ("torch", "transformers")
 _LEAST_DISK = 10 << 30

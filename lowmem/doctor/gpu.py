@@ -20,11 +20,12 @@ from lowmem.doctor.report import Check, Checks, guarded
 from lowmem.generate.cache import KVCache
 from lowmem.generate.compiled import CUDA_GRAPH, CompiledDecode, CompileRefused
 from lowmem.generate.engine import Engine
-from lowmem.kernels import bnb, dispatch
-from lowmem.loader import LoadedModel, load
+from lowmem.kernels import bitsandbytes as bnb
+from lowmem.kernels import dispatch
+from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.loading.loader import LoadedModel, load
 from lowmem.models.architecture import decoder_layers
-from lowmem.quant_linear import QuantLinear
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 _CONTEXT = 256
 _NEW_TOKENS = 24

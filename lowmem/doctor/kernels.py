@@ -9,8 +9,11 @@ from lowmem.checkpoint.manifest import GptqFormat
 from lowmem.checkpoint.packing import unpack_rows, unpack_zeros
 from lowmem.config import BITS
 from lowmem.doctor.report import Check, Checks, guarded
-from lowmem.kernels import bnb, dispatch, native, native_linear, reference
-from lowmem.kernels.cuda import SampleLinear, sample_linear
+from lowmem.kernels import bitsandbytes as bnb
+from lowmem.kernels import dispatch, reference
+from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.trial import SampleLinear, sample_linear
 
 _GROUP_SIZE = 128  # that of most checkpoints
 # Relative errors of one linear: int8 rounds weights and activations to 256 levels, NF4 weights to 16.

@@ -100,7 +100,7 @@ def find_nvcc() -> str | None:
 def find_compiler() -> str | None:
     """The C compiler that Triton would use; None without torch, which then needs none."""
     try:
-        from lowmem.kernels.gptqmodel_kernels import compiler
+        from lowmem.kernels.gptqmodel import compiler
     except Exception:  # a broken torch has its own line
         return None
     return compiler()
@@ -108,7 +108,7 @@ def find_compiler() -> str | None:
 
 def _torch_side() -> tuple[str, str | None, tuple[Card, ...]]:
     """(why torch cannot be imported, its CUDA build, the cards that it sees)."""
-    from lowmem.checkpoint.files import one_line
+    from lowmem.checkpoint.files.reading import one_line
 
     try:
         import torch

@@ -36,7 +36,7 @@ def guarded(
     status: Status = "missing",
 ) -> Check:
     """What `look` finds; a text is "ok". A failure of any kind is a line of `status` with `advice`."""
-    from lowmem.checkpoint.files import one_line
+    from lowmem.checkpoint.files.reading import one_line
 
     try:
         found = look()

@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowmem.kernels import dispatch, native_attention
+from lowmem.kernels import dispatch
+from lowmem.kernels.native.library import attention as native_attention
 
 NAME = "lowmem_rows"
 MOST_ROWS = 16

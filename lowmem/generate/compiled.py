@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from lowmem.checkpoint.files import one_line
+from lowmem.checkpoint.files.reading import one_line
 from lowmem.generate.cache import KVCache
 
 CUDA_GRAPH = "cudagraph"

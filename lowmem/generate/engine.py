@@ -26,7 +26,7 @@ from lowmem.generate.prefix_store import LEAST_TOKENS, PrefixStore, common_prefi
 from lowmem.generate.primitives import keep_few
 from lowmem.generate.rearranging import Rearranging
 from lowmem.generate.sampling import Choice, Sampler, check_sampling
-from lowmem.quant_linear import QuantLinear
+from lowmem.kernels.quant_linear import QuantLinear
 
 FinishReason = Literal["stop", "length", "context"]
 Progress = Callable[[int, int], None]

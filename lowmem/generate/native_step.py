@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.checkpoint.files import one_line
+from lowmem.checkpoint.files.reading import one_line
 from lowmem.generate.cache import KVCache
-from lowmem.kernels import dispatch, native, native_linear
-from lowmem.quant_linear import QuantLinear
-from lowmem.stored_embeddings import StoredEmbedding, StoredHead
+from lowmem.kernels import dispatch
+from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead
 
 MOST_ROWS = native_linear.FEW_ROWS
 """Rows of a step, at most: a token and the draft behind it. Of more, none would come out as it does alone."""

@@ -17,8 +17,8 @@ from threading import Event
 
 from torch import nn
 
+from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.plan.device import host_memory_available, is_out_of_memory
-from lowmem.quant_linear import QuantLinear
 
 _MARGIN = 256 << 20
 """Bytes of the host's memory that are left alone."""

@@ -17,8 +17,11 @@ from torch import nn
 
 from lowmem.checkpoint.manifest import GptqFormat
 from lowmem.errors import InvalidRequestError
-from lowmem.kernels import cuda, native, native_linear, torch_ops
-from lowmem.kernels.cuda import REFERENCE, KernelChoice, PackedLinear, PassedOver
+from lowmem.kernels import torch_ops
+from lowmem.kernels import trial as cuda
+from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.trial import REFERENCE, KernelChoice, PackedLinear, PassedOver
 
 __all__ = [
     "REFERENCE",

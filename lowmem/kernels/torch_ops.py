@@ -15,7 +15,7 @@ from torch import nn
 
 from lowmem.checkpoint.manifest import GptqFormat
 from lowmem.checkpoint.packing import unpack_rows, unpack_zeros
-from lowmem.kernels.gptqmodel_kernels import Candidate
+from lowmem.kernels.gptqmodel import Candidate
 
 INT4_GROUPS = (32, 64, 128, 256)
 """That the operator has code for."""

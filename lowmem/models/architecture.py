@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lowmem.checkpoint.files import one_line
+from lowmem.checkpoint.files.reading import one_line
 from lowmem.errors import ArchitectureError, LowmemError
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import InvalidRequestError
-from lowmem.tokenizing import encode
+from lowmem.text.tokenizing import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from lowmem.tokenizing import panics_told
+from lowmem.text.tokenizing import panics_told
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem.checkpoint import cache
-from lowmem.checkpoint.files import is_hub_id, read_json
+from lowmem.checkpoint.files.reading import is_hub_id, read_json
 from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.config import BITS
 from lowmem.errors import LowmemError, SourceError
@@ -200,7 +200,7 @@ def _report(folder: Path) -> dict[str, object]:
 
 def _downloaded(model: str) -> list[Path]:
     """The snapshot of a hub repository that is on this machine already."""
-    from lowmem.checkpoint.hub import download
+    from lowmem.checkpoint.source.hub import download
 
     try:
         return [download(model, offline=True)]

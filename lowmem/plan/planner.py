@@ -24,7 +24,7 @@ from lowmem.plan.memory import (
     need_on_device,
 )
 from lowmem.plan.shape import ModelShape
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 _MIB = 1 << 20
 

@@ -12,7 +12,7 @@ from lowmem.plan.bandwidth import card_bandwidth, host_bandwidth
 from lowmem.plan.candidates import Candidate, convertible, find_candidates
 from lowmem.plan.memory import CUDA_CONTEXT
 from lowmem.plan.planner import Budget, Plan, default_context, make_plan
-from lowmem.units import format_bytes
+from lowmem.text.units import format_bytes
 
 if TYPE_CHECKING:
     import torch

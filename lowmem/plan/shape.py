@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
-from lowmem.checkpoint.headers import TensorHeader, gguf_metadata, read_config_json, tensor_headers
+from lowmem.checkpoint.headers.folder import TensorHeader, gguf_metadata, read_config_json, tensor_headers
 from lowmem.checkpoint.manifest import GptqFormat, find_quantization
 from lowmem.errors import SourceError
 

@@ -27,7 +27,7 @@ from pygments.token import (
     _TokenType,
 )
 
-from lowmem.markup import clean, make_parser
+from lowmem.text.markup import clean, make_parser
 
 Node = Any
 """A text, or a list [kind, detail, children] of two texts and a list of nodes."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
-from lowmem.loader import LoadedModel
+from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import Message, fim_tokens
 from lowmem.server.api_errors import invalid, invalid_request, short, too_long
 from lowmem.server.protocol import (
@@ -23,7 +23,7 @@ from lowmem.server.protocol import (
 )
 from lowmem.server.worker import Continuation, Hole, Work
 from lowmem.session import encode_prompt
-from lowmem.tokenizing import decode
+from lowmem.text.tokenizing import decode
 
 CARD = SamplingParams()
 """What is not given in a request."""

@@ -35,7 +35,7 @@ def expect(checkpoint: Path, file: Path) -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from safetensors.torch import save_file
 
-    from lowmem.loader import load
+    from lowmem.loading.loader import load
 
     loaded = load(checkpoint, dtype=torch.float32)
     ids = loaded.tokenizer(Path(__file__).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]

@@ -84,7 +84,7 @@ def expect(checkpoint: Path, file: Path) -> int:
     _find_lowmem()
     from safetensors.torch import save_file
 
-    from lowmem.loader import load
+    from lowmem.loading.loader import load
     from lowmem.models.dialogue import Message
 
     loaded = load(checkpoint, dtype=torch.float32)
@@ -182,9 +182,9 @@ def forms() -> int:
     _find_lowmem()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
+    from lowmem.benchmarks.experiments.full_size.replicas import gptq_header_replica
     from vllm.distributed import parallel_state
 
-    from benchmarks.replicas import gptq_header_replica
     from lowmem.checkpoint.manifest import quantization_config_dict
     from lowmem.config import QuantConfig
 

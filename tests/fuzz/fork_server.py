@@ -124,9 +124,9 @@ def _preload() -> None:
 
     import torch
 
-    import lowmem.checkpoint.verify
+    import lowmem.checkpoint.verify.converted
     import lowmem.cli
-    import lowmem.opening
+    import lowmem.loading.opening
     import lowmem.session  # noqa: F401
 
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

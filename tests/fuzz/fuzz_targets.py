@@ -18,22 +18,22 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from lowmem.checkpoint.bin_header import read_bin_header
-from lowmem.checkpoint.bin_shards import load_shard
-from lowmem.checkpoint.gguf_file import check_whole_model, read_gguf_header
-from lowmem.checkpoint.headers import gguf_metadata, read_config_json, tensor_headers
+from lowmem.checkpoint.headers.bin import read_bin_header
+from lowmem.checkpoint.headers.folder import gguf_metadata, read_config_json, tensor_headers
+from lowmem.checkpoint.headers.gguf import check_whole_model, read_gguf_header
+from lowmem.checkpoint.headers.tokenizer import check_tokenizer_files
 from lowmem.checkpoint.manifest import find_quantization, read_manifest
 from lowmem.checkpoint.packing import stored_shapes
-from lowmem.checkpoint.safetensors_file import read_header, read_tensor
-from lowmem.checkpoint.source import open_source
-from lowmem.checkpoint.source_base import license_of_card
-from lowmem.checkpoint.tokenizer_files import check_tokenizer_files
+from lowmem.checkpoint.source.base import license_of_card
+from lowmem.checkpoint.source.bin import load_shard
+from lowmem.checkpoint.source.open import open_source
+from lowmem.checkpoint.source.safetensors import read_header, read_tensor
 from lowmem.errors import MAX_MESSAGE, LowmemError
 from lowmem.models.architecture import inspect
 from lowmem.models.dialogue import Dialogue, encode_plain, end_token_ids, fim_tokens
 from lowmem.models.template import apply_template
 from lowmem.plan.shape import read_shape
-from lowmem.tokenizing import decode
+from lowmem.text.tokenizing import decode
 from tests.helpers import TINY_STARCHAT
 
 TEXT = "def f(a):\n    return a  # <|end|> <fim_prefix> ÿ€😀 " + "a" * 40 + "b"

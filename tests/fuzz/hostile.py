@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowmem.checkpoint.safetensors_header import read_header
+from lowmem.checkpoint.headers.safetensors import read_header
 
 INDEX = "model.safetensors.index.json"
 DEEP = "[" * 200_000

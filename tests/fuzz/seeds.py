@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save
 
 from lowmem.models.dialogue import CHAT_TEMPLATE
+from tests.checkpoint.test_source_gguf import write_gguf
 from tests.helpers import TINY_STARCHAT, save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
-from tests.test_source_gguf import write_gguf
 
 KINDS = ("source", "bin", "packed", "gguf")
 

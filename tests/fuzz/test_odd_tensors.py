@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.checkpoint.source import open_source
-from lowmem.checkpoint.verify import verify
+from lowmem.checkpoint.source.open import open_source
+from lowmem.checkpoint.verify.converted import verify
 from lowmem.errors import SourceError
-from lowmem.loader import load
+from lowmem.loading.loader import load
 from lowmem.plan.shape import read_shape
 from tests.fuzz.hostile import edit_json, edit_tensors
 from tests.fuzz.hostile_weights import gguf_key

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.benchmarks.test_report_browser import SIZES, TEXTS
 from tests.page.live import until
-from tests.test_bench_report_browser import SIZES, TEXTS
 
 
 @pytest.mark.parametrize(

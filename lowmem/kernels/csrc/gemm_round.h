@@ -1,5 +1,5 @@
 /* Rounding one column block of a weight: GPTQ inside the block, the grids of its groups, and a second look at the
- * integers (convert/gptq.py tells the method; convert/groups.py is the same in torch).
+ * integers (convert/math/gptq.py tells the method; convert/groups.py is the same in torch).
  *
  * Everything lies transposed: a row is one column of the weight, and neighbouring floats are neighbouring outputs,
  * which know nothing of each other. With H = R R^T, the block's own part of R in `r`, and E = W - Q, the squared error

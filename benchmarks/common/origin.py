@@ -1,0 +1,54 @@
+"""Where a measurement comes from: the command, the machine, the versions and the date."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+
+from lowmem.benchmarks.common.processes import hardware
+from lowmem.benchmarks.common.records import Machine, Origin
+
+from lowmem import __version__
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "gptqmodel")
+
+
+def machine_here(device: str = "cpu") -> Machine:
+    """This machine. device: where models run, as torch names it."""
+    found = hardware()
+    name, memory = "cpu", 0
+    if device != "cpu":
+        import torch
+
+        card = torch.cuda.get_device_properties(torch.device(device))
+        name, memory = card.name, card.total_memory
+    cores = len(os.sched_getaffinity(0))
+    return Machine(found["cpu"], tuple(found["flags"]), cores, found["memory_bytes"], name, memory)
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> tuple[tuple[str, str], ...]:
+    """(package, version): lowmem, Python, and those of `packages` that are installed."""
+    found = [("lowmem", __version__), ("python", platform.python_version())]
+    for package in packages:
+        try:
+            found.append((package, version(package)))
+        except PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+def origin_of(argv: Sequence[str], source: str, source_digest: str, device: str = "cpu") -> Origin:
+    """The Origin of a measurement that begins now. argv: the words after `lowmem`."""
+    return Origin(
+        command=shlex.join(["lowmem", *argv]),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        machine=machine_here(device),
+        versions=versions(),
+        source=source,
+        source_digest=source_digest,
+        load_average=round(os.getloadavg()[0], 2),
+    )

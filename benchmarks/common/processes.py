@@ -1,0 +1,148 @@
+"""Measured processes: what a command takes, and on what machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a process took: seconds and bytes.
+
+    peak_bytes: the most that was resident, mapped files included. peak_anonymous_bytes: the most of it that
+    no file backs, sampled; the kernel cannot drop that.
+    """
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    peak_anonymous_bytes: int
+    load_average_before: float
+
+
+def run_process(command: Sequence[str], log: Path) -> Usage:
+    """Run a command to its end, its output to `log`, and watch its memory. SystemExit if it fails."""
+    usage, code = attempt(command, log)
+    if code:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        raise SystemExit(f"{' '.join(command[1:4])} … failed with exit code {code}:\n{tail}")
+    return usage
+
+
+def attempt(
+    command: Sequence[str],
+    log: Path,
+    *,
+    errors: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    sample: Callable[[], None] | None = None,
+) -> tuple[Usage, int]:
+    """Run a command to its end and watch its memory: what it took, and its exit code, negative for a signal.
+
+    log: gets its output, and its standard error unless `errors` does. environment: beside our own. sample:
+    called every SAMPLE_SECONDS.
+    """
+    own = {**os.environ, **(environment or {})}
+    own["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's figures, on machines with a card too
+    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # GPTQModel's own default, but never the one worker with which it cannot load.
+    own.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, ((os.cpu_count() or 1) + 1) // 2)))
+    load, peak, anonymous = os.getloadavg()[0], 0, 0
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("wb"))
+        other = stack.enter_context(errors.open("wb")) if errors else subprocess.STDOUT
+        process = subprocess.Popen(command, cwd=log.parent, env=own, stdout=output, stderr=other)
+        try:
+            while True:
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if pid:
+                    break
+                memory = resident(process.pid)
+                peak = max(peak, memory.get("VmHWM", 0))
+                anonymous = max(anonymous, memory.get("RssAnon", 0))
+                if sample:
+                    sample()
+                time.sleep(SAMPLE_SECONDS)
+        except BaseException:
+            process.kill()
+            raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    wall = time.perf_counter() - started
+    cpu = usage.ru_utime + usage.ru_stime
+    # ru_maxrss counts this process's own memory at the fork too, so the high-water mark goes before it.
+    found = Usage(round(wall, 2), round(cpu, 2), peak or usage.ru_maxrss * 1024, anonymous, round(load, 2))
+    return found, process.returncode
+
+
+def converse(
+    module: str, message: str, hear: Callable[[str], None], log: Path, environment: dict[str, str]
+) -> int:
+    """Run `python -m module` with `message` on its standard input; its exit code, negative for a signal.
+
+    hear: called with each line of its standard output, as it comes. log: gets its standard error.
+    environment: beside our own. The process leads a group of its own, which Ctrl-C at the terminal does not
+    reach; the group is killed when anything is raised here, KeyboardInterrupt too, and when its leader ends.
+    """
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):  # it died before it read: its exit code tells
+                process.stdin.write(message)
+                process.stdin.close()
+            for line in process.stdout:
+                hear(line)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its id stays its own until the kill
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        return code
+
+
+def resident(pid: int) -> dict[str, int]:
+    """The memory lines of /proc/PID/status in bytes; empty when the process has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(value) * 1024 for name, value, _ in fields}
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, its cores and the memory."""
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+    flags = fields.get("flags", "").split()
+    return {
+        "cpu": fields.get("model name", "?"),
+        "flags": [flag for flag in wanted if flag in flags],
+        "cores": os.cpu_count(),
+        "memory_bytes": total,
+    }

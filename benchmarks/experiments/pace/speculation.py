@@ -1,0 +1,108 @@
+"""Prompt-lookup speculation on prompts whose answer repeats code, as an edit's does.
+
+    python -m lowmem.benchmarks.experiments.pace.speculation MODEL [--prompts 8] [--tokens 128] [--dtype float32] [--temperature 0]
+
+Each prompt is a piece of held-out Python, and its beginning once more: a small model goes on copying, as a
+large one does when it is asked for a change in a file. Each is answered without and with drafts, in turns,
+and the decode times (the first token to the last) are compared. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from lowmem.benchmarks.demo import embedded_model
+
+if TYPE_CHECKING:
+    from lowmem.config import SamplingParams
+    from lowmem.generate.engine import Engine
+
+CODE_TOKENS, AGAIN_TOKENS = 300, 60
+SPACING = 9000  # characters of held-out code from one prompt to the next
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt's figures. rates: tokens a second after the first one, without and with drafts."""
+
+    rate: float
+    rate_with_drafts: float
+    tokens: int
+    same_tokens: bool
+    drafted: int
+    accepted: int
+
+
+def decode(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> tuple[list[int], float]:
+    """(the answer's tokens, tokens a second after the first)."""
+    tokens = engine.generate(prompt, params)
+    ids = [next(tokens).id]
+    start = time.perf_counter()
+    ids += [token.id for token in tokens]
+    return ids, (len(ids) - 1) / max(time.perf_counter() - start, 1e-9)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print a line a prompt, the median speed-up, and all figures as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="the loader's choice")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from lowmem.config import SamplingParams
+    from lowmem.generate.engine import Engine, context_length
+    from lowmem.loading.loader import load
+
+    loaded = load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    code = (embedded_model() / "heldout.txt").read_text(encoding="utf-8")
+    context = min(context_length(loaded.model), CODE_TOKENS + AGAIN_TOKENS + args.tokens)
+    plain = Engine(loaded.model, context=context, speculate=False)
+    drafting = Engine(loaded.model, context=context)
+    runs: list[Run] = []
+    for number in range(args.prompts):
+        part = loaded.tokenizer(code[number * SPACING :][: 8 * CODE_TOKENS]).input_ids[:CODE_TOKENS]
+        prompt = [*part, *part[:AGAIN_TOKENS]]
+        params = SamplingParams(temperature=args.temperature, max_new_tokens=args.tokens, seed=number)
+        if not number:  # the first steps of a process are slow
+            decode(plain, prompt, params)
+        expected, rate = decode(plain, prompt, params)
+        ids, faster = decode(drafting, prompt, params)
+        runs.append(Run(rate, faster, len(ids), ids == expected, drafting.drafted, drafting.accepted))
+        print(
+            f"prompt {number}: {rate:7.1f} tokens/s, with drafts {faster:7.1f} ({faster / rate:.2f}x), "
+            f"{drafting.accepted} of {drafting.drafted} drafted tokens right, "
+            f"{'same' if ids == expected else 'OTHER'} tokens",
+            flush=True,
+        )
+    speed_up = statistics.median(run.rate_with_drafts / run.rate for run in runs)
+    same = sum(run.same_tokens for run in runs)
+    print(f"median {speed_up:.2f}x; the same tokens in {same} of {len(runs)} answers")
+    machine = {"threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2)}
+    figures = {
+        "model": args.model,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        **machine,
+        "temperature": args.temperature,
+        "speed_up": speed_up,
+        "runs": [asdict(run) for run in runs],
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

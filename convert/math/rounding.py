@@ -1,0 +1,202 @@
+"""Rounding one column block: GPTQ inside it, the grids of its groups, and a second look at the integers.
+
+With H = R R^T and E = W - Q the error that H measures is |R^T E|^2, and a group adds |V|^2 to it, where
+
+    V = T - s R^T z,    T = R^T W + what the errors of earlier columns ask for,
+
+R is the group's own corner, z its integers less the zero-point, and s the scale. What later groups add does
+not depend on it in any way that could be foreseen: they make up for whatever the errors before them ask. So V
+is what a group's grid and integers are chosen by:
+
+- every range that `grid` would try is rounded with GPTQ, all of its columns, and what leaves the least stays;
+- its scale is fitted to its integers (s = T . R^T z / |R^T z|^2), and rounded with once more;
+- each integer is rounded once more, now that all others of the group are known: coordinate descent in the
+  metric R R^T, as QuantEase (Behdin et al. 2023, arXiv:2309.01885) does it over all columns, and the scale is
+  fitted again.
+
+With `passes` 0 none of this is done: a group's grid is the best for its compensated weights one by one
+(`find_grid`), and the integers are GPTQ's.
+
+On a CPU our own library does it (csrc/gemm_round.c), 64 outputs at a time in the core's cache. What is here
+in torch is the same for cards and for float64; nothing in it waits for the device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from lowmem.convert.math import products
+from lowmem.convert.math.grid import Grid, find_grid, grid_of_range, quantize_to, range_of, ranges, storable
+
+from lowmem.kernels.native.library import library as native
+
+WIDEST = 256
+"""Columns of the widest group that is searched by what GPTQ leaves; LM_ROUND_MOST of csrc/gemm_round.h."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a group's grid and integers are chosen. search: False where the grids are given."""
+
+    bits: int
+    sym: bool
+    width: int
+    passes: int
+    search: bool = True
+
+    @property
+    def maxq(self) -> int:
+        """The largest stored integer."""
+        return (1 << self.bits) - 1
+
+
+class _Job(ctypes.Structure):
+    """`lm_round` of csrc/gemm_round.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("columns", "width", "out")),
+        *((name, ctypes.c_void_p) for name in ("error", "residual", "r", "codes", "scales", "zeros")),
+        *((f"{name}_row", ctypes.c_int64) for name in ("error", "residual", "r", "codes", "grid")),
+        ("ranges", ctypes.c_float * 16),
+        *((name, ctypes.c_int32) for name in ("ranges_count", "maxq", "sym", "search", "passes")),
+    )
+
+
+def round_block(
+    rule: Rule,
+    r: torch.Tensor,
+    error: torch.Tensor,
+    residual: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+) -> None:
+    """Round the columns of one block.
+
+    r: [block, block], R on and above its diagonal, anything below. error: [block, out], W; becomes W - Q.
+    residual: [block, out], what the columns before the block ask for; becomes V. codes: uint8 [block, out].
+    scales, zeros: [groups of the block, out], written, or read where rule.search is False (then one row may
+    serve a block that is a part of a group).
+    """
+    whole = (error, residual, scales, zeros)
+    if (
+        products.ours(r, *whole)
+        and codes.is_contiguous()
+        and {t.dtype for t in (r, *whole)} == {torch.float32}
+    ):
+        _round_natively(rule, r, error, residual, codes, scales, zeros)
+        return
+    corner = r.triu()
+    width = rule.width if rule.search else r.shape[0]
+    for number, begin in enumerate(range(0, r.shape[0], width)):
+        end = begin + width
+        inside = slice(begin, end)
+        own = corner[inside, inside]
+        target = torch.addmm(residual[inside], corner[:end, inside].T, error[:end])
+        if not rule.search:
+            grid = Grid(scales[number], zeros[number])
+            z = _gptq(own, target, grid, rule.maxq)
+        elif rule.passes == 0:
+            compensated = torch.linalg.solve_triangular(own.T, target, upper=False)
+            grid = find_grid(compensated, own.diagonal().square(), rule.bits, rule.sym)
+            z = _gptq(own, target, grid, rule.maxq)
+        else:
+            grid, z = _search(own, target, rule)
+        scales[number], zeros[number] = grid.scale, grid.zero
+        codes[inside] = (z + grid.zero).to(torch.uint8)
+        error[inside] -= z * grid.scale
+        residual[inside] = target - (own.T @ z) * grid.scale
+
+
+def _gptq(own: torch.Tensor, target: torch.Tensor, grid: Grid, maxq: int) -> torch.Tensor:
+    """GPTQ's integers less the zero-point, [group, out]: each column knows the errors before it."""
+    z = torch.empty_like(target)
+    for j in range(own.shape[0]):
+        left = target[j] - (own[:j, j] @ z[:j]) * grid.scale if j else target[j]
+        z[j] = quantize_to(left / own[j, j], grid.scale, grid.zero, maxq) - grid.zero
+    return z
+
+
+def _loss(own: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """|V|^2 of each output."""
+    return (target - (own.T @ z) * scale).square_().sum(0)
+
+
+def _fitted(own: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """The scale that leaves the least with these integers, as it can be stored."""
+    reached = own.T @ z
+    curve = reached.square().sum(0)
+    best = (reached * target).sum(0) / torch.where(curve > 0, curve, torch.ones_like(curve))
+    return storable(torch.where(curve > 0, best, scale), scale.dtype)
+
+
+def _search(own: torch.Tensor, target: torch.Tensor, rule: Rule) -> tuple[Grid, torch.Tensor]:
+    """The grid and the integers less the zero-point that leave the least."""
+    low, high = range_of(torch.linalg.solve_triangular(own.T, target, upper=False))
+    tried = [grid_of_range(low, high, share, rule.bits, rule.sym) for share in ranges(rule.bits)]
+    best, best_z = tried[0], _gptq(own, target, tried[0], rule.maxq)
+    best_loss = _loss(own, target, best.scale, best_z)
+
+    def take(grid: Grid, z: torch.Tensor) -> None:
+        nonlocal best, best_z, best_loss
+        loss = _loss(own, target, grid.scale, z)
+        better = loss < best_loss
+        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+        best_z, best_loss = torch.where(better, z, best_z), torch.where(better, loss, best_loss)
+
+    for grid in tried[1:]:
+        take(grid, _gptq(own, target, grid, rule.maxq))
+    refitted = Grid(_fitted(own, target, best.scale, best_z), best.zero)
+    take(refitted, _gptq(own, target, refitted, rule.maxq))
+    take(Grid(_fitted(own, target, best.scale, best_z), best.zero), best_z)
+    for _ in range(rule.passes):
+        z = _descend(own, target, best, best_z, rule.maxq)
+        take(best, z)
+        take(Grid(_fitted(own, target, best.scale, best_z), best.zero), best_z)
+    return best, best_z
+
+
+def _descend(own: torch.Tensor, target: torch.Tensor, grid: Grid, z: torch.Tensor, maxq: int) -> torch.Tensor:
+    """Each integer in turn to where it leaves the least, the others being what they are."""
+    metric = own @ own.T
+    pull = own @ (target - (own.T @ z) * grid.scale)
+    moved, z = torch.zeros_like(z), z.clone()
+    for j in range(own.shape[0]):
+        left = pull[j] - metric[j, :j] @ moved[:j] if j else pull[j]
+        wanted = z[j] * grid.scale + left / metric[j, j]
+        new = quantize_to(wanted, grid.scale, grid.zero, maxq) - grid.zero
+        moved[j] = (new - z[j]) * grid.scale
+        z[j] = new
+    return z
+
+
+def _round_natively(
+    rule: Rule,
+    r: torch.Tensor,
+    error: torch.Tensor,
+    residual: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+) -> None:
+    columns, out = error.shape
+    if not 0 < columns <= WIDEST or any(t.shape != (columns, out) for t in (residual, codes)):
+        raise ValueError(f"a column block {list(error.shape)}")
+    width = rule.width if rule.search else columns
+    if columns % width or scales.shape != (columns // width, out) or scales.stride() != zeros.stride():
+        raise ValueError(f"grids {list(scales.shape)} of groups of {width}")
+    if any(t.stride(1) != 1 for t in (r, error, residual, scales)) or r.shape != (columns, columns):
+        raise ValueError("rows of neighbouring floats expected")
+    search = 0 if not rule.search else 2 if rule.passes else 1
+    tried = ranges(rule.bits)
+    job = _Job(
+        columns, width, out, error.data_ptr(), residual.data_ptr(), r.data_ptr(), codes.data_ptr(),
+        scales.data_ptr(), zeros.data_ptr(), error.stride(0), residual.stride(0), r.stride(0),
+        codes.stride(0), scales.stride(0), (ctypes.c_float * 16)(*tried), len(tried), rule.maxq,
+        rule.sym, search, rule.passes,
+    )  # fmt: skip
+    with native.running() as library:
+        space = native.workspace(library.lm_round_workspace())
+        library.lm_round_run(ctypes.addressof(job), space)

@@ -1,0 +1,135 @@
+"""The model card of a converted checkpoint: where it comes from, how it was made, what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowmem.convert.stages.layer import LinearReport
+
+import lowmem
+from lowmem.config import QuantConfig
+from lowmem.text.units import format_bytes
+
+OPENRAIL = "bigcode-openrail-m"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that a card tells. Nothing of it depends on the time or the machine: a resumed conversion
+    gives the same bytes as an uninterrupted one."""
+
+    base_model: str
+    license_name: str | None
+    license_files: tuple[str, ...]
+    model_type: str
+    recipe: dict[str, Any]
+    config: QuantConfig
+    calibration: str
+    calibration_shape: tuple[int, int]
+    weights_bytes: int
+    bits_per_weight: float
+    reports: tuple[LinearReport, ...]
+
+    @property
+    def mean_error(self) -> float:
+        """The mean over the linears of their relative output error."""
+        return sum(r.error for r in self.reports) / len(self.reports)
+
+    def as_json(self) -> dict[str, Any]:
+        """lowmem-report.json: the same for programs."""
+        return {
+            "base_model": self.base_model,
+            "license": self.license_name,
+            "recipe": self.recipe,
+            "calibration": self.calibration,
+            "bits_per_weight": self.bits_per_weight,
+            "mean_error": self.mean_error,
+            "linears": [asdict(r) for r in self.reports],
+        }
+
+
+def render(facts: Facts) -> str:
+    """The card in Markdown, with the front matter that the hub reads."""
+    config = facts.config
+    group = "one group a row" if config.group_size == -1 else f"groups of {config.group_size} input columns"
+    rows, length = facts.calibration_shape
+    front = ["---", f"base_model: {_yaml(facts.base_model)}", "base_model_relation: quantized"]
+    if facts.license_name:
+        front.append(f"license: {_yaml(facts.license_name)}")
+    front += ["pipeline_tag: text-generation", "tags:", "- gptq", f"- {config.bits}-bit", "- lowmem", "---"]
+    lines = [
+        *front,
+        "",
+        f"# {facts.base_model}, {config.bits}-bit GPTQ",
+        "",
+        f"The linears of {facts.base_model}, quantized to {config.bits} bits with GPTQ by lowmem "
+        f"{lowmem.__version__}: {facts.bits_per_weight:.2f} bits a weight with scales and zero-points, "
+        f"{format_bytes(facts.weights_bytes)} in all. Embeddings, norms, biases "
+        "and head are kept in 16 bits.",
+        "",
+        "```sh",
+        'lowmem run FOLDER -p "How do I sort a list in Python?"',
+        "```",
+        "",
+        "Other readers of the GPTQ format, such as GPTQModel, load it too.",
+        "",
+        "## Licence",
+        "",
+        _licence(facts),
+        "",
+        "## Recipe",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| bits | {config.bits} |",
+        f"| groups | {group} |",
+        f"| grid | {'symmetric' if config.sym else 'asymmetric'}; scales by a Hessian-weighted search |",
+        f"| order of columns | {'act-order, groups static' if config.desc_act else 'as they are'} |",
+        f"| damping | {config.damp_percent:g} of the mean of diag H |",
+        f"| linears of a layer | {'one after the other' if config.true_sequential else 'all at once'} |",
+        f"| correction of earlier errors | {config.correction if config.corrects else 0:g} |",
+        f"| passes over each group's integers and scale | {config.passes} |",
+        f"| steps of tuning scales, biases and norms | {config.tune_steps} |",
+        f"| calibration | {rows} rows of {length} tokens: {facts.calibration} |",
+        f"| forward passes in | {facts.recipe.get('compute dtype')} |",
+        "",
+        "## Error of each linear",
+        "",
+        "Squared error of the outputs over the calibration tokens, as a share of their energy.",
+        "",
+        "| linear | shape | error | notes |",
+        "|---|---|---|---|",
+    ]
+    for report in facts.reports:
+        notes = "; ".join(report.warnings(config.damp_percent))
+        lines.append(
+            f"| {report.name} | {report.in_features} → {report.out_features} | {report.error:.3e} | {notes} |"
+        )
+    lines += ["", f"Mean: {facts.mean_error:.3e}.", ""]
+    return "\n".join(lines)
+
+
+def _licence(facts: Facts) -> str:
+    name = facts.license_name
+    files = ", ".join(f"`{f}`" for f in facts.license_files)
+    kept = f" Its text is in {files}." if files else ""
+    if name == OPENRAIL:
+        return (
+            f"{OPENRAIL}, as the base model.{kept} Its use restrictions (Attachment A of the licence) bind "
+            "every derivative, so this checkpoint and whatever is made with it: pass them on with it."
+        )
+    if name:
+        return f"{name}, as the base model.{kept} Restrictions of its use hold for this checkpoint too."
+    return (
+        f"The base model's own, which its folder did not name.{kept} A quantized checkpoint is a derivative: "
+        "look up the base model's licence before you pass this on. For StarChat Alpha and the StarCoder "
+        f"family it is {OPENRAIL}, whose use restrictions travel with every derivative."
+    )
+
+
+def _yaml(text: str) -> str:
+    plain = text.replace("-", "").replace("_", "").replace(".", "").replace("/", "")
+    if plain.isalnum() and not plain.isdigit():
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -1,0 +1,212 @@
+"""The finished checkpoint: shards, config, tokenizer, template, licence, card and manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowmem.convert.calibration import CalibrationRows
+from lowmem.convert.job import Job
+from lowmem.convert.memory import packed_bytes
+from lowmem.convert.recipe import Options
+from lowmem.convert.result.card import Facts, render
+
+import lowmem
+from lowmem.checkpoint.files.whole import write_json, write_whole
+from lowmem.checkpoint.files.writer import merge, write_tensors
+from lowmem.checkpoint.manifest import FileDigest, quantization_config_dict, read_manifest, write_manifest
+from lowmem.checkpoint.source.open import Source
+from lowmem.config import QuantConfig
+from lowmem.models.architecture import Architecture
+from lowmem.models.dialogue import CHAT_TEMPLATE, Dialogue, end_token_ids
+from lowmem.streaming.weights import Weights, stored_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+CONFIG_FILES = ("config.json", "generation_config.json")
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class ResultSummary:
+    """What came out of a conversion; bytes are of the whole folder."""
+
+    out: str
+    bytes: int
+    bits_per_weight: float
+    """All stored bits of the quantized linears over their weights."""
+    mean_error: float
+    resumed: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    total_seconds: float = 0.0
+    peak_memory: int = 0
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> ResultSummary:
+        """Of a checkpoint that was finished before."""
+        manifest = read_manifest(folder) or {}
+        errors = json.loads((folder / "lowmem-report.json").read_bytes())
+        return cls(
+            str(folder),
+            sum(f.bytes for f in manifest.values()),
+            errors["bits_per_weight"],
+            errors["mean_error"],
+        )
+
+    def with_run(self, seconds: Mapping[str, float], total: float, peak: int) -> ResultSummary:
+        """With where the time went, in seconds, and the peak of host memory in bytes."""
+        return replace(self, seconds=dict(seconds), total_seconds=total, peak_memory=peak)
+
+
+def stage_outside(job: Job, weights: Weights, store_head: bool) -> bool:
+    """Stage the embeddings, norms and head; True if the head is left out because it is tied.
+
+    With `store_head` a tied head is stored as well, for readers that know nothing of tied heads.
+    """
+    arch = weights.arch
+    tied = weights.head_is_duplicated()
+    plans = [weights.plan(name) for name in arch.outside() if name != arch.head]
+    if store_head and tied:
+        plans.append(weights.plan(arch.embedding, as_name=arch.head))
+    elif not tied:
+        plans.append(weights.plan(arch.head))
+
+    def read(name: str) -> torch.Tensor:
+        return weights.read_narrowed(arch.embedding if tied and name == arch.head else name)
+
+    write_tensors(job.outside, plans, read)
+    weights.source.release()
+    return tied
+
+
+def put_together(
+    job: Job,
+    source: Source,
+    weights: Weights,
+    config: QuantConfig,
+    rows: CalibrationRows,
+    options: Options,
+    dialogue: Dialogue | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ResultSummary:
+    """Assemble the checkpoint in the job's result folder; every file is digested as it is written."""
+    arch = weights.arch
+    folder = job.result
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    tied = stage_outside(job, weights, options.store_head)
+    staged = [job.outside, *(job.staged(i) for i in range(len(arch.layers)))]
+    digests = merge(staged, folder, options.shard_size)
+    digests |= _side_files(source, folder, tokenizer)
+    digests["config.json"] = write_json(folder / "config.json", _config(source, weights, config, tied))
+    quantization = quantization_config_dict(config, version=lowmem.__version__)
+    digests["quantize_config.json"] = write_json(folder / "quantize_config.json", quantization)
+    digests["generation_config.json"] = write_json(
+        folder / "generation_config.json", _generation_config(source, tokenizer, dialogue)
+    )
+    if dialogue is not None and not tokenizer.chat_template:
+        digests[TEMPLATE_FILE] = write_whole(folder / TEMPLATE_FILE, [CHAT_TEMPLATE.encode()])
+    facts = _facts(job, source, arch, config, rows, digests)
+    digests["lowmem-report.json"] = write_json(folder / "lowmem-report.json", facts.as_json())
+    digests["README.md"] = write_whole(folder / "README.md", [render(facts).encode()])
+    write_manifest(folder, digests)
+    size = sum(digest.bytes for digest in digests.values())
+    return ResultSummary(str(job.out), size, facts.bits_per_weight, facts.mean_error, job.resumed)
+
+
+def _facts(
+    job: Job,
+    source: Source,
+    arch: Architecture,
+    config: QuantConfig,
+    rows: CalibrationRows,
+    digests: Mapping[str, FileDigest],
+) -> Facts:
+    linears = [linear for layer in arch.layers for linear in layer.linears]
+    count = sum(linear.in_features * linear.out_features for linear in linears)
+    bits = 8 * sum(packed_bytes(linear, config) for linear in linears)
+    reports = [
+        replace(report, name=f"{layer.name}.{report.name}")
+        for layer, found in zip(arch.layers, job.state.reports, strict=True)
+        for report in found
+    ]
+    return Facts(
+        base_model=source_name(source),
+        license_name=source.license_name(),
+        license_files=tuple(
+            p.name for p in source.side_files() if p.name.upper().startswith(("LICEN", "COPYING"))
+        ),
+        model_type=arch.model_type,
+        recipe=dict(job.state.recipe),
+        config=config,
+        calibration=rows.description,
+        calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
+        weights_bytes=sum(d.bytes for name, d in digests.items() if name.endswith(".safetensors")),
+        bits_per_weight=bits / count,
+        reports=tuple(reports),
+    )
+
+
+def source_name(source: Source) -> str:
+    """The base model's name: a hub id as typed, or the last part of a path (never a private folder)."""
+    typed = Path(source.display)
+    return typed.resolve().name if typed.expanduser().exists() else source.display
+
+
+def _side_files(source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, FileDigest]:
+    """Copy the tokenizer and licence files; a source that keeps its tokenizer inside (GGUF) gets files."""
+    digests = {}
+    names = [path.name for path in source.side_files()]
+    if "tokenizer.json" not in names:
+        tokenizer.save_pretrained(folder)
+        for path in folder.iterdir():
+            if (
+                path.is_file()
+                and path.name not in digests
+                and not path.name.endswith((".safetensors", ".index.json"))
+            ):
+                digests[path.name] = write_whole(path, [path.read_bytes()])
+    for path in source.side_files():
+        if path.name not in CONFIG_FILES:
+            digests[path.name] = write_whole(folder / path.name, [path.read_bytes()])
+    return digests
+
+
+def _config(source: Source, weights: Weights, config: QuantConfig, tied: bool) -> dict[str, Any]:
+    """config.json: the source's own, with the quantization, the tied head and the 16-bit dtype."""
+    own = source.path / "config.json"
+    data = (
+        json.loads(own.read_bytes()) if own.is_file() and source.kind != "gguf" else source.config().to_dict()
+    )
+    for key in ("torch_dtype", "_name_or_path", "auto_map"):
+        data.pop(key, None)
+    data["dtype"] = str(stored_dtype(weights.dtype)).removeprefix("torch.")
+    if tied or "tie_word_embeddings" in data:
+        data["tie_word_embeddings"] = tied
+    data["quantization_config"] = quantization_config_dict(config, version=lowmem.__version__)
+    return dict(data)
+
+
+def _generation_config(
+    source: Source, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None
+) -> dict[str, Any]:
+    """generation_config.json, where generation also stops at the end of a turn."""
+    own = source.path / "generation_config.json"
+    data = json.loads(own.read_bytes()) if own.is_file() and source.kind != "gguf" else {}
+    if not isinstance(data, dict):
+        data = {}
+    config = source.config()
+    stops = end_token_ids(tokenizer, dialogue, config, data)
+    data.pop("transformers_version", None)
+    data.setdefault("bos_token_id", getattr(config, "bos_token_id", None))
+    data["eos_token_id"] = stops if len(stops) > 1 else next(iter(stops), None)
+    if data.get("pad_token_id") is None and tokenizer.eos_token_id is not None:
+        data["pad_token_id"] = tokenizer.eos_token_id
+    return {key: value for key, value in data.items() if value is not None}

@@ -1,0 +1,262 @@
+"""What a checkpoint holds, off its headers alone: names, shapes, dtypes and bytes; needs no torch.
+
+No weight is read, so this costs milliseconds for a checkpoint of any size. Which files of a folder belong
+to the checkpoint is decided here for every reader.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from lowmem.checkpoint.files.links import check_folder
+from lowmem.checkpoint.files.pointers import check_no_pointer
+from lowmem.checkpoint.files.reading import is_plain_name, read_json
+from lowmem.checkpoint.headers.bin import BinTensor, read_bin_header
+from lowmem.checkpoint.headers.config import read_config
+from lowmem.checkpoint.headers.gguf import GgufHeader, check_whole_model, is_gguf, read_gguf_header
+from lowmem.checkpoint.headers.safetensors import SafetensorsHeader, read_header
+from lowmem.errors import SourceError
+
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as it is stored.
+
+    shape: in torch's order. dtype: as torch spells it ("float16"); of a GGUF tensor the name of its type
+    ("F16", "Q4_1"). nbytes: of its data on disk. file: the name of the file inside the folder.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which files of a folder are the checkpoint.
+
+    kind: "safetensors", "bin" or "gguf". index: the name of the index that lists the shards, or "".
+    files: without an index, the names of the weight files.
+    """
+
+    kind: str
+    index: str
+    files: tuple[str, ...]
+
+
+class _Shard(Protocol):
+    """What a reader of shards gives: at least the names of the tensors."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+
+S = TypeVar("S", bound=_Shard)
+
+
+def tensor_headers(path: str | Path) -> dict[str, TensorHeader]:
+    """Every tensor of a checkpoint by its stored name.
+
+    path: a folder with safetensors or .bin shards or one GGUF, or a .safetensors or .gguf file. Raises
+    SourceError in one line for what is missing, truncated, or has a header that lies.
+    """
+    path = Path(path)
+    if os.path.isfile(path):
+        return _headers_of_file(path)
+    layout = layout_of(path, str(path))
+    if layout.kind == "gguf":
+        return _gguf_headers(path / layout.files[0])
+    if layout.kind == "bin":
+        bins = headers_by_name(path, layout, _read_bin)
+        return {name: _of_bin(name, bins[name]) for name in bins}
+    shards = headers_by_name(path, layout, read_header)
+    return {name: _of_safetensors(name, shards[name]) for name in shards}
+
+
+def read_config_json(path: str | Path) -> dict[str, Any]:
+    """config.json of a checkpoint's folder (or beside a weight file) as it stands, quantized or not.
+
+    Raises SourceError when it is missing, no JSON object, or has sizes that no model has.
+    """
+    folder = Path(path)
+    if os.path.isfile(folder):
+        folder = folder.parent
+    file = folder / "config.json"
+    if not os.path.isfile(file):
+        raise SourceError(
+            f"{folder} has no config.json", "Give the folder that holds the model's config and weights"
+        )
+    return read_config(file)
+
+
+def gguf_metadata(path: str | Path) -> dict[str, object]:
+    """The keys of a GGUF (a file, or the folder with just one) that hold a number, a truth or a text.
+
+    Arrays, such as the vocabulary, are left out. Raises SourceError as `tensor_headers` does.
+    """
+    path = Path(path)
+    if not os.path.isfile(path):
+        layout = layout_of(path, str(path))
+        if layout.kind != "gguf":
+            raise SourceError(f"{path} is a checkpoint of {layout.kind} files, not a GGUF")
+        path = path / layout.files[0]
+    return dict(_read_gguf(path).values)
+
+
+def layout_of(folder: Path, display: str) -> Layout:
+    """Which files of `folder` are its checkpoint; only their names are looked at, and where links lead.
+
+    display: how messages call the folder. Raises SourceError when there are no weights, the names do not say
+    which belong together, or a file is a link that leads out of the folder.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    except (FileNotFoundError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise SourceError(
+            f"{display!r} does not exist", "Give a folder, a .safetensors or .gguf file"
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{display} cannot be read: {error.strerror or error}") from error
+    check_folder(folder)
+    safetensors = [name for name in names if name.endswith(".safetensors")]
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    for kind, index, found in (
+        ("safetensors", "model.safetensors.index.json", safetensors),
+        ("bin", "pytorch_model.bin.index.json", [n for n in names if n == "pytorch_model.bin"]),
+    ):
+        if index in names:
+            return Layout(kind, index, ())
+        if found:
+            return Layout(kind, "", tuple(found))
+    if len(ggufs) == 1:
+        check_no_pointer(folder / ggufs[0])
+        return Layout("gguf", "", (ggufs[0],))
+    if ggufs:
+        raise SourceError(
+            f"{display} holds {len(ggufs)} GGUF files", f"Give one of them, such as {folder / ggufs[0]}"
+        )
+    raise SourceError(
+        f"{display} holds no weights: no safetensors, no pytorch_model.bin and no .gguf",
+        "Give the folder that the model was downloaded to",
+    )
+
+
+def headers_by_name(folder: Path, layout: Layout, read: Callable[[Path], S]) -> dict[str, S]:
+    """Tensor name → header of the shard that holds it, every shard read once with `read`.
+
+    Raises SourceError for a shard or a tensor that is missing, or stored twice.
+    """
+
+    def read_file(path: Path) -> S:
+        check_no_pointer(path)
+        return read(path)
+
+    if layout.index:
+        return _files_of_index(folder, layout.index, read_file)
+    return _files_without_index(folder, list(layout.files), read_file)
+
+
+def _files_of_index(folder: Path, index: str, read: Callable[[Path], S]) -> dict[str, S]:
+    weight_map = read_json(folder / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{folder / index} has no weight_map")
+    headers: dict[str, S] = {}
+    for name, file in weight_map.items():
+        if not is_plain_name(file):
+            raise SourceError(
+                f"{folder / index} puts tensor {name[:1024]!r} in {str(file)[:200]!r}, "
+                "which is not a plain file name"
+            )
+        if file not in headers:
+            if not (folder / file).is_file():
+                raise SourceError(
+                    f"{folder} has no {file}, which {index} names for tensor {name[:1024]!r}",
+                    "Download the checkpoint again: a download that was cut off goes on where it stopped",
+                )
+            headers[file] = read(folder / file)
+        if name not in headers[file].tensors:
+            raise SourceError(f"{file} does not hold tensor {name[:1024]!r}, which {index} says is there")
+    return {name: headers[file] for name, file in weight_map.items()}
+
+
+def _files_without_index(folder: Path, names: list[str], read: Callable[[Path], S]) -> dict[str, S]:
+    """As `headers_by_name`, when the names alone say which files make the checkpoint."""
+    if "model.safetensors" in names:
+        names = ["model.safetensors"]
+    numbered = [_NUMBERED.fullmatch(name) for name in names]
+    if len(names) > 1 or numbered[0]:
+        # Without an index, a complete numbered set is as clear: model-00001-of-00003.safetensors, …
+        first = numbered[0]
+        if first is None or {m and (m[1], m[3]) for m in numbered} != {(first[1], first[3])}:
+            raise SourceError(
+                f"{folder} holds {len(names)} safetensors files and no index to say which belong together",
+                "Add model.safetensors.index.json, or give one file",
+            )
+        count = int(first[3])
+        present = {int(m[2]) for m in numbered if m}
+        missing = next((number for number in range(1, count + 1) if number not in present), None)
+        if missing is not None:
+            raise SourceError(
+                f"{folder} has no {first[1]}-{missing:05}-of-{first[3]}.safetensors", "Download the rest"
+            )
+    files: dict[str, S] = {}
+    for file in names:
+        header = read(folder / file)
+        for name in header.tensors:
+            if name in files:
+                raise SourceError(f"tensor {name!r} is both in {files[name].path.name} and in {file}")
+            files[name] = header
+    return files
+
+
+def _headers_of_file(path: Path) -> dict[str, TensorHeader]:
+    if path.suffix == ".gguf" or is_gguf(path):
+        return _gguf_headers(path)
+    if path.suffix == ".safetensors":
+        header = read_header(path)
+        return {name: _of_safetensors(name, header) for name in header.tensors}
+    raise SourceError(
+        f"{path} is no checkpoint that can be read", "Give a folder, a .safetensors file or a .gguf file"
+    )
+
+
+@dataclass(frozen=True)
+class _BinHeader:
+    path: Path
+    tensors: Mapping[str, BinTensor]
+
+
+def _read_bin(path: Path) -> _BinHeader:
+    return _BinHeader(path, read_bin_header(path))
+
+
+def _of_bin(name: str, header: _BinHeader) -> TensorHeader:
+    stored = header.tensors[name]
+    return TensorHeader(name, stored.shape, stored.dtype, stored.nbytes, header.path.name)
+
+
+def _of_safetensors(name: str, header: SafetensorsHeader) -> TensorHeader:
+    stored = header.tensors[name]
+    return TensorHeader(name, stored.shape, stored.dtype_name, stored.end - stored.begin, header.path.name)
+
+
+def _read_gguf(path: Path) -> GgufHeader:
+    header = read_gguf_header(path)
+    check_whole_model(header)
+    return header
+
+
+def _gguf_headers(path: Path) -> dict[str, TensorHeader]:
+    tensors = _read_gguf(path).tensors.values()
+    return {t.name: TensorHeader(t.name, t.shape, t.type_name, t.nbytes, path.name) for t in tensors}

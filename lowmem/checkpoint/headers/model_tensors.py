@@ -1,0 +1,77 @@
+"""The tensors that the model of a config.json has: names, shapes and kinds, known without any weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem.checkpoint.files.reading import one_line
+from lowmem.checkpoint.headers.config import read_config
+from lowmem.checkpoint.values import FLOATS
+from lowmem.errors import VerifyError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+QUANT_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def meta_model(folder: Path) -> nn.Module:
+    """The model of config.json without any weights, on the meta device; no code of the folder's runs.
+
+    Raises VerifyError when transformers cannot make a causal language model of it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        read_config(folder / "config.json")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the values are anyone's, and each config class fails its own way
+        raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
+    return model_of(config)
+
+
+def model_of(config: Any) -> nn.Module:
+    """As `meta_model`, of a config that was read."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # all that is wrong is told as a problem
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # as above
+        raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
+    return model
+
+
+def integer_buffers(model: nn.Module) -> set[str]:
+    """Names of the model's tensors that are no floats by its own definition; all others have to be."""
+    return {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
+
+
+def unique_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
+    """(name, (all its names, shape)) of every tensor in a model's state: a tied head comes once."""
+    groups: dict[int, list[str]] = {}
+    shapes: dict[int, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+        shapes[id(tensor)] = tuple(tensor.shape)
+    for key, names in groups.items():
+        yield names[0], (tuple(names), shapes[key])
+
+
+def misfit(
+    shape: tuple[int, ...], dtype: torch.dtype, needed: tuple[int, ...], *, integers: bool
+) -> str | None:
+    """What of a stored tensor is not as the model needs it; None if all is. integers: where they belong."""
+    if shape != needed:
+        return f"has shape {list(shape)}, the model needs {list(needed)}"
+    if not integers and dtype not in FLOATS:
+        return f"has dtype {str(dtype).removeprefix('torch.')}, no float of 16 bits or more"
+    return None

@@ -1,0 +1,136 @@
+"""`lowmem plan MODEL`: what every form of a model needs here, or on a card that is only named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from lowmem.commands.plan_options import add_plan_arguments, request_of
+
+if TYPE_CHECKING:
+    from lowmem.plan.planner import Option, Plan
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lowmem plan`."""
+    add_plan_arguments(parser)
+    parser.add_argument(
+        "--bandwidth", metavar="RATE", help="of a card that is only named, a second, as 360GB: gives tokens/s"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and print; reads headers only. Raises LowmemError for what the user can mend."""
+    from dataclasses import replace
+
+    from lowmem.plan.device import parse_bytes
+    from lowmem.plan.request import plan_for
+
+    request = request_of(args)
+    if args.bandwidth:
+        rate = args.bandwidth.removesuffix("/s")
+        request = replace(request, bandwidth=float(parse_bytes(rate, "--bandwidth")))
+    plan = plan_for(request, named_card=True, measure=True)
+    if args.json:
+        print(json.dumps(record(plan), ensure_ascii=False))
+    else:
+        print_table(plan)
+        print(plan.reason)
+    return 0
+
+
+def print_table(plan: Plan) -> None:
+    """The table on standard output: one row a form, those that are not there yet in a part of their own."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from lowmem.text.units import format_bytes
+
+    budget = plan.budget
+    have = budget.host if budget.card is None else budget.card
+    everything = (*plan.options, *plan.possible)
+    unit, name = (2**30, "GiB") if max(o.need.total for o in everything) >= 2**30 else (2**20, "MiB")
+    rates = any(option.ceiling for option in everything)
+    title = f"{budget.device}: {format_bytes(have)}, context {plan.context:,}; sizes in {name}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("form", no_wrap=True)
+    for column in ("bits", "weights", "KV", "work", "own", "in all", "fits", "context"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if rates:
+        table.add_column("tok/s ≤", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for option in plan.options:
+        table.add_row(*_cells(option, plan, unit, rates))
+    if plan.possible:
+        table.add_section()
+    for option in plan.possible:
+        table.add_row(*_cells(option, plan, unit, rates), style="dim")
+    console = Console()
+    Console(width=None if console.is_terminal else 120).print(table)
+    if budget.card is not None and not rates:
+        print("No bandwidth is known for this card: give --bandwidth to have tokens/s.", file=sys.stderr)
+
+
+def _cells(option: Option, plan: Plan, unit: int, rates: bool) -> list[str]:
+    need, candidate = option.need, option.candidate
+    sizes = [need.weights, need.kv_cache, need.workspace, need.context, need.total]
+    digits = 2 if unit == 2**30 else 0
+    rate = [f"{option.ceiling:.1f}" if option.ceiling else "—"] if rates else []
+    if candidate.command:
+        where = "to convert"
+    elif candidate.form.method == "gptq":
+        where = candidate.path.name
+    else:
+        where = "source" if candidate.form.method == "dense" else "on the fly"
+    return [
+        ("→ " if option.candidate is plan.chosen.candidate else "  ") + candidate.label,
+        str(candidate.bits),
+        *(f"{nbytes / unit:.{digits}f}" for nbytes in sizes),
+        "yes" if option.fits else f"{option.short / unit:.{digits}f} short",
+        f"{option.longest:,}" if option.longest else "—",
+        *rate,
+        where,
+    ]
+
+
+def record(plan: Plan) -> dict[str, object]:
+    """The plan for programs; sizes in bytes."""
+    return {
+        "device": plan.budget.device,
+        "have": plan.budget.host if plan.budget.card is None else plan.budget.card,
+        "host": plan.budget.host,
+        "context": plan.context,
+        "reason": plan.reason,
+        "chosen": _option(plan.chosen),
+        "options": [_option(option) for option in plan.options],
+        "possible": [_option(option) for option in plan.possible],
+    }
+
+
+def _option(option: Option) -> dict[str, object]:
+    candidate = option.candidate
+    return {
+        "label": candidate.label,
+        "method": candidate.form.method,
+        "bits": candidate.bits,
+        "dtype": candidate.form.dtype,
+        "path": str(candidate.path),
+        "command": candidate.command or None,
+        "kld": candidate.kld,
+        "device": option.device,
+        "cpu_layers": option.cpu_layers,
+        "weights": option.need.weights,
+        "kv_cache": option.need.kv_cache,
+        "workspace": option.need.workspace,
+        "own_context": option.need.context,
+        "need": option.need.total,
+        "host_need": option.host.total if option.host else None,
+        "fits": option.fits,
+        "short": option.short,
+        "longest_context": option.longest,
+        "tokens_per_second_at_most": option.ceiling,
+    }

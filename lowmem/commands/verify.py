@@ -1,0 +1,73 @@
+"""`lowmem verify DIR`: is a checkpoint whole? Exit code 0 when it is, 2 with every fault on a line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from lowmem.errors import printable
+
+if TYPE_CHECKING:
+    from lowmem.checkpoint.verify.converted import VerifyReport
+
+DAMAGED = 2
+_NOTES_SHOWN = 10
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `lowmem verify`."""
+    parser.add_argument("folder", metavar="DIR", help="folder of any checkpoint, or a .gguf file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the folder; 0 or 2. Raises VerifyError when it is no folder."""
+    from lowmem.checkpoint.verify.converted import verify
+
+    show = sys.stderr.isatty() and not args.json
+    report = verify(args.folder, _show_progress if show else None)
+    if show:
+        print("\r\x1b[K", end="", file=sys.stderr)
+    if args.json:
+        print(json.dumps(_record(report), ensure_ascii=False))
+    else:
+        for problem in report.problems:
+            print(problem)
+        for note in report.notes[:_NOTES_SHOWN]:
+            print(f"note: {printable(note)}", file=sys.stderr)
+        if len(report.notes) > _NOTES_SHOWN:
+            print(f"note: … and {len(report.notes) - _NOTES_SHOWN} more (see --json)", file=sys.stderr)
+        print(summary(report))
+    return 0 if report.ok else DAMAGED
+
+
+def summary(report: VerifyReport) -> str:
+    """One line: the verdict, and what was looked at."""
+    count = len(report.problems)
+    verdict = "ok" if report.ok else f"{count} problem{'s' * (count != 1)}"
+    format = report.format
+    packed = f", {report.linears} linears of {format.bits} bits (g{format.group_size})" if format else ""
+    return f"{verdict}: {report.files} files, {report.bytes:,} bytes, {report.tensors} tensors{packed}"
+
+
+def _record(report: VerifyReport) -> dict[str, object]:
+    return {
+        "ok": report.ok,
+        "folder": str(report.folder),
+        "manifest": report.ours,
+        "bits": report.format.bits if report.format else None,
+        "group_size": report.format.group_size if report.format else None,
+        "files": report.files,
+        "tensors": report.tensors,
+        "linears": report.linears,
+        "bytes": report.bytes,
+        "problems": [vars(problem) for problem in report.problems],
+        "notes": list(report.notes),
+    }
+
+
+def _show_progress(done: int, total: int) -> None:
+    percent = 100 * done // max(total, 1)
+    print(f"\r{percent:3d} %", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,181 @@
+"""A linear whose weight stays packed, and the swap of a model's nn.Linear for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.packing import stored_shapes
+from lowmem.checkpoint.source.mapped import forget_pages, is_mapped
+from lowmem.errors import SourceError
+from lowmem.kernels import reference
+from lowmem.kernels.native.library import linear as native_linear
+
+_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias", "order")
+
+
+class QuantLinear(nn.Module):
+    """x [..., in] → [..., out] with a GPTQ weight; the output has x's dtype.
+
+    Buffers: qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales
+    [groups, out] (float16 on disk, kept as it is stored), g_idx int32 [in], and bias [out] or None.
+    g_idx is kept because act-order checkpoints of other tools do not have their groups side by side.
+    zeros_v2: `qzeros` holds the zero-points as they are, not one less. order: the inputs in the order of
+    qweight's rows (position → input), where `use_native` has brought each group's rows together; None: as
+    they are.
+
+    The reference multiplies until `use_native`, and again when a tensor has been replaced since.
+    """
+
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bias: torch.Tensor | None
+    order: torch.Tensor | None
+    packed: native_linear.Packed | None
+    """The weight as our own kernels read it, while they are used."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        bias: bool,
+        zeros_v2: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        """Empty buffers on `device`; raises ValueError when the features do not fill whole words."""
+        super().__init__()
+        shapes = stored_shapes(in_features, out_features, bits, group_size)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        self.group_size = group_size
+        self.zeros_v2 = zeros_v2
+        self.register_buffer("qweight", torch.empty(shapes.qweight, dtype=torch.int32, device=device))
+        self.register_buffer("qzeros", torch.empty(shapes.qzeros, dtype=torch.int32, device=device))
+        self.register_buffer("scales", torch.empty(shapes.scales, dtype=torch.float16, device=device))
+        self.register_buffer("g_idx", torch.empty(shapes.g_idx, dtype=torch.int32, device=device))
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        self.register_buffer("order", None, persistent=False)
+        self.packed = None
+
+    @property
+    def row_invariant(self) -> bool:
+        """Whether a row's bits are the same whatever rows come with it."""
+        return self.packed is not None
+
+    def use_native(self, activation_bits: int | None = None) -> None:
+        """Multiply with our own kernels from now on (kernels/native_linear.py), once all tensors are there.
+
+        activation_bits: of a 16-bit activation's integer, one of native_linear.ACTIVATION_BITS; None is
+        native_linear.activation_bits. Weights of 8 bits take 16 for 12.
+
+        An act-order weight of other tools, its groups scattered, gets its rows in order: memory of its own
+        instead of the file's. Raises native_linear.Unsuitable, and changes nothing, when the kernels cannot
+        take it.
+        """
+        if self.qweight.device.type != "cpu":
+            raise native_linear.Unsuitable("its tensors are not on the CPU")
+        order = native_linear.groups_of(self.g_idx, self.scales.shape[0]).order
+        if order is not None:
+            self.qweight = native_linear.rows_in_order(self.qweight, self.bits, order)
+            self.g_idx = self.g_idx[order]
+            self.order = order if self.order is None else self.order[order]
+        packed = native_linear.Packed.of(self)
+        if activation_bits is not None:
+            packed.planes = native_linear.planes_of(activation_bits)
+        self.packed = packed
+
+    @property
+    def in_file_order(self) -> bool:
+        """Whether `use_panels` has something to do."""
+        return self.packed is not None and not self.packed.struct.panels and is_mapped(self.qweight)
+
+    def use_panels(self) -> bool:
+        """Once native: have the kernels read a copy of the weight in their own order; whether they do now.
+
+        Only where qweight is mapped from its file: its pages go as the copy comes, and are read again should
+        anybody ask for them, so that the weight is not in memory twice.
+        """
+        if self.packed is None or not self.in_file_order:
+            return False
+        self.packed.to_panels()
+        forget_pages(self.qweight)
+        return True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] → [..., out]."""
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
+        if self.packed is not None and native_linear.takes(x):
+            return native_linear.linear(self.packed, x)
+        return reference.linear(
+            x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.bias, v2=self.zeros_v2
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [out, in] that the packed integers stand for."""
+        weight = reference.dequantize(
+            self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, dtype, v2=self.zeros_v2
+        )
+        return weight if self.order is None else weight[:, self.order.argsort()]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A tensor that is replaced is no longer the one that the kernels point into."""
+        if name in _TENSORS:
+            self.__dict__["packed"] = None
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
+        self.packed = None  # moved or cast
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the pointers, which mean nothing in a copy."""
+        return {**self.__dict__, "packed": None}
+
+    def extra_repr(self) -> str:
+        """in, out, bits and group size, as nn.Linear prints its own."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bits={self.bits}, group_size={self.group_size}, bias={self.bias is not None}"
+        )
+
+
+def swap_linears(model: nn.Module, names: Iterable[str], format: GptqFormat) -> None:
+    """Put a QuantLinear on the meta device in the place of each named nn.Linear, in the model itself.
+
+    Raises SourceError for a name that is no nn.Linear of the model, or a linear that cannot be packed.
+    """
+    modules = dict(model.named_modules())
+    for name in names:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise SourceError(
+                f"the checkpoint has a quantized weight for {name}, which is no linear of this model",
+                "The config.json and the weights are not of the same model",
+            )
+        try:
+            quantized = QuantLinear(
+                linear.in_features,
+                linear.out_features,
+                bits=format.bits,
+                group_size=format.group_size,
+                bias=linear.bias is not None,
+                zeros_v2=format.zeros_v2,
+                device="meta",
+                dtype=linear.weight.dtype,
+            )
+        except ValueError as error:
+            raise SourceError(f"{name}: {error}", "The quantization_config does not fit the model") from None
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, quantized)

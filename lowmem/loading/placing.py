@@ -1,0 +1,294 @@
+"""Tensors from their shards into their places: one at a time, in slices, on the device where they stay.
+
+What the CPU can use as it lies in the file is mapped. What changes its dtype there (not a float16 embedding,
+see stored_embeddings.py) is cast from the map, whose pages go at once; what goes to a card passes through
+host memory in slices of rows. So a load holds the model and one slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem.checkpoint.headers.model_tensors import QUANT_PARTS, integer_buffers, unique_tensors
+from lowmem.checkpoint.source.mapped import forget_pages
+from lowmem.checkpoint.source.open import TensorInfo, resolve_names
+from lowmem.checkpoint.values import FLOATS, all_finite
+from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
+from lowmem.errors import SourceError
+from lowmem.kernels import bitsandbytes as bnb
+from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
+
+_CAST_VALUES = 1 << 20  # at a time: 4 MiB in float32 stay in a core's cache
+_SEE = "See all that is wrong with: lowmem verify DIR"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is stored in a checkpoint of any kind, and the ways to get at one tensor.
+
+    read(name, rows): a tensor, or rows of a 2-D one, in memory of its own. mapped(name): the tensor as it
+    lies in its file, or None where that is not possible. sliceable: reading rows costs the rows only.
+    """
+
+    infos: Mapping[str, TensorInfo]
+    read: Callable[[str, slice | None], torch.Tensor]
+    mapped: Callable[[str], torch.Tensor | None]
+    release: Callable[[], None]
+    sliceable: bool
+
+
+@dataclass(frozen=True)
+class Placement:
+    """On which device each decoder layer lies; `device` holds all that is not in a layer.
+
+    split: the first `split` decoder layers are on `device`, the others on the CPU and computed there.
+    None: all on `device`.
+    """
+
+    device: torch.device
+    layers: str
+    """Name of the list of decoder layers, as `transformer.h`."""
+    split: int | None = None
+
+    def device_map(self, count: int) -> dict[str, torch.device]:
+        """As transformers writes it, for a model of `count` decoder layers: by the beginnings of names."""
+        if self.split is None:
+            return {"": self.device}
+        return {"": self.device} | {
+            f"{self.layers}.{index}": torch.device("cpu") for index in range(self.split, count)
+        }
+
+    def of(self, name: str) -> torch.device:
+        """The device of the tensor or module of that name."""
+        if self.split is None or not name.startswith(self.layers + "."):
+            return self.device
+        index = int(name[len(self.layers) + 1 :].split(".", 1)[0])
+        return self.device if index < self.split else torch.device("cpu")
+
+
+def fill(
+    model: nn.Module,
+    weights: Weights,
+    placement: Placement,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Put every tensor in its place, tie what is tied, and leave nothing on meta.
+
+    progress: called with bytes done and bytes in all. Raises SourceError for a tensor that is missing, or
+    not as the model needs it.
+    """
+    infos = weights.infos
+    model.tie_weights()  # type: ignore[operator]  # building without memory has parted what is tied
+    places, shapes = _names(model, infos)
+    integers = integer_buffers(model)
+    for name, stored in places.items():
+        _check_shape(infos[stored], stored, shapes[name])
+        if name not in integers:
+            _check_float(infos[stored], stored)
+    packed = any(isinstance(module, QuantLinear) for module in model.modules())
+    if packed and placement.device.type == "cpu":  # else nearly all is cast, and this would hardly show
+        half = [name for name, stored in places.items() if infos[stored].dtype == "float16"]
+        keep_as_stored(model, half, dtype)
+    modules = dict(model.named_modules())
+    total = sum(infos[stored].nbytes for stored in places.values())
+    done = 0
+    for name in sorted(places, key=lambda name: (infos[places[name]].file, places[name])):
+        stored = places[name]
+        parent, _, leaf = name.rpartition(".")
+        _place(modules[parent], leaf, weights, stored, placement.of(name), dtype)
+        weights.release()
+        done += infos[stored].nbytes
+        if progress:
+            progress(done, total)
+    model.tie_weights()  # type: ignore[operator]  # to the tensors that have just been read
+    for module_name, module in modules.items():
+        for leaf, buffer in module.named_buffers(recurse=False):  # rotary frequencies and the like
+            device = placement.of(f"{module_name}.{leaf}")
+            if buffer.device != device and not buffer.is_meta:
+                module._buffers[leaf] = buffer.to(device)
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if left:
+        raise SourceError(
+            f"the checkpoint holds no tensor for {left[0]!r} ({len(left)} in all)", "It is not whole"
+        )
+
+
+def _names(
+    model: nn.Module, infos: Mapping[str, TensorInfo]
+) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """The model's name of each tensor → its stored name, and → its shape in the model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (aliases, shape) in unique_tensors(model):
+        # A tied head is read once, under whichever of its names the checkpoint has.
+        shapes[next((alias for alias in aliases if alias in infos), name)] = shape
+    return resolve_names(infos, list(shapes)), shapes
+
+
+def _check_shape(info: TensorInfo, stored: str, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise SourceError(
+            f"{info.file}: tensor {stored!r} has shape {list(info.shape)}, "
+            f"the model of config.json needs {list(shape)}",
+            "The config.json and the weights are not of the same model",
+        )
+    if 0 in shape:  # kernels divide by what a tensor has none of
+        raise SourceError(f"{info.file}: tensor {stored!r} of shape {list(shape)} is empty", _SEE)
+
+
+def _check_float(info: TensorInfo, stored: str) -> None:
+    if getattr(torch, info.dtype) not in FLOATS:
+        raise SourceError(
+            f"{info.file}: tensor {stored!r} is {info.dtype}, not a float of 16 bits or more",
+            "Give the 16-bit original, or what lowmem convert made of it",
+        )
+
+
+def _place(
+    module: nn.Module, leaf: str, weights: Weights, name: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    """One tensor into its module; packed words, groups and scales keep the dtype they are stored in."""
+    if isinstance(module, QuantLinear) and leaf in QUANT_PARTS:
+        tensor = _to(weights, name, device, None)
+        _check_packed(module, leaf, tensor, name)
+        setattr(module, leaf, tensor)
+    elif leaf == "weight" and bnb.is_empty(module):
+        rows = bnb.rows_may_be_sliced(module) and weights.sliceable
+        slices = _slices(weights, name, QUANTIZED_SLICE_BYTES, whole=not rows)
+        bnb.quantize_into(module, slices, device, dtype)
+    elif leaf == "weight" and isinstance(module, StoredEmbedding | StoredHead):
+        setattr(module, leaf, _to(weights, name, device, None))
+    elif leaf in module._buffers:
+        buffer = module._buffers[leaf]
+        wanted = buffer.dtype if buffer is not None and not buffer.dtype.is_floating_point else dtype
+        setattr(module, leaf, _finite_if_short(_to(weights, name, device, wanted), name))
+    else:
+        tensor = _finite_if_short(_to(weights, name, device, dtype), name)
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _to(weights: Weights, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+    """A stored tensor on `device` in `dtype` (None: as it is stored)."""
+    info = weights.infos[name]
+    stored: torch.dtype = getattr(torch, info.dtype)
+    wanted = dtype or stored
+    if device.type == "cpu" and (mapped := weights.mapped(name)) is not None:
+        return mapped if mapped.dtype is wanted else _cast(mapped, wanted)
+    if device.type == "cpu" and wanted is stored:
+        return weights.read(name, None)
+    if len(info.shape) != 2 or not weights.sliceable or info.nbytes <= SLICE_BYTES:
+        return weights.read(name, None).to(device, wanted)
+    result = torch.empty(info.shape, dtype=wanted, device=device)
+    for first, rows in _slices(weights, name, SLICE_BYTES):
+        result[first : first + len(rows)] = rows
+    return result
+
+
+def _cast(mapped: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mapped tensor in another dtype. Of the map no more than a slice stays in memory.
+
+    Between the 16-bit dtypes by way of float32, which rounds the same: torch does each half with vectors, and
+    the whole one value at a time (StarChat's embedding: 94 ms for 31).
+    """
+    result = torch.empty(mapped.shape, dtype=dtype)
+    source, target = mapped.reshape(-1), result.view(-1)
+    middle = torch.empty(min(_CAST_VALUES, source.numel()), dtype=torch.float32)
+    dropped, step = 0, SLICE_BYTES // mapped.itemsize
+    for first in range(0, source.numel(), _CAST_VALUES):
+        part = source[first : first + _CAST_VALUES]
+        if torch.float32 not in (part.dtype, dtype):
+            part = middle[: len(part)].copy_(part)
+        target[first : first + len(part)] = part
+        if first + len(part) - dropped >= step:
+            forget_pages(source[dropped : first + len(part)])
+            dropped = first + len(part)
+    forget_pages(source[dropped:])
+    return result
+
+
+def _slices(
+    weights: Weights, name: str, nbytes: int, whole: bool = False
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of a 2-D tensor, so many bytes at a time, but 64 rows at least."""
+    count, columns = weights.infos[name].shape
+    if whole:
+        yield 0, weights.read(name, None)
+        return
+    itemsize = weights.infos[name].nbytes // max(1, count * columns)
+    # A multiple of 64 rows keeps NF4's blocks and packing whole.
+    step = max(64, nbytes // max(1, columns * itemsize) // 64 * 64)
+    for first in range(0, count, step):
+        yield first, weights.read(name, slice(first, min(first + step, count)))
+
+
+def _check_packed(module: QuantLinear, leaf: str, tensor: torch.Tensor, name: str) -> None:
+    if leaf == "scales":
+        if tensor.dtype not in FLOATS:
+            raise SourceError(
+                f"tensor {name!r} is {tensor.dtype}, not a float of 16 bits or more", "Convert it again"
+            )
+        _check_finite(tensor, name)
+    elif tensor.dtype is not torch.int32:
+        raise SourceError(f"tensor {name!r} is {tensor.dtype}, not int32", "Convert it again")
+    if leaf == "g_idx":
+        low, high = (int(edge) for edge in tensor.aminmax())
+        if not 0 <= low <= high < module.scales.shape[0]:
+            raise SourceError(
+                f"tensor {name!r} names groups {low} to {high}, there are {module.scales.shape[0]}", _SEE
+            )
+
+
+def _finite_if_short(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    """The tensor: a norm's weight or a bias has to be finite, of a matrix only `lowmem verify` makes sure."""
+    if tensor.dim() < 2:
+        _check_finite(tensor, name)
+    return tensor
+
+
+def _check_finite(tensor: torch.Tensor, name: str) -> None:
+    """For what spoils whole rows or columns: all scales of 16 billion parameters take a core 12 ms."""
+    if not all_finite(tensor):
+        raise SourceError(f"tensor {name!r} has values that are not finite", _SEE)
+
+
+def connect(model: nn.Module, placement: Placement) -> None:
+    """Have what a layer on the CPU is given moved there, and what the rest is given moved back.
+
+    Hooks before each decoder layer, and before whatever follows the layers, move tensors among the
+    arguments to where that module's weights are; the KV cache follows its layer by itself.
+    """
+    if placement.split is None:
+        return
+    layers = model.get_submodule(placement.layers)
+    assert isinstance(layers, nn.ModuleList)
+    for index, layer in enumerate(layers):
+        device = placement.of(f"{placement.layers}.{index}")
+        layer.register_forward_pre_hook(_mover(device), with_kwargs=True)
+    outer, _, own = placement.layers.rpartition(".")
+    for name, module in model.get_submodule(outer).named_children():
+        if name != own:
+            module.register_forward_pre_hook(_mover(placement.device), with_kwargs=True)
+
+
+def _mover(device: torch.device) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return moved(args, device), moved(kwargs, device)
+
+    return hook
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """`value` with every tensor in its tuples, lists and dictionaries on `device`; the rest as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) in (tuple, list):
+        return type(value)(moved(item, device) for item in value)
+    if type(value) is dict:
+        return {key: moved(item, device) for key, item in value.items()}
+    return value

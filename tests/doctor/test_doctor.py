@@ -1,0 +1,354 @@
+"""The doctor: facts of made-up machines, checks that break, and a card's checks on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowmem.commands import doctor as doctor_command
+from lowmem.doctor import examination, gpu, kernels, machine
+from lowmem.doctor.examination import examine
+from lowmem.doctor.facts import facts
+from lowmem.doctor.machine import Card, Machine, look
+from lowmem.doctor.report import Check, guarded, passed
+from lowmem.generate import compiled
+from lowmem.kernels import dispatch
+from lowmem.kernels.trial import KernelChoice, PassedOver
+from lowmem.plan import bandwidth
+from tests.helpers import REPO
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+RTX = Card(0, "NVIDIA GeForce RTX 3060", (8, 6), 12 * GIB, 11 * GIB, True)
+HEALTHY = Machine(
+    python="3.12.1",
+    platform="Linux-6.8-x86_64",
+    versions=dict.fromkeys(machine.PACKAGES, "1.0"),
+    torch_error="",
+    cuda_build="12.8",
+    driver="570.1",
+    driver_cuda=(12, 8),
+    cards=(RTX,),
+    nvcc="/usr/local/cuda/bin/nvcc",
+    compiler="/usr/bin/gcc",
+    cpu="A CPU, 8 cores",
+    flags=frozenset({"avx2"}),
+    memory_total=32 * GIB,
+    memory_available=20 * GIB,
+    limit=None,
+    cache=Path("/home/user/.cache/lowmem"),
+    disk_free=100 * GIB,
+)
+NO_CARD = replace(HEALTHY, driver=None, driver_cuda=None, cards=(), cuda_build=None)
+
+
+def line(found: Any, name: str) -> Check:
+    """The one line with this name."""
+    lines = [check for check in found if check.name == name]
+    assert len(lines) == 1, (name, [check.name for check in found])
+    return lines[0]
+
+
+def test_a_healthy_machine_has_no_warning() -> None:
+    found = list(facts(HEALTHY))
+    assert {check.status for check in found} == {"ok"} and passed(found)
+    card = line(found, "cuda:0").detail
+    for part in ("RTX 3060", "8.6", "11.00 GiB free of 12.00 GiB", "bfloat16"):
+        assert part in card
+    assert "570.1" in line(found, "driver").detail and "12.8" in line(found, "driver").detail
+
+
+def test_a_machine_without_a_card_is_healthy_too() -> None:
+    """And it is not told to install a compiler for a card that it has not."""
+    found = list(facts(NO_CARD))
+    assert {check.status for check in found} == {"ok"}
+    assert "CPU" in line(found, "driver").detail
+    assert not {"nvcc", "C compiler", "cards"} & {check.name for check in found}
+
+
+@pytest.mark.parametrize(
+    "change, name, status, advice",
+    [
+        ({"nvcc": None}, "nvcc", "warning", "CUDA toolkit"),
+        ({"compiler": None}, "C compiler", "warning", "gcc"),
+        ({"versions": {"torch": "2", "transformers": "5"}}, "gptqmodel", "warning", "pip install gptqmodel"),
+        ({"versions": {"torch": "2"}}, "transformers", "missing", "pip install lowmem"),
+        ({"versions": {}}, "torch", "missing", "pip install lowmem"),
+        ({"torch_error": "OSError: libcudart.so", "cards": ()}, "torch", "missing", "torch again"),
+        ({"cards": (), "cuda_build": None}, "cards", "warning", "torch with CUDA"),
+        ({"cards": (), "driver_cuda": (11, 8)}, "cards", "warning", "Update the driver"),
+        ({"cards": ()}, "cards", "warning", "nvidia-smi"),
+        ({"cards": (replace(RTX, capability=(6, 1), bfloat16=False),)}, "cuda:0", "warning", "7.5"),
+        ({"cards": (replace(RTX, free=2 * GIB),)}, "cuda:0", "warning", "Close what else"),
+        ({"flags": frozenset()}, "CPU", "warning", "AVX2"),
+        ({"disk_free": GIB}, "cache", "warning", "lowmem rm"),
+    ],
+)
+def test_what_is_wrong_is_said_with_what_to_do(
+    change: dict[str, Any], name: str, status: str, advice: str
+) -> None:
+    found = list(facts(replace(HEALTHY, **change)))
+    check = line(found, name)
+    assert check.status == status and advice in check.advice
+    assert passed(found) == (status != "missing")
+
+
+def test_a_containers_limit_is_told() -> None:
+    found = facts(replace(HEALTHY, limit=8 * GIB))
+    assert "limited to 8.00 GiB" in line(found, "memory").detail
+    assert "limited" not in line(facts(replace(HEALTHY, limit=64 * GIB)), "memory").detail
+
+
+def test_a_check_that_breaks_is_a_line() -> None:
+    def breaks() -> str:
+        raise RuntimeError("CUDA error: an illegal memory access\nmore\nlines")
+
+    check = guarded("card", "kernel", breaks, "Report it")
+    assert check.status == "missing" and check.advice == "Report it"
+    assert "illegal memory access" in str(check) and "\n" not in str(check)
+
+
+def test_this_machine() -> None:
+    """The real facts; each is there, and they are those of Linux's own files where it has them."""
+    found = look()
+    assert found.python == ".".join(map(str, sys.version_info[:3])) and found.torch_error == ""
+    assert found.memory_total > GIB and 0 < found.memory_available <= found.memory_total
+    assert found.versions["torch"] and found.disk_free > 0
+    assert len(found.cards) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    assert ("avx2" in found.flags) == ("avx2" in Path("/proc/cpuinfo").read_text())
+    assert list(facts(found))
+
+
+def test_the_reference_is_checked_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "equal to float64" in kernels.reference_works(CPU)
+    right = kernels.reference.linear
+    monkeypatch.setattr(kernels.reference, "linear", lambda *a, **k: right(*a, **k) * 1.01)
+    with pytest.raises(RuntimeError, match="differs"):
+        kernels.reference_works(CPU)
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_bitsandbytes_is_checked_for_real(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "of the dense linear" in kernels.bnb_works(method, CPU, torch.bfloat16)
+    fill = kernels.bnb.quantize_into
+
+    def wrong(module: Any, slices: Any, *rest: Any) -> None:
+        fill(module, ((row, part.flip(1)) for row, part in slices), *rest)
+
+    monkeypatch.setattr(kernels.bnb, "quantize_into", wrong)
+    with pytest.raises(RuntimeError, match="differs"):
+        kernels.bnb_works(method, CPU, torch.bfloat16)
+
+
+def test_the_kernel_of_each_width_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card without nvcc: Triton works, the better ones say what they need."""
+    choice = KernelChoice(
+        "TritonV2Linear", "GPTQModel's best here", passed_over=(PassedOver("MarlinLinear", "needs nvcc"),)
+    )
+    monkeypatch.setattr(dispatch, "choose_kernel", lambda *_: choice)
+    check = kernels.chosen("kernels", 4, torch.device("cuda", 0), torch.float16)
+    assert check.status == "ok" and check.name == "4-bit GPTQ"
+    assert check.detail == "TritonV2Linear, GPTQModel's best here (not MarlinLinear: needs nvcc)"
+    monkeypatch.setattr(dispatch, "choose_kernel", lambda *_: replace(choice, name=dispatch.REFERENCE))
+    slow = kernels.chosen("kernels", 4, torch.device("cuda", 0), torch.float16)
+    assert slow.status == "warning" and "slowly" in slow.advice
+
+
+# A card's checks, on the CPU.
+
+
+def test_a_cards_checks_pass_on_the_cpu() -> None:
+    found = list(gpu.gpu_checks(CPU, torch.bfloat16))
+    assert {check.status for check in found} == {"ok"}, [str(check) for check in found]
+    assert [check.name for check in found] == [
+        "greedy tokens",
+        "memory",
+        "compiled decode",
+        *(f"{bits}-bit GPTQ" for bits in (8, 4, 3, 2)),
+        "bitsandbytes int8",
+        "bitsandbytes nf4",
+    ]
+    assert "24 tokens" in line(found, "greedy tokens").detail
+    assert "24 tokens, logits within" in line(found, "compiled decode").detail
+
+
+def test_a_card_that_computes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another model on "the card", a kernel that is wrong, a decode that is refused."""
+    install = dispatch.install
+
+    def wrong(model: Any, *rest: Any) -> str:
+        for module in model.modules():
+            if hasattr(module, "qzeros"):
+                module.scales = module.scales.abs() * 1.2
+        return install(model, *rest)
+
+    monkeypatch.setattr(dispatch, "install", wrong)
+    with pytest.raises(RuntimeError, match="differs from the reference"):
+        gpu.kernel_in_model(4, CPU, torch.float32)
+
+    real = gpu.load
+
+    def spoiled(*args: Any, **options: Any) -> Any:
+        loaded = real(*args, **options)
+        if options["device"] != "cpu" or options.get("on_the_fly"):
+            loaded.model.transformer.wpe.weight.mul_(-1)
+        return loaded
+
+    monkeypatch.setattr(gpu, "load", spoiled)
+    with pytest.raises(RuntimeError, match=r"token \d+ is \d+, on the CPU \d+"):
+        gpu.same_tokens_as_cpu(CPU)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise compiled.CompileRefused("the graph says no")
+
+    monkeypatch.setattr(gpu, "CompiledDecode", refuse)
+    check = gpu.decode_works("a model", CPU, torch.float32)
+    assert isinstance(check, Check) and check.status == "warning" and check.detail == "the graph says no"
+
+
+def test_packing_in_place_keeps_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 8 bits the embedded model stays what it is, so that the kernels are compared on sensible numbers."""
+    dense, packed = (gpu.load(gpu._tiny(), dtype=torch.float32) for _ in range(2))
+    gpu.pack_model(packed, 8)
+    ids = torch.tensor([gpu._prompt(dense)])
+    with torch.inference_mode():
+        right, got = dense.model(ids).logits, packed.model(ids).logits
+    assert 1e-5 < float((got - right).norm() / right.norm()) < 0.02
+
+
+# The whole examination of made-up machines.
+
+
+@pytest.fixture
+def no_computing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Every device computes as the CPU does, quickly; what was asked for is noted."""
+    asked: list[str] = []
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(bandwidth, "measure_host", lambda: 4e10)
+
+    def note(name: str) -> Any:
+        def check(device: torch.device, dtype: torch.dtype) -> Any:
+            asked.append(f"{name} {device} {dtype}")
+            yield Check(name, str(device), "ok", "works")
+
+        return check
+
+    monkeypatch.setattr(bandwidth, "card_bandwidth", lambda device: 3.6e11)
+    monkeypatch.setattr(kernels, "kernel_checks", note("kernels"))
+    monkeypatch.setattr(gpu, "gpu_checks", note("model"))
+    return asked
+
+
+def test_every_card_is_tried(no_computing: list[str]) -> None:
+    old = replace(RTX, index=1, bfloat16=False)
+    found = list(examine(replace(HEALTHY, cards=(RTX, old))))
+    assert no_computing == [
+        "kernels cpu torch.bfloat16",
+        "kernels cuda:0 torch.bfloat16",
+        "model cuda:0 torch.bfloat16",
+        "kernels cuda:1 torch.float16",
+        "model cuda:1 torch.float16",
+    ]
+    rates = [check.detail for check in found if check.name == "bandwidth"]
+    assert rates[0].startswith("40.0 GB/s") and rates[1].startswith("360 GB/s")
+    assert passed(found)
+
+
+def test_without_a_card_only_the_cpu_is_tried(no_computing: list[str]) -> None:
+    assert passed(list(examine(NO_CARD)))
+    assert no_computing == ["kernels cpu torch.bfloat16"]
+
+
+def test_quick_computes_nothing(no_computing: list[str]) -> None:
+    assert "bandwidth" not in {check.name for check in examine(HEALTHY, quick=True)}
+    assert no_computing == []
+
+
+def test_a_broken_torch_is_told_and_nothing_more_is_tried(no_computing: list[str]) -> None:
+    broken = replace(HEALTHY, torch_error="ImportError: libcudnn.so.9", cards=())
+    found = list(examine(broken))
+    assert not passed(found) and "libcudnn" in line(found, "torch").detail
+    assert no_computing == []
+
+
+def test_a_card_that_fails_is_lines_and_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There is no card here, so everything asked of cuda:0 raises: the doctor finishes all the same."""
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path))
+    monkeypatch.setattr(bandwidth, "measure_host", lambda: 4e10)
+    monkeypatch.setattr(dispatch.cuda, "gptqmodel_candidates", lambda *_: ())  # it takes seconds
+    if torch.cuda.is_available():
+        pytest.skip("here it would not fail")
+    found = list(examine(HEALTHY))
+    on_card = [check for check in found if "cuda:0" in check.area]
+    assert len(on_card) > 12 and not any(check.status == "ok" for check in on_card)
+    assert all("\n" not in str(check) for check in found)
+    assert {check.status for check in found if "cpu" in check.area} == {"ok"}
+    assert not passed(found)
+
+
+def test_the_hub_is_asked_only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline() -> str:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(examination, "reach_hub", offline)
+    found = list(examine(NO_CARD, quick=True, online=True))
+    assert line(found, "hub").status == "warning" and passed(found)
+    assert "hub" not in {check.name for check in examine(NO_CARD, quick=True)}
+
+
+# The command.
+
+
+def command(monkeypatch: pytest.MonkeyPatch, found: Machine, *arguments: str) -> int:
+    monkeypatch.setattr(machine, "look", lambda: found)
+    parser = argparse.ArgumentParser()
+    doctor_command.add_arguments(parser)
+    return doctor_command.run(parser.parse_args(["--quick", *arguments]))
+
+
+def test_lines_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, HEALTHY) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "ok       card: cuda:0: NVIDIA GeForce RTX 3060" in out
+    assert out.splitlines()[-1].endswith("all that is needed works")
+
+
+def test_exit_codes_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A warning leaves 0, what is missing gives 1."""
+    assert command(monkeypatch, replace(HEALTHY, nvcc=None), "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["ok"] and {"area", "name", "status", "detail", "advice"} == set(record["checks"][0])
+    assert command(monkeypatch, replace(HEALTHY, versions={}), "--json") == 1
+    assert not json.loads(capsys.readouterr().out)["ok"]
+    assert command(monkeypatch, replace(HEALTHY, versions={})) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("2 things needed and missing")
+
+
+def test_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts of drivers are no markup."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    odd = replace(RTX, name="[bold]Card[/bold]")
+    assert command(monkeypatch, replace(HEALTHY, cards=(odd,), nvcc=None)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "[bold]Card" in out and "warning" in out and "1 warning" in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import argparse, sys; from lowmem import doctor_command as d\n"
+        "d.add_arguments(argparse.ArgumentParser())\n"
+        "print({'torch', 'numpy', 'rich', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

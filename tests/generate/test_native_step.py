@@ -1,0 +1,284 @@
+"""The native decode step: float64 is the oracle, no row depends on others; what it cannot do is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import ACT2FN
+
+from lowmem.generate.cache import KVCache
+from lowmem.generate.native_step import MOST_ROWS, NativeStep, StepRefused, checked_step, why_not
+from lowmem.kernels.native.library import library as native
+from lowmem.loading.loader import load
+from tests.generate.native_step_helpers import (
+    BIGCODE,
+    ERRORS,
+    bigcode,
+    contents,
+    error,
+    filled,
+    oracle,
+    random_ids,
+)
+from tests.helpers import TINY_STARCHAT, tiny_model
+from tests.kernels.native_oracle import ISAS, using
+from tests.rtn_helpers import write_rtn_checkpoint
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the library is not compiled")
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    native.set_threads()
+
+
+# ---- the step ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", BIGCODE)
+@torch.inference_mode()
+def test_logits_and_cache_are_float64s(kind: str, isa: str) -> None:
+    """Contexts before, at and behind the edges of attention's chunks; single keys decide, so that one too
+    many or too few shows."""
+    model = bigcode(kind, sharp=4.0)
+    with using(isa) as there:
+        if not there:
+            pytest.skip(f"no {isa}")
+        for length, rows in ((1, 1), (9, 2), (254, 1), (255, 1), (256, 1), (250, 11), (600, 5)):
+            cache = filled(model, length)
+            ids = random_ids(rows, seed=length)
+            logits = NativeStep(model, cache).step(ids)
+            assert cache.length == length + rows
+            expected, left = oracle(model, cache, ids)
+            assert logits.dtype is torch.float32
+            assert error(logits, expected) < ERRORS[isa], (length, rows)
+            for stored, wanted in zip(contents(cache, rows), left, strict=True):
+                assert error(stored, wanted) < ERRORS[isa] + 0.004  # bfloat16
+
+
+@pytest.mark.parametrize(("heads", "hidden"), [(1, 16), (3, 96), (20, 320), (49, 784)])
+@torch.inference_mode()
+def test_any_number_of_heads(heads: int, hidden: int) -> None:
+    """Fewer than fill a vector, and more than are taken at a time, in one row and in several."""
+    model = bigcode(heads=heads, hidden=hidden, sharp=3.0)
+    for rows in (1, 3, 16):
+        cache = filled(model, 300)
+        logits = NativeStep(model, cache).step(random_ids(rows))
+        assert error(logits, oracle(model, cache, random_ids(rows))[0]) < 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@torch.inference_mode()
+def test_packed_linears_are_the_dequantized_ones(bits: int, tmp_path: Path) -> None:
+    write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "q", bits=bits)
+    ids, found = random_ids(5), {}
+    for width in (None, 8, 12, 16):  # of the integers that activations become
+        model = load(tmp_path / "q", dtype=torch.bfloat16, activation_bits=width).model
+        cache = filled(model, 40, capacity=64)
+        logits = NativeStep(model, cache).step(ids)
+        found[width] = error(logits, oracle(model, cache, ids)[0])
+    assert max(found[12], found[16]) < 0.005 < found[8] < 0.05
+    assert found[None] == found[{8: 16, 4: 12}.get(bits, 8)]
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast"])
+@torch.inference_mode()
+def test_activations_are_told_apart(name: str) -> None:
+    """The two gelus differ by 5e-4 at most: inputs where they do, and an error that is less."""
+    model = bigcode()
+    model.config.activation_function = name
+    for block in model.transformer.h:
+        block.mlp.act = ACT2FN[name]
+        block.mlp.c_fc.bias.data[:] = torch.linspace(-6, 6, 256).to(torch.bfloat16)
+        block.mlp.c_proj.weight.data *= 8
+    with using("portable C"):
+        cache = filled(model, 5)
+        logits = NativeStep(model, cache).step([3, 4])
+    assert error(logits, oracle(model, cache, [3, 4])[0]) < 2e-6
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", BIGCODE)
+@torch.inference_mode()
+def test_a_row_depends_on_no_other_row_nor_on_threads(kind: str, isa: str) -> None:
+    model = bigcode(kind, hidden=96, heads=6)
+    ids = random_ids(12)
+    with using(isa) as there:
+        if not there:
+            pytest.skip(f"no {isa}")
+        for length in (20, 249):  # within a chunk of keys, and over its edge
+            results = []
+            for threads, parts in ((1, [12]), (2, [1] * 12), (3, [5, 1, 6]), (2, [12])):
+                torch.set_num_threads(threads)
+                cache = filled(model, length)
+                step, at, logits = NativeStep(model, cache), 0, []
+                for part in parts:
+                    logits.append(step.step(ids[at : at + part]))
+                    at += part
+                results.append([torch.cat(logits), *contents(cache, 12)])
+                torch.set_num_threads(1)  # the prefills are torch's, which threads may change
+            for result in results[1:]:
+                assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
+
+
+@torch.inference_mode()
+def test_the_real_small_model_is_nearer_to_float32_than_eager_bfloat16() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TINY_STARCHAT)
+    text = tokenizer((TINY_STARCHAT / "heldout.txt").read_text()[:3000]).input_ids[:208]
+    exact = AutoModelForCausalLM.from_pretrained(TINY_STARCHAT, dtype=torch.float32).eval()
+    expected = exact(input_ids=torch.tensor([text])).logits[0, 160:].log_softmax(-1)
+    model = AutoModelForCausalLM.from_pretrained(TINY_STARCHAT, dtype=torch.bfloat16).eval()
+    eager = model(input_ids=torch.tensor([text])).logits[0, 160:]
+    cache = KVCache(model.config.n_layer, 256)
+    model(input_ids=torch.tensor([text[:160]]), past_key_values=cache, use_cache=True)
+    step = NativeStep(model, cache)
+    ours = torch.cat([step.step(text[at : at + 16]) for at in range(160, 208, 16)])
+
+    def divergence(logits: torch.Tensor) -> float:
+        other = logits.float().log_softmax(-1)
+        return float((expected.exp() * (expected - other)).sum(-1).mean())
+
+    assert divergence(ours) < divergence(eager) < 0.001
+
+
+# ---- what is refused --------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_a_step_checks_ids_room_and_cache() -> None:
+    model = bigcode()
+    cache = filled(model, 10, capacity=16)
+    step = NativeStep(model, cache)
+    before = contents(cache, 10)
+    for ids in ([], [1] * (MOST_ROWS + 1), [512], [-1], [1] * 7):
+        with pytest.raises(ValueError):
+            step.step(ids)
+    cache.kv_layers[1].length = 9
+    with pytest.raises(ValueError, match="not the one"):
+        step.step([1])
+    cache.kv_layers[1].length = 10
+    cache.set_fixed(True)
+    with pytest.raises(ValueError, match="not the one"):
+        step.step([1])
+    cache.set_fixed(False)
+    assert cache.length == 10 and all(map(torch.equal, contents(cache, 10), before))
+    step.step([1] * 6)
+    cache.kv_layers[0].keys = cache.kv_layers[0].keys.clone()  # type: ignore[union-attr]
+    cache.cut(0)
+    with pytest.raises(ValueError, match="not the one"):
+        step.step([1])
+
+
+def positions_of_16(model: Any) -> None:
+    model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:16].clone()
+
+
+@torch.inference_mode()
+def test_no_position_beyond_the_models_is_read() -> None:
+    model = bigcode()
+    cache = filled(model, 10, capacity=32)
+    positions_of_16(model)
+    step = NativeStep(model, cache)
+    step.step([1] * 6)
+    with pytest.raises(ValueError, match="do not fit"):
+        step.step([1])
+
+
+def unknown_activation(model: Any) -> None:
+    model.config.activation_function = "relu"
+
+
+def hooked(model: Any) -> None:
+    model.transformer.h[0].register_forward_hook(lambda *_: None)
+
+
+def other_norm(model: Any) -> None:
+    model.transformer.ln_f = torch.nn.RMSNorm(64, dtype=torch.bfloat16)
+
+
+def other_linear(model: Any) -> None:
+    class Adapted(torch.nn.Linear):
+        """Adds something of its own."""
+
+    model.transformer.h[1].mlp.c_fc = Adapted(64, 256, dtype=torch.bfloat16)
+
+
+def float_bias(model: Any) -> None:
+    model.transformer.h[1].mlp.c_fc.bias.data = model.transformer.h[1].mlp.c_fc.bias.data.float()
+
+
+def transposed(model: Any) -> None:
+    weight = model.transformer.h[1].attn.c_proj.weight
+    weight.data = weight.data.T.contiguous().T
+
+
+def training(model: Any) -> None:
+    model.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (unknown_activation, "activation relu"),
+        (hooked, "hooks"),
+        (other_norm, "a norm is RMSNorm"),
+        (other_linear, "a linear is Adapted"),
+        (float_bias, r"bfloat16 tensor of \[256\]"),
+        (transposed, r"bfloat16 tensor of \[64, 64\]"),
+        (training, "eval mode"),
+    ],
+)
+@torch.inference_mode()
+def test_what_the_step_does_not_know_is_refused(change: Callable[[Any], None], reason: str) -> None:
+    model = bigcode()
+    cache = filled(model, 5)
+    change(model)
+    with pytest.raises(StepRefused, match=reason):
+        NativeStep(model, cache)
+
+
+def test_other_models_and_dtypes_keep_the_eager_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "GPTBigCode only" in why_not(tiny_model("llama", dtype=torch.bfloat16))
+    assert "float32" in why_not(tiny_model("gpt_bigcode_mqa"))
+    assert "multiple of 16" in why_not(tiny_model("gpt_bigcode_mqa", heads=8, dtype=torch.bfloat16))
+    assert why_not(bigcode()) == ""
+    monkeypatch.setenv("LOWMEM_CPU_KERNEL", "reference")
+    assert why_not(bigcode()) == "LOWMEM_CPU_KERNEL=reference"
+
+
+@torch.inference_mode()
+def test_a_packed_linear_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("gpt_bigcode_mqa", hidden=128, heads=4)
+    write_rtn_checkpoint(model, tmp_path / "q", act_order_seed=3)
+    scattered = load(tmp_path / "q", dtype=torch.bfloat16).model
+    with pytest.raises(StepRefused, match="as it lies"):
+        NativeStep(scattered, filled(scattered, 5))
+    monkeypatch.setenv("LOWMEM_CPU_KERNEL", "reference")
+    write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "r")
+    plain = load(tmp_path / "r", dtype=torch.bfloat16).model
+    monkeypatch.delenv("LOWMEM_CPU_KERNEL")
+    with pytest.raises(StepRefused, match="as it lies"):
+        NativeStep(plain, filled(plain, 5))
+
+
+@torch.inference_mode()
+def test_a_step_that_differs_from_the_model_is_refused_and_leaves_nothing() -> None:
+    """A model of this name whose forward is another one."""
+    model = bigcode()
+    cache = filled(model, 10)
+    model.transformer.h[0].mlp.c_proj.forward = lambda x: torch.zeros((*x.shape[:-1], 64), dtype=x.dtype)
+    with pytest.raises(StepRefused, match="differ from the eager ones"):
+        checked_step(model, cache, [1, 2])
+    assert cache.length == 10
+    del model.transformer.h[0].mlp.c_proj.forward
+    _, logits = checked_step(model, cache, [1, 2])
+    assert cache.length == 12 and logits.shape == (2, 512)

@@ -1,0 +1,358 @@
+"""GPTQModel, optimum and transformers read what `lowmem convert` writes, and compute the same.
+
+Importing GPTQModel patches transformers and replaces torch functions, so all of it runs in a process of
+its own (this file, as a script), which loads every checkpoint and writes what it computed to a file. Here it
+is compared with lowmem's own reader:
+
+- GPTQModel's dequantized weights must equal ours to the last bit;
+- its logits may differ from ours in float32 by what arithmetic in its dtype costs, and that is measured:
+  the same checkpoint through lowmem in the same dtype is as far from float32.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lowmem.convert.recipe import Options
+
+from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_zeros
+from lowmem.config import BITS, QuantConfig
+from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.loading.loader import load
+from tests.checkpoint.gptqmodel_packing import packing_cases, through_gptqmodel
+from tests.convert.convert_helpers import quick_convert
+from tests.helpers import REPO, save_source, tiny_model
+
+NEEDED = ("gptqmodel", "optimum")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+
+HIDDEN = 128
+IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint, read one way. reader: GPTQModel, transformers or optimum; backend: its kernel."""
+
+    kind: str
+    bits: int
+    group_size: int
+    sym: bool
+    backend: str = "gptq_torch"
+    dtype: str = "float16"
+    reader: str = "GPTQModel"
+
+    @property
+    def checkpoint(self) -> str:
+        """The name of its folder."""
+        return f"{self.kind}-{self.bits}bit-g{self.group_size}-{'sym' if self.sym else 'asym'}"
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint}-{self.reader}-{self.backend}-{self.dtype}"
+
+
+def _every_width(kind: str, first: int) -> list[Job]:
+    """Every width, symmetric and not, the three group sizes in turn from number `first`."""
+    sizes = (32, 64, -1)
+    return [
+        Job(kind, bits, sizes[(first + i + j) % 3], sym)
+        for i, bits in enumerate((8, 4, 3, 2))
+        for j, sym in enumerate((True, False))
+    ]
+
+
+def _jobs() -> list[Job]:
+    """Both kinds at every width; then the other readers and kernels."""
+    big, llama = "gpt_bigcode_mqa", "llama"
+    return [
+        *_every_width(big, 0),
+        *(job for job in _every_width(llama, 1) if job.sym == (job.bits in (8, 3))),
+        Job(llama, 4, 32, False, dtype="bfloat16"),
+        # ATen's int4 kernel: whole multiples of 32 columns a group.
+        Job(big, 4, 64, True, "gptq_torch_aten", "bfloat16"),
+        Job(llama, 4, 32, False, "gptq_torch_aten", "bfloat16"),
+        # This one takes every zero-point for 8, so it reads symmetric checkpoints alone.
+        Job(big, 4, 64, True, "gptq_torch_fused", "bfloat16"),
+        Job(llama, 8, 64, True, reader="transformers"),
+        Job(llama, 4, 32, False, reader="transformers"),
+        Job(big, 4, 64, True, reader="optimum"),
+        Job(big, 3, -1, True, reader="optimum"),
+        Job(big, 2, 32, False, reader="optimum"),
+    ]
+
+
+JOBS = _jobs()
+SLOW_JOBS = [job for first in (0, 1, 2) for job in _every_width("llama", first) if job not in JOBS]
+AVX512_JOBS = [
+    Job("gpt_bigcode_mqa", 4, 64, True, "gptq_torch_cpu_avx512", "bfloat16"),
+    Job("llama", 4, 32, False, "gptq_torch_cpu_avx512", "bfloat16"),
+]
+
+
+class Results:
+    """The checkpoints, and what the other process made of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def checkpoint(self, job: Job) -> Path:
+        """The folder of the job's checkpoint, converted when it is first asked for."""
+        out = self.folder / job.checkpoint
+        if not out.exists():
+            source = self.folder / job.kind
+            if not source.exists():
+                save_source(tiny_model(job.kind, layers=1, hidden=HIDDEN, heads=4), source)
+            config = QuantConfig(bits=job.bits, group_size=job.group_size, sym=job.sym)
+            options = Options(device="cpu", compute_dtype="float32")
+            quick_convert(source, out, config, rows=2, row_length=32, options=options)
+        return out
+
+    def run(self, jobs: list[Job]) -> None:
+        """Read all the jobs' checkpoints in a fresh process."""
+        for job in jobs:
+            self.checkpoint(job)
+        todo = self.folder / "jobs.json"
+        todo.write_text(json.dumps([asdict(job) for job in jobs]))
+        environment = {
+            **os.environ,
+            "GPTQMODEL_CPU_WORKERS": "2",  # with one worker a core, loading dies on two cores
+            "TORCH_COMPILE_DISABLE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(REPO),
+        }
+        command = [sys.executable, "-m", "tests.kernels.test_interop_gptqmodel", str(self.folder)]
+        done = subprocess.run(
+            command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        for job in jobs:
+            self.found[str(job)] = torch.load(self.folder / f"{job}.pt", weights_only=True)
+
+    def of(self, job: Job) -> dict[str, Any]:
+        """The job's "logits", "kernels", "weights"; fails with the reader's own words when it refused."""
+        found = self.found[str(job)]
+        assert "error" not in found, f"{job.reader} refused: {found['error']}"
+        return found
+
+    def expected(self, job: Job, dtype: str) -> torch.Tensor:
+        """lowmem's logits of the job's checkpoint, as float32."""
+        return _logits(self.checkpoint(job), dtype)
+
+
+@cache
+def _logits(checkpoint: Path, dtype: str) -> torch.Tensor:
+    with torch.inference_mode():
+        return load(checkpoint, dtype=getattr(torch, dtype)).model(IDS).logits.float()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    found = Results(tmp_path_factory.mktemp("interop"))
+    found.run(JOBS)
+    return found
+
+
+def error_of(logits: torch.Tensor, exact: torch.Tensor) -> float:
+    """The relative error, in the 2-norm."""
+    return float((logits - exact).norm() / exact.norm())
+
+
+def assert_agrees(results: Results, job: Job, allowance: float = 1.5) -> None:
+    """No further from float32 than `allowance` times what lowmem itself is in the reader's dtype."""
+    exact = results.expected(job, "float32")
+    rounding = error_of(results.expected(job, job.dtype), exact)
+    got = results.of(job)["logits"]
+    assert 0 < rounding < 0.02 and exact.std() > 0.1
+    assert error_of(got, exact) < allowance * rounding
+
+
+@pytest.mark.parametrize("number", range(len(BITS)), ids=lambda number: f"{BITS[number]}-bit")
+def test_same_words_as_gptqmodel(number: int, results: Results) -> None:
+    """Its packer gives our words, and its unpacker our integers, at every width."""
+    case = torch.load(results.folder / "packing.pt", weights_only=True)[number]
+    bits, q, zeros = case["bits"], case["q"], case["zeros"]
+    assert bits == BITS[number]
+    assert torch.equal(case["qweight"], pack_rows(q, bits))
+    assert torch.equal(case["qzeros"], pack_zeros(zeros, bits))
+    expected = (q.long() - zeros[case["g_idx"]]) * case["scales"].float()[case["g_idx"]]
+    torch.testing.assert_close(case["weight"].float(), expected, rtol=2e-3, atol=0)
+    assert torch.equal(case["random_zeros"].long(), unpack_zeros(case["random_words"], bits).long())
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_logits_agree(job: Job, results: Results) -> None:
+    """Whatever reads it, and with whatever kernel, computes what our reader computes."""
+    assert_agrees(results, job)
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.backend == "gptq_torch"], ids=str)
+def test_weights_are_equal_to_the_last_bit(job: Job, results: Results) -> None:
+    """Integers, zero-points and scales mean the same to the reader, negative scales included."""
+    loaded = load(results.checkpoint(job), dtype=getattr(torch, job.dtype))
+    ours = {
+        name: module.dequantize(getattr(torch, job.dtype))
+        for name, module in loaded.model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
+    theirs = results.of(job)["weights"]
+    assert set(theirs) == set(ours) and len(ours) >= 4
+    for name, weight in ours.items():
+        # In bfloat16 the reader rounds the scale before the product, so there only the ratio is bounded.
+        if job.dtype == "float16":
+            assert torch.equal(theirs[name], weight), name
+        else:
+            assert torch.allclose(theirs[name].float(), weight.float(), rtol=0.01, atol=0), name
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_negative_scales_are_among_them(bits: int, results: Results) -> None:
+    """Symmetric grids turn round to reach further: without a negative scale the other tests prove less."""
+    job = next(job for job in JOBS if job.bits == bits and job.sym)
+    model = load(results.checkpoint(job), dtype=torch.float32).model
+    scales = torch.cat([m.scales.flatten() for m in model.modules() if isinstance(m, QuantLinear)])
+    assert 0.05 < float((scales < 0).float().mean()) < 0.95
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_the_named_kernel_was_used(job: Job, results: Results) -> None:
+    """A reader that falls back to another kernel, or to dense linears, proves nothing about this one."""
+    names = {
+        "gptq_torch": "TorchLinear",
+        "gptq_torch_aten": "TorchAtenLinear",
+        "gptq_torch_fused": "TorchFusedLinear",
+    }
+    kernels = results.of(job)["kernels"]
+    assert set(kernels) == {names[job.backend]} and sum(kernels.values()) >= 4
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_config_means_the_same_to_optimum_and_transformers(job: Job, results: Results) -> None:
+    """`GPTQQuantizer.from_dict` and `GPTQConfig.from_dict` accept our quantization_config as it is meant."""
+    config = results.of(job)["config"]
+    wanted: dict[str, Any] = {"bits": job.bits, "group_size": job.group_size, "sym": job.sym}
+    wanted |= {"desc_act": False, "format": "gptq"}
+    assert config == {"optimum": wanted, "transformers": wanted}
+
+
+@pytest.mark.slow
+def test_every_width_and_group_size_of_llama(results: Results) -> None:
+    """What is left out of the quick tests."""
+    results.run(SLOW_JOBS)
+    for job in SLOW_JOBS:
+        assert_agrees(results, job)
+
+
+@pytest.mark.slow
+def test_avx512_kernel(results: Results) -> None:
+    """GPTQModel's own CPU kernel, what it chooses for 4 bits here; built by a compiler on first use."""
+    results.run(AVX512_JOBS)
+    for job in AVX512_JOBS:
+        found = results.found[str(job)]
+        if "error" in found and "AVX" in found["error"]:
+            pytest.skip(found["error"])
+        assert set(results.of(job)["kernels"]) == {"TorchCpuAvx512Linear"}
+        assert_agrees(results, job)
+
+
+# What follows runs in the other process.
+
+
+def _read_all(folder: Path) -> None:
+    for fields in json.loads((folder / "jobs.json").read_text()):
+        job = Job(**fields)
+        try:
+            found = _read(job, folder / job.checkpoint)
+        except Exception as error:  # the test that asks for this job says what it was
+            found = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(found, folder / f"{job}.pt")
+    torch.save([through_gptqmodel(case) for case in packing_cases()], folder / "packing.pt")
+
+
+def _read(job: Job, checkpoint: Path) -> dict[str, Any]:
+    from gptqmodel.nn_modules.qlinear import BaseQuantLinear
+
+    readers = {"GPTQModel": _with_gptqmodel, "transformers": _with_transformers, "optimum": _with_optimum}
+    model = readers[job.reader](job, checkpoint)
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, BaseQuantLinear)}
+    names = [type(module).__name__ for module in packed.values()]
+    weights = {}
+    if job.backend == "gptq_torch":  # the others repack on first use
+        weights = {n: m.dequantize_weight().T.contiguous() for n, m in packed.items()}
+    with torch.inference_mode():
+        logits = model(IDS).logits.float()
+    kernels = {name: names.count(name) for name in names}
+    return {"logits": logits, "kernels": kernels, "weights": weights, "config": _config_seen(checkpoint)}
+
+
+def _with_gptqmodel(job: Job, checkpoint: Path) -> Any:
+    from gptqmodel import BACKEND, GPTQModel
+
+    dtype = getattr(torch, job.dtype)
+    return GPTQModel.load(str(checkpoint), device="cpu", backend=BACKEND(job.backend), dtype=dtype).model
+
+
+def _with_transformers(job: Job, checkpoint: Path) -> Any:
+    """from_pretrained, which can load GPTQ of llama (but not of gpt_bigcode: see lowmem/loading/loader.py)."""
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    # Of this, from_pretrained takes the backend alone, the rest is the checkpoint's own.
+    choice = GPTQConfig(bits=job.bits, backend=job.backend)
+    return AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=getattr(torch, job.dtype), device_map="cpu", quantization_config=choice
+    ).eval()
+
+
+def _with_optimum(job: Job, checkpoint: Path) -> Any:
+    """optimum's reader by hand, which is what works for gpt_bigcode."""
+    from optimum.gptq import GPTQQuantizer
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    from lowmem.models.architecture import build_model
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    quantization = config.quantization_config
+    del config.quantization_config
+    dtype = getattr(torch, job.dtype)
+    model = build_model(config, dtype, buffers=True)
+    quantizer = GPTQQuantizer.from_dict({**quantization, "backend": job.backend})
+    model = quantizer.convert_model(model, device_map={"": "cpu"})
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(checkpoint / "model.safetensors").items()
+    }
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    assert not left, left
+    return quantizer.post_init_model(model).eval()
+
+
+def _config_seen(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    from optimum.gptq import GPTQQuantizer
+    from transformers import GPTQConfig
+
+    config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    seen = {"optimum": GPTQQuantizer.from_dict(config), "transformers": GPTQConfig.from_dict(config)}
+    fields = ("bits", "group_size", "sym", "desc_act", "format")
+    return {who: {field: _plain(getattr(what, field)) for field in fields} for who, what in seen.items()}
+
+
+def _plain(value: Any) -> Any:
+    return value.value if hasattr(value, "value") else value
+
+
+if __name__ == "__main__":
+    _read_all(Path(sys.argv[1]))

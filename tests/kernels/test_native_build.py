@@ -1,0 +1,123 @@
+"""The kernels are compiled when lowmem is installed, and a machine without a compiler installs it too."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowmem.kernels.native.library import _DECLARED
+from lowmem.kernels.native.library import library as native
+from tests.helpers import REPO
+
+SOURCES = sorted((REPO / "lowmem" / "kernels" / "csrc").iterdir())
+
+
+def setup_py(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", *command],
+        cwd=REPO,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def built(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix in (".so", ".dylib", ".pyd")]
+
+
+@pytest.mark.skipif(not os.environ.get("CI"), reason="a machine without a compiler is one too")
+def test_this_installation_has_the_kernels() -> None:
+    """Else most tests of them would be skipped without a word."""
+    assert native.available(), native.why_not()
+
+
+def test_without_a_compiler_the_installation_goes_on(tmp_path: Path) -> None:
+    """And says so: the package works with torch's own operators then."""
+    result = setup_py(
+        "build_ext",
+        "--build-lib",
+        str(tmp_path / "lib"),
+        "--build-temp",
+        str(tmp_path / "o"),
+        CC="no-such-cc",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "no-such-cc" in result.stderr + result.stdout
+    assert not built(tmp_path)
+
+
+def test_a_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
+    result = setup_py("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+    wanted = {str(path.relative_to(REPO)) for path in SOURCES if path.suffix in (".c", ".h")}
+    assert len(wanted) > 5 and wanted | {"setup.py", "pyproject.toml"} <= names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
+def test_every_source_is_compiled_into_one_library_that_works(tmp_path: Path) -> None:
+    """Built afresh, whatever is installed: all functions are there, and nothing is left undefined."""
+    result = setup_py(
+        "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "o"), "--force"
+    )
+    assert result.returncode == 0, result.stderr
+    for path in SOURCES:
+        if path.suffix == ".c":
+            assert f"csrc/{path.name}" in result.stdout + result.stderr
+    (library,) = built(tmp_path / "lib")
+    loaded = ctypes.CDLL(str(library), mode=os.RTLD_NOW)  # raises for an undefined symbol
+    assert all(hasattr(loaded, name) for name in _DECLARED)
+    loaded.lm_isa_name.restype = ctypes.c_char_p
+    assert loaded.lm_isa_name() in (b"AVX-512 VNNI", b"AVX2", b"portable C")
+    # Only what is meant to be called can be seen from outside.
+    assert not hasattr(loaded, "lm_best_isa") and not hasattr(loaded, "lm_barrier")
+
+
+def test_a_library_that_is_not_there_or_of_another_version_is_explained(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = tmp_path / "_native.so"
+    broken.write_bytes(b"no library")
+    other = next(iter((Path(torch.__file__).parent / "lib").glob("libtorch_global_deps.*")))
+    for path, words in ((None, "not compiled"), (broken, "cannot be used"), (other, "lm_")):
+        native._load.cache_clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(native, "library_path", lambda path=path: path)
+            assert not native.available()
+            assert words in native.why_not() and "install a C compiler" in native.why_not()
+            assert "\n" not in native.why_not()
+            with pytest.raises(RuntimeError, match=words):
+                native.library()
+    native._load.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All names are there, as after an update without a new installation, and the number is another."""
+    text = "".join(f"int {name}(void) {{ return {native.CONTRACT - 1}; }}\n" for name in _DECLARED)
+    (tmp_path / "old.c").write_text(text)
+    compiler = shutil.which("cc") or "gcc"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", tmp_path / "_native.so", tmp_path / "old.c"], check=True
+    )
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_native.so")
+    native._load.cache_clear()
+    try:
+        assert not native.available()
+        assert "another version" in native.why_not() and "install lowmem again" in native.why_not()
+    finally:
+        monkeypatch.undo()
+        native._load.cache_clear()

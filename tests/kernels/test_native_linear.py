@@ -1,0 +1,516 @@
+"""Our own kernels behind QuantLinear: what reaches them, what is refused, and what is chosen without them."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
+from lowmem.checkpoint.source.mapped import MappedFiles
+from lowmem.checkpoint.source.safetensors import read_header
+from lowmem.config import BITS, PREFILL_CHUNK
+from lowmem.doctor import kernels as doctor
+from lowmem.errors import InvalidRequestError
+from lowmem.kernels import dispatch, torch_ops
+from lowmem.kernels import trial as cuda
+from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.kernels.trial import sample_linear
+from lowmem.plan import memory
+from lowmem.plan.shape import ModelShape
+from tests.helpers import REPO
+from tests.rtn_helpers import rtn
+
+CPU = torch.device("cpu")
+needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
+TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+def quant_linear(
+    inputs: int,
+    outputs: int,
+    bits: int = 4,
+    group_size: int = 32,
+    *,
+    sym: bool = True,
+    bias: bool = True,
+    v2: bool = False,
+    g_idx: torch.Tensor | None = None,
+    seed: int = 0,
+) -> QuantLinear:
+    """Random, half of the scales negative. g_idx: the groups of the inputs, unless they lie in order."""
+    made = QuantLinear(
+        inputs, outputs, bits=bits, group_size=group_size, bias=bias, zeros_v2=v2, dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(seed)
+    groups = made.scales.shape[0]
+    q = torch.randint(0, 1 << bits, (inputs, outputs), generator=generator)
+    zeros = torch.randint(1, 1 << bits, (groups, outputs), generator=generator)
+    if sym:
+        zeros.fill_(1 << (bits - 1))
+    made.qweight = pack_rows(q, bits)
+    made.qzeros = pack_rows(zeros.T, bits).T.contiguous() if v2 else pack_zeros(zeros, bits)
+    signs = torch.randint(0, 2, (groups, outputs), generator=generator) * 2 - 1
+    made.scales = ((torch.rand(groups, outputs, generator=generator) + 0.5) * signs / (1 << bits)).half()
+    size = inputs if group_size == -1 else group_size
+    made.g_idx = (torch.arange(inputs) // size if g_idx is None else g_idx).int()
+    if bias:
+        made.bias = torch.randn(outputs, generator=generator)
+    return made
+
+
+def exact(linear: QuantLinear, x: torch.Tensor) -> torch.Tensor:
+    """In float64, from the tensors themselves."""
+    groups = linear.g_idx.long()
+    zeros = unpack_zeros(linear.qzeros, linear.bits, v2=linear.zeros_v2).double()[groups]
+    weight = (unpack_rows(linear.qweight, linear.bits) - zeros) * linear.scales.double()[groups]
+    y = x.double() @ weight
+    return y if linear.bias is None else y + linear.bias.double()
+
+
+def error(got: torch.Tensor, right: torch.Tensor) -> float:
+    return float((got.double() - right).norm() / right.norm())
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.sampled_from(BITS),
+    groups=st.integers(1, 5),
+    group_size=st.sampled_from((32, 64, 96, 128, -1)),
+    words=st.integers(1, 7),
+    rows=st.sampled_from((1, 2, 3, 16, 17, 40)),
+    dtype=st.sampled_from(list(TOLERANCES)),
+    sym=st.booleans(),
+    bias=st.booleans(),
+    v2=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_linear_is_float64s(
+    bits: int,
+    groups: int,
+    group_size: int,
+    words: int,
+    rows: int,
+    dtype: torch.dtype,
+    sym: bool,
+    bias: bool,
+    v2: bool,
+    seed: int,
+) -> None:
+    inputs = groups * (32 if group_size == -1 else group_size)
+    linear = quant_linear(inputs, 32 * words, bits, group_size, sym=sym, bias=bias, v2=v2, seed=seed)
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    right = exact(linear, x)
+    linear.use_native(activation_bits=16)
+    got = linear(x)
+    assert linear.row_invariant and got.dtype is dtype
+    assert error(got, right) < TOLERANCES[dtype]
+
+
+@needs_native
+@pytest.mark.parametrize("bits", BITS)
+def test_16_bit_activations_become_fewer_only_where_it_is_free_or_asked_for(bits: int) -> None:
+    linear = quant_linear(256, 96, bits, 64)
+    x = torch.randn(
+        2 * native_linear.FEW_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)
+    ).bfloat16()
+    results = {}
+    for asked in (None, *native_linear.ACTIVATION_BITS):
+        linear.use_native(activation_bits=asked)
+        results[asked] = linear(x)
+        assert torch.equal(linear(x[:1]), results[asked][:1]), "a step's rows as a prompt's"
+        exact_in_float32 = error(linear(x.float()), exact(linear, x.float()))
+        assert exact_in_float32 < TOLERANCES[torch.float32], "never float32"
+    assert torch.equal(results[None], results[{8: 16, 4: 12}.get(bits, 8)])
+    assert torch.equal(results[12], results[16]) == (bits == 8)
+    for most in (12, 16):
+        assert error(results[most], exact(linear, x)) < TOLERANCES[torch.bfloat16]
+    assert TOLERANCES[torch.bfloat16] < error(results[8], exact(linear, x)) < 0.02
+    with pytest.raises(ValueError, match="activations of 10 bits"):
+        linear.use_native(activation_bits=10)
+
+
+@needs_native
+def test_any_leading_shape_and_any_strides() -> None:
+    linear = quant_linear(64, 96)
+    linear.use_native()
+    rows = torch.randn(6, 64)
+    right = linear(rows)
+    assert torch.equal(linear(rows.view(2, 3, 64)), right.view(2, 3, 96))
+    assert torch.equal(linear(rows[0]), right[0])
+    assert torch.equal(linear(rows.T.contiguous().T), right)
+    assert torch.equal(linear(rows[::2]), right[::2])
+    assert linear(rows[:0]).shape == (0, 96)
+    with pytest.raises(ValueError, match="for 64 inputs"):
+        linear(torch.randn(1, 32))
+
+
+@needs_native
+def test_a_row_has_the_same_bits_alone_and_among_many_on_any_threads() -> None:
+    linear = quant_linear(256, 160, 4, 128)
+    linear.use_native()
+    rows = torch.randn(2 * PREFILL_CHUNK + 3, 256)
+    whole = linear(rows)
+    assert all(torch.equal(linear(rows[row]), whole[row]) for row in (0, 5, PREFILL_CHUNK, len(rows) - 1))
+    before = torch.get_num_threads()
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(linear(rows), whole)
+            assert native.library().lm_threads() == count
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("outputs", [32, 64, 160])
+@pytest.mark.parametrize("bits", BITS)
+def test_panels_change_no_bit(bits: int, outputs: int, sym: bool) -> None:
+    """Also a last panel that is not full, and for a struct whose address somebody else holds."""
+    linear = quant_linear(256, outputs, bits, 64, sym=sym)
+    linear.use_native()
+    rows = torch.randn(33, 256)
+    right = [linear(rows[:count]) for count in (1, 33)]
+    packed = linear.packed
+    assert packed is not None and not linear.use_panels(), (
+        "its tensors are in memory: that would be two copies"
+    )
+    address = packed.address
+    packed.to_panels()
+    packed.to_panels()
+    linear.qweight.zero_()  # it is read no longer
+    assert packed.address == address and packed.struct.panels == 1
+    assert all(torch.equal(linear(rows[: len(y)]), y) for y in right)
+
+
+@needs_native
+def test_panels_of_a_mapped_weight(tmp_path: Path) -> None:
+    linear = quant_linear(256, 96)
+    save_file({"qweight": linear.qweight}, tmp_path / "w.safetensors")
+    mapped = MappedFiles().tensor(read_header(tmp_path / "w.safetensors"), "qweight")
+    assert mapped is not None
+    linear.qweight = mapped
+    weight, rows = linear.dequantize(), torch.randn(3, 256)
+    assert not linear.use_panels(), "not native yet"
+    linear.use_native()
+    right = linear(rows)
+    assert linear.use_panels() and torch.equal(linear(rows), right)
+    assert torch.equal(linear.dequantize(), weight)  # from the file again
+
+
+SCATTERED = {
+    "act-order": torch.arange(128)[torch.randperm(128, generator=torch.Generator().manual_seed(3))] // 32,
+    "groups in another order": torch.tensor([2, 0, 3, 1]).repeat_interleave(32),
+    "groups of several sizes": torch.tensor([0] * 64 + [2] * 32 + [3] * 32),
+    "scattered groups of several sizes": torch.tensor([0, 1] * 32 + [2, 1] * 32),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("g_idx", SCATTERED.values(), ids=SCATTERED)
+@pytest.mark.parametrize("bits", [4, 3])
+def test_groups_in_any_order(g_idx: torch.Tensor, bits: int) -> None:
+    """Rows that do not lie group by group are put in order; the weight stays what it was."""
+    linear = quant_linear(128, 64, bits, 32, sym=False, g_idx=g_idx)
+    x = torch.randn(5, 128)
+    right, weight, bytes_before = exact(linear, x), linear.dequantize(), linear.qweight.nbytes
+    linear.use_native()
+    assert error(linear(x), right) < 1e-6
+    assert torch.equal(linear.dequantize(), weight)
+    assert linear.qweight.nbytes == bytes_before  # the old one went
+    linear.packed = None
+    assert error(linear(x), right) < 1e-5, "and the reference computes with the order as well"
+    linear.use_native()
+    assert error(linear(x), right) < 1e-6
+    assert set(linear.state_dict()) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
+
+
+@needs_native
+def test_a_last_group_that_is_not_full() -> None:
+    """576 inputs in groups of 128, as SmolLM2 would have them."""
+    linear = quant_linear(576, 64, 4, 128)
+    x = torch.randn(3, 576)
+    right = exact(linear, x)
+    linear.use_native()
+    assert error(linear(x), right) < 1e-6 and linear.order is None
+
+
+@needs_native
+def test_a_replaced_tensor_is_the_one_that_counts() -> None:
+    """The kernels hold addresses: they must not outlive what they point to."""
+    linear = quant_linear(64, 64)
+    x = torch.randn(2, 64)
+    linear.use_native()
+    other = quant_linear(64, 64, seed=1)
+    for name in ("qweight", "qzeros", "scales", "g_idx", "bias"):
+        setattr(linear, name, getattr(other, name))
+        assert not linear.row_invariant
+    assert error(linear(x), exact(other, x)) < 1e-5
+    linear.use_native()
+    kept = copy.deepcopy(linear)
+    assert linear.row_invariant and not kept.row_invariant
+    assert torch.allclose(kept(x), linear(x), atol=1e-5)
+    assert not kept.to(torch.float32).row_invariant
+    state = {name: tensor * 0 for name, tensor in linear.state_dict().items()}
+    linear.load_state_dict(state, assign=True)
+    assert not linear.row_invariant
+
+
+@needs_native
+def test_gradients_go_through_the_reference() -> None:
+    linear = quant_linear(64, 64)
+    linear.use_native()
+    x = torch.randn(2, 64, requires_grad=True)
+    linear(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, linear.dequantize().sum(0).expand(2, -1), atol=1e-4)
+    with torch.no_grad():
+        assert not linear(x).requires_grad
+
+
+@needs_native
+def test_what_could_not_be_read_safely_is_refused() -> None:
+    linear = quant_linear(64, 64)
+    linear.use_native()
+    good: dict[str, Any] = {
+        "qweight": linear.qweight,
+        "scales": linear.scales,
+        "zeros": None,
+        "bias": linear.bias,
+        "bits": 4,
+        "group": 32,
+    }
+    native_linear.Packed(**good)
+    words = linear.qweight
+    shifted = torch.empty(words.nbytes + 1, dtype=torch.uint8)[1:].numpy().view("<i4")
+    for change in (
+        {"bits": 5},
+        {"group": 16},
+        {"group": 48},
+        {"group": 0},
+        {"qweight": words.long()},
+        {"qweight": words[:7]},
+        {"qweight": words[:, :32]},
+        {"qweight": words.T.contiguous().T},
+        {"qweight": torch.from_numpy(shifted).view(words.shape)},
+        {"qweight": words.to("meta")},
+        {"scales": linear.scales[:1]},
+        {"scales": linear.scales.double()},
+        {"scales": linear.scales[:, ::2].repeat(1, 2).T.contiguous().T},
+        {"zeros": torch.zeros(2, 64, dtype=torch.int32)},
+        {"zeros": torch.zeros(1, 64, dtype=torch.uint8)},
+        {"bias": torch.zeros(63)},
+        {"bias": torch.zeros(64, dtype=torch.int32)},
+    ):
+        with pytest.raises(native_linear.Unsuitable):
+            native_linear.Packed(**{**good, **change})
+    odd = quant_linear(96, 32, 4, 48)  # two groups, each half of a kernel's vector too long
+    with pytest.raises(native_linear.Unsuitable, match="multiples of 32"):
+        odd.use_native()
+    x = torch.randn(2, 96)
+    assert error(odd(x), exact(odd, x)) < 1e-5 and not odd.row_invariant
+
+
+@needs_native
+def test_two_threads_at_once_share_the_workspace_in_turn() -> None:
+    linears = [quant_linear(256, 256, 4, 128, seed=seed) for seed in range(2)]
+    rows = torch.randn(33, 256)
+    right = [exact(linear, rows) for linear in linears]
+    for linear in linears:
+        linear.use_native()
+    worst: list[float] = []
+
+    def work(index: int) -> None:
+        worst.extend(error(linears[index](rows), right[index]) for _ in range(60))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(worst) == 120 and max(worst) < 1e-6
+
+
+@needs_native
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP is looked for on Linux")
+def test_the_threads_are_torchs_own() -> None:
+    """A process has one team of OpenMP threads, whoever asks for them."""
+    code = """
+import os, torch
+from lowmem.kernels import native
+from tests.kernels.test_native_linear import quant_linear
+torch.set_num_threads(3)
+def threads(): return len(os.listdir("/proc/self/task"))
+linear = quant_linear(256, 512, 4, 128)
+x = torch.randn(64, 256)
+torch.randn(1 << 20).exp_()  # torch's team is there
+before = threads()
+linear.use_native(); linear(x)
+assert native.threads_are_torchs() and native.library().lm_threads() == 3
+assert threads() == before, (before, threads())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_native
+@pytest.mark.parametrize("form", ["float32", "bfloat16"])
+def test_the_plan_counts_the_workspace(form: str) -> None:
+    """Of the widest linear, for a whole chunk: what the library asks for is what the plan has."""
+    inputs, group = 2048, 64
+    linear = quant_linear(inputs, 128, 4, group)
+    linear.use_native()
+    assert linear.packed is not None
+    asked = native.library().lm_linear_workspace(
+        linear.packed.address, 8 * PREFILL_CHUNK, native_linear.PLANES[getattr(torch, form)]
+    )
+    shape = ModelShape(
+        "llama", 1, inputs, 4, 4, 16, 100, 100, form, (), ((inputs, 128),), GptqFormat(4, group), 0
+    )
+    counted = memory._digits(shape, memory.Form("gptq", form))
+    threads = native.library().lm_threads()
+    assert counted <= asked <= counted + threads * (320 << 10) + (64 << 10)
+
+
+# What is chosen.
+
+
+class _Two(nn.Module):
+    """A linear that every kernel takes, and one with groups of 48."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.even = quant_linear(96, 64, 4, 32)
+        self.odd = quant_linear(96, 64, 4, 48)
+        self.to(dtype)
+        for linear in (self.even, self.odd):
+            linear.scales = linear.scales.half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((self.even(x), self.odd(x)), dim=-1)
+
+
+@pytest.mark.parametrize("way", ["native", "torch", "reference"])
+def test_each_way_gives_the_same_model(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "native" and not native.available():
+        pytest.skip(native.why_not())
+    model = _Two(torch.bfloat16)
+    x = torch.randn(7, 96).bfloat16()
+    right = torch.cat((exact(model.even, x), exact(model.odd, x)), dim=-1)
+    monkeypatch.setenv(dispatch.VARIABLE, way)
+    name = dispatch.install(model, GptqFormat(4, 32), CPU, torch.bfloat16)
+    assert error(model(x), right) < 5e-3
+    if way == "native":
+        assert name == f"lowmem {native.isa_name()} 1, reference 1" and model.even.row_invariant
+    elif way == "torch":
+        assert name == "TorchInt4Linear 1, reference 1" and not isinstance(model.even, QuantLinear)
+    else:
+        assert name == "reference" and not model.even.row_invariant
+
+
+def test_without_a_library_torchs_operators_are_next_and_then_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(native, "_load", lambda: "not compiled: install a C compiler")
+    four = dispatch.choose_kernel(CPU, GptqFormat(4, 128), torch.bfloat16)
+    assert four.name == "TorchInt4Linear" and "torch's own operators" in four.reason
+    assert "install a C compiler" in str(four.passed_over[0])
+    for format, dtype, words in (
+        (GptqFormat(3, 64), torch.bfloat16, "for 4 bits"),
+        (GptqFormat(8, 128), torch.bfloat16, "8 bits without groups"),
+        (GptqFormat(4, 128), torch.float32, "for bfloat16, not float32"),
+    ):
+        choice = dispatch.choose_kernel(CPU, format, dtype)
+        assert choice.name == dispatch.REFERENCE and "slowly" in choice.reason
+        assert any(words in str(over) for over in choice.passed_over)
+    eight = dispatch.choose_kernel(CPU, GptqFormat(8, -1), torch.bfloat16)
+    assert eight.name == "TorchInt8Linear"
+
+
+def test_a_kernel_that_does_not_exist_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "fast")
+    with pytest.raises(InvalidRequestError, match=r"LOWMEM_CPU_KERNEL=fast.*native, torch or reference"):
+        dispatch.choose_kernel(CPU, GptqFormat(4, 128), torch.bfloat16)
+
+
+@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (4, -1), (4, 512), (8, -1)])
+def test_torchs_operators_are_the_reference(bits: int, group_size: int, sym: bool, v2: bool) -> None:
+    """Through the same trial as every kernel of others, on more outputs than one slice has."""
+    format = GptqFormat(bits, group_size, sym, checkpoint_format="gptq_v2" if v2 else "gptq")
+    offered = torch_ops.candidates(format, torch.bfloat16)
+    if bits == 8 and not sym:
+        assert offered == ()
+        return
+    sample = sample_linear(format, CPU, torch.bfloat16, 1024, 192, seed=5)
+    right = cuda._expected(torch.ones(3, 1024), sample)
+    kernel, problem = cuda.trial(offered[0], sample, torch.bfloat16)
+    assert kernel is not None, problem
+    got = kernel(torch.ones(1, 3, 1024, dtype=torch.bfloat16))
+    assert got.shape == (1, 3, 192) and error(got[0], right.double()) < 0.01
+    assert {"qweight", "qzeros", "g_idx"}.isdisjoint(dict(kernel.named_buffers()))  # no second copy
+
+
+def test_torchs_operators_refuse_what_is_out_of_order() -> None:
+    format = GptqFormat(4, 32, desc_act=True)
+    sample = sample_linear(format, CPU, torch.bfloat16)
+    kernel, problem = cuda.trial(torch_ops.candidates(format, torch.bfloat16)[0], sample, torch.bfloat16)
+    assert kernel is None and "group by group" in problem
+
+
+# The doctor.
+
+
+@needs_native
+def test_the_doctor_computes_with_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = doctor.native_works("kernels")
+    assert isinstance(line, str) and native.isa_name() in line and "equal to float64" in line
+    assert "torch's" in line or sys.platform != "linux"
+    right = native_linear.linear
+    monkeypatch.setattr(native_linear, "linear", lambda *a: right(*a) * 1.001)
+    with pytest.raises(RuntimeError, match="differs"):
+        doctor.native_works("kernels")
+
+
+def test_the_doctor_says_what_to_do_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_load", lambda: "not compiled when it was installed: install a C compiler")
+    check = doctor.native_works("kernels")
+    assert not isinstance(check, str)
+    assert check.status == "warning" and check.advice == "Install a C compiler"
+    assert check.detail == "not compiled when it was installed"
+
+
+@needs_native
+def test_a_model_with_scattered_groups_gets_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As other tools' act-order checkpoints have them: through install, and to the same outputs."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    torch.manual_seed(0)
+    dense = nn.Linear(256, 64)
+    packed = rtn(dense.weight, 4, 64, act_order_seed=4)
+    linear = QuantLinear(256, 64, bits=4, group_size=64, bias=True, dtype=torch.float32)
+    linear.qweight, linear.qzeros = pack_rows(packed.q, 4), pack_zeros(packed.zeros, 4)
+    linear.scales, linear.g_idx, linear.bias = packed.scales, packed.g_idx, dense.bias.data
+    model = nn.Sequential(linear)
+    x = torch.randn(4, 256)
+    dense.weight.data = packed.weight()
+    name = dispatch.install(model, replace(GptqFormat(4, 64), desc_act=True), CPU, torch.float32)
+    assert name == dispatch.native_name() and linear.order is not None
+    assert error(model(x), dense(x).detach().double()) < 1e-5

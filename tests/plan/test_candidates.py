@@ -1,0 +1,157 @@
+"""Which forms of a model are found, where, and in which order; and what to type when there is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lowmem.benchmarks.experiments.full_size.replicas import gptq_header_replica, starchat_header_replica
+
+from lowmem.checkpoint import cache
+from lowmem.checkpoint.manifest import write_manifest
+from lowmem.errors import InvalidRequestError, RecipeError, SourceError
+from lowmem.plan.candidates import find_candidates
+from lowmem.plan.request import Request, plan_for
+from lowmem.plan.shape import read_shape
+from tests.helpers import KINDS, TINY_STARCHAT, save_source, tiny_model
+from tests.rtn_helpers import write_rtn_checkpoint
+
+SMALL = {"layers": 2, "n_embd": 128, "heads": 4}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LOWMEM_VRAM", raising=False)
+
+
+def labels(model: object, **options: object) -> list[str]:
+    return [c.label for c in find_candidates(str(model), **{"cuda": False, **options})]  # type: ignore[arg-type]
+
+
+def finished(folder: Path) -> None:
+    """The cache takes a folder for whole when its manifest is there, which is written last."""
+    write_manifest(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_shape_is_the_models(kind: str, format: str, tmp_path: Path) -> None:
+    """Against transformers' own config and state, for each kind: nothing is known by name."""
+    model = tiny_model(kind, hidden=128, layers=3, positions=64)
+    save_source(model, tmp_path, format=format, dtype=torch.float16, duplicate_head=True)
+    shape = read_shape(tmp_path)
+    config = model.config
+    assert (shape.layers, shape.hidden, shape.heads) == (3, 128, config.num_attention_heads)
+    assert (shape.vocab, shape.positions) == (4096, 64)
+    kv_heads = {"gpt_bigcode_mqa": 1, "gpt_bigcode_mha": 4}.get(kind, 2)
+    assert (shape.kv_heads, shape.head_dim) == (kv_heads, 32)
+    assert sum(t.numel for t in shape.tensors) == sum(p.numel() for p in model.parameters())
+    modules = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
+    assert set(shape.linears) == {(m.in_features, m.out_features) for m in modules}
+    assert sum(t.linear for t in shape.tensors) == len(modules)
+
+
+def test_forms_of_a_source_by_dtype(tmp_path: Path) -> None:
+    """16 bits run in bfloat16 on a CPU and as they are on a card; 32 bits as they are, and in 16."""
+    half = save_source(tiny_model("llama"), tmp_path / "half", dtype=torch.float16)
+    full = save_source(tiny_model("llama"), tmp_path / "full", dtype=torch.float32)
+    assert labels(half) == ["bfloat16", "int8 bnb", "NF4 bnb"]
+    assert labels(half, cuda=True) == ["float16", "int8 bnb", "NF4 bnb"]
+    assert labels(full) == ["float32", "bfloat16", "int8 bnb", "NF4 bnb"]
+    assert labels(full, dtype="float32") == ["float32", "int8 bnb", "NF4 bnb"]
+
+
+def test_converted_folders_beside_a_source_and_in_the_cache(tmp_path: Path) -> None:
+    """By the report, by the name, and by the cache's origin; not another model, nor one that is damaged."""
+    source = starchat_header_replica(tmp_path / "starchat-alpha", **SMALL)
+    gptq_header_replica(tmp_path / "starchat-alpha-4bit", 4, 128, **SMALL)
+    other = gptq_header_replica(tmp_path / "quantized", 8, 128, **SMALL)
+    assert "8-bit g128" not in labels(source), "nothing says that this is the same model"
+    (other / "lowmem-report.json").write_text(json.dumps({"base_model": "starchat-alpha"}))
+    gptq_header_replica(tmp_path / "starchat-alpha-wide", 3, 128, **{**SMALL, "n_embd": 256})
+    damaged = gptq_header_replica(tmp_path / "starchat-alpha-2bit", 2, 128, **SMALL)
+    (damaged / "model.safetensors").write_bytes(b"")
+    finished(gptq_header_replica(cache.claim(str(source), "3bit-g64"), 3, 64, **SMALL))
+    expected = ["bfloat16", "8-bit g128", "int8 bnb", "4-bit g128", "NF4 bnb", "3-bit g64"]
+    assert labels(source) == expected
+    assert labels(tmp_path / "starchat-alpha-4bit") == ["4-bit g128"], "what is named is what is meant"
+
+
+def test_measured_quality_is_read_from_the_report(tmp_path: Path) -> None:
+    source = starchat_header_replica(tmp_path / "m", **SMALL)
+    for bits, kld in ((4, 0.02), (3, 0.01)):
+        folder = gptq_header_replica(tmp_path / f"m-{bits}bit", bits, 128, **SMALL)
+        (folder / "lowmem-report.json").write_text(json.dumps({"base_model": "m", "kld": kld}))
+    assert labels(source) == ["bfloat16", "int8 bnb", "3-bit g128", "NF4 bnb", "4-bit g128"]
+
+
+def test_a_hub_id_is_found_in_the_cache_and_by_its_name_in_the_list(tmp_path: Path) -> None:
+    finished(gptq_header_replica(cache.claim("owner/name", "4bit-g128"), 4, 128, **SMALL))
+    assert labels("owner/name") == ["4-bit g128"]
+    assert labels("owner--name/4bit-g128") == ["4-bit g128"]
+    with pytest.raises(SourceError, match="lowmem convert HuggingFaceH4/starchat-alpha"):
+        labels("HuggingFaceH4/starchat-alpha")
+    with pytest.raises(SourceError, match="'nowhere' does not exist"):
+        labels("nowhere")
+
+
+def test_a_folder_of_forms(tmp_path: Path) -> None:
+    """What `lowmem demo --keep` leaves: 8bit and 4bit side by side."""
+    for bits in (8, 4):
+        gptq_header_replica(tmp_path / "kept" / f"{bits}bit", bits, 128, **SMALL)
+    assert labels(tmp_path / "kept") == ["8-bit g128", "4-bit g128"]
+    gptq_header_replica(tmp_path / "kept" / "other", 4, 128, **{**SMALL, "n_embd": 256})
+    with pytest.raises(SourceError, match="several models"):
+        labels(tmp_path / "kept")
+
+
+def test_anybodys_gptq(tmp_path: Path) -> None:
+    """quantize_config.json beside a plain config.json, as auto-gptq wrote it."""
+    write_rtn_checkpoint(tiny_model("llama"), tmp_path, bits=4, group_size=32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    del quantization["quant_method"]
+    (tmp_path / "quantize_config.json").write_text(json.dumps(quantization))
+    assert labels(tmp_path) == ["4-bit g32"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"bits": 3}, SourceError, "no 3-bit form .* but bfloat16, .*lowmem convert .* --bits 3"),
+        ({"method": "gptq"}, SourceError, "no gptq form .*lowmem convert"),
+        ({"context": 1025}, InvalidRequestError, "positions for 1024"),
+        ({"context": -1}, InvalidRequestError, "--context -1"),
+        ({"vram": 1 << 30}, InvalidRequestError, "no card here"),
+        ({"device": "tpu"}, InvalidRequestError, "tpu"),
+        ({"device": "cuda:3"}, InvalidRequestError, "not there"),
+    ],
+)
+def test_a_request_that_cannot_be(options: dict[str, object], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        plan_for(Request(str(TINY_STARCHAT), **options))  # type: ignore[arg-type]
+
+
+def test_vram_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names a card for `plan`; where there is none `run` has nothing to apply it to, and goes on."""
+    monkeypatch.setenv("LOWMEM_VRAM", "12GiB")
+    request = Request(str(TINY_STARCHAT))
+    assert plan_for(request, named_card=True).budget.card == 12 << 30
+    assert plan_for(request).budget.card is None
+    monkeypatch.setenv("LOWMEM_VRAM", "plenty")
+    with pytest.raises(RecipeError, match="LOWMEM_VRAM"):
+        plan_for(request)
+
+
+def test_what_is_asked_for_is_what_runs(tmp_path: Path) -> None:
+    shutil.copytree(TINY_STARCHAT, tmp_path / "m")
+    plan = plan_for(Request(str(tmp_path / "m"), bits=4, method="nf4", context=100, ram=2 << 30))
+    assert plan.chosen.candidate.label == "NF4 bnb"
+    assert (plan.context, plan.budget.host) == (100, 2 << 30)
+    assert [o.candidate.bits for o in plan.possible] == []
+    assert [o.candidate.bits for o in plan_for(Request(str(tmp_path / "m"), bits=8)).possible] == [8]

@@ -1,0 +1,184 @@
+"""A live server on the loopback address with tiny-starchat, whose model can be made to wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import openai
+import torch
+
+from lowmem.config import SamplingParams
+from lowmem.generate.prefix_store import PrefixStore
+from lowmem.loading.loader import LoadedModel, load
+from lowmem.server.app import TIME_LIMIT, make_app
+from lowmem.server.guard import GuardSettings
+from lowmem.server.running import Server, bind, url_of
+from lowmem.server.worker import Worker
+from lowmem.session import Response, Session
+from tests.helpers import TINY_STARCHAT
+
+MODEL = "tiny-starchat"
+PATIENCE = 60.0
+"""Seconds after which a test gives up waiting for what has to come; nothing is expected to take as long."""
+
+
+@lru_cache(1)
+def tiny() -> LoadedModel:
+    """tiny-starchat, loaded once a process.
+
+    In float32, where what a cached prefix changes in the rounding of an unquantized model is near 1e-6.
+    """
+    return load(TINY_STARCHAT, dtype=torch.float32)
+
+
+@lru_cache(1)
+def oracle() -> Session:
+    """A session of its own, to compare with: it shares no engine with a server."""
+    return Session(load(TINY_STARCHAT, dtype=torch.float32))
+
+
+class Gate:
+    """Where the model's thread waits when a test says so, and who has come there."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._closed_at: int | None = None
+        self._at = 0
+        self.fault: Exception | None = None
+        """Raised once, at the next token."""
+
+    def close(self, at: int = 0) -> None:
+        """Let `at` tokens of an answer through (0: not even the prefill), and hold the model there."""
+        with self._condition:
+            self._closed_at = at
+
+    def open(self) -> None:
+        """Let the model go on."""
+        with self._condition:
+            self._closed_at = None
+            self._condition.notify_all()
+
+    def wait_until_held(self) -> None:
+        """Until the model waits at the gate."""
+        with self._condition:
+            came = self._condition.wait_for(
+                lambda: self._closed_at is not None and self._at >= self._closed_at, PATIENCE
+            )
+            assert came, "the model did not come to the gate"
+
+    def start(self) -> None:
+        """An answer begins."""
+        with self._condition:
+            self._at = -1
+
+    def pass_through(self) -> None:
+        """A step of the model."""
+        with self._condition:
+            self._at += 1
+            self._condition.notify_all()
+            opened = self._condition.wait_for(
+                lambda: self._closed_at is None or self._at < self._closed_at, PATIENCE
+            )
+            assert opened, "nobody opened the gate"
+        fault, self.fault = self.fault, None
+        if fault is not None:
+            raise fault
+
+
+class GatedSession(Session):
+    """A session that passes a gate before its prefill and after every token."""
+
+    gate: Gate
+
+    def continue_ids(
+        self,
+        ids: Sequence[int],
+        params: SamplingParams = SamplingParams(),  # noqa: B008
+        *,
+        on_prefill: Any = None,
+        on_token: Callable[[], None] | None = None,
+    ) -> Iterator[Response]:
+        def gated() -> None:
+            self.gate.pass_through()
+            if on_token is not None:
+                on_token()
+
+        def prefilled(done: int, total: int) -> None:
+            if on_prefill is not None:
+                on_prefill(done, total)
+
+        self.gate.start()
+        self.gate.pass_through()
+        return super().continue_ids(ids, params, on_prefill=prefilled, on_token=gated)
+
+
+@dataclass
+class Live:
+    """A server that runs, and what a test asks of it."""
+
+    url: str
+    worker: Worker
+    gate: Gate
+    server: Server
+    log: list[str] = field(default_factory=list)
+
+    def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
+        """OpenAI's own client; it tries nothing twice unless told to."""
+        options = {"max_retries": 0, "timeout": PATIENCE, **options}
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
+
+
+@contextmanager
+def live_server(
+    *,
+    queue_limit: int = 32,
+    time_limit: float = TIME_LIMIT,
+    guard: GuardSettings | None = None,
+    context: int | None = None,
+    host: str = "127.0.0.1",
+    shutdown_seconds: float = 30.0,
+    names: tuple[str, ...] = (MODEL,),
+) -> Iterator[Live]:
+    """A server in a thread of this process; it has ended when the context has."""
+    gate, log = Gate(), []
+    GatedSession.gate = gate
+
+    def open_session() -> Session:
+        session = GatedSession(tiny(), context=context)
+        session.gate = gate
+        session.engine.store = PrefixStore(16 << 20)
+        return session
+
+    worker = Worker(open_session, queue_limit=queue_limit, report=lambda error: log.append(repr(error)))
+    worker.start()
+    app = make_app(worker, names, guard=guard or GuardSettings(), time_limit=time_limit, log=log.append)
+    listening = threading.Event()
+    with bind(host, 0) as listener:
+        server = Server(app, worker, shutdown_seconds=shutdown_seconds, listening=listening.set)
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        url = url_of(listener)
+        thread.start()
+        assert listening.wait(PATIENCE)
+        try:
+            yield Live(url, worker, gate, server, log)
+        finally:
+            gate.open()
+            server.should_exit = True
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), "the server did not end"
+            assert worker.join(PATIENCE), "the model's thread did not end"
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    waiting = threading.Event()
+    for _ in range(int(PATIENCE * 100)):
+        if condition():
+            return
+        waiting.wait(0.01)
+    raise AssertionError("it did not come to pass")

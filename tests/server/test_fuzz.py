@@ -1,0 +1,125 @@
+"""The API tried from its own description: nothing breaks, and every answer is as described."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from lowmem.server.protocol import UNSUPPORTED
+from tests.server.server_fixture import MODEL, Live, live_server
+
+CHECKS = (
+    not_a_server_error,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+QUICK = 15
+LONG = int(os.environ.get("LOWMEM_FUZZ_EXAMPLES", "1500"))
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    """With a small context, so that no answer takes long."""
+    with live_server(context=64) as live:
+        yield live
+
+
+def mended(case: Any, data: Any) -> Any:
+    """Most bodies name the model that is served, or nothing but the name would be tried.
+
+    Half of all lose what no description can say: which fields go together, which messages follow each other,
+    which token ids there are. And half of those keep nothing but what has to be there, as the simplest input
+    does, which is always tried.
+    """
+    body = case.body
+    if not isinstance(body, dict) or "model" not in body:
+        return case
+    how = data.draw(st.sampled_from(("bare", "fitting", "named", "as it came")))
+    if how != "as it came":
+        body["model"] = MODEL
+    if how not in ("bare", "fitting"):
+        return case
+    told = ("stream_options", "top_logprobs", "best_of", "echo", *UNSUPPORTED)
+    for name in told if how == "fitting" else set(body) - {"model", "messages", "prompt"}:
+        body.pop(name, None)
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            message["role"] = "user"
+            content = message.get("content")
+            message["content"] = content[:8] if isinstance(content, str) else "Hi"
+    if "prompt" in body and not isinstance(body["prompt"], str):
+        body["prompt"] = data.draw(st.sampled_from(("def f():", ["a", "b"], [5, 6], [[5], [6, 7]])))
+    return case
+
+
+def fuzz(live: Live, examples: int) -> dict[str, dict[int, int]]:
+    """Try every operation with so many inputs, half of them wrong on purpose; the statuses that came."""
+    schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+    seen: dict[str, dict[int, int]] = {}
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        statuses = seen.setdefault(operation.label, {})
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+            cases = operation.as_strategy(generation_mode=mode)
+            try:
+                _try(cases, live, statuses, examples)
+            except Unsatisfiable:  # what takes no input has no wrong one
+                assert mode is GenerationMode.NEGATIVE
+    return seen
+
+
+def _try(cases: Any, live: Live, statuses: dict[int, int], examples: int) -> None:
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=(Phase.explicit, Phase.generate),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=cases, data=st.data())
+    def one(case: Any, data: Any) -> None:
+        response = mended(case, data).call(base_url=live.url, timeout=60)
+        statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
+        case.validate_response(response, checks=list(CHECKS))
+
+    one()
+
+
+def check(live: Live, examples: int) -> None:
+    seen = fuzz(live, examples)
+    assert {"POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models"} <= set(seen)
+    for label in ("POST /v1/chat/completions", "POST /v1/completions"):
+        assert seen[label].get(200, 0) and seen[label].get(400, 0), seen  # both were really tried
+    print(seen)
+    assert not [status for statuses in seen.values() for status in statuses if status >= 500], seen
+    assert live.worker.counts.failed == 0
+    assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+def test_a_short_fuzz_finds_no_fault(live: Live) -> None:
+    check(live, QUICK)
+
+
+@pytest.mark.slow
+def test_a_long_fuzz_finds_no_fault(live: Live) -> None:
+    check(live, LONG)
