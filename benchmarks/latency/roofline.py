@@ -53,7 +53,7 @@ def read_rate(nbytes: int, device: torch.device, seconds: float = SECONDS) -> fl
     if device.type == "cpu":
         import torch
 
-        from lowmem.kernels.native.library import library as native
+        from lowmem.kernels.native import library as native
 
         if native.available():
             return _native_read_rate(nbytes, seconds)
@@ -65,7 +65,7 @@ def _native_read_rate(nbytes: int, seconds: float) -> float:
     """By our library's loop, tuned for nothing else, on the threads that torch uses."""
     import torch
 
-    from lowmem.kernels.native.library import library as native
+    from lowmem.kernels.native import library as native
 
     buffer = torch.ones(max(1, nbytes // 8), dtype=torch.int64)  # filled: unfilled pages would all be one
     repeats = max(1, _PASS_BYTES // buffer.nbytes)

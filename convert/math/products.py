@@ -11,7 +11,7 @@ import ctypes
 
 import torch
 
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 
 COLUMN_BLOCK = 1024
 """Columns of an upper triangle that torch computes at a time."""

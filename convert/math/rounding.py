@@ -30,7 +30,7 @@ import torch
 from lowmem.convert.math import products
 from lowmem.convert.math.grid import Grid, find_grid, grid_of_range, quantize_to, range_of, ranges, storable
 
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 
 WIDEST = 256
 """Columns of the widest group that is searched by what GPTQ leaves; LM_ROUND_MOST of csrc/gemm_round.h."""

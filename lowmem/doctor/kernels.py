@@ -11,8 +11,8 @@ from lowmem.config import BITS
 from lowmem.doctor.report import Check, Checks, guarded
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch, reference
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.trial import SampleLinear, sample_linear
 
 _GROUP_SIZE = 128  # that of most checkpoints

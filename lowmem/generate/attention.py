@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowmem.kernels import dispatch
-from lowmem.kernels.native.library import attention as native_attention
+from lowmem.kernels.native import attention as native_attention
 
 NAME = "lowmem_rows"
 MOST_ROWS = 16

@@ -21,8 +21,8 @@ from torch import nn
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.generate.cache import KVCache
 from lowmem.kernels import dispatch
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead
 

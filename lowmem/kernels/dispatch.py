@@ -19,8 +19,8 @@ from lowmem.checkpoint.manifest import GptqFormat
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels import torch_ops
 from lowmem.kernels import trial as cuda
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.trial import REFERENCE, KernelChoice, PackedLinear, PassedOver
 
 __all__ = [

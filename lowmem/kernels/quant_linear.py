@@ -13,7 +13,7 @@ from lowmem.checkpoint.packing import stored_shapes
 from lowmem.checkpoint.source.mapped import forget_pages, is_mapped
 from lowmem.errors import SourceError
 from lowmem.kernels import reference
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import linear as native_linear
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias", "order")
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lowmem.kernels import dispatch
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import linear as native_linear
 
 _CAST_WEIGHTS = 1 << 21  # of a head at a time, for more rows than our own kernels take: 12 MiB of copies
 

@@ -17,7 +17,7 @@ from lowmem.benchmarks.quality.measure import Settings
 from lowmem.benchmarks.quality.reference import cache_folder, disk_needed, reference_states
 from lowmem.benchmarks.quality.texts import Text, digest_of
 
-from lowmem.checkpoint.files.reading import whole as whole_file
+from lowmem.checkpoint.files import whole as whole_file
 from lowmem.errors import OutputError
 from lowmem.streaming.dense_source import open_any
 from lowmem.streaming.forward import StreamedModel

@@ -39,7 +39,7 @@ from lowmem.benchmarks.latency.worker import Visit, time_engine, token_ids
 
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels import dispatch
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 from lowmem.plan.memory import need_on_device
 from tests.benchmarks.latency_helpers import JOB, LENGTHS, visit, write_model
 

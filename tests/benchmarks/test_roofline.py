@@ -25,7 +25,7 @@ from lowmem.benchmarks.latency.roofline import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 from lowmem.plan.memory import Form
 from lowmem.plan.shape import ModelShape, read_shape
 from tests.helpers import save_source, tiny_model

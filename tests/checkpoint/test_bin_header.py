@@ -17,8 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowmem.checkpoint.headers import bin as bin_header
 from lowmem.checkpoint.headers.bin import BinTensor, read_bin_header
-from lowmem.checkpoint.headers.folder import bin as bin_header
 from lowmem.errors import SourceError
 from tests.helpers import tiny_model
 

@@ -18,8 +18,8 @@ from lowmem.convert.recipe import Options
 from lowmem.chat import store
 from lowmem.chat.conversation import Conversation, Exchange
 from lowmem.checkpoint import cache
-from lowmem.checkpoint.files.reading import lock
-from lowmem.checkpoint.files.reading import whole as whole_file
+from lowmem.checkpoint.files import lock
+from lowmem.checkpoint.files import whole as whole_file
 from lowmem.checkpoint.files.whole import DiskFullError, free_bytes, write_whole
 from lowmem.config import QuantConfig, SamplingParams
 from lowmem.errors import OutputError

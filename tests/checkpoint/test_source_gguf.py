@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lowmem.checkpoint.headers.gguf import read_gguf_header
-from lowmem.checkpoint.source.open import gguf as gguf_source
+from lowmem.checkpoint.source import gguf as gguf_source
 from lowmem.checkpoint.source.open import head_is_tied, open_source, resolve_names
 from lowmem.errors import SourceError
 from tests.helpers import TINY_STARCHAT, fails, save_source, tiny_model

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lowmem.checkpoint.files.whole import DiskFullError
-from lowmem.checkpoint.source.open import Source, hub, open_source
+from lowmem.checkpoint.source import hub
+from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.errors import SourceError
 from tests.helpers import (
     fails,

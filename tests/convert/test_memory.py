@@ -15,7 +15,7 @@ from lowmem.benchmarks.common.processes import resident
 from lowmem.convert import disk, memory
 from lowmem.convert.job import Job
 
-from lowmem.checkpoint.files.reading import whole as whole_file
+from lowmem.checkpoint.files import whole as whole_file
 from lowmem.config import QuantConfig
 from lowmem.errors import MemoryBudgetError, OutputError
 from lowmem.models.architecture import inspect

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lowmem.convert.math import products
 from lowmem.convert.math.products import add_product
 
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(products.name(CPU) == "torch", reason="the library is not compiled")

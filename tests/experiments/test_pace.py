@@ -48,7 +48,7 @@ from safetensors import safe_open
 
 from lowmem.checkpoint.headers.gguf import read_gguf_header
 from lowmem.errors import SourceError
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 from lowmem.loading.loader import load
 
 SMALL = Dimensions(2, hidden=128, heads=2, positions=512, vocab=4096)

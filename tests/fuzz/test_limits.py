@@ -13,8 +13,8 @@ import pytest
 
 from lowmem.checkpoint.files.links import check_file, check_folder, leads_outside
 from lowmem.checkpoint.files.reading import MAX_VALUES, parse_json, read_json
+from lowmem.checkpoint.headers import gguf as gguf_file
 from lowmem.checkpoint.headers.config import MAX_COUNT, read_config
-from lowmem.checkpoint.headers.folder import gguf as gguf_file
 from lowmem.checkpoint.headers.folder import read_config_json, tensor_headers
 from lowmem.checkpoint.headers.tokenizer import MAX_TOKEN_ID, check_tokenizer_files
 from lowmem.checkpoint.manifest import parse_quantization

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from lowmem.generate.cache import KVCache
 from lowmem.generate.native_step import MOST_ROWS, NativeStep, StepRefused, checked_step, why_not
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 from lowmem.loading.loader import load
 from tests.generate.native_step_helpers import (
     BIGCODE,

@@ -19,8 +19,8 @@ from lowmem.generate.cache import KVCache
 from lowmem.generate.engine import Engine, Token
 from lowmem.generate.lookup import Pace
 from lowmem.generate.native_step import MOST_ROWS, NativeStep
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import load
 from tests.generate.native_step_helpers import bigcode, random_ids

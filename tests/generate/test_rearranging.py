@@ -16,7 +16,7 @@ from lowmem.config import SamplingParams
 from lowmem.generate import rearranging
 from lowmem.generate.engine import Engine
 from lowmem.generate.rearranging import Rearranging
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadedModel, load
 from lowmem.session import Session

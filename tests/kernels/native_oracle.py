@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from lowmem.checkpoint.packing import pack_rows
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 
 ISAS = ("portable C", "AVX2", "AVX-512 VNNI")
 PAIRED = 4

@@ -11,8 +11,8 @@ from lowmem.generate import attention
 from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache import KVCache
 from lowmem.kernels import dispatch
-from lowmem.kernels.native.library import attention as native_attention
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import attention as native_attention
+from lowmem.kernels.native import library as native
 from tests.helpers import tiny_model
 from tests.kernels.native_oracle import ISAS, using
 

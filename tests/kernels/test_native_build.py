@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem.kernels.native import library as native
 from lowmem.kernels.native.library import _DECLARED
-from lowmem.kernels.native.library import library as native
 from tests.helpers import REPO
 
 SOURCES = sorted((REPO / "lowmem" / "kernels" / "csrc").iterdir())

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS
 from lowmem.kernels import reference
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 from tests.kernels.native_oracle import (
     ISAS,
     LIMITS,

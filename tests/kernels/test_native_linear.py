@@ -26,8 +26,8 @@ from lowmem.doctor import kernels as doctor
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels import dispatch, torch_ops
 from lowmem.kernels import trial as cuda
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.trial import sample_linear
 from lowmem.plan import memory

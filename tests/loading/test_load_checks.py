@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from lowmem.checkpoint.files.shards import SINGLE_FILE
 from lowmem.checkpoint.manifest import MANIFEST_FILE, write_manifest
-from lowmem.checkpoint.source.open import mapped, open_source
+from lowmem.checkpoint.source import mapped
+from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.converted import verify
 from lowmem.checkpoint.verify.digests import check_all, known_digests
 from lowmem.cli import main
 from lowmem.errors import InvalidRequestError, SourceError
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 from lowmem.loading import loader
 from lowmem.loading.loader import load
 from lowmem.loading.opening import open_model

@@ -5,6 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 
 native.library_path = lambda: Path(os.environ["LOWMEM_SANITIZED"])

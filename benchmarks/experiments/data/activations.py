@@ -21,7 +21,7 @@ from lowmem.benchmarks.common.origin import origin_of
 from lowmem.benchmarks.quality.divergence import compare
 from lowmem.benchmarks.quality.texts import read_texts
 
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadedModel, load
 

@@ -21,8 +21,8 @@ import torch
 from lowmem.benchmarks.experiments.pace.models import WIDTHS
 from lowmem.benchmarks.experiments.peers.run import say
 
-from lowmem.kernels.native.library import library as native
-from lowmem.kernels.native.library import linear as native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 
 SHAPES = ((6144, 24576), (24576, 6144), (6144, 6144), (6144, 6400))
 ROWS = (1, 2, 4, 8, 16, 64, 512)

@@ -72,7 +72,7 @@ def read_mapped(files: Sequence[Path]) -> tuple[float, float]:
     """Seconds of the library's loop over a new mapping, and over the same again."""
     import torch
 
-    from lowmem.kernels.native.library import library as native
+    from lowmem.kernels.native import library as native
 
     maps = []
     for file in files:

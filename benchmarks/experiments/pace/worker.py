@@ -17,7 +17,7 @@ from lowmem.benchmarks.experiments.peers.worker import Started, answer_requests,
 
 from lowmem.config import SamplingParams
 from lowmem.generate.engine import Engine
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadedModel, load
 from lowmem.session import Session

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from lowmem.kernels.native.library import library as native
+from lowmem.kernels.native import library as native
 
 _UNIT = 16  # a head's size is a multiple of it
 
