@@ -257,7 +257,9 @@ def subject_of(candidate: Candidate, label: str) -> Subject:
     linears = tuple(t for t in shape.tensors if t.linear or (t.packed and t.layer >= 0))
     count = sum(t.numel for t in linears if t.linear)
     if shape.format is not None:
-        count += sum(t.numel * 32 // shape.format.bits for t in linears if t.name.endswith(".qweight"))
+        packed = [t for t in linears if t.name.endswith(".qweight")]
+        formats = [shape.format.of_packed(t.name.removesuffix(".qweight")) for t in packed]
+        count += sum(t.numel * 32 // f.bits for t, f in zip(packed, formats, strict=True))
     nbytes = weights_bytes(replace(shape, tensors=linears), form)
     return Subject(
         label=label,

@@ -179,7 +179,7 @@ def decode_ceiling(shape: ModelShape, form: Form, context: int, new_tokens: int,
 
 def linear_weights(shape: ModelShape) -> int:
     """Weights of all linears in decoder layers, packed or not; the head is not among them."""
-    bits = shape.format.bits if shape.format else 32
+    bits = shape.format.default.bits if shape.format else 32
     packed = sum(t.numel * 32 // bits for t in shape.tensors if t.packed and t.name.endswith(".qweight"))
     return packed + sum(t.numel for t in shape.tensors if t.linear)
 

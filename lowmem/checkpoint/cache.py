@@ -271,7 +271,7 @@ def _format(folder: Path) -> tuple[int, int]:
         found = find_quantization(folder)
     except LowmemError:
         return 0, 0
-    return (found.bits, found.group_size) if found else (0, 0)
+    return (found.default.bits, found.default.group_size) if found else (0, 0)
 
 
 def _read_job(job: Path) -> dict[str, Any]:

@@ -12,43 +12,16 @@ from typing import Any
 
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
+from lowmem.checkpoint.formats import LAYOUTS, FormatException, LinearFormat, QuantizationFormat
 from lowmem.checkpoint.headers.config import read_config
 from lowmem.config import BITS, QuantConfig
 from lowmem.errors import OutputError, SourceError, VerifyError
 
 MANIFEST_FILE = "lowmem-manifest.json"
 _DIGEST_CHUNK = 1 << 20
-_FORMATS = ("gptq", "gptq_v2")
 
 
-@dataclass(frozen=True)
-class GptqFormat:
-    """How the linears of a GPTQ checkpoint are stored, whoever wrote it.
-
-    bits, group_size, sym, desc_act: as in QuantConfig, but desc_act says here that g_idx may be in any
-    order. checkpoint_format: "gptq" (zero-points stored less one) or "gptq_v2". quantizer: the
-    "name:version" of the tools that wrote it.
-    """
-
-    bits: int
-    group_size: int
-    sym: bool = True
-    desc_act: bool = False
-    checkpoint_format: str = "gptq"
-    quantizer: tuple[str, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """What a user calls it, as "4-bit g128"."""
-        return f"{self.bits}-bit g{self.group_size}"
-
-    @property
-    def zeros_v2(self) -> bool:
-        """The zero-points are stored as they are, not one less."""
-        return self.checkpoint_format == "gptq_v2"
-
-
-def read_quantization(folder: str | Path) -> GptqFormat:
+def read_quantization(folder: str | Path) -> QuantizationFormat:
     """The format of the GPTQ checkpoint in `folder`.
 
     From config.json's `quantization_config`, or else quantize_config.json, as old auto-gptq wrote it.
@@ -62,7 +35,7 @@ def read_quantization(folder: str | Path) -> GptqFormat:
     return found
 
 
-def find_quantization(folder: str | Path) -> GptqFormat | None:
+def find_quantization(folder: str | Path) -> QuantizationFormat | None:
     """As `read_quantization`, but None for a checkpoint that is not quantized."""
     folder = Path(folder)
     check_folder(folder)
@@ -79,8 +52,8 @@ def find_quantization(folder: str | Path) -> GptqFormat | None:
     return parse_quantization(data, str(file))
 
 
-def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_config") -> GptqFormat:
-    """A `quantization_config` → GptqFormat; raises SourceError for what cannot be read.
+def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_config") -> QuantizationFormat:
+    """A `quantization_config` → QuantizationFormat; raises SourceError for what cannot be read.
 
     `origin` names the file in the error's text.
     """
@@ -104,7 +77,7 @@ def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_conf
     ):
         raise refuse(f"group_size is {_short(group_size)}")
     layout = str(data.get("checkpoint_format") or data.get("format") or "gptq").lower()
-    if layout not in _FORMATS or data.get("is_marlin_format"):
+    if layout not in LAYOUTS or data.get("is_marlin_format"):
         raise refuse(
             f"checkpoint_format is {_short(layout)}", "Only the formats gptq and gptq_v2 can be read"
         )
@@ -113,11 +86,12 @@ def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_conf
         raise refuse(f"pack_dtype is {_short(pack_dtype)}", "Only int32 words can be read")
     if data.get("lm_head"):
         raise refuse("the head is quantized (lm_head)", "Only checkpoints with a dense head can be read")
-    dynamic = data.get("dynamic")
-    if dynamic and not (isinstance(dynamic, dict) and all(str(key).startswith("-:") for key in dynamic)):
-        # "-:" leaves modules dense, which the tensors' names tell; anything else changes bits or groups.
+    dynamic = data.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(str(key).startswith("-:") for key in dynamic):
+        # "-:" leaves modules in 16 bits; any other key gives them a format of their own.
         raise refuse(
-            "single modules have settings of their own (dynamic)", "One width for all linears is needed"
+            "some linears have a format of their own (dynamic)",
+            "Only checkpoints with one format for all quantized linears can be read",
         )
     for flag in ("sym", "desc_act"):
         if not isinstance(data.get(flag, False), bool):
@@ -126,13 +100,10 @@ def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_conf
     quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
     if isinstance(quantizer, str):
         quantizer = [quantizer]
-    return GptqFormat(
-        bits=bits,
-        group_size=group_size,
-        sym=data.get("sym", True),
-        desc_act=data.get("desc_act", False),
-        checkpoint_format=layout,
-        quantizer=tuple(str(name) for name in quantizer) if isinstance(quantizer, list) else (),
+    return QuantizationFormat(
+        LinearFormat(bits, group_size, data.get("sym", True), data.get("desc_act", False), layout),
+        tuple(FormatException(str(key)[2:], None) for key in dynamic),
+        tuple(str(name) for name in quantizer) if isinstance(quantizer, list) else (),
     )
 
 

@@ -48,7 +48,11 @@ def summary(report: VerifyReport) -> str:
     count = len(report.problems)
     verdict = "ok" if report.ok else f"{count} problem{'s' * (count != 1)}"
     format = report.format
-    packed = f", {report.linears} linears of {format.bits} bits (g{format.group_size})" if format else ""
+    packed = (
+        f", {report.linears} linears of {format.default.bits} bits (g{format.default.group_size})"
+        if format
+        else ""
+    )
     return f"{verdict}: {report.files} files, {report.bytes:,} bytes, {report.tensors} tensors{packed}"
 
 
@@ -57,8 +61,8 @@ def _record(report: VerifyReport) -> dict[str, object]:
         "ok": report.ok,
         "folder": str(report.folder),
         "manifest": report.ours,
-        "bits": report.format.bits if report.format else None,
-        "group_size": report.format.group_size if report.format else None,
+        "bits": report.format.default.bits if report.format else None,
+        "group_size": report.format.default.group_size if report.format else None,
         "files": report.files,
         "tensors": report.tensors,
         "linears": report.linears,

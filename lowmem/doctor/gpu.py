@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS, SamplingParams
 from lowmem.doctor.report import Check, Checks, guarded
@@ -117,7 +117,7 @@ def kernel_in_model(bits: int, device: torch.device, dtype: torch.dtype) -> str:
     ids = torch.tensor([_prompt(loaded)], device=device)
     with torch.inference_mode():
         right = loaded.model(input_ids=ids).logits.float()
-        format = GptqFormat(bits, _GROUP_SIZE)
+        format = LinearFormat(bits, _GROUP_SIZE)
         name = dispatch.install(loaded.model, format, device, dtype)
         got = loaded.model(input_ids=ids).logits.float()
     error = float((got - right).norm() / right.norm())

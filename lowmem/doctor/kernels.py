@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import unpack_rows, unpack_zeros
 from lowmem.config import BITS
 from lowmem.doctor.report import Check, Checks, guarded
@@ -47,7 +47,7 @@ def reference_works(device: torch.device) -> str:
     worst = 0.0
     for bits in BITS:
         for sym in (True, False):
-            linear = sample_linear(GptqFormat(bits, 32, sym), device, torch.float32)
+            linear = sample_linear(LinearFormat(bits, 32, sym), device, torch.float32)
             rows = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(bits))
             got = reference.linear(
                 rows.to(device), linear.qweight, linear.qzeros, linear.scales, linear.g_idx, bits, linear.bias
@@ -69,7 +69,7 @@ def native_works(area: str) -> Check | str:
     worst = 0.0
     for bits in BITS:
         for sym in (True, False):
-            linear = sample_linear(GptqFormat(bits, _GROUP_SIZE, sym), torch.device("cpu"), torch.float32)
+            linear = sample_linear(LinearFormat(bits, _GROUP_SIZE, sym), torch.device("cpu"), torch.float32)
             packed = native_linear.Packed.of(linear)
             for count in (1, 4, 40):
                 rows = torch.randn(count, linear.in_features, generator=torch.Generator().manual_seed(bits))
@@ -95,7 +95,7 @@ def _error(got: torch.Tensor, linear: SampleLinear, rows: torch.Tensor) -> float
 
 def chosen(area: str, bits: int, device: torch.device, dtype: torch.dtype) -> Check:
     """Which kernel `lowmem run` uses for a width, and why not another."""
-    format = GptqFormat(bits, _GROUP_SIZE)
+    format = LinearFormat(bits, _GROUP_SIZE)
     choice = dispatch.choose_kernel(device, format, dtype)
     why = "; ".join(f"not {over}" for over in choice.passed_over)
     detail = f"{choice.name}, {choice.reason}" + (f" ({why})" if why else "")

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, cast, runtime_checkable
 import torch
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels import torch_ops
 from lowmem.kernels import trial as cuda
@@ -45,7 +45,7 @@ class SwitchableLinear(PackedLinear, Protocol):
         """From now on; raises native_linear.Unsuitable, and stays as it is, when they cannot take it."""
 
 
-def choose_kernel(device: torch.device, format: GptqFormat, dtype: torch.dtype) -> KernelChoice:
+def choose_kernel(device: torch.device, format: LinearFormat, dtype: torch.dtype) -> KernelChoice:
     """The kernel that `install` would try first, tried on a small linear; its reason is for the user.
 
     On a card this imports GPTQModel (seconds) and may compile a kernel (minutes, once). Raises
@@ -56,7 +56,7 @@ def choose_kernel(device: torch.device, format: GptqFormat, dtype: torch.dtype) 
 
 def install(
     model: nn.Module,
-    format: GptqFormat,
+    format: LinearFormat,
     device: torch.device,
     dtype: torch.dtype,
     notify: Callable[[str], None] | None = None,
@@ -94,7 +94,7 @@ def native_name() -> str:
     return f"lowmem {native.isa_name()}"
 
 
-def _way(format: GptqFormat, dtype: torch.dtype) -> tuple[Way, str, tuple[PassedOver, ...]]:
+def _way(format: LinearFormat, dtype: torch.dtype) -> tuple[Way, str, tuple[PassedOver, ...]]:
     """(which kernels a CPU uses, the reason, what is not used and why)."""
     asked = os.environ.get(VARIABLE) or "best"
     if asked not in ("best", "native", "torch", "reference"):
@@ -115,7 +115,7 @@ def _way(format: GptqFormat, dtype: torch.dtype) -> tuple[Way, str, tuple[Passed
     return "reference", "plain torch on a CPU, slowly", tuple(passed)
 
 
-def _for_cpu(format: GptqFormat, dtype: torch.dtype) -> KernelChoice:
+def _for_cpu(format: LinearFormat, dtype: torch.dtype) -> KernelChoice:
     way, reason, passed = _way(format, dtype)
     if way == "native":
         return KernelChoice(native_name(), reason, None, passed)
@@ -132,7 +132,7 @@ def _for_cpu(format: GptqFormat, dtype: torch.dtype) -> KernelChoice:
 def _install_on_cpu(
     model: nn.Module,
     linears: Sequence[PackedLinear],
-    format: GptqFormat,
+    format: LinearFormat,
     dtype: torch.dtype,
     activation_bits: int | None,
 ) -> str:

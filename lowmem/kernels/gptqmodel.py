@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Candidate:
 
 
 def gptqmodel_candidates(
-    format: GptqFormat, device: torch.device, dtype: torch.dtype
+    format: LinearFormat, device: torch.device, dtype: torch.dtype
 ) -> tuple[Candidate, ...]:
     """GPTQModel's kernels for the device, in its own order of preference.
 
@@ -39,7 +39,7 @@ def gptqmodel_candidates(
     """
     try:
         importer, families = _import_gptqmodel()
-        order = importer.AUTO_BACKEND_KERNEL_MAPPING["gptq"].get(format.checkpoint_format, {})
+        order = importer.AUTO_BACKEND_KERNEL_MAPPING["gptq"].get(format.layout, {})
         family = families(device.type)
     except Exception as error:  # it needs a dozen packages, each of which may be of a wrong version
         return (Candidate("GPTQModel", _refuses(error)),)
@@ -52,7 +52,7 @@ def gptqmodel_candidates(
                     group_size=format.group_size,
                     desc_act=format.desc_act,
                     sym=format.sym,
-                    format=format.checkpoint_format,
+                    format=format.layout,
                     quant_method="gptq",
                     dtype=dtype,
                     pack=False,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.checkpoint.source.mapped import forget_pages, is_mapped
 from lowmem.errors import SourceError
@@ -151,13 +151,13 @@ class QuantLinear(nn.Module):
         )
 
 
-def swap_linears(model: nn.Module, names: Iterable[str], format: GptqFormat) -> None:
-    """Put a QuantLinear on the meta device in the place of each named nn.Linear, in the model itself.
+def swap_linears(model: nn.Module, formats: Mapping[str, LinearFormat]) -> None:
+    """Replace each nn.Linear that `formats` names by a QuantLinear of that format, on the meta device.
 
     Raises SourceError for a name that is no nn.Linear of the model, or a linear that cannot be packed.
     """
     modules = dict(model.named_modules())
-    for name in names:
+    for name, format in formats.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise SourceError(

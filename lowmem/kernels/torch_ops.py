@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import unpack_rows, unpack_zeros
 from lowmem.kernels.gptqmodel import Candidate
 
@@ -142,7 +142,7 @@ class TorchInt8Linear(_TorchLinear):
         return result
 
 
-def refuses(format: GptqFormat, dtype: torch.dtype) -> str:
+def refuses(format: LinearFormat, dtype: torch.dtype) -> str:
     """Why torch's operators cannot multiply this format with these activations; nothing when they can."""
     if dtype is not torch.bfloat16:
         return f"for bfloat16, not {str(dtype).removeprefix('torch.')}"
@@ -153,7 +153,7 @@ def refuses(format: GptqFormat, dtype: torch.dtype) -> str:
     return "for 4 bits in groups of multiples of 32, or 8 bits without groups and zero-points"
 
 
-def candidates(format: GptqFormat, dtype: torch.dtype) -> tuple[Candidate, ...]:
+def candidates(format: LinearFormat, dtype: torch.dtype) -> tuple[Candidate, ...]:
     """The operators for this format, as cuda.replace_linears takes kernels; none where they refuse it."""
     if refuses(format, dtype):
         return ()

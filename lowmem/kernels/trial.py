@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from lowmem.checkpoint.files.reading import one_line
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, stored_shapes, unpack_zeros
 from lowmem.kernels import reference
 from lowmem.kernels.gptqmodel import Candidate, gptqmodel_candidates, no_chatter
@@ -79,7 +79,7 @@ class KernelChoice:
 
 
 def best_kernel(
-    format: GptqFormat,
+    format: LinearFormat,
     device: torch.device,
     dtype: torch.dtype,
     candidates: tuple[Candidate, ...] | None = None,
@@ -110,7 +110,7 @@ def best_kernel(
 
 def replace_linears(
     model: nn.Module,
-    format: GptqFormat,
+    format: LinearFormat,
     device: torch.device,
     dtype: torch.dtype,
     candidates: tuple[Candidate, ...],
@@ -215,7 +215,7 @@ def trial(
 
 
 def sample_linear(
-    format: GptqFormat,
+    format: LinearFormat,
     device: torch.device,
     dtype: torch.dtype,
     in_features: int = 256,

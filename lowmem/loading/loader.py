@@ -20,7 +20,8 @@ from torch import nn
 
 from lowmem.checkpoint.files.reading import one_line, read_json
 from lowmem.checkpoint.files.shards import read_shards
-from lowmem.checkpoint.manifest import GptqFormat, find_quantization
+from lowmem.checkpoint.formats import QuantizationFormat
+from lowmem.checkpoint.manifest import find_quantization
 from lowmem.checkpoint.source.mapped import MappedFiles
 from lowmem.checkpoint.source.open import Source, TensorInfo, open_source
 from lowmem.checkpoint.source.safetensors import SafetensorsHeader, SafetensorsSource, read_tensor
@@ -58,7 +59,7 @@ class LoadedModel:
     tokenizer: Any
     dialogue: Dialogue | None
     stop_ids: tuple[int, ...]
-    format: GptqFormat | None
+    format: QuantizationFormat | None
     dtype: torch.dtype
     device: torch.device
     load_seconds: float
@@ -79,7 +80,7 @@ class _Checkpoint:
     weights: Weights
     config: Any
     tokenizer: Any
-    format: GptqFormat | None
+    format: QuantizationFormat | None
 
 
 @paused_collection()
@@ -125,14 +126,16 @@ def load(
     if checkpoint.format:
         if on_the_fly:
             raise SourceError(f"{folder} is quantized already", "Give the 16-bit original, or no --quantize")
-        swap_linears(model, _packed_names(checkpoint.weights.infos), checkpoint.format)
+        names = _packed_names(checkpoint.weights.infos)
+        swap_linears(model, {name: checkpoint.format.of_packed(name) for name in names})
     elif on_the_fly:
         _swap_for_bnb(layers, on_the_fly)
     placement = Placement(device, layers_name, None if split is None or split >= len(layers) else split)
     fill(model, checkpoint.weights, placement, dtype, progress)
     kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
     if checkpoint.format:
-        kernel = dispatch.install(model, checkpoint.format, device, dtype, activation_bits=activation_bits)
+        format = checkpoint.format.default
+        kernel = dispatch.install(model, format, device, dtype, activation_bits=activation_bits)
     connect(model, placement)
     transformers_model: Any = model
     transformers_model.hf_device_map = placement.device_map(len(layers))  # or pipelines would move it
@@ -173,7 +176,7 @@ def weight_bytes(model: nn.Module) -> int:
     return total + sum(bnb.scale_bytes(module) for module in model.modules())
 
 
-def _label(format: GptqFormat | None, on_the_fly: bnb.Method | None, dtype: torch.dtype) -> str:
+def _label(format: QuantizationFormat | None, on_the_fly: bnb.Method | None, dtype: torch.dtype) -> str:
     if format:
         return format.label
     if on_the_fly:

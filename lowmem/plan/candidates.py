@@ -100,7 +100,7 @@ def by_bits(candidate: Candidate) -> tuple[int, int, int, str]:
     """The order of `ranked` where nothing was measured."""
     method = ("dense", "gptq", "int8", "nf4").index(candidate.form.method)
     format = candidate.shape.format
-    group = format.group_size if format and format.group_size > 0 else 1 << 30
+    group = format.default.group_size if format and format.default.group_size > 0 else 1 << 30
     return (-candidate.bits, method, group, str(candidate.path))
 
 
@@ -142,7 +142,7 @@ def _forms(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
 def _packed(path: Path, shape: ModelShape, cuda: bool, dtype: str | None) -> Candidate:
     assert shape.format is not None
     form = Form("gptq", _run_dtype(shape, cuda, dtype))
-    return Candidate(shape.format.label, shape.format.bits, form, path, shape, _measured_kld(path))
+    return Candidate(shape.format.label, shape.format.default.bits, form, path, shape, _measured_kld(path))
 
 
 def _run_dtype(shape: ModelShape, cuda: bool, dtype: str | None) -> str:

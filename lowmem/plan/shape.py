@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.headers.folder import TensorHeader, gguf_metadata, read_config_json, tensor_headers
-from lowmem.checkpoint.manifest import GptqFormat, find_quantization
+from lowmem.checkpoint.manifest import find_quantization
 from lowmem.errors import SourceError
 
 _LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
@@ -68,7 +69,7 @@ class ModelShape:
     stored: str
     tensors: tuple[Tensor, ...]
     linears: tuple[tuple[int, int], ...]
-    format: GptqFormat | None
+    format: QuantizationFormat | None
     learned_positions: int
     """Rows of a table of positions: a step reads one of them."""
     whole_reads: bool = False
@@ -126,13 +127,15 @@ def as_converted(source: ModelShape, bits: int) -> ModelShape:
         nbytes = 4 * words + 2 * groups * out
         base = tensor.name.removesuffix(".weight")
         tensors.append(Tensor(f"{base}.qweight", tensor.shape, nbytes, tensor.layer, True, False))
-    return replace(
-        source, tensors=tuple(tensors), format=GptqFormat(bits, group), whole_reads=False, stored="float16"
-    )
+    format = QuantizationFormat(LinearFormat(bits, group))
+    return replace(source, tensors=tuple(tensors), format=format, whole_reads=False, stored="float16")
 
 
 def _shape(
-    path: Path, headers: Mapping[str, TensorHeader], config: Mapping[str, object], format: GptqFormat | None
+    path: Path,
+    headers: Mapping[str, TensorHeader],
+    config: Mapping[str, object],
+    format: QuantizationFormat | None,
 ) -> ModelShape:
     tied = config.get("tie_word_embeddings") is not False and any(n.endswith(_EMBEDDINGS) for n in headers)
     tensors, linears = [], set()
@@ -151,7 +154,8 @@ def _shape(
                     f"{header.file}: tensor {name!r} has shape {list(header.shape)}, not of two dimensions",
                     "See all that is wrong with: lowmem verify DIR",
                 )
-            linears.add((header.shape[0] * 32 // format.bits, header.shape[1]))
+            bits = format.of_packed(name.removesuffix(".qweight")).bits
+            linears.add((header.shape[0] * 32 // bits, header.shape[1]))
         tensors.append(Tensor(name, header.shape, header.nbytes, layer, packed, linear))
     layers = 1 + max((tensor.layer for tensor in tensors), default=-1)
     if layers > len(tensors):

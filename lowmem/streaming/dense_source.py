@@ -10,7 +10,8 @@ import torch
 
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.checkpoint.files.shards import read_shards
-from lowmem.checkpoint.manifest import GptqFormat, find_quantization
+from lowmem.checkpoint.formats import QuantizationFormat
+from lowmem.checkpoint.manifest import find_quantization
 from lowmem.checkpoint.source.base import FLOATS
 from lowmem.checkpoint.source.open import Source, TensorInfo, open_source
 from lowmem.checkpoint.source.safetensors import SafetensorsHeader, SafetensorsSource, read_tensor
@@ -27,7 +28,7 @@ class GptqSource(SafetensorsSource):
     SourceError for shards that are not whole, and for parts that are not of the format's shapes and dtypes.
     """
 
-    def __init__(self, path: Path, display: str, format: GptqFormat) -> None:
+    def __init__(self, path: Path, display: str, format: QuantizationFormat) -> None:
         shards = read_shards(path)
         if shards.problems:
             raise SourceError(
@@ -44,7 +45,7 @@ class GptqSource(SafetensorsSource):
             words = infos[f"{base}.qweight"]
             if len(words.shape) != 2 or words.dtype != "int32":
                 raise SourceError(f"{words.file}: tensor {base}.qweight is no matrix of int32 words")
-            shape = (words.shape[1], words.shape[0] * 32 // format.bits)
+            shape = (words.shape[1], words.shape[0] * 32 // format.of_packed(base).bits)
             infos[f"{base}.weight"] = TensorInfo(shape, "float32", words.file)
         if not self._packed:
             raise SourceError(f"{path} says that it is quantized, and no tensor is", "Convert it again")
@@ -73,15 +74,16 @@ class GptqSource(SafetensorsSource):
         return weight if rows is None else weight[rows]
 
     def _dequantized(self, base: str) -> torch.Tensor:
+        format = self.format.of_packed(base)
         out, inputs = self.infos[f"{base}.weight"].shape
         try:
             linear = QuantLinear(
                 inputs,
                 out,
-                bits=self.format.bits,
-                group_size=self.format.group_size,
+                bits=format.bits,
+                group_size=format.group_size,
                 bias=False,
-                zeros_v2=self.format.zeros_v2,
+                zeros_v2=format.zeros_v2,
                 device="meta",
             )
         except ValueError as error:

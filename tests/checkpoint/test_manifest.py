@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.manifest import (
     MANIFEST_FILE,
     FileDigest,
-    GptqFormat,
     digest_file,
     find_quantization,
     parse_quantization,
@@ -33,9 +33,7 @@ def test_what_we_write_we_read(bits: int, group_size: int) -> None:
     config = QuantConfig(bits=bits, group_size=group_size, sym=False, desc_act=True)
     data = json.loads(json.dumps(quantization_config_dict(config, version="1.2.3")))
     read = parse_quantization(data)
-    assert read == GptqFormat(
-        bits=bits, group_size=group_size, sym=False, desc_act=False, quantizer=read.quantizer
-    )
+    assert read.uniform and read.default == LinearFormat(bits, group_size, sym=False)
     assert read.quantizer[0] == "lowmem:1.2.3"
     # Act-order with static groups: no reader needs a permutation, and none must look for one.
     assert data["desc_act"] is False and data["static_groups"] is True and data["meta"]["act_order"] is True
@@ -83,10 +81,12 @@ GPTQMODEL = {  # as GPTQModel wrote it
 
 
 def test_formats_of_others() -> None:
-    assert parse_quantization(AUTO_GPTQ) == GptqFormat(bits=4, group_size=128, desc_act=True)
+    assert parse_quantization(AUTO_GPTQ) == QuantizationFormat(LinearFormat(4, 128, desc_act=True))
     read = parse_quantization(GPTQMODEL)
-    assert read.zeros_v2 and read.bits == 8 and not read.sym and read.quantizer == ("gptqmodel:7.7.0",)
-    assert not parse_quantization(AUTO_GPTQ).zeros_v2
+    assert read.default == LinearFormat(8, 32, sym=False, layout="gptq_v2")
+    assert read.quantizer == ("gptqmodel:7.7.0",)
+    assert read.of("model.layers.0.mlp.gate_proj") is None
+    assert read.of("model.layers.0.mlp.up_proj") == read.default
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_read_from_a_folder(tmp_path: Path) -> None:
         read_quantization(tmp_path)
     old = {key: value for key, value in AUTO_GPTQ.items() if key != "quant_method"}
     (tmp_path / "quantize_config.json").write_text(json.dumps(old))
-    assert read_quantization(tmp_path).bits == 4
+    assert read_quantization(tmp_path).default.bits == 4
     config.write_text(json.dumps({"quantization_config": GPTQMODEL}))
-    assert read_quantization(tmp_path).bits == 8  # config.json wins
+    assert read_quantization(tmp_path).default.bits == 8  # config.json wins
     config.write_text(json.dumps({"quantization_config": [1]}))
     with pytest.raises(SourceError, match="not an object"):
         read_quantization(tmp_path)

@@ -67,7 +67,7 @@ def test_whole_checkpoints_are_ok(kind: str, options: dict[str, Any], tmp_path: 
     steps: list[tuple[int, int]] = []
     ours = verify(tmp_path, lambda done, total: steps.append((done, total)))
     assert ours.ok and ours.ours and not ours.notes, found(ours)
-    assert ours.format is not None and ours.format.bits == options["bits"]
+    assert ours.format is not None and ours.format.default.bits == options["bits"]
     assert ours.linears == {"gpt_bigcode_mqa": 8, "gpt_bigcode_mha": 8, "starcoder2": 12, "llama": 14}[kind]
     assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
     ours.check()

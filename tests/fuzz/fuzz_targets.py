@@ -171,8 +171,9 @@ def quantization(data: bytes) -> None:
         with replaced(folder / name, content), one_line_at_most():
             found = find_quantization(folder)
             if found is not None:
-                assert type(found.bits) is int and type(found.group_size) is int and len(found.label) < 40
-                stored_shapes(64, 128, found.bits, found.group_size)
+                bits, group_size = found.default.bits, found.default.group_size
+                assert type(bits) is int and type(group_size) is int and len(found.label) < 40
+                stored_shapes(64, 128, bits, group_size)
             read_shape(folder)
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
 from lowmem.kernels import dispatch, reference
 from lowmem.kernels import gptqmodel as gptqmodel_kernels
@@ -135,7 +135,7 @@ def tensors_of(linear: Any) -> dict[str, torch.Tensor]:
 
 
 FORMATS = [
-    GptqFormat(bits, size, sym, desc_act, version)
+    LinearFormat(bits, size, sym, desc_act, version)
     for bits in (8, 4, 3, 2)
     for size, sym, desc_act, version in (
         (32, True, False, "gptq"),
@@ -147,7 +147,7 @@ FORMATS = [
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_right_kernel_is_trusted_and_wrong_ones_are_not(format: GptqFormat, dtype: torch.dtype) -> None:
+def test_a_right_kernel_is_trusted_and_wrong_ones_are_not(format: LinearFormat, dtype: torch.dtype) -> None:
     """At every width: a zero-point off by one, a lost sign and a NaN are all seen, in every dtype."""
     choice = best_kernel(
         format, CPU, dtype, candidates(OffByOne, PositiveScales, NanForManyRows, RightKernel, RaisesAtInit)
@@ -159,7 +159,7 @@ def test_a_right_kernel_is_trusted_and_wrong_ones_are_not(format: GptqFormat, dt
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_the_sample_is_of_its_format(format: GptqFormat) -> None:
+def test_the_sample_is_of_its_format(format: LinearFormat) -> None:
     sample = sample_linear(format, CPU, torch.bfloat16)
     assert isinstance(sample, PackedLinear)
     zeros = unpack_zeros(sample.qzeros, format.bits, v2=format.zeros_v2)
@@ -211,7 +211,7 @@ class _Pair(nn.Module):
     @staticmethod
     def _linear(outputs: int, bits: int, seed: int) -> QuantLinear:
         made = QuantLinear(64, outputs, bits=bits, group_size=32, bias=True)
-        sample = sample_linear(GptqFormat(bits, 32), CPU, torch.float32, 64, outputs, seed)
+        sample = sample_linear(LinearFormat(bits, 32), CPU, torch.float32, 64, outputs, seed)
         for part in ("qweight", "qzeros", "scales", "g_idx", "bias"):
             setattr(made, part, getattr(sample, part))
         return made
@@ -220,7 +220,7 @@ class _Pair(nn.Module):
         return self.head(self.wide(self.second(self.first(x)).tanh()).tanh())
 
 
-FOUR_BITS = GptqFormat(4, 32)
+FOUR_BITS = LinearFormat(4, 32)
 ROWS = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
 
 
@@ -312,7 +312,7 @@ def test_one_zero_point_beside_the_middle_is_enough() -> None:
     zeros[1, 7] = 127
     model.first.qzeros = pack_rows((zeros - 1).T, 8).T.contiguous()
     kernels = candidates(_TakesTheMiddle)
-    choice = replace_linears(model, GptqFormat(8, 32), CPU, torch.bfloat16, kernels)
+    choice = replace_linears(model, LinearFormat(8, 32), CPU, torch.bfloat16, kernels)
     assert isinstance(model.first, QuantLinear) and choice.name == "_TakesTheMiddle 2, reference 1"
     assert "only symmetric" in choice.passed_over[0].reason
 
@@ -368,12 +368,12 @@ def test_on_a_cpu_gptqmodel_is_not_asked(tmp_path: Path, monkeypatch: pytest.Mon
     write_rtn_checkpoint(tiny_model("llama"), tmp_path / "q")
     loaded = load(tmp_path / "q")
     assert loaded.format is not None
-    assert dispatch.install(loaded.model, loaded.format, CPU, loaded.dtype) == REFERENCE
+    assert dispatch.install(loaded.model, loaded.format.default, CPU, loaded.dtype) == REFERENCE
     assert any(isinstance(module, QuantLinear) for module in loaded.model.modules())
     choice = dispatch.choose_kernel(CPU, FOUR_BITS, torch.float32)
     assert choice.name == REFERENCE and "LOWMEM_CPU_KERNEL" in choice.reason
     monkeypatch.delenv(dispatch.VARIABLE)
-    assert dispatch.install(loaded.model, loaded.format, CPU, loaded.dtype)
+    assert dispatch.install(loaded.model, loaded.format.default, CPU, loaded.dtype)
     assert dispatch.choose_kernel(CPU, FOUR_BITS, torch.float32).name
 
 
@@ -464,10 +464,10 @@ def _with_kernels(folder: Path, dtype: torch.dtype, names: tuple[str, ...] | Non
     # The AVX-512 kernel is left out: a compiler builds it for a minute on first use.
     found = tuple(
         candidate
-        for candidate in gptqmodel_candidates(loaded.format, CPU, dtype)
+        for candidate in gptqmodel_candidates(loaded.format.default, CPU, dtype)
         if candidate.name != "TorchCpuAvx512Linear" and (names is None or candidate.name in names)
     )
-    choice = replace_linears(loaded.model, loaded.format, CPU, dtype, found)
+    choice = replace_linears(loaded.model, loaded.format.default, CPU, dtype, found)
     with torch.inference_mode():
         after = loaded.model(ids).logits.float()
     return {
@@ -497,7 +497,7 @@ def _main(folder: Path) -> None:
     found["environment"] = sorted(changed - {"TORCHINDUCTOR_CACHE_DIR", "GPTQ_TORCH_TRITON_DEQUANT"})
     card = torch.device("cuda", 0)
     found["cuda"] = {
-        str(bits): [c.name for c in gptqmodel_candidates(GptqFormat(bits, 128), card, torch.float16)]
+        str(bits): [c.name for c in gptqmodel_candidates(LinearFormat(bits, 128), card, torch.float16)]
         for bits in (8, 4, 3, 2)
     }
     model = _Pair()

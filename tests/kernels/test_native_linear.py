@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from lowmem.checkpoint.source.mapped import MappedFiles
 from lowmem.checkpoint.source.safetensors import read_header
@@ -381,7 +381,19 @@ def test_the_plan_counts_the_workspace(form: str) -> None:
         linear.packed.address, 8 * PREFILL_CHUNK, native_linear.PLANES[getattr(torch, form)]
     )
     shape = ModelShape(
-        "llama", 1, inputs, 4, 4, 16, 100, 100, form, (), ((inputs, 128),), GptqFormat(4, group), 0
+        "llama",
+        1,
+        inputs,
+        4,
+        4,
+        16,
+        100,
+        100,
+        form,
+        (),
+        ((inputs, 128),),
+        QuantizationFormat(LinearFormat(4, group)),
+        0,
     )
     counted = memory._digits(shape, memory.Form("gptq", form))
     threads = native.library().lm_threads()
@@ -414,7 +426,7 @@ def test_each_way_gives_the_same_model(way: str, monkeypatch: pytest.MonkeyPatch
     x = torch.randn(7, 96).bfloat16()
     right = torch.cat((exact(model.even, x), exact(model.odd, x)), dim=-1)
     monkeypatch.setenv(dispatch.VARIABLE, way)
-    name = dispatch.install(model, GptqFormat(4, 32), CPU, torch.bfloat16)
+    name = dispatch.install(model, LinearFormat(4, 32), CPU, torch.bfloat16)
     assert error(model(x), right) < 5e-3
     if way == "native":
         assert name == f"lowmem {native.isa_name()} 1, reference 1" and model.even.row_invariant
@@ -429,25 +441,25 @@ def test_without_a_library_torchs_operators_are_next_and_then_the_reference(
 ) -> None:
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.setattr(native, "_load", lambda: "not compiled: install a C compiler")
-    four = dispatch.choose_kernel(CPU, GptqFormat(4, 128), torch.bfloat16)
+    four = dispatch.choose_kernel(CPU, LinearFormat(4, 128), torch.bfloat16)
     assert four.name == "TorchInt4Linear" and "torch's own operators" in four.reason
     assert "install a C compiler" in str(four.passed_over[0])
     for format, dtype, words in (
-        (GptqFormat(3, 64), torch.bfloat16, "for 4 bits"),
-        (GptqFormat(8, 128), torch.bfloat16, "8 bits without groups"),
-        (GptqFormat(4, 128), torch.float32, "for bfloat16, not float32"),
+        (LinearFormat(3, 64), torch.bfloat16, "for 4 bits"),
+        (LinearFormat(8, 128), torch.bfloat16, "8 bits without groups"),
+        (LinearFormat(4, 128), torch.float32, "for bfloat16, not float32"),
     ):
         choice = dispatch.choose_kernel(CPU, format, dtype)
         assert choice.name == dispatch.REFERENCE and "slowly" in choice.reason
         assert any(words in str(over) for over in choice.passed_over)
-    eight = dispatch.choose_kernel(CPU, GptqFormat(8, -1), torch.bfloat16)
+    eight = dispatch.choose_kernel(CPU, LinearFormat(8, -1), torch.bfloat16)
     assert eight.name == "TorchInt8Linear"
 
 
 def test_a_kernel_that_does_not_exist_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, "fast")
     with pytest.raises(InvalidRequestError, match=r"LOWMEM_CPU_KERNEL=fast.*native, torch or reference"):
-        dispatch.choose_kernel(CPU, GptqFormat(4, 128), torch.bfloat16)
+        dispatch.choose_kernel(CPU, LinearFormat(4, 128), torch.bfloat16)
 
 
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
@@ -455,7 +467,7 @@ def test_a_kernel_that_does_not_exist_is_refused_by_name(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (4, -1), (4, 512), (8, -1)])
 def test_torchs_operators_are_the_reference(bits: int, group_size: int, sym: bool, v2: bool) -> None:
     """Through the same trial as every kernel of others, on more outputs than one slice has."""
-    format = GptqFormat(bits, group_size, sym, checkpoint_format="gptq_v2" if v2 else "gptq")
+    format = LinearFormat(bits, group_size, sym, layout="gptq_v2" if v2 else "gptq")
     offered = torch_ops.candidates(format, torch.bfloat16)
     if bits == 8 and not sym:
         assert offered == ()
@@ -470,7 +482,7 @@ def test_torchs_operators_are_the_reference(bits: int, group_size: int, sym: boo
 
 
 def test_torchs_operators_refuse_what_is_out_of_order() -> None:
-    format = GptqFormat(4, 32, desc_act=True)
+    format = LinearFormat(4, 32, desc_act=True)
     sample = sample_linear(format, CPU, torch.bfloat16)
     kernel, problem = cuda.trial(torch_ops.candidates(format, torch.bfloat16)[0], sample, torch.bfloat16)
     assert kernel is None and "group by group" in problem
@@ -511,6 +523,6 @@ def test_a_model_with_scattered_groups_gets_the_kernels(monkeypatch: pytest.Monk
     model = nn.Sequential(linear)
     x = torch.randn(4, 256)
     dense.weight.data = packed.weight()
-    name = dispatch.install(model, replace(GptqFormat(4, 64), desc_act=True), CPU, torch.float32)
+    name = dispatch.install(model, replace(LinearFormat(4, 64), desc_act=True), CPU, torch.float32)
     assert name == dispatch.native_name() and linear.order is not None
     assert error(model(x), dense(x).detach().double()) < 1e-5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS
 from lowmem.errors import SourceError
@@ -48,7 +48,7 @@ def test_equals_the_dense_linear(bits: int, bias: bool, group_size: int) -> None
 def test_swapped_model_has_the_logits_of_the_dequantized_one(kind: str) -> None:
     dense, swapped = tiny_model(kind, vocab=512), tiny_model(kind, vocab=512)
     linears = layer_linears(dense)
-    swap_linears(swapped, linears, GptqFormat(bits=4, group_size=32))
+    swap_linears(swapped, dict.fromkeys(linears, LinearFormat(bits=4, group_size=32)))
     for name, linear in linears.items():
         packed = rtn(linear.weight, 4, 32)
         bias = None if linear.bias is None else linear.bias.data
@@ -65,7 +65,7 @@ def test_swap_refuses_what_is_no_linear() -> None:
     model = tiny_model("llama", vocab=512)
     for name in ("model.embed_tokens", "model.layers.9.mlp.up_proj"):
         with pytest.raises(SourceError, match=name):
-            swap_linears(model, [name], GptqFormat(bits=4, group_size=32))
+            swap_linears(model, {name: LinearFormat(bits=4, group_size=32)})
     odd = nn.Sequential(nn.Linear(33, 64))
     with pytest.raises(SourceError, match="whole words"):
-        swap_linears(odd, ["0"], GptqFormat(bits=4, group_size=32))
+        swap_linears(odd, {"0": LinearFormat(bits=4, group_size=32)})

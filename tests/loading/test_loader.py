@@ -59,7 +59,7 @@ def test_quantized_logits(kind: str, bits: int, options: dict[str, Any], tmp_pat
     loaded = load(tmp_path, dtype=torch.float32)
     packed = {name for name, module in loaded.model.named_modules() if isinstance(module, QuantLinear)}
     assert packed == set(layer_linears(model))
-    assert loaded.format is not None and loaded.format.bits == bits
+    assert loaded.format is not None and loaded.format.default.bits == bits
     assert_same_logits(logits(loaded.model), logits(model))
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lowmem.checkpoint.manifest import GptqFormat
+from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.errors import MemoryBudgetError
 from lowmem.plan.candidates import Candidate, by_bits, convertible, ranked
 from lowmem.plan.device import parse_bytes
@@ -223,8 +223,8 @@ def test_ceiling_is_bytes_over_bandwidth() -> None:
 def test_groups_and_words_of_a_conversion() -> None:
     """576 inputs are no multiple of 128: groups of 64, as the converter chooses."""
     shape = replace(shape_of(), linears=((576, 576), (512, 576)))
-    assert as_converted(shape, 4).format == GptqFormat(4, 64)
-    assert as_converted(shape_of(), 3).format == GptqFormat(3, 128)
+    assert as_converted(shape, 4).format == QuantizationFormat(LinearFormat(4, 64))
+    assert as_converted(shape_of(), 3).format == QuantizationFormat(LinearFormat(3, 128))
 
 
 def test_order_without_measurements_is_by_bits() -> None:

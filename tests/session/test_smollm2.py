@@ -38,7 +38,7 @@ def test_gguf_to_gptq_to_a_sensible_answer(bits, rows, tmp_path):
     assert not report.problems
     loaded = load(out, dtype=torch.float32)
     assert loaded.format is not None
-    assert (loaded.format.bits, loaded.format.group_size) == (bits, 64)
+    assert (loaded.format.default.bits, loaded.format.default.group_size) == (bits, 64)
     answer = Session(loaded).complete(QUESTION, SamplingParams(max_new_tokens=96, temperature=0))
     assert "sort" in answer.text
     assert "sorted(" in answer.text or ".sort(" in answer.text or "sort()" in answer.text

@@ -225,7 +225,7 @@ def measure(work: Path, names: Sequence[str], report: Path) -> None:
         return float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
 
     def packed(name: str, linear: str) -> torch.Tensor:
-        format = formats[name]
+        format = formats[name].of_packed(linear)
         words, zeros, scales, groups = (
             shards[name].read(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
         )

@@ -274,9 +274,9 @@ def open_runtime(
     if method == "gptqmodel":
         if loaded.format is None:
             raise LowmemError(f"{path} is not quantized")
-        device = torch.device("cpu")
-        candidates = cuda.gptqmodel_candidates(loaded.format, device, loaded.dtype)
-        kernel = cuda.replace_linears(loaded.model, loaded.format, device, loaded.dtype, candidates).name
+        device, format = torch.device("cpu"), loaded.format.default
+        candidates = cuda.gptqmodel_candidates(format, device, loaded.dtype)
+        kernel = cuda.replace_linears(loaded.model, format, device, loaded.dtype, candidates).name
     seconds = time.perf_counter() - start
     engine = Engine(loaded.model, context=context, speculate=False)
     prompt = prompt_of(prompt_tokens, int(loaded.model.get_input_embeddings().weight.shape[0]))

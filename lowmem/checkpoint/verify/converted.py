@@ -15,6 +15,7 @@ import torch
 
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.shards import INDEX_FILE, SINGLE_FILE, Problem, Shards, read_shards
+from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.headers.model_tensors import (
     QUANT_PARTS,
     integer_buffers,
@@ -22,7 +23,7 @@ from lowmem.checkpoint.headers.model_tensors import (
     misfit,
     unique_tensors,
 )
-from lowmem.checkpoint.manifest import MANIFEST_FILE, GptqFormat, checkpoint_files, find_quantization
+from lowmem.checkpoint.manifest import MANIFEST_FILE, checkpoint_files, find_quantization
 from lowmem.checkpoint.packing import stored_shapes, unpack_zeros
 from lowmem.checkpoint.values import all_finite
 from lowmem.checkpoint.verify.digests import difference, known_digests
@@ -44,7 +45,7 @@ class VerifyReport:
 
     folder: Path
     ours: bool
-    format: GptqFormat | None
+    format: QuantizationFormat | None
     files: int
     tensors: int
     linears: int
@@ -150,11 +151,11 @@ class _Verification:
                 self._fault(name, "", fault)
         return None
 
-    def _model(self, shards: Shards) -> tuple[GptqFormat | None, int]:
+    def _model(self, shards: Shards) -> tuple[QuantizationFormat | None, int]:
         """Check the tensors against the model of config.json; the format, and how many linears are packed."""
         from torch import nn
 
-        format: GptqFormat | None = None
+        format: QuantizationFormat | None = None
         try:
             format = find_quantization(self.folder)
         except LowmemError as error:
@@ -178,8 +179,11 @@ class _Verification:
                 dense.pop(f"{name}.weight", None)
                 if format is None:
                     self._fault(shards.promised.get(parts[0], ""), name, "is packed, and nothing says how")
+                elif (own := format.of(name)) is None:
+                    what = "is packed, but quantization_config excludes it (dynamic)"
+                    self._fault(shards.promised.get(parts[0], ""), name, what)
                 else:
-                    self._linear(shards, name, module, format)
+                    self._linear(shards, name, module, own)
         for name, (aliases, shape) in dense.items():
             stored = [alias for alias in aliases if alias in shards.tensors]
             unclaimed.difference_update(stored)
@@ -199,7 +203,7 @@ class _Verification:
         """The tensor is missing with its file, or from it, which is reported already."""
         return name in shards.promised and name not in shards.tensors
 
-    def _linear(self, shards: Shards, name: str, module: Any, format: GptqFormat) -> None:
+    def _linear(self, shards: Shards, name: str, module: Any, format: LinearFormat) -> None:
         """The four tensors of a packed linear (its bias is one of the dense tensors)."""
         file = next(
             (shards.tensors[f"{name}.{p}"].path.name for p in QUANT_PARTS if f"{name}.{p}" in shards.tensors),
@@ -231,7 +235,7 @@ class _Verification:
         return None
 
     def _packed_values(
-        self, shards: Shards, tensor: str, part: str, format: GptqFormat, columns: int
+        self, shards: Shards, tensor: str, part: str, format: LinearFormat, columns: int
     ) -> None:
         """Values of a packed tensor of the right shape; any word of a qweight is valid."""
         file = shards.tensors[tensor].path.name

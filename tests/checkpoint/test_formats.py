@@ -1,0 +1,73 @@
+"""Formats of linears: which exception covers which linear, and what a mixture is called."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+
+from lowmem.checkpoint.formats import FormatException, LinearFormat, QuantizationFormat
+from lowmem.errors import SourceError
+
+FOUR, EIGHT = LinearFormat(4, 128), LinearFormat(8, 32, layout="gptq_v2")
+NAMES = [
+    f"model.layers.{layer}.{linear}"
+    for layer in (0, 1, 10, 11)
+    for linear in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")
+] + ["lm_head", "transformer.h.1.attn.c_attn"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".*",
+        ".*gate.*",
+        r".*\.gate_proj$",
+        r"^model\.layers\.1\..*",
+        r"model.layers.1",
+        r".*layers\.(0|11)\.mlp\.(?:gate|up)_proj",
+        r".*\.\d+\.mlp\.down_proj",
+        r"model\.layers\.[01]\..*q_proj$",
+        "nothing",
+        r"transformer\.h\.1\.attn\.c_attn",
+        "",
+    ],
+)
+def test_a_pattern_matches_as_re_match_does(pattern: str) -> None:
+    exception = FormatException(pattern, None)
+    assert exception.is_supported
+    assert [n for n in NAMES if exception.covers(n)] == [n for n in NAMES if re.match(pattern, n)]
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", r"(\d+)*x", "a{1,9999}", "(?=a)", "(", r"\d+\d+\d+", "a*b*c*"])
+def test_an_unsafe_pattern_is_never_evaluated(pattern: str) -> None:
+    exception = FormatException(pattern, None)
+    assert not exception.is_supported and not exception.covers("a" * 1000)
+
+
+def test_matching_takes_no_time_that_grows_with_the_wildcards() -> None:
+    exception = FormatException(".*a" * 30 + "b", None)
+    start = time.perf_counter()
+    assert not exception.covers("a" * 1024)
+    assert time.perf_counter() - start < 1
+
+
+def test_the_first_exception_that_covers_a_linear_decides() -> None:
+    format = QuantizationFormat(
+        FOUR, (FormatException(r".*\.q_proj", None), FormatException(r".*layers\.1\.", EIGHT))
+    )
+    assert format.of("model.layers.0.mlp.up_proj") == FOUR
+    assert format.of("model.layers.1.mlp.up_proj") == EIGHT
+    assert format.of("model.layers.1.self_attn.q_proj") is None
+    with pytest.raises(SourceError, match=r"q_proj.*dynamic"):
+        format.of_packed("model.layers.1.self_attn.q_proj")
+
+
+def test_labels() -> None:
+    assert QuantizationFormat(FOUR).label == "4-bit g128"
+    dense = QuantizationFormat(FOUR, (FormatException(".*gate.*", None),))
+    assert dense.uniform and dense.label == "4-bit g128"
+    mixed = QuantizationFormat(FOUR, (FormatException(".*down.*", EIGHT),))
+    assert not mixed.uniform and mixed.label == "4/8-bit mixed"
+    assert not FOUR.zeros_v2 and EIGHT.zeros_v2
