@@ -159,7 +159,7 @@ def test_memory_is_bounded_by_the_tensor(model, tmp_path, format):
     write_weights({f"t{i}": big.clone() for i in range(32)}, folder, format=format, shards=2)
     code = """
 import sys
-from lowmem.checkpoint import bin_shards
+from lowmem.checkpoint.source import bin as bin_shards
 from lowmem.checkpoint.source.open import open_source
 bin_shards.REMAP_BYTES = 16 << 20
 def peak():

@@ -344,7 +344,7 @@ def test_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 def test_help_imports_nothing_heavy() -> None:
     script = (
-        "import argparse, sys; from lowmem import doctor_command as d\n"
+        "import argparse, sys; from lowmem.commands import doctor as d\n"
         "d.add_arguments(argparse.ArgumentParser())\n"
         "print({'torch', 'numpy', 'rich', 'transformers'} & set(sys.modules))"
     )

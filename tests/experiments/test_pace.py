@@ -388,7 +388,7 @@ def test_a_record_is_written_read_and_shown(tmp_path: Path, capsys: pytest.Captu
     ):
         assert part in text
     assert "llama-cpp-python 0.3.36" in text and "int4pack_mm 250.00" in text
-    with pytest.raises(SourceError, match=r"python -m benchmarks\.pace"):
+    with pytest.raises(SourceError, match=r"python -m lowmem\.benchmarks\.experiments\.pace"):
         read(PaceRecord, tmp_path / "nothing.json", "lowmem.benchmarks.experiments.pace.command")
 
 

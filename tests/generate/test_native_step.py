@@ -118,14 +118,14 @@ def test_a_row_depends_on_no_other_row_nor_on_threads(kind: str, isa: str) -> No
         for length in (20, 249):  # within a chunk of keys, and over its edge
             results = []
             for threads, parts in ((1, [12]), (2, [1] * 12), (3, [5, 1, 6]), (2, [12])):
+                cache = filled(model, length)  # torch's own prefill, whose bits may change with its threads
                 torch.set_num_threads(threads)
-                cache = filled(model, length)
                 step, at, logits = NativeStep(model, cache), 0, []
                 for part in parts:
                     logits.append(step.step(ids[at : at + part]))
                     at += part
                 results.append([torch.cat(logits), *contents(cache, 12)])
-                torch.set_num_threads(1)  # the prefills are torch's, which threads may change
+                torch.set_num_threads(1)
             for result in results[1:]:
                 assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
 

@@ -208,7 +208,8 @@ def test_reading_reads_every_byte_once(own: bool) -> None:
 
 FORK = """
 import os, numpy as np, torch
-from lowmem.kernels import native, native_linear
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native import linear as native_linear
 library = native.library()
 library.lm_set_threads(3, None)
 data = np.arange(1 << 19, dtype=np.uint64)

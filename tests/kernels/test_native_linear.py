@@ -353,7 +353,7 @@ def test_the_threads_are_torchs_own() -> None:
     """A process has one team of OpenMP threads, whoever asks for them."""
     code = """
 import os, torch
-from lowmem.kernels import native
+from lowmem.kernels.native import library as native
 from tests.kernels.test_native_linear import quant_linear
 torch.set_num_threads(3)
 def threads(): return len(os.listdir("/proc/self/task"))
