@@ -568,7 +568,7 @@ def test_numbers_and_iterators_cross_as_themselves():
 
 def other_walls(root: Path, change: str) -> Path:
     """A copy of what runs in the sandbox, with lines added to its walls."""
-    root.mkdir(parents=True)
+    root.mkdir(parents=True, exist_ok=True)
     for file in ("__init__.py", "sandbox_child.py", "lockdown.py"):
         text = (REPO / "benchmarks" / "humaneval" / file).read_text()
         (root / file).write_text(text + f"\n\n{change}" if file == "lockdown.py" else text)
