@@ -21,6 +21,8 @@ from lowmem.text.units import format_bytes
 GROUP_SIZES = (128, 64, 32)
 """Tried in this order when the user names none and the larger one does not divide."""
 DEFAULT_SHARD = 4 << 30
+RECIPE_VERSION = 1
+"""Raised by every change to the converter that changes what it writes. Measurements record it."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def recipe_of(
     """Everything that the result's bytes depend on, by the names that a user knows."""
     return {
         "lowmem": lowmem.__version__,
+        "recipe version": RECIPE_VERSION,
         "torch": torch.__version__,
         "source": fingerprint,
         **asdict(config),

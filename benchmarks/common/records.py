@@ -1,65 +1,96 @@
-"""What was measured, as values, and their JSON: the only thing that a report is made of.
+"""What a measurement found, as values. Reports are made of these alone.
 
-A record's fields are its JSON's names. All sizes are bytes, all times seconds, all divergences nats.
+The fields are the names in the JSON files. Sizes are bytes, times seconds, divergences nats.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import types
-import typing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
-
-from lowmem.errors import LowmemError, SourceError
 
 FORMAT = 1
-FOLDER = "lowmem-bench"
-"""Where `lowmem bench` writes its records, and its reports, when --out names no other folder."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """cores: that this process may use. flags: of the CPU's instruction sets, those that matter here.
-    device: what was measured on, "cpu" or the card's name; its memory in device_memory_bytes (0: no card)."""
+    """Where a measurement ran."""
 
     cpu: str
+    """Model name of the processor."""
     flags: tuple[str, ...]
+    """Instruction sets of the CPU that matter here."""
     cores: int
+    """Cores that the process may use."""
     memory_bytes: int
     device: str
+    """The name of the card, or "cpu"."""
     device_memory_bytes: int
+    """Memory of the card; 0 without one."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who says so. command: as typed. date: ISO 8601, UTC. versions: (package, version), lowmem and Python
-    first. source: the model, as the user named it. source_digest: fingerprint of its weights.
-    load_average: of the machine, one minute, before anything began."""
+    """How a record was made."""
 
     command: str
+    """The command line, as typed."""
     date: str
+    """Start, ISO 8601 in UTC."""
     machine: Machine
     versions: tuple[tuple[str, str], ...]
+    """(package, version), lowmem and Python first."""
     source: str
+    """The unquantized model, as the user named it."""
     source_digest: str
+    """Fingerprint of its weights."""
     load_average: float
+    """Of one minute, before the measurement."""
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    """The code behind the figures of one version; see `lowmem.benchmarks.common.currency`."""
+
+    kernel: str
+    """What multiplied the linears; "" if they were dequantized instead."""
+    kernel_contract: int
+    """Version of lowmem's C kernels; 0 if another kernel ran."""
+    recipe: int
+    """Recipe version of the converter that made the folder; 0 if unknown, or not made by lowmem."""
+
+    def describe(self) -> str:
+        """One line; "" if nothing is known."""
+        kernel = self.kernel + (f", contract {self.kernel_contract}" if self.kernel_contract else "")
+        return "; ".join(filter(None, [f"recipe {self.recipe}" if self.recipe else "", kernel]))
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One form of the model. label: unique in its record ("4-bit g128", "bfloat16", "int8", "NF4").
-    method: dense, gptq, int8, nf4, or a peer's name. bits_per_weight: all stored bits of the linears over
-    their weights. weight_bytes: of the whole model as it is held."""
+    """One version of the model."""
 
     label: str
+    """Unique within its record: "4-bit g128", "bfloat16", "int8", "NF4"."""
     method: str
+    """dense, gptq, int8, nf4, or the name of another tool."""
     dtype: str
+    """Of the activations."""
     path: str
     bits_per_weight: float
+    """All stored bits of the linears over their number of weights."""
     weight_bytes: int
+    """Weights of the whole model in memory."""
+    made_with: MadeWith | None = None
+    """None in records of earlier versions of lowmem: unknown."""
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A quantity measured once a round."""
+
+    median: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+    """All values, in the order of the rounds."""
 
 
 # --- quality -----------------------------------------------------------------------------------------------
@@ -67,10 +98,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a quantity over tokens. standard_error: of the mean."""
+    """The distribution of a quantity over tokens."""
 
     mean: float
     standard_error: float
+    """Of the mean."""
     median: float
     p90: float
     p99: float
@@ -79,7 +111,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tokens at which the reference's largest probability lies in [low, high)."""
+    """The tokens for which the reference's largest probability lies in [low, high)."""
 
     low: float
     high: float
@@ -90,42 +122,41 @@ class Bucket:
 
 @dataclass(frozen=True)
 class TextQuality:
-    """One form on one text, against the reference on the same tokens.
-
-    ppl_ratio: ppl over the reference's, with the standard error of that ratio. rms_dp: root of the mean
-    square of the change in the right token's probability.
-    """
+    """One version against the reference on one text."""
 
     text: str
     tokens: int
     ppl: float
     reference_ppl: float
     ppl_ratio: float
+    """`ppl` over `reference_ppl`."""
     ppl_ratio_standard_error: float
     kld: Spread
     same_top1: float
+    """Share of tokens with the same most likely token."""
     same_top1_standard_error: float
     rms_dp: float
+    """Root mean square of the change in the correct token's probability."""
     buckets: tuple[Bucket, ...]
 
 
 @dataclass(frozen=True)
 class GreedyAgreement:
-    """How long a form's greedy answer is the reference's own, in tokens. limit: the longest that was asked
-    for; an answer that ends earlier counts as its whole length. equal_tokens: one number a prompt."""
+    """How long greedy answers stay equal to the reference's; one number a prompt, in tokens."""
 
     limit: int
+    """The longest answer allowed."""
     answer_tokens: tuple[int, ...]
     equal_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class SubjectQuality:
-    """A form on every text. seconds: that it took. noise_floor: it is the unquantized model in the
-    arithmetic of `subject.dtype`: what rounding alone does."""
+    """One version on every text."""
 
     subject: Subject
     noise_floor: bool
+    """Whether it is the unquantized model, measured for the effect of rounding in the arithmetic."""
     texts: tuple[TextQuality, ...]
     greedy: GreedyAgreement | None
     seconds: float
@@ -133,13 +164,13 @@ class SubjectQuality:
 
 @dataclass(frozen=True)
 class QualityRecord:
-    """`quality.json`. reference_dtype: the arithmetic of the reference's logits. reference_peak_bytes: of
-    host memory, while they were computed (0: they were in the cache)."""
+    """`quality.json`."""
 
     origin: Origin
     reference_dtype: str
     reference_seconds: float
     reference_peak_bytes: int
+    """Peak host memory while the reference was computed; 0 if it came from the cache."""
     reference_cache_bytes: int
     subjects: tuple[SubjectQuality, ...]
     format: int = FORMAT
@@ -150,25 +181,29 @@ class QualityRecord:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One answer to one problem. outcome: passed, failed, timeout, memory or refused; detail in one line."""
+    """One answer to one problem."""
 
     task: str
     sample: int
     passed: bool
     outcome: str
+    """passed, failed, timeout, memory or refused."""
     detail: str
+    """The reason, in one line."""
     completion: str
 
 
 @dataclass(frozen=True)
 class SubjectHumanEval:
-    """pass_at_1: mean over the problems of the share of their samples that pass, and its standard error."""
+    """One version on all problems."""
 
     subject: Subject
     problems: int
     samples: int
+    """Answers to each problem."""
     temperature: float
     pass_at_1: float
+    """Mean over the problems of the share of their samples that pass."""
     standard_error: float
     seconds: float
     attempts: tuple[Attempt, ...]
@@ -187,63 +222,59 @@ class HumanEvalRecord:
 
 
 @dataclass(frozen=True)
-class Repeated:
-    """A quantity measured several times: all values in the order of the rounds."""
-
-    median: float
-    low: float
-    high: float
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Roofline:
-    """What the machine allowed while this was measured: bytes a second read by all cores (or the card), and
-    floating-point operations a second of a matrix product in the dtype named."""
+    """What the machine could do during the measurement."""
 
     read_bytes_per_second: Repeated
+    """Memory bandwidth of all cores, or of the card."""
     matmul_flops_per_second: Repeated
+    """Floating-point operations of a matrix product."""
     matmul_dtype: str
 
 
 @dataclass(frozen=True)
 class PrefillLatency:
-    """A prompt of so many tokens. ttft: request to first token. ceiling: tokens/s that the roofline allows;
-    share: reached of it."""
+    """Prompts of one length."""
 
     prompt_tokens: int
     ttft: Repeated
+    """Request to first token."""
     tokens_per_second: Repeated
     ceiling_tokens_per_second: float
+    """What the roofline allows."""
     share: float
+    """Measured over ceiling."""
 
 
 @dataclass(frozen=True)
 class DecodeLatency:
-    """New tokens after a context of so many. tpot: (end - first token) / (n - 1), one value a round. itl:
-    all inter-token latencies' quantiles. joules_per_token: where the machine tells, else None."""
+    """New tokens after a context of one length."""
 
     context_tokens: int
     new_tokens: int
     tpot: Repeated
+    """Time per output token: (end - first token) / (n - 1)."""
     itl_p50: float
     itl_p90: float
     itl_p99: float
     itl_seconds: tuple[float, ...]
+    """Every inter-token latency of every round."""
     ceiling_tokens_per_second: float
     share: float
     joules_per_token: float | None
+    """None if the machine has no energy counter that can be read."""
 
 
 @dataclass(frozen=True)
 class SubjectLatency:
-    """fits: False where the planner says that it needs more than there is; then `reason` says how much, and
-    nothing was measured. kernel: what multiplies. needed_bytes: planned."""
+    """One version, timed."""
 
     subject: Subject
     fits: bool
+    """False if it needs more memory than is free, or failed: nothing was measured then."""
     reason: str
     needed_bytes: int
+    """Planned memory."""
     kernel: str
     load_seconds: Repeated | None
     prefill: tuple[PrefillLatency, ...]
@@ -254,95 +285,14 @@ class SubjectLatency:
 
 @dataclass(frozen=True)
 class LatencyRecord:
-    """`latency.json`. drift: largest median of the roofline's read rate in a round over the smallest, minus
-    1: how much the machine itself changed while this ran. warnings: in the user's words."""
+    """`latency.json`."""
 
     origin: Origin
     rounds: int
     threads: int
     roofline: Roofline
     drift: float
+    """Highest memory bandwidth of a round over the lowest, minus 1: how much the machine itself changed."""
     warnings: tuple[str, ...]
     subjects: tuple[SubjectLatency, ...]
     format: int = FORMAT
-
-
-# --- files -------------------------------------------------------------------------------------------------
-
-Record = TypeVar("Record", QualityRecord, HumanEvalRecord, LatencyRecord)
-FILES: dict[type, str] = {
-    QualityRecord: "quality.json",
-    HumanEvalRecord: "humaneval.json",
-    LatencyRecord: "latency.json",
-}
-
-
-def to_json(record: Any) -> dict[str, Any]:
-    """A record as JSON's own types."""
-    return dataclasses.asdict(record)
-
-
-def write_record(record: QualityRecord | HumanEvalRecord | LatencyRecord, folder: Path) -> Path:
-    """Write a record to its file in `folder`, whole or not at all; the file.
-
-    Raises OutputError where that cannot be done.
-    """
-    from lowmem.checkpoint.files.whole import as_output_error, write_whole
-
-    file = folder / FILES[type(record)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise as_output_error(error, folder) from error
-    write_whole(file, [(json.dumps(to_json(record), indent=1) + "\n").encode()])
-    return file
-
-
-def read_record(kind: type[Record], folder: Path) -> Record | None:
-    """The record of this kind in `folder`, or None where there is none. SourceError if it is damaged."""
-    file = folder / FILES[kind]
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _damaged(file, str(error)) from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise _damaged(file, "not written by this version of lowmem bench")
-    try:
-        return typing.cast(Record, from_json(kind, data))
-    except (TypeError, ValueError, KeyError) as error:
-        raise _damaged(file, str(error)) from error
-
-
-def _damaged(file: Path, why: str) -> LowmemError:
-    return SourceError(f"{file} cannot be read: {why}", "Measure again, or remove it")
-
-
-def from_json(kind: Any, data: Any) -> Any:
-    """`data` as a value of type `kind`. Raises TypeError, ValueError or KeyError where it does not fit."""
-    if dataclasses.is_dataclass(kind):
-        make: Any = kind
-        if not isinstance(data, dict):
-            raise TypeError(f"no {make.__name__}")
-        hints = typing.get_type_hints(kind)
-        fields = dataclasses.fields(kind)
-        if unknown := set(data) - {field.name for field in fields}:
-            raise KeyError(f"unknown field {min(unknown)}")
-        return make(**{field.name: from_json(hints[field.name], data[field.name]) for field in fields})
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        if not isinstance(data, list):
-            raise TypeError("no list")
-        if arguments[-1] is Ellipsis:
-            return tuple(from_json(arguments[0], value) for value in data)
-        return tuple(from_json(one, value) for one, value in zip(arguments, data, strict=True))
-    if origin in (typing.Union, types.UnionType):
-        if data is None:
-            return None
-        return from_json(next(one for one in arguments if one is not type(None)), data)
-    if kind is float and isinstance(data, int) and not isinstance(data, bool):
-        return float(data)
-    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
-        raise TypeError(f"{data!r} is no {kind.__name__}")
-    return data

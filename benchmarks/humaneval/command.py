@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem.benchmarks.common.lineup import add_lineup_arguments, line_up
-from lowmem.benchmarks.common.records import FOLDER, to_json
+from lowmem.benchmarks.common.record_file import FOLDER, to_json
 
 from lowmem.commands.answering import INTERRUPTED, note
 from lowmem.errors import InvalidRequestError
@@ -116,7 +116,8 @@ def _record(
     listener: Listener,
 ) -> int:
     """All attempts, into the record; the exit code."""
-    from lowmem.benchmarks.common.records import HumanEvalRecord, write_record
+    from lowmem.benchmarks.common.record_file import write_record
+    from lowmem.benchmarks.common.records import HumanEvalRecord
     from lowmem.benchmarks.humaneval.measure import WORK_FILE, WorkFile, key_of, measure_subject
     from lowmem.benchmarks.humaneval.sandbox import Limits
 

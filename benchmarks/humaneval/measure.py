@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
-from lowmem.benchmarks.common.records import Attempt, Subject, SubjectHumanEval, from_json
+from lowmem.benchmarks.common.record_file import from_json
+from lowmem.benchmarks.common.records import Attempt, Subject, SubjectHumanEval
 from lowmem.benchmarks.humaneval.sandbox import Limits, check
 
 from lowmem import __version__

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem.benchmarks.common.lineup import Lineup, add_lineup_arguments
-from lowmem.benchmarks.common.records import FOLDER
+from lowmem.benchmarks.common.record_file import FOLDER
 
 from lowmem.commands.answering import INTERRUPTED, note
 from lowmem.commands.plan_options import DTYPES
@@ -75,7 +75,7 @@ def _record(
     args: argparse.Namespace, lineup: Lineup, lengths: Lengths, origin: Origin, device: str, before: Before
 ) -> int:
     """All rounds, into the record; the exit code."""
-    from lowmem.benchmarks.common.records import to_json, write_record
+    from lowmem.benchmarks.common.record_file import to_json, write_record
     from lowmem.benchmarks.latency.machine_state import swap_warning
     from lowmem.benchmarks.latency.measure import make_record
     from lowmem.benchmarks.latency.rounds import Found
@@ -193,7 +193,7 @@ def _measure(
     found: Found,
 ) -> bool:
     """All rounds; whether Ctrl-C ended them early."""
-    from lowmem.benchmarks.common.records import to_json
+    from lowmem.benchmarks.common.record_file import to_json
     from lowmem.benchmarks.latency.roofline import SECONDS
     from lowmem.benchmarks.latency.rounds import WORK_FILE, WorkFile, job_of, run_job, run_rounds
 

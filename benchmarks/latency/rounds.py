@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.benchmarks.common.processes import converse
-from lowmem.benchmarks.common.records import from_json, to_json
+from lowmem.benchmarks.common.record_file import from_json, to_json
 from lowmem.benchmarks.latency.measure import Entry, order
 from lowmem.benchmarks.latency.worker import Job, Visit
 

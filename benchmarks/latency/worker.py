@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lowmem.benchmarks.common.records import from_json, to_json
+from lowmem.benchmarks.common.record_file import from_json, to_json
 from lowmem.benchmarks.latency.energy import Meter
 from lowmem.benchmarks.latency.roofline import Rates, look, wait
 

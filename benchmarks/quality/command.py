@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem.benchmarks.common.lineup import add_lineup_arguments, line_up
-from lowmem.benchmarks.common.records import FOLDER, to_json
+from lowmem.benchmarks.common.record_file import FOLDER, to_json
 
 from lowmem.commands.answering import note
 

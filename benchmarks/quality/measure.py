@@ -24,14 +24,8 @@ import torch
 from lowmem.benchmarks.common import room
 from lowmem.benchmarks.common.lineup import Entrant, Lineup, line_up
 from lowmem.benchmarks.common.origin import origin_of
-from lowmem.benchmarks.common.records import (
-    GreedyAgreement,
-    QualityRecord,
-    SubjectQuality,
-    TextQuality,
-    read_record,
-    write_record,
-)
+from lowmem.benchmarks.common.record_file import read_record, write_record
+from lowmem.benchmarks.common.records import GreedyAgreement, QualityRecord, SubjectQuality, TextQuality
 from lowmem.benchmarks.quality.agreement import agreement
 from lowmem.benchmarks.quality.divergence import compare, summarize
 from lowmem.benchmarks.quality.reference import (

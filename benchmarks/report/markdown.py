@@ -1,32 +1,32 @@
-"""A report as GitHub-flavoured Markdown; every text of a record stays text."""
+"""A report as GitHub-flavoured Markdown, in which texts from records are never markup."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
-from lowmem.benchmarks.report.report import Report, Section, Table
+from lowmem.benchmarks.report.document import Report, Section, Table
 
 
 def escaped(text: str) -> str:
-    """`text` as Markdown that shows exactly it, inside a table's cell too: no markup, no HTML, no link."""
+    """Markdown that displays `text` literally, in table cells too: no markup, no HTML, no links."""
     text = re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text).replace("&", "&amp;")
     text = re.sub(r"://", r"&#58;//", text)
     text = re.sub(r"\b(www)\.", r"\1&#46;", text, flags=re.IGNORECASE).replace("@", "&#64;")
-    # What would begin a heading, a list or a quotation.
+    # Characters that start a heading, a list or a quotation.
     text = re.sub(r"^([-+#=])", r"\\\1", text)
     return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", text)
 
 
 def code_block(lines: Sequence[str]) -> str:
-    """Commands between fences longer than any run of backticks in them."""
+    """Commands in a code block, fenced with more backticks than any of them contains."""
     longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([f"{fence}sh", *lines, fence])
 
 
 def markdown_table(table: Table) -> str:
-    """A table with its caption above it, and what its columns mean below."""
+    """A table with its caption above and the meanings of its columns below."""
     lines = [
         f"**{escaped(table.caption)}**",
         "",
@@ -48,15 +48,15 @@ def to_markdown(report: Report) -> str:
 def _blocks(report: Report) -> Iterator[str]:
     yield f"# {escaped(report.title)}"
     yield escaped(report.subtitle)
-    yield "Measured, and drawn with plots in [report.html](report.html), by"
+    yield "Plots are in [report.html](report.html). Commands that produced this report:"
     yield code_block(report.commands)
     if report.story:
         yield "\n".join(f"- {escaped(sentence)}" for sentence in report.story)
     if report.warnings:
-        yield "> While this was measured:\n>\n" + "\n".join(f"> - {escaped(w)}" for w in report.warnings)
+        yield "> Warnings:\n>\n" + "\n".join(f"> - {escaped(w)}" for w in report.warnings)
     for section in report.sections:
         yield from _section(section)
-    yield "## Where the figures come from"
+    yield "## Provenance"
     for origin in report.provenance:
         yield f"### {escaped(origin.heading)}"
         rows = (f"| {escaped(name)} | {escaped(value)} |" for name, value in origin.facts)
@@ -68,4 +68,3 @@ def _section(section: Section) -> Iterator[str]:
     yield from map(escaped, section.text)
     for table in section.tables:
         yield markdown_table(table)
-    yield from map(escaped, section.notes)

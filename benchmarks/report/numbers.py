@@ -1,4 +1,4 @@
-"""How a report writes numbers and other people's words: the same in its tables, plots and sentences."""
+"""How a report writes numbers and untrusted text, in tables, plots and sentences alike."""
 
 from __future__ import annotations
 
@@ -10,32 +10,26 @@ from lowmem.benchmarks.common.records import Repeated
 from lowmem.text.units import format_bytes
 
 NOTHING = "–"
-"""Stands for a number that there is not."""
+"""Printed where a number is missing."""
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SMALLEST = -4
-"""Powers of ten below this one are written as such; so are numbers with more than _MOST_DECIMALS."""
+"""Numbers below this power of ten are written with an exponent."""
 _MOST_DECIMALS = 7
 
 
 def clean(text: str, keep_newlines: bool = False) -> str:
-    """One line of text that any document may hold: no control characters, none that turn the direction of
-    writing, no halves of a character. They become U+FFFD, so that a reader sees that something was there."""
+    """Text on one line that is safe in any document.
+
+    Control characters, characters that change the writing direction and unpaired surrogates become U+FFFD.
+    """
     kept = "\n" if keep_newlines else ""
     spaced = "".join(" " if c in "\t\r\n" and c not in kept else c for c in text)
     bad = ("Cc", "Cf", "Cs", "Cn", "Zl", "Zp")
     return "".join(c if c in kept or unicodedata.category(c) not in bad else "�" for c in spaced).strip()
 
 
-def shortened(text: str, most: int) -> str:
-    """`text` in at most `most` characters; what is left out of its middle is an ellipsis."""
-    if len(text) <= most:
-        return text
-    end = (most - 1) // 2
-    return text[: most - 1 - end] + "…" + (text[-end:] if end else "")
-
-
 def significant(value: float, digits: int = 3) -> str:
-    """`value` in so many significant digits: 0.00251, 71.3, 1230, 1.23×10⁻⁵."""
+    """`value` with `digits` significant digits: 0.00251, 71.3, 1230, 1.23×10⁻⁵."""
     if math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -51,16 +45,18 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def with_error(value: float, error: float) -> str:
-    """`value ± error`, both to the second significant digit of the standard error; the value alone in three
-    digits where there is no error."""
+    """`value ± error`, both rounded to the second significant digit of the standard error.
+
+    Without an error, the value alone with three digits.
+    """
     if not (math.isfinite(value) and math.isfinite(error) and error > 0):
         return significant(value)
     exponent = int(f"{error:.1e}".partition("e")[2])
     if int(f"{abs(value):.1e}".partition("e")[2]) - exponent > 12:
-        return significant(value)  # the error is that of the arithmetic
+        return significant(value)  # an error of float64 arithmetic
     decimals = max(1 - exponent, 0)
     if exponent >= 9 or decimals > _MOST_DECIMALS:
-        # Both over one power of ten, the larger one's.
+        # One power of ten for both: the larger one's.
         power = int(f"{max(abs(value), error):.1e}".partition("e")[2])
         scale, decimals = 10.0**power, max(1 - exponent + power, 0)
         text = f"({value / scale:.{decimals}f} ± {error / scale:.{decimals}f})"
@@ -71,12 +67,12 @@ def with_error(value: float, error: float) -> str:
 
 
 def percent(share: float, error: float = 0.0) -> str:
-    """A share as `71 %`, or `95.47 ± 0.12 %` where its standard error is known."""
+    """A share as `71 %`, or with its standard error as `95.47 ± 0.12 %`."""
     if math.isfinite(error) and error > 0:
         return f"{with_error(100 * share, 100 * error)} %"
     if not abs(share) < 100:
         return f"{significant(100 * share)} %"
-    # Two digits, but never a rounded 100 or 0 for what is not.
+    # Two digits, but only what is exactly 0 or 1 is written as 0 or 100.
     if 0.99 <= share < 1 or 0 < share < 0.01:
         return f"{significant(100 * share)} %" if share < 0.5 else f"{_below_hundred(share)} %"
     return f"{100 * share:.0f} %"
@@ -91,14 +87,14 @@ def _below_hundred(share: float) -> str:
 
 
 def times(value: float, unit: float) -> str:
-    """How many `unit`s a value is: `25 ×`; NOTHING where there is no unit."""
+    """`value` in multiples of `unit`: `25 ×`; NOTHING without a unit."""
     if not (math.isfinite(value) and math.isfinite(unit) and unit > 0):
         return NOTHING
     return f"{significant(value / unit, 2)} ×"
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds, without the unit."""
+    """Seconds as a number of milliseconds."""
     return significant(1000 * seconds)
 
 
@@ -117,7 +113,7 @@ def duration(seconds: float) -> str:
 
 
 def spread(measured: Repeated, scale: float = 1.0) -> str:
-    """`12.3 (11.9–12.8)`: the median and the smallest and largest of the rounds, each times `scale`."""
+    """`12.3 (11.9–12.8)`: median, smallest and largest of the rounds, each times `scale`."""
     if len(measured.values) < 2:
         return significant(measured.median * scale)
     low, high = significant(measured.low * scale), significant(measured.high * scale)
@@ -125,17 +121,22 @@ def spread(measured: Repeated, scale: float = 1.0) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as `8.25 GiB`; NOTHING for 0, which says that they were not told."""
+    """Bytes as `8.25 GiB`; NOTHING for 0, which means unknown."""
     return format_bytes(count) if count > 0 else NOTHING
 
 
 def count(number: int) -> str:
-    """A whole number with its thousands apart."""
+    """A whole number with thousands separators."""
     return f"{number:,}"
 
 
+def plural(number: int, noun: str) -> str:
+    """`1 core`, `2 cores`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def rate(measured: float, unit: str) -> str:
-    """Something a second in billions or trillions: `35.1 GB/s`, `431 GFLOP/s`."""
+    """A rate in billions or trillions of `unit`: `35.1 GB/s`, `431 GFLOP/s`."""
     if abs(measured) >= 1e12:
         return f"{significant(measured / 1e12)} T{unit}/s"
     return f"{significant(measured / 1e9)} G{unit}/s"

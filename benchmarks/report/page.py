@@ -1,24 +1,24 @@
-"""A report as one HTML page: no script, no request, light and dark, for a phone and a desk."""
+"""A report as one HTML page: no scripts, no requests, light and dark, readable on a phone."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from lowmem.benchmarks.report.report import Report
+from lowmem.benchmarks.report.document import Report
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def unbroken(text: str) -> str:
-    """A number kept on one line with its unit and its error."""
+    """`text` with no line break between a number and its unit or error."""
     return re.sub(
         r"(?<=\d) (?=(%|×|±|ms|s|min|h|[KMG]iB|GB/s|[GT]FLOP/s)(\W|$))|(?<=±) (?=\d)", "\u00a0", text
     )
 
 
 def to_html(report: Report) -> str:
-    """The whole page; its plots are inline, its texts escaped."""
+    """The whole page, with inline plots and escaped texts."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -30,7 +30,7 @@ def to_html(report: Report) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    # Only what we drew or wrote is not escaped: plots (escaped when they were drawn) and the style sheet.
+    # Not escaped: the style sheet, and plots, whose texts were escaped when they were drawn.
     environment.filters["drawn"] = Markup
     environment.filters["unbroken"] = unbroken
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))

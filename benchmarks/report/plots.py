@@ -1,82 +1,31 @@
-"""The plots of a report, each drawn twice: for a phone and for everything wider."""
+"""The report's charts on matplotlib figures: points, lines, and rows of bars. See `svg.draw`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lowmem.benchmarks.report.drawing import (
-    ACCENT,
-    FINE,
-    FLOOR,
-    INK,
-    MUTED,
-    NARROW,
-    SECOND,
-    WIDE,
-    Sheet,
-    Style,
-    drawing,
-    fitted,
-    legend_height,
-    style_of,
-    text_width,
-)
-from lowmem.benchmarks.report.ticks import (
-    apart,
-    drawable,
-    linear_places,
-    linear_text,
-    linear_ticks,
-    log_places,
-    log_text,
-    log_ticks,
-    margin_for,
-    size_ticks,
-)
+from lowmem.benchmarks.report.numbers import significant
+from lowmem.benchmarks.report.svg import ACCENT, FINE, INK, MUTED, SECOND, Style, fitted, text_width
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+FARTHEST = 1e30
+_LEGEND_LINE = 21
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A plot in its two widths, as <svg> elements."""
-
-    title: str
-    narrow: str
-    wide: str
-
-
-def drawn_twice(key: str, title: str, description: str, draw: Callable[[int], Sheet]) -> Drawn:
-    """What `draw` makes of both widths."""
-    with drawing():
-        narrow = draw(NARROW).svg(f"{key}-narrow", title, description)
-        wide = draw(WIDE).svg(f"{key}-wide", title, description)
-    return Drawn(title, narrow, wide)
-
-
-def styles_of(labels: Sequence[str], floors: Sequence[str] = ()) -> dict[str, Style]:
-    """A style for every form, the same in all plots; the noise floor's is a broken line in ink."""
-    ordinary = [label for label in dict.fromkeys(labels) if label not in floors]
-    return {label: style_of(index) for index, label in enumerate(ordinary)} | dict.fromkeys(floors, FLOOR)
-
-
-# --- points with names: quality against size ---------------------------------------------------------------
-
-
-MOST_NAMES = 12
-"""Points that a plot names; of more, all have the numbers of their rows."""
+# --- points: quality against size --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Point:
-    """number: of the form's row in the table, for when its name finds no room."""
+    """One version in a scatter plot; `error` is half of the error bar's length."""
 
     label: str
-    number: int
     x: float
     y: float
     error: float
@@ -84,111 +33,39 @@ class Point:
 
 
 def scatter(
-    width: int, points: Sequence[Point], floors: Sequence[tuple[str, float]], x_name: str, y_name: str
-) -> Sheet:
-    """Points on two logarithmic axes, each with its name beside it or the number of its row."""
+    figure: Figure, points: Sequence[Point], floors: Sequence[tuple[str, float]], x_name: str, y_name: str
+) -> None:
+    """Points on two logarithmic axes, with a dashed line for each noise floor and a legend."""
     shown = [p for p in points if drawable(p.x, log=True) and drawable(p.y)]
-    floors = [(name, y) for name, y in floors if drawable(y, log=True)]
-    height = 300 if width < WIDE else 400
-    sheet = Sheet(width, height + 64)
+    lines = [(name, y) for name, y in floors if drawable(y, log=True)]
+    heights = [y for y in [*(p.y for p in shown), *(y for _, y in lines)] if drawable(y, log=True)]
+    # Zero has no place on a logarithmic axis: it is drawn on the lower edge, pointing down.
+    bottom = min(heights, default=1e-4) / (4 if any(p.y <= 0 for p in shown) else 2.2)
+    entries = [(p.label, {"color": p.style.color, "marker": p.style.marker}) for p in points]
+    entries += [(name, {"color": INK, "linestyle": "--"}) for name, _ in lines]
+    axes = _axes(figure, 330, entries)
     xs = [p.x for p in shown] or [1.0]
-    ys = [y for y in [*(p.y for p in shown), *(y for _, y in floors)] if drawable(y, log=True)]
-    low, high = min(ys, default=1e-4), max(ys, default=1e-3)
-    # Zero has no place on a logarithmic axis: it lies on the lower edge, pointing down.
-    bottom, top = low / (2.2 if min((p.y for p in shown), default=1) > 0 else 4), high * 2
-    left = margin_for([log_text(tick) for tick in log_places(bottom, top)])
-    axes = sheet.axes(left, 30, width - left - 8, height - 6)
-    axes.set(xscale="log", yscale="log", xlim=(min(xs) / 1.12, max(xs) * 1.12), ylim=(bottom, top))
-    log_ticks(axes, "y", bottom, top)
-    size_ticks(axes, xs, width - left - 8)
-    for _, y in floors:
+    axes.set(xlim=(min(xs) / 1.12, max(xs) * 1.12), ylim=(bottom, max(heights, default=1e-3) * 2))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    _set_ticks(axes.xaxis, log=2)
+    _set_ticks(axes.yaxis, log=10)
+    axes.set_title(y_name)
+    axes.set_xlabel(x_name)
+    for _, y in lines:
         axes.axhline(y, color=INK, linestyle="--", linewidth=1.25)
     for p in shown:
-        at = max(p.y, bottom)
-        if p.y > p.error > 0:
-            axes.errorbar([p.x], [at], yerr=[p.error], color=p.style.color, linewidth=1.25)
-        marker = p.style.marker if p.y > 0 else "v"
-        axes.plot(
-            [p.x], [at], color=p.style.color, marker=marker, markersize=8, linestyle="none", clip_on=False
-        )
-    sheet.write(0, 14, y_name, color=MUTED)
-    sheet.write(width, height + 60, x_name, color=MUTED, align="right")
-    _name_points(sheet, axes, shown, floors, left, bottom)
-    return sheet
+        at, marker = max(p.y, bottom), p.style.marker if p.y > 0 else "v"
+        error = p.error if p.y > p.error > 0 else None
+        axes.errorbar(p.x, at, error, color=p.style.color, marker=marker, elinewidth=1.25, clip_on=False)
 
 
-def _name_points(
-    sheet: Sheet,
-    axes: Axes,
-    points: Sequence[Point],
-    floors: Sequence[tuple[str, float]],
-    left: float,
-    bottom: float,
-) -> None:
-    """Names where they cover no point, no other name and no edge; else the number of the table's row."""
-    places = []
-    for p in points:
-        x, y = axes.transData.transform((p.x, max(p.y, bottom)))
-        places.append((float(x), sheet.height - float(y)))
-    taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in places]
-    right = float(sheet.width)
-    for name, y in floors:
-        line = sheet.height - float(axes.transData.transform((1, y))[1])
-        taken.append((left, line - 1, right, line + 1))
-        text = fitted(name, sheet.width - 80, FINE)
-        wide = text_width(text, FINE)
-        spots = [
-            (right - wide - 2 if at_right else left + 4, line + dy) for dy in (-5, 14) for at_right in (1, 0)
-        ]
-        free = (spot for spot in spots if _free((spot[0], spot[1] - 10, spot[0] + wide, spot[1] + 3), taken))
-        spot = next(free, spots[0])
-        taken.append((spot[0], spot[1] - 10, spot[0] + wide, spot[1] + 3))
-        sheet.write(*spot, text, size=FINE, color=MUTED)
-    for p, (x, y) in zip(points, places, strict=True):
-        full = fitted(p.label, 170 if sheet.width >= WIDE else 110)
-        for text in (full, str(p.number))[len(points) > MOST_NAMES :]:
-            box = _room_for(text, x, y, taken, (left, 24.0, right, sheet.height - 42))
-            if box:
-                taken.append(box)
-                sheet.write(box[0], box[3] - 3, text)
-                break
-
-
-Box = tuple[float, float, float, float]
-
-
-def _room_for(text: str, x: float, y: float, taken: Sequence[Box], area: Box) -> Box | None:
-    wide = text_width(text)
-    for away in (0, 6, 14):
-        for dx, dy in (
-            (9 + away, 5.0),
-            (-9 - away - wide, 5.0),
-            (-wide / 2, -9.0 - away),
-            (-wide / 2, 20.0 + away),
-            (4 + away, -7.0 - away),
-            (-4 - away - wide, -7.0 - away),
-            (4 + away, 18.0 + away),
-            (-4 - away - wide, 18.0 + away),
-        ):
-            box = (x + dx, y + dy - 11, x + dx + wide, y + dy + 3)
-            inside = box[0] >= area[0] and box[1] >= area[1] and box[2] <= area[2] and box[3] <= area[3]
-            if inside and _free(box, taken):
-                return box
-    return None
-
-
-def _free(box: Box, taken: Sequence[Box]) -> bool:
-    return not any(
-        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3] for other in taken
-    )
-
-
-# --- lines with a legend: confidence buckets, prompt lengths -----------------------------------------------
+# --- lines: by confidence, by prompt length ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values at places on the x axis; errors (below, above) or none."""
+    """One version's line: points (x, y), and how far their error bars reach (below, above)."""
 
     label: str
     style: Style
@@ -197,85 +74,64 @@ class Series:
 
 
 def lines(
-    width: int,
+    figure: Figure,
     series: Sequence[Series],
     ticks: Sequence[tuple[float, str]],
-    x_name: str,
-    y_name: str,
+    names: tuple[str, str],
     *,
     log: bool,
-) -> Sheet:
-    """One line a series over evenly read places; legend below."""
-    entries = [(s.label, s.style) for s in series]
-    plot = 250 if width < WIDE else 320
-    below = 46
-    sheet = Sheet(width, math.ceil(30 + plot + below + 8 + legend_height(width, entries)))
-    values = [y for s in series for _, y in s.points if drawable(y, log)]
-    places = [x for x, _ in ticks] or [0.0]
-    beside = 0.04 * (max(places) - min(places)) or 0.5
-    first, last = min(places) - beside, max(places) + beside
-    if log:
-        bottom, top = min(values, default=1e-4) / 1.6, max(values, default=1e-3) * 1.6
-        left = margin_for([log_text(tick) for tick in log_places(bottom, top)])
-    else:
-        both = [(y, more) for s in series for (_, y), (_, more) in zip(s.points, s.errors, strict=False)]
-        highs = [y + more for y, more in both if drawable(y) and drawable(y + more)]
-        bottom, top = 0.0, max([0.0, *values, *highs]) * 1.05 or 1.0
-        left = margin_for([linear_text(tick) for tick in linear_places(bottom, top, 5)])
-    axes = sheet.axes(left, 30, width - left - 8, plot)
-    axes.set(xlim=(first, last), ylim=(bottom, top), yscale="log" if log else "linear")
-    if log:
-        log_ticks(axes, "y", bottom, top)
-    else:
-        linear_ticks(axes, "y", 5)
-    pixel = (width - left - 8) / (last - first)
-    named = apart([(x * pixel, text_width(text, FINE) + 8, (x, text)) for x, text in ticks])
-    axes.set_xticks([x for x, _ in named], [text for _, text in named])
+) -> None:
+    """One line a series. ticks: of the x axis, (place, text). names: of both axes. log: the y axis."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
+    entries = [(s.label, s.style.look) for s in series]
+    axes = _axes(figure, 330, entries)
+    axes.set_yscale("log" if log else "linear")
     for s in series:
-        kept = [(x, max(y, bottom)) for x, y in s.points if drawable(y)]
-        x, y = [x for x, _ in kept], [y for _, y in kept]
-        for (at, value), around in zip(s.points, s.errors, strict=False):
-            if drawable(value) and all(map(drawable, around)):
-                ends = [max(value - around[0], bottom), value + around[1]]
-                axes.plot([at, at], ends, color=s.style.color, linewidth=1.25)
-        axes.plot(
-            x,
-            y,
-            color=s.style.color,
-            linestyle=s.style.line,
-            marker=s.style.marker,
-            markersize=7,
-            clip_on=False,
-        )
-    sheet.write(0, 14, y_name, color=MUTED)
-    sheet.write(width, 30 + plot + 36, x_name, color=MUTED, align="right")
-    sheet.legend(30 + plot + below + 8, entries)
-    return sheet
+        errors = s.errors or ((0.0, 0.0),) * len(s.points)
+        kept = [
+            (x, y, *around)
+            for (x, y), around in zip(s.points, errors, strict=False)
+            if drawable(y, log) and all(drawable(y + length) for length in around)
+        ]
+        if kept:
+            x, y, below, above = zip(*kept, strict=True)
+            axes.errorbar(x, y, (below, above) if s.errors else None, elinewidth=1.25, **s.style.look)
+    if not log:
+        axes.set_ylim(0, None)
+    places = dict(ticks)
+    if len(places) > 1:
+        beside = 0.04 * (max(places) - min(places))
+        axes.set_xlim(min(places) - beside, max(places) + beside)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(places), nbins=_width(figure) // 36))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: places.get(x, "")))
+    _set_ticks(axes.yaxis, log=10 if log else 0)
+    axes.set_xlabel(names[0])
+    axes.set_title(names[1])
 
 
-# --- rows: one bar, box or dot a form ----------------------------------------------------------------------
+# --- rows: one bar or box a version ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """marks: drawn on the row's axes at the height given in pixels. value: said beside it. remark: instead of
-    marks, where there is nothing to draw."""
+    """One version in a bar chart; whatever is left out is not drawn."""
 
     label: str
     value: str
-    marks: tuple[Mark, ...] = ()
+    """Text at the right end of the row."""
+    bars: tuple[float, ...] = ()
+    """Lengths of filled bars, one after the other."""
+    outline: float = math.nan
+    """Length of a hollow bar around them."""
+    span: tuple[float, float] | None = None
+    """Ends of a thin line."""
+    box: tuple[float, float] | None = None
+    """Ends of a hollow box."""
+    points: tuple[float, ...] = ()
+    """Places of markers, in the shapes of POINTS."""
     remark: str = ""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """kind: "bar" from start to end, "second" (the same in the other colour), "outline", "line" (thin),
-    "box" (a hollow bar), or "point" at end in the shape `marker`."""
-
-    kind: str
-    start: float
-    end: float
-    marker: str = "o"
+    """Text in place of a bar."""
 
 
 @dataclass(frozen=True)
@@ -286,86 +142,132 @@ class Panel:
     rows: tuple[Row, ...]
 
 
-def row_chart(
-    width: int,
+POINTS = ("o", "^", "D")
+KEYS: dict[str, dict[str, Any]] = {
+    "bar": {"facecolor": ACCENT},
+    "second bar": {"facecolor": SECOND},
+    "outline": {"facecolor": "none", "edgecolor": MUTED, "linewidth": 1.25},
+    **{marker: {"color": ACCENT, "marker": marker} for marker in POINTS},
+}
+"""How the parts of a Row look, in rows and legends."""
+_ROW = 42
+"""Pixels: label and value above, the bar below."""
+
+
+def rows(
+    figure: Figure,
     panels: Sequence[Panel],
     x_name: str,
     legend: Sequence[tuple[str, str]],
     *,
     log: bool = False,
-    most: float | None = None,
-) -> Sheet:
-    """Horizontal bars. Wide: name, bar and value side by side; narrow: name and value above the bar."""
-    wide = width >= WIDE
-    row = 28 if wide else 42
-    rows = [r for panel in panels for r in panel.rows]
-    names = min(max((text_width(r.label) for r in rows), default=0), 0.3 * width) + 14 if wide else 0.0
-    said = min(max((text_width(r.value) for r in rows), default=0), 0.35 * width) + 12 if wide else 0.0
-    keys = legend_height(width, legend) + 8 if legend else 0.0
-    heights = [(30 if panel.title else 4) + row * len(panel.rows) + 24 for panel in panels]
-    sheet = Sheet(width, math.ceil(keys + sum(heights) + 24))
-    sheet.legend(0, legend)
-    limits = _limits([x for r in rows for m in r.marks for x in (m.start, m.end)], log, most)
-    top = keys
-    # Half a tick's label may stand out at both ends.
-    inset = 14
-    for panel, height in zip(panels, heights, strict=True):
-        if panel.title:
-            sheet.write(0, top + 20, fitted(panel.title, width), color=MUTED)
-        start = top + (30 if panel.title else 4)
-        span = width - names - said - 2 * inset
-        axes = sheet.axes(names + inset, start, span, row * len(panel.rows))
-        axes.set(ylim=(row * len(panel.rows), 0), xlim=limits, xscale="log" if log else "linear")
-        axes.grid(False, axis="y")
-        axes.set_yticks([])
-        if log:
-            log_ticks(axes, "x", *limits, most=max(3, int(span // 70)))
-        else:
-            linear_ticks(axes, "x", 4 if width < WIDE else 8)
-        for index, one in enumerate(panel.rows):
-            base = start + row * index
-            if wide:
-                sheet.write(0, base + 19, fitted(one.label, names - 12))
-                sheet.write(width, base + 19, fitted(one.value, said - 12), align="right")
-            else:
-                value = fitted(one.value, 0.75 * width)
-                sheet.write(0, base + 16, fitted(one.label, width - text_width(value) - 12))
-                sheet.write(width, base + 16, value, align="right")
-            center = row * index + (14 if wide else 30)
-            if one.remark:
-                text = fitted(one.remark, span, FINE)
-                sheet.write(names + inset, start + center + 4, text, size=FINE, color=MUTED)
-            for mark in one.marks:
-                if drawable(mark.start, log) and drawable(mark.end, log):
-                    _draw_mark(axes, mark, center)
-        top += height
-    sheet.write(width - said - inset, top + 14, x_name, color=MUTED, align="right")
-    return sheet
-
-
-def _draw_mark(axes: Axes, mark: Mark, y: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    length = mark.end - mark.start
-    if mark.kind == "bar":
-        axes.add_patch(Rectangle((mark.start, y - 6), length, 12, facecolor=ACCENT, edgecolor="none"))
-    elif mark.kind == "second":
-        axes.add_patch(Rectangle((mark.start, y - 6), length, 12, facecolor=SECOND, edgecolor="none"))
-    elif mark.kind in ("outline", "box"):
-        half = 8 if mark.kind == "outline" else 6
-        box = Rectangle((mark.start, y - half), length, 2 * half, facecolor="none", edgecolor=MUTED)
-        axes.add_patch(box)
-        box.set(clip_on=False, linewidth=1.25)
-    elif mark.kind == "line":
-        axes.plot([mark.start, mark.end], [y, y], color=INK, linewidth=1.25)
-    else:
-        axes.plot(
-            [mark.end], [y], color=ACCENT, marker=mark.marker, markersize=8, linestyle="none", clip_on=False
-        )
-
-
-def _limits(values: Sequence[float], log: bool, most: float | None) -> tuple[float, float]:
-    finite = [x for x in values if drawable(x, log)]
+) -> None:
+    """Horizontal bars under their labels, all panels on one x axis. legend: (name, key of KEYS)."""
+    counts = [max(1, len(panel.rows)) for panel in panels]
+    _set_height(figure, _ROW * sum(counts) + 26 * len(panels) + 40, [(n, KEYS[k]) for n, k in legend])
+    ratios = {"height_ratios": counts}
+    grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True, gridspec_kw=ratios)[:, 0]
+    width = _width(figure)
     if log:
-        return min(finite, default=1.0) / 1.15, max(finite, default=10.0) * 1.15
-    return 0.0, most or max([0.0, *finite]) * 1.03 or 1.0
+        grid[0].set_xscale("log")
+    for axes, panel, count in zip(grid, panels, counts, strict=True):
+        axes.set(ylim=(count - 0.5, -0.5), yticks=[])
+        if panel.title:
+            axes.set_title(fitted(panel.title, width - 20))
+        axes.grid(axis="x")
+        for y, row in enumerate(panel.rows):
+            value = fitted(row.value, 0.72 * width)
+            label = fitted(row.label, width - text_width(value) - 40)
+            beside = {"transform": axes.get_yaxis_transform(), "va": "baseline"}
+            axes.text(0, y - 0.16, label, ha="left", **beside)
+            axes.text(1, y - 0.16, value, ha="right", **beside)
+            if row.remark:
+                remark = fitted(row.remark, width - 30, FINE)
+                axes.text(0, y + 0.28, remark, size=FINE, color=MUTED, **beside)
+            _draw_row(axes, row, y + 0.18, log)
+    values = [x for panel in panels for row in panel.rows for x in _places(row) if drawable(x, log)]
+    if log:
+        grid[0].set_xlim(min(values, default=1.0) / 1.15, max(values, default=10.0) * 1.15)
+    else:
+        grid[0].set_xlim(0, max(values, default=1.0) * 1.03 or 1.0)
+    _set_ticks(grid[-1].xaxis, log=10 if log else 0)
+    grid[-1].set_xlabel(x_name)
+
+
+def _places(row: Row) -> list[float]:
+    return [sum(row.bars), row.outline, *(row.span or ()), *(row.box or ()), *row.points]
+
+
+def _draw_row(axes: Any, row: Row, y: float, log: bool) -> None:
+    start = 0.0
+    for length, key in zip(row.bars, ("bar", "second bar"), strict=False):
+        if drawable(length):
+            axes.barh(y, length, 0.28, start, **KEYS[key])
+            start += length
+    if drawable(row.outline):
+        axes.barh(y, row.outline, 0.36, **KEYS["outline"])
+    if row.span and all(drawable(x, log) for x in row.span):
+        axes.plot(row.span, (y, y), color=INK, linewidth=1.25)
+    if row.box and all(drawable(x, log) for x in row.box):
+        axes.barh(y, row.box[1] - row.box[0], 0.28, row.box[0], **KEYS["outline"])
+    for x, marker in zip(row.points, POINTS, strict=False):
+        if drawable(x, log):
+            axes.plot([x], [y], color=ACCENT, marker=marker, linestyle="none", clip_on=False)
+
+
+# --- what all share ----------------------------------------------------------------------------------------
+
+
+def drawable(value: float, log: bool = False) -> bool:
+    """Whether a number has a place in a plot; one that is too large would leave all others in one point."""
+    return math.isfinite(value) and abs(value) < FARTHEST and (not log or value > 1 / FARTHEST)
+
+
+def _width(figure: Figure) -> int:
+    return round(figure.get_figwidth() * 72)
+
+
+def _axes(figure: Figure, height: float, entries: Sequence[tuple[str, dict[str, Any]]]) -> Any:
+    """One area for data, with a legend below it."""
+    _set_height(figure, height, entries)
+    axes = figure.subplots()
+    axes.grid()
+    return axes
+
+
+def _set_height(figure: Figure, height: float, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Make the figure `height` pixels high and a legend more; `entries`: (name, look) of a line or a bar."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    width = _width(figure)
+    names = [fitted(name, width - 60) for name, _ in entries]
+    columns = max(1, min(len(names), int(width // (max(map(text_width, names), default=0) + 54))))
+    figure.set_figheight((height + _LEGEND_LINE * math.ceil(len(names) / columns) + 8 * bool(names)) / 72)
+    if names:
+        handles = [
+            Patch(**look) if "facecolor" in look else Line2D([], [], **{"linestyle": "none", **look})
+            for _, look in entries
+        ]
+        figure.legend(handles, names, loc="outside lower left", ncols=columns, frameon=False)
+
+
+def _set_ticks(axis: Axis, log: int) -> None:
+    """Round numbers on an axis; log: its base, 0 for a linear one. Call it when the limits are set."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    if log:
+        low, high = axis.get_view_interval()
+        near = math.log(high / low, log) < 2.5
+        axis.set_major_locator(LogLocator(log, {2: (1.0, 1.5), 10: (1.0, 2.0, 5.0) if near else (1.0,)}[log]))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick_text(value)))
+
+
+def tick_text(value: float) -> str:
+    """0.003, 2,000, 3×10⁻⁵."""
+    if value == 0 or 1e-4 <= abs(value) < 1e12:
+        return f"{value:,.6g}" if abs(value) < 1e6 else f"{value:,.0f}"
+    return significant(value, 1).removeprefix("1×")

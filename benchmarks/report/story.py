@@ -1,9 +1,15 @@
-"""The top of a report: a few figures and sentences, each computed from the records or left out."""
+"""The top of a report: figures and sentences on one quantized version, computed from the records."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
 from lowmem.benchmarks.common.records import DecodeLatency, Subject, SubjectHumanEval, SubjectLatency
-from lowmem.benchmarks.report.latency import per_second
+from lowmem.benchmarks.report.document import Tile
+from lowmem.benchmarks.report.inputs import Records
+from lowmem.benchmarks.report.latency_sections import per_second
 from lowmem.benchmarks.report.numbers import (
     count,
     duration,
@@ -14,175 +20,199 @@ from lowmem.benchmarks.report.numbers import (
     times,
     with_error,
 )
-from lowmem.benchmarks.report.quality import Pooled, floor_of, pooled
-from lowmem.benchmarks.report.report import Records, Tile
+from lowmem.benchmarks.report.quality_sections import Pooled, floor_of, pooled
 
-HERO_BITS = 4
-"""The form that the sentences are about is the one nearest to so many bits per weight, which is what most
-people run; a converted one before those that are quantized while loading."""
+HEADLINE_BITS = 4
 
 
-def hero_of(records: Records) -> Subject | None:
-    """The quantized form that stands for all in the sentences, or None where nothing is quantized."""
-    quantized = [s for s in records.subjects if s.method != "dense"]
-    converted = [s for s in quantized if s.method == "gptq"] or quantized
-    return min(converted, key=lambda s: (abs(s.bits_per_weight - HERO_BITS), s.label), default=None)
+class _Measured(Protocol):
+    @property
+    def subject(self) -> Subject: ...
 
 
-def _dense(records: Records) -> Subject | None:
-    """The unquantized form that sizes are compared with: bfloat16 where there is one."""
-    dense = [s for s in records.subjects if s.method == "dense" and s.weight_bytes > 0]
-    return next((s for s in dense if s.dtype == "bfloat16"), dense[0] if dense else None)
+Entry = TypeVar("Entry", bound=_Measured)
 
 
-def _quality(records: Records, label: str) -> Pooled | None:
-    if records.quality is None:
-        return None
-    found = next((s for s in records.quality.subjects if s.subject.label == label), None)
-    return pooled(found.texts) if found else None
+def _of(label: str, entries: Iterable[Entry]) -> Entry | None:
+    return next((entry for entry in entries if entry.subject.label == label), None)
 
 
-def _floor(records: Records) -> Pooled | None:
-    floor = floor_of(records.quality) if records.quality else None
-    return pooled(floor.texts) if floor else None
+@dataclass(frozen=True)
+class Results:
+    """All that was measured of one version; None for what was not."""
+
+    subject: Subject
+    quality: Pooled | None
+    latency: SubjectLatency | None
+    humaneval: SubjectHumanEval | None
+
+    @classmethod
+    def of(cls, subject: Subject, records: Records) -> Results:
+        """Look a version up in all records."""
+        quality = _of(subject.label, records.quality.subjects) if records.quality else None
+        return cls(
+            subject,
+            pooled(quality.texts) if quality else None,
+            _of(subject.label, records.latency.subjects) if records.latency else None,
+            _of(subject.label, records.humaneval.subjects) if records.humaneval else None,
+        )
+
+    @property
+    def decode(self) -> DecodeLatency | None:
+        """Decode after the shortest context, which is how a chat begins."""
+        found = self.latency.decode if self.latency else ()
+        return min(found, key=lambda d: d.context_tokens, default=None)
+
+    @property
+    def does_not_fit(self) -> str:
+        """A sentence, or "" if the version ran."""
+        if self.latency is None or self.latency.fits:
+            return ""
+        return f"{self.subject.label} does not fit this machine: {self.latency.reason.rstrip('.')}."
 
 
-def _latency(records: Records, label: str) -> SubjectLatency | None:
-    subjects = records.latency.subjects if records.latency else ()
-    return next((s for s in subjects if s.subject.label == label), None)
+@dataclass(frozen=True)
+class Headline:
+    """The version that the tiles and sentences describe, and what it is compared with."""
+
+    main: Results
+    dense: Results | None
+    """The unquantized model: in bfloat16 if that was measured."""
+    floor: Pooled | None
+    """The noise floor of the quality measurement."""
+
+    @classmethod
+    def of(cls, records: Records) -> Headline | None:
+        """The converted version nearest to HEADLINE_BITS, else one quantized at load time.
+
+        None if nothing is quantized or the records are of different models.
+        """
+        quantized = [s for s in records.subjects if s.method != "dense"]
+        converted = [s for s in quantized if s.method == "gptq"] or quantized
+        if not converted or not records.one_model:
+            return None
+        main = min(converted, key=lambda s: (abs(s.bits_per_weight - HEADLINE_BITS), s.label))
+        dense = [s for s in records.subjects if s.method == "dense" and s.weight_bytes > 0]
+        dense.sort(key=lambda s: s.dtype != "bfloat16")
+        floor = floor_of(records.quality) if records.quality else None
+        return cls(
+            Results.of(main, records),
+            Results.of(dense[0], records) if dense else None,
+            pooled(floor.texts) if floor else None,
+        )
+
+    @property
+    def title(self) -> str:
+        """`4-bit g128, at 4.16 bits per weight`."""
+        subject = self.main.subject
+        return f"{subject.label}, at {significant(subject.bits_per_weight)} bits per weight"
+
+    @property
+    def over_floor(self) -> str:
+        """`25 × the noise floor`, or "" without one."""
+        if self.main.quality is None or self.floor is None or self.floor.kld <= 0:
+            return ""
+        return f"{times(self.main.quality.kld, self.floor.kld)} the noise floor"
 
 
-def _shortest(subject: SubjectLatency | None) -> DecodeLatency | None:
-    """The decode after the shortest context: what a chat begins with."""
-    return min(subject.decode, key=lambda d: d.context_tokens, default=None) if subject else None
-
-
-def _humaneval(records: Records, label: str) -> SubjectHumanEval | None:
-    subjects = records.humaneval.subjects if records.humaneval else ()
-    return next((s for s in subjects if s.subject.label == label), None)
-
-
-def make_tiles(records: Records) -> tuple[Tile, ...]:
-    """The form of the story in at most four figures; none where records are of different models."""
-    hero = hero_of(records)
-    if hero is None or not records.one_model:
-        return ()
+def make_tiles(headline: Headline) -> tuple[Tile, ...]:
+    """At most four figures on the headline version."""
+    main, dense = headline.main, headline.dense
     found = []
-    dense = _dense(records)
     if dense:
-        share = percent(hero.weight_bytes / dense.weight_bytes)
-        remark = f"{size(hero.weight_bytes)} of {size(dense.weight_bytes)}"
-        found.append(Tile(share, f"of {dense.label}'s bytes", remark))
-    quality, floor = _quality(records, hero.label), _floor(records)
-    if quality:
-        remark = f"{times(quality.kld, floor.kld)} the noise floor" if floor and floor.kld > 0 else ""
-        found.append(Tile(significant(quality.kld, 2), "nats mean KL divergence", remark))
-    decode = _shortest(_latency(records, hero.label))
-    if decode:
-        speed = significant(per_second(decode.tpot).median)
-        found.append(Tile(speed, "tokens per second", f"{percent(decode.share)} of the ceiling"))
-    solved = _humaneval(records, hero.label)
-    if solved:
-        remark = f"± {significant(100 * solved.standard_error, 2)} %" if solved.standard_error > 0 else ""
-        found.append(Tile(f"{significant(100 * solved.pass_at_1)} %", "of HumanEval solved", remark))
+        share = percent(main.subject.weight_bytes / dense.subject.weight_bytes)
+        sizes = f"{size(main.subject.weight_bytes)} of {size(dense.subject.weight_bytes)}"
+        found.append(Tile(share, f"of the size of {dense.subject.label}", sizes))
+    if main.quality:
+        kld = significant(main.quality.kld, 2)
+        found.append(Tile(kld, "nats mean KL divergence", headline.over_floor))
+    if main.decode:
+        speed = significant(per_second(main.decode.tpot).median)
+        found.append(Tile(speed, "tokens per second", f"{percent(main.decode.share)} of the ceiling"))
+    if solved := main.humaneval:
+        error = f"± {significant(100 * solved.standard_error, 2)} %" if solved.standard_error > 0 else ""
+        found.append(Tile(f"{significant(100 * solved.pass_at_1)} %", "of HumanEval solved", error))
     return tuple(found)
 
 
-def make_story(records: Records) -> tuple[str, ...]:
-    """Sentences on the form nearest to four bits, and on the unquantized model beside it."""
-    hero = hero_of(records)
+def make_story(headline: Headline | None, records: Records) -> tuple[str, ...]:
+    """The main results, a sentence each."""
     if not records.one_model:
-        return ("These records are of different models; their figures do not belong together.",)
-    if hero is None:
+        return ("These records measure different models. Their figures cannot be compared.",)
+    if headline is None:
         return ()
-    dense = _dense(records)
-    told = [
-        _told_size(records, hero, dense),
-        _told_speed(records, hero),
-        _told_dense_speed(records, hero, dense),
-        _told_prefill(records, hero),
-        _told_humaneval(records, hero, dense),
-    ]
-    return tuple(sentence for sentence in told if sentence)
+    sentences = (_size_and_quality, _speed, _dense_speed, _prefill, _humaneval)
+    return tuple(text for sentence in sentences if (text := sentence(headline)))
 
 
-def _told_size(records: Records, hero: Subject, dense: Subject | None) -> str:
+def _size_and_quality(headline: Headline) -> str:
+    main, dense, quality = headline.main.subject, headline.dense, headline.main.quality
     parts = []
-    if dense and hero.weight_bytes > 0:
-        share = percent(hero.weight_bytes / dense.weight_bytes)
-        sizes = f"{size(hero.weight_bytes)} of {size(dense.weight_bytes)}"
-        parts.append(f"takes {share} of {dense.label}'s bytes ({sizes})")
-    quality, floor = _quality(records, hero.label), _floor(records)
+    if dense and main.weight_bytes > 0:
+        share = percent(main.weight_bytes / dense.subject.weight_bytes)
+        sizes = f"{size(main.weight_bytes)} of {size(dense.subject.weight_bytes)}"
+        parts.append(f"{main.label} takes {share} of the memory of {dense.subject.label} ({sizes}).")
     if quality:
-        against = f", {times(quality.kld, floor.kld)} the noise floor" if floor and floor.kld > 0 else ""
+        subject = "Its" if parts else f"{main.label}'s"
+        over = f", {headline.over_floor}" if headline.over_floor else ""
+        kld = with_error(quality.kld, quality.kld_error)
+        same = percent(quality.same_top1, quality.same_top1_error)
         parts.append(
-            f"its mean KL divergence is {with_error(quality.kld, quality.kld_error)} nats{against}, and it "
-            f"holds the same token most likely at {percent(quality.same_top1, quality.same_top1_error)} of "
-            f"{count(quality.tokens)} tokens"
+            f"{subject} mean KL divergence is {kld} nats{over}, and its most likely token is the reference's "
+            f"at {same} of {count(quality.tokens)} tokens."
         )
-    if not parts:
-        return ""
-    begin = f"{hero.label} {parts[0]}" if parts[0].startswith("takes") else f"{hero.label}: {parts[0]}"
-    return "; ".join([begin, *parts[1:]]) + "."
+    return " ".join(parts)
 
 
-def _told_speed(records: Records, hero: Subject) -> str:
-    latency = _latency(records, hero.label)
-    if latency is None or records.latency is None:
-        return ""
-    if not latency.fits:
-        return f"{hero.label} does not fit this machine: {latency.reason.rstrip('.')}."
-    decode = _shortest(latency)
-    if decode is None:
-        return ""
+def _speed(headline: Headline) -> str:
+    main, decode = headline.main, headline.main.decode
+    if main.does_not_fit or decode is None:
+        return main.does_not_fit
+    speed = significant(per_second(decode.tpot).median)
     return (
-        f"After {count(decode.context_tokens)} tokens of context {hero.label} decodes "
-        f"{significant(per_second(decode.tpot).median)} tokens per second, {percent(decode.share)} of what "
-        "this machine allows; half of its tokens come within "
-        f"{milliseconds(decode.itl_p50)} ms of the one before, 99 of 100 within "
+        f"After a context of {count(decode.context_tokens)} tokens {main.subject.label} decodes {speed} "
+        f"tokens per second, {percent(decode.share)} of what this machine allows. Half of the tokens arrive "
+        f"within {milliseconds(decode.itl_p50)} ms of the previous one, 99 % within "
         f"{milliseconds(decode.itl_p99)} ms."
     )
 
 
-def _told_dense_speed(records: Records, hero: Subject, dense: Subject | None) -> str:
-    if dense is None:
+def _dense_speed(headline: Headline) -> str:
+    dense, decode = headline.dense, headline.main.decode
+    if dense is None or dense.latency is None:
         return ""
-    latency, decode = _latency(records, dense.label), _shortest(_latency(records, hero.label))
-    if latency is None:
-        return ""
-    if not latency.fits:
-        return f"{dense.label} does not fit this machine: {latency.reason.rstrip('.')}."
-    same = next((d for d in latency.decode if decode and d.context_tokens == decode.context_tokens), None)
-    if decode is None or same is None or decode.tpot.median <= 0:
+    if dense.does_not_fit or decode is None or decode.tpot.median <= 0:
+        return dense.does_not_fit
+    context = decode.context_tokens
+    same = next((d for d in dense.latency.decode if d.context_tokens == context), None)
+    if same is None:
         return ""
     ratio = significant(same.tpot.median / decode.tpot.median, 2)
     return (
-        f"{dense.label} reaches {significant(per_second(same.tpot).median)} tokens per second there, so "
-        f"{hero.label} is {ratio} times as fast."
+        f"{dense.subject.label} decodes {significant(per_second(same.tpot).median)} tokens per second, so "
+        f"{headline.main.subject.label} is {ratio} times as fast."
     )
 
 
-def _told_prefill(records: Records, hero: Subject) -> str:
-    latency = _latency(records, hero.label)
+def _prefill(headline: Headline) -> str:
+    latency = headline.main.latency
     if latency is None or not latency.prefill:
         return ""
     longest = max(latency.prefill, key=lambda p: p.prompt_tokens)
     return (
-        f"{hero.label} reads a prompt of {count(longest.prompt_tokens)} tokens at "
-        f"{significant(longest.tokens_per_second.median)} tokens per second: the first new token comes after "
-        f"{duration(longest.ttft.median)}."
+        f"{latency.subject.label} processes a prompt of {count(longest.prompt_tokens)} tokens at "
+        f"{significant(longest.tokens_per_second.median)} tokens per second, so the first new token arrives "
+        f"after {duration(longest.ttft.median)}."
     )
 
 
-def _told_humaneval(records: Records, hero: Subject, dense: Subject | None) -> str:
-    solved = _humaneval(records, hero.label)
+def _humaneval(headline: Headline) -> str:
+    solved, dense = headline.main.humaneval, headline.dense
     if solved is None:
         return ""
-    told = (
-        f"{hero.label} solves {percent(solved.pass_at_1, solved.standard_error)} of {count(solved.problems)} "
-        "HumanEval problems"
-    )
-    full = _humaneval(records, dense.label) if dense else None
-    if full and full.subject.label != hero.label:
-        told += f"; {full.subject.label} solves {percent(full.pass_at_1, full.standard_error)}"
-    return told + "."
+    share = percent(solved.pass_at_1, solved.standard_error)
+    text = f"{solved.subject.label} solves {share} of {count(solved.problems)} HumanEval problems"
+    if dense and dense.humaneval:
+        share = percent(dense.humaneval.pass_at_1, dense.humaneval.standard_error)
+        text += f"; {dense.subject.label} solves {share}"
+    return text + "."

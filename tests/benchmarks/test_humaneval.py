@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lowmem.benchmarks.common.records import Attempt, HumanEvalRecord, Subject, read_record
+from lowmem.benchmarks.common.record_file import read_record
+from lowmem.benchmarks.common.records import Attempt, HumanEvalRecord, Subject
 from lowmem.benchmarks.humaneval import command as humaneval_command
 from lowmem.benchmarks.humaneval import measure as humaneval
 from lowmem.benchmarks.humaneval.measure import (

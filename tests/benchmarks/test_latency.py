@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lowmem.benchmarks.common.lineup import Lineup, line_up
 from lowmem.benchmarks.common.origin import origin_of
-from lowmem.benchmarks.common.records import LatencyRecord, from_json, to_json
+from lowmem.benchmarks.common.record_file import from_json, to_json
+from lowmem.benchmarks.common.records import LatencyRecord
 from lowmem.benchmarks.latency import worker as latency_worker
 from lowmem.benchmarks.latency.measure import (
     CONTEXTS,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lowmem.benchmarks.common.records import LatencyRecord, read_record
+from lowmem.benchmarks.common.record_file import read_record
+from lowmem.benchmarks.common.records import LatencyRecord
 from lowmem.benchmarks.latency import command as latency_command
 from lowmem.benchmarks.latency import machine_state
 from lowmem.benchmarks.latency import rounds as latency_rounds

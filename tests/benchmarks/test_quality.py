@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lowmem.benchmarks.common.records import QualityRecord, read_record
+from lowmem.benchmarks.common.record_file import read_record
+from lowmem.benchmarks.common.records import QualityRecord
 from lowmem.benchmarks.quality import command as quality_command
 from lowmem.benchmarks.quality.agreement import equal_tokens, greedy_answers
 from lowmem.benchmarks.quality.measure import Listener, Settings, measure

@@ -10,16 +10,8 @@ import typing
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lowmem.benchmarks.common.records import (
-    FILES,
-    HumanEvalRecord,
-    LatencyRecord,
-    QualityRecord,
-    from_json,
-    read_record,
-    to_json,
-    write_record,
-)
+from lowmem.benchmarks.common.record_file import FILES, from_json, read_record, to_json, write_record
+from lowmem.benchmarks.common.records import HumanEvalRecord, LatencyRecord, QualityRecord
 
 from lowmem.errors import SourceError
 

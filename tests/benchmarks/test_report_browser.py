@@ -9,8 +9,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from lowmem.benchmarks.report.build import make_report
+from lowmem.benchmarks.report.inputs import Records
 from lowmem.benchmarks.report.page import to_html
-from lowmem.benchmarks.report.report import Records, make_report
 
 from tests.benchmarks.bench_records import (
     FLOOR,

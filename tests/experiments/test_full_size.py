@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from lowmem.benchmarks.common.record_file import read
-from lowmem.benchmarks.common.records import to_json
+from lowmem.benchmarks.common.record_file import to_json
 from lowmem.benchmarks.experiments.full_size import command as full_size
 from lowmem.benchmarks.experiments.full_size.command import (
     EIGHT,

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.benchmarks.common.records import FILES, FOLDER
+from lowmem.benchmarks.common.record_file import FILES, FOLDER
 from lowmem.benchmarks.demo import embedded_model
 
 ROOT = Path(__file__).resolve().parents[3]

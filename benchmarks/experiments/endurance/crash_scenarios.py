@@ -163,7 +163,8 @@ def _prepare_quality(root: Path, material: Material) -> None:
 
 
 def _check_quality(root: Path, material: Material) -> None:
-    from lowmem.benchmarks.common.records import QualityRecord, read_record
+    from lowmem.benchmarks.common.record_file import read_record
+    from lowmem.benchmarks.common.records import QualityRecord
 
     from lowmem.checkpoint.manifest import digest_file, read_manifest
 
@@ -179,7 +180,8 @@ def _check_quality(root: Path, material: Material) -> None:
 
 
 def _check_latency(root: Path, material: Material) -> None:
-    from lowmem.benchmarks.common.records import LatencyRecord, read_record
+    from lowmem.benchmarks.common.record_file import read_record
+    from lowmem.benchmarks.common.records import LatencyRecord
     from lowmem.benchmarks.latency.rounds import WORK_FILE
 
     read_record(LatencyRecord, root / "records")

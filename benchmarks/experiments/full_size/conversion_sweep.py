@@ -22,8 +22,8 @@ from typing import Any
 
 from lowmem.benchmarks.common.origin import origin_of
 from lowmem.benchmarks.common.processes import ROOT, run_process
-from lowmem.benchmarks.report.drawing import FINE, MUTED, WIDE, Sheet, drawing, style_of
-from lowmem.benchmarks.report.ticks import linear_text, linear_ticks, margin_for
+from lowmem.benchmarks.report.svg import MUTED, styles_of
+from lowmem.benchmarks.report.svg import draw as draw_svg
 
 RESULTS = ROOT / "benchmarks" / "results" / "conversion_sweep.json"
 LAYERS = (2, 4, 8, 16)
@@ -111,38 +111,30 @@ def draw(data: Mapping[str, Any]) -> str:
         ("peak memory in MiB, by layers", "by_layers", "layers", "peak_bytes", 1.0, 2.0**20),
         ("peak memory in MiB, by thousands of tokens", "by_tokens", "tokens", "peak_bytes", 1000.0, 2.0**20),
     ]
-    with drawing():
-        sheet = Sheet(WIDE, 560)
-        for number, (title, sweep, along, value, by, unit) in enumerate(panels):
-            column, row = number % 2, number // 2
+    from matplotlib.figure import Figure
+
+    def paint(figure: Figure) -> None:
+        figure.set_figheight(560 / 72)
+        grid = figure.subplots(2, 2).flat
+        for number, (axes, (title, sweep, along, value, by, unit)) in enumerate(zip(grid, panels, strict=True)):
             found = [(x / by, y / unit) for x, y in points(data, sweep, along, value)]
-            top = max(y for _, y in found) * 1.1
-            left = column * (WIDE / 2) + margin_for([linear_text(top)]) + 10
-            axes = sheet.axes(left, 30 + row * 280, (column + 1) * WIDE / 2 - left - 16, 210)
-            axes.set(xlim=(0, max(x for x, _ in found) * 1.04), ylim=(0, top))
-            linear_ticks(axes, "y", 5)
-            axes.set_xticks([x for x, _ in found], [f"{x:.0f}" for x, _ in found])
-            axes.tick_params(labelsize=FINE)
+            xs, ys = zip(*found, strict=True)
             line = line_through(found)
-            ends = [0.0, max(x for x, _ in found)]
+            ends = [0.0, max(xs)]
             axes.plot(ends, [line["offset"] + line["slope"] * x for x in ends], color=MUTED, linestyle="--")
-            look = style_of(row)
-            axes.plot(
-                [x for x, _ in found],
-                [y for _, y in found],
-                color=look.color,
-                marker=look.marker,
-                markersize=7,
-                linestyle="none",
-                clip_on=False,
-            )
-            sheet.write(column * (WIDE / 2) + 10, 14 + row * 280, title, color=MUTED)
-        figure = sheet.svg(
-            "sweep",
-            "How a conversion grows",
-            "Time and peak memory against layers and against calibration tokens, each with the straight line "
-            "that fits best.",
-        )
+            look = list(styles_of(("seconds", "peak memory")).values())[number // 2]
+            axes.plot(xs, ys, color=look.color, marker=look.marker, linestyle="none", clip_on=False)
+            axes.set(xlim=(0, max(xs) * 1.04), ylim=(0, max(ys) * 1.1), xticks=xs)
+            axes.set_title(title)
+            axes.grid(True)
+
+    figure = draw_svg(
+        "sweep",
+        "How a conversion grows",
+        "Time and peak memory against layers and against calibration tokens, each with the straight line that "
+        "fits best.",
+        paint,
+    ).wide
     css = (ROOT / "benchmarks" / "report" / "templates" / "report.css").read_text("utf-8")
     colours = [line for line in css.splitlines() if line.lstrip().startswith(("--paper", "--s1"))]
     half = len(colours) // 2

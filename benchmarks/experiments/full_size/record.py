@@ -10,7 +10,8 @@ from typing import Any
 
 from lowmem.benchmarks.common.origin import machine_here, versions
 from lowmem.benchmarks.common.processes import ROOT
-from lowmem.benchmarks.common.records import LatencyRecord, Machine, QualityRecord, from_json
+from lowmem.benchmarks.common.record_file import from_json
+from lowmem.benchmarks.common.records import LatencyRecord, Machine, QualityRecord
 
 from lowmem.errors import SourceError
 

@@ -29,8 +29,7 @@ from statistics import median
 from typing import Any
 
 from lowmem.benchmarks.common.processes import ROOT
-from lowmem.benchmarks.common.record_file import read, write
-from lowmem.benchmarks.common.records import from_json
+from lowmem.benchmarks.common.record_file import from_json, read, write
 from lowmem.benchmarks.experiments.pace.load import Load
 from lowmem.benchmarks.experiments.pace.models import (
     PaceModel,

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.benchmarks.common.processes import Usage, run_process
-from lowmem.benchmarks.common.records import Subject, from_json
+from lowmem.benchmarks.common.record_file import from_json
+from lowmem.benchmarks.common.records import Subject
 from lowmem.benchmarks.experiments.peers.forms import Form, FormResult
 from lowmem.benchmarks.experiments.peers.worker import last_lines
 

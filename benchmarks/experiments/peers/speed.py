@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from lowmem.benchmarks.common.records import Repeated, from_json
+from lowmem.benchmarks.common.record_file import from_json
+from lowmem.benchmarks.common.records import Repeated
 from lowmem.benchmarks.experiments.peers.forms import Form, RuntimeSpeed, SpeedTable, speed_forms
 from lowmem.benchmarks.experiments.peers.run import STEPS, Run, StepError, convert, method_of, path_of, say
 from lowmem.benchmarks.experiments.peers.worker import Round, Worker, WorkerError

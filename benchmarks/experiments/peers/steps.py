@@ -171,7 +171,7 @@ def measure(work: Path, method: str, path: Path, source: str) -> dict[str, Any]:
     dense: in the dtype that the source stores), or gguf (whose logits lie beside it already)."""
     import numpy as np
     import torch
-    from lowmem.benchmarks.common.records import to_json
+    from lowmem.benchmarks.common.record_file import to_json
     from lowmem.benchmarks.quality.divergence import compare, summarize
 
     from lowmem.loading.loader import load
