@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             "If that is what you want, add --allow-code-execution",
         )
     from lowmem.benchmarks.common.origin import origin_of
-    from lowmem.benchmarks.common.room import alone
+    from lowmem.benchmarks.common.output import exclusive
     from lowmem.benchmarks.humaneval.measure import Settings, load_problems
     from lowmem.benchmarks.humaneval.sandbox import require
 
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     lineup = line_up(args.models, reference=args.reference, forms=args.forms, cuda=card is not None)
     digest = open_source(lineup.source, offline=True).fingerprint()
     origin = origin_of(sys.argv[1:], lineup.source, digest, device)
-    with alone(Path(args.out).expanduser(), "humaneval"):
+    with exclusive(Path(args.out).expanduser(), "humaneval"):
         listener = _listener(args.quiet)
         listener.note(f"generated code is run behind {walls.describe()}")
         return _record(args, lineup.entrants, problems, settings, device, origin, listener)

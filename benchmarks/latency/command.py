@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write `latency.json` and show it; 130 after Ctrl-C, with the record of the whole rounds."""
     from lowmem.benchmarks.common.origin import origin_of
-    from lowmem.benchmarks.common.room import alone
+    from lowmem.benchmarks.common.output import exclusive
     from lowmem.benchmarks.latency.machine_state import look_before
     from lowmem.benchmarks.latency.measure import choose_lengths
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     lengths = choose_lengths(args.prompts, args.contexts, args.new_tokens, positions)
     origin = origin_of(sys.argv[1:], lineup.source, _digest(lineup), device)
     before = look_before(origin.load_average)
-    with alone(args.out, "latency"):
+    with exclusive(args.out, "latency"):
         return _record(args, lineup, lengths, origin, device, before)
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowmem.benchmarks.common import room
+from lowmem.benchmarks.common import output
 from lowmem.benchmarks.common.lineup import Entrant, Lineup, line_up
 from lowmem.benchmarks.common.origin import origin_of
 from lowmem.benchmarks.common.record_file import read_record, write_record
@@ -140,8 +140,8 @@ def measure(
             folder = cache_folder(reference)
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lowmem-quality-")))
-        stack.enter_context(room.alone(out, "quality"))
-        stack.enter_context(room.checked(folder, _disk_needed(reference, entrants, texts, folder)))
+        stack.enter_context(output.exclusive(out, "quality"))
+        stack.enter_context(output.with_disk_space(folder, _disk_needed(reference, entrants, texts, folder)))
         listener.begins(f"reference, {settings.reference_dtype}")
         kept = reference_states(reference, texts, folder, listener.layers, listener.note)
         if not kept.seconds:

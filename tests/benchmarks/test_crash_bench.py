@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem.benchmarks.common import room
+from lowmem.benchmarks.common import output
 from lowmem.benchmarks.common.records import Attempt
 from lowmem.benchmarks.humaneval.measure import WorkFile as Attempts
 from lowmem.benchmarks.latency.rounds import WorkFile
@@ -156,16 +156,16 @@ def test_a_full_disk_is_one_line(tmp_path):
 
 def test_two_measurements_of_a_kind_do_not_share_a_folder(tmp_path):
     """Each wrote the record that it knew over the other's."""
-    with room.alone(tmp_path / "out", "quality"):
+    with output.exclusive(tmp_path / "out", "quality"):
         with (
             pytest.raises(OutputError, match="another lowmem bench quality"),
-            room.alone(tmp_path / "out", "quality"),
+            output.exclusive(tmp_path / "out", "quality"),
         ):
             pass
-        with room.alone(tmp_path / "out", "latency"):
+        with output.exclusive(tmp_path / "out", "latency"):
             pass
     assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "out" / "quality.lock").touch()  # of a killed process
-    with room.alone(tmp_path / "out", "quality"):
+    with output.exclusive(tmp_path / "out", "quality"):
         pass
     assert list((tmp_path / "out").iterdir()) == []

@@ -269,7 +269,7 @@ def test_a_small_disk_is_refused_before_anything_is_written(source, tmp_path):
 def test_folders_that_can_only_be_read(source, tmp_path, monkeypatch):
     import subprocess
 
-    from lowmem.benchmarks.common.room import alone
+    from lowmem.benchmarks.common.output import exclusive
 
     with Disk(tmp_path / "disk", 1 << 20) as mounted:
         subprocess.run(["mount", "-o", "remount,ro,bind", str(mounted.root)], check=True)
@@ -282,7 +282,7 @@ def test_folders_that_can_only_be_read(source, tmp_path, monkeypatch):
             cache.claim("owner/name", "4bit-g128")
         with (
             pytest.raises(OutputError, match=r"Read-only file system.*--out"),
-            alone(mounted.root, "quality"),
+            exclusive(mounted.root, "quality"),
         ):
             pass
 
