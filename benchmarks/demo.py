@@ -107,10 +107,10 @@ def _measure(name: str, path: Path, comparison: Comparison, new_tokens: int) -> 
 
     from lowmem.config import SamplingParams
     from lowmem.loading.loader import load
-    from lowmem.plan.request import Request, plan_for
+    from lowmem.plan.request import ModelRequest, plan_for
     from lowmem.session import Session
 
-    need = plan_for(Request(str(path), device="cpu", method=None if name.startswith("GPTQ") else "dense"))
+    need = plan_for(ModelRequest(str(path), device="cpu", method=None if name.startswith("GPTQ") else "dense"))
     loaded = load(path)
     weights, kv_cache = need.chosen.need.weights, need.chosen.need.kv_cache
     _say(f"{name} answers {PROMPT!r}")

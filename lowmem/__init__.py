@@ -3,18 +3,32 @@
 >>> import lowmem
 >>> model, tokenizer = lowmem.load("HuggingFaceH4/starchat-alpha")   # doctest: +SKIP
 
-Nothing is imported until it is asked for: `import lowmem` costs nothing.
+Each name below is imported on first use, so that `import lowmem` costs nothing. `__init__.pyi` has the types.
 """
 
-from typing import Any
-
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "make_plan", "open_model"]
+
+_MODULES = {
+    "LowmemError": "errors",
+    "ModelRequest": "plan.request",
+    "QuantConfig": "config",
+    "SamplingParams": "config",
+    "Session": "session",
+    "load": "api",
+    "make_plan": "api",
+    "open_model": "api",
+}
+"""Public name → the module of lowmem that defines it. `convert` is a subpackage: lowmem.convert.convert."""
+
+__all__ = ["LowmemError", "ModelRequest", "QuantConfig", "SamplingParams", "Session", "__version__", "load"]
+__all__ += ["make_plan", "open_model"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("load", "make_plan", "open_model"):
-        from lowmem import api
+def __getattr__(name: str) -> object:
+    import importlib
 
-        return getattr(api, name)
+    if name == "convert":
+        return importlib.import_module("lowmem.convert")
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"lowmem.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'lowmem' has no attribute {name!r}")

@@ -1,107 +1,68 @@
-"""What a Python program calls: `lowmem.load`, `lowmem.open_model`, `lowmem.make_plan`."""
+"""The Python API: `lowmem.load`, `lowmem.open_model`, `lowmem.make_plan`."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 from lowmem.loading.loader import LoadedModel
 from lowmem.loading.opening import open_model as _open_model
-from lowmem.plan.device import parse_bytes
 from lowmem.plan.planner import Plan
-from lowmem.plan.request import Request, plan_for
+from lowmem.plan.request import ModelRequest, plan_for
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-def load(
-    model: str,
-    *,
-    context: int | None = None,
-    bits: int | None = None,
-    device: str = "auto",
-    vram: str | None = None,
-    ram: str | None = None,
-    dtype: str | None = None,
-    activation_bits: int | None = None,
-    check: bool = False,
-    verbose: bool = False,
-) -> tuple[Any, Any]:
-    """The best form of `model` that fits, as a transformers model and its tokenizer.
+def _with_parameters_of(
+    request: Callable[_P, ModelRequest],
+) -> Callable[[Callable[[ModelRequest], _T]], Callable[_P, _T]]:
+    """Give a function of a ModelRequest the parameters of ModelRequest, which then are written once."""
 
-    They work in `transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)` as from
-    transformers' own from_pretrained; generation also stops at the end of a turn. The arguments are the
-    options of `lowmem run`; sizes are texts such as "12GiB". check: compare all files with their digests
-    first. verbose: say on standard error what was chosen.
-    Raises LowmemError for everything that the caller can mend.
+    def decorate(function: Callable[[ModelRequest], _T]) -> Callable[_P, _T]:
+        @functools.wraps(function)
+        def call(*args: _P.args, **options: _P.kwargs) -> _T:
+            return function(request(*args, **options))
+
+        call.__signature__ = inspect.signature(request)  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+@_with_parameters_of(ModelRequest)
+def load(request: ModelRequest) -> tuple[Any, Any]:
+    """Load the best version of a model that fits, as a transformers model and its tokenizer.
+
+    Takes the fields of ModelRequest: `load("starchat-alpha", bits=4, ram="16GiB")`. Both work in
+    `transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)` like those of transformers'
+    own from_pretrained; generation also stops at the end of a turn. Raises LowmemError for every mistake or
+    limit that the caller can act on.
     """
-    loaded = open_model(
-        model,
-        context=context,
-        bits=bits,
-        device=device,
-        vram=vram,
-        ram=ram,
-        dtype=dtype,
-        activation_bits=activation_bits,
-        check=check,
-        verbose=verbose,
-    )
+    loaded = _open(request)
     return loaded.model, loaded.tokenizer
 
 
-def open_model(
-    model: str,
-    *,
-    context: int | None = None,
-    bits: int | None = None,
-    device: str = "auto",
-    vram: str | None = None,
-    ram: str | None = None,
-    dtype: str | None = None,
-    activation_bits: int | None = None,
-    check: bool = False,
-    verbose: bool = False,
-) -> LoadedModel:
-    """As `load`, with all that belongs to the model: plan, dialogue, stop tokens. A Session takes it."""
-    request = _request(model, context, bits, device, vram, ram, dtype, activation_bits, check)
-    return _open_model(request, _to_stderr if verbose else lambda line: None)
+@_with_parameters_of(ModelRequest)
+def open_model(request: ModelRequest) -> LoadedModel:
+    """As `load`, with everything that belongs to the model: plan, dialogue, stop tokens. For a Session."""
+    return _open(request)
 
 
-def make_plan(
-    model: str,
-    *,
-    context: int | None = None,
-    bits: int | None = None,
-    device: str = "auto",
-    vram: str | None = None,
-    ram: str | None = None,
-    dtype: str | None = None,
-) -> Plan:
-    """What `load` would choose, and what every form needs; no weight is read. `vram` may be of any card."""
-    return plan_for(_request(model, context, bits, device, vram, ram, dtype), named_card=True)
+@_with_parameters_of(ModelRequest)
+def make_plan(request: ModelRequest) -> Plan:
+    """What `load` would choose, and what each version needs; reads headers only.
+
+    `vram` may be that of a card that is not in this machine.
+    """
+    return plan_for(request, named_card=True)
 
 
-def _request(
-    model: str,
-    context: int | None,
-    bits: int | None,
-    device: str,
-    vram: str | None,
-    ram: str | None,
-    dtype: str | None,
-    activation_bits: int | None = None,
-    check: bool = False,
-) -> Request:
-    return Request(
-        model=str(model),
-        context=context,
-        bits=bits,
-        device=device,
-        vram=parse_bytes(vram, "vram") if vram else None,
-        ram=parse_bytes(ram, "ram") if ram else None,
-        dtype=dtype,
-        activation_bits=activation_bits,
-        check=check,
-    )
+def _open(request: ModelRequest) -> LoadedModel:
+    return _open_model(request, _to_stderr if request.verbose else lambda line: None)
 
 
 def _to_stderr(line: str) -> None:

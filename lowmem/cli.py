@@ -1,30 +1,35 @@
-"""The command line: arguments and dispatch. A command's module is imported when it is called."""
+"""The command line: finds the command and hands the rest of the line to its module.
+
+Until a command's module is imported, only the standard library is.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lowmem import __version__
 from lowmem.errors import LowmemError
 
 USER_ERROR = 2
 INTERRUPTED = 130
-_LOST = (
-    "a file of the model cannot be read any more: it was cut short, or its disk is gone. "
-    "Put it back (lowmem verify finds which it is), then give the same command again"
+"""The exit code that a shell reports for a program ended by Ctrl-C."""
+_FILE_LOST = (
+    "a file of the model can no longer be read: it was truncated, or its disk was removed. "
+    "Restore it (lowmem verify names the file), then repeat the command"
 )
 
 
 @dataclass(frozen=True)
 class Command:
-    """One word after `lowmem`: its module has add_arguments(parser) and run(args) -> exit code."""
+    """A command of `lowmem`. Its module has add_arguments(parser) and run(args) -> exit code."""
 
     name: str
     module: str
@@ -33,65 +38,89 @@ class Command:
 
 COMMANDS = (
     Command("convert", "lowmem.convert.cli", "quantize a checkpoint to 8, 4, 3 or 2 bits with GPTQ"),
-    Command("plan", "lowmem.commands.plan", "what every form of a model needs, and which one runs here"),
-    Command("run", "lowmem.commands.run", "chat with the best form of a model that fits, or answer a prompt"),
-    Command("fim", "lowmem.commands.fim", "fill in what is missing in the middle of a file"),
-    Command("serve", "lowmem.commands.serve", "an OpenAI-compatible API, and a chat page for the browser"),
-    Command(
-        "verify", "lowmem.commands.verify", "check a converted checkpoint, file by file and tensor by tensor"
-    ),
-    Command("list", "lowmem.commands.list", "the converted checkpoints in lowmem's cache"),
+    Command("plan", "lowmem.commands.plan", "show the memory that each version of a model needs"),
+    Command("run", "lowmem.commands.run", "chat with a model, or answer one prompt"),
+    Command("fim", "lowmem.commands.fim", "fill in the middle of a file"),
+    Command("serve", "lowmem.commands.serve", "serve an OpenAI-compatible API and a chat page"),
+    Command("verify", "lowmem.commands.verify", "check every file and tensor of a checkpoint"),
+    Command("list", "lowmem.commands.list", "list the converted checkpoints in lowmem's cache"),
     Command("rm", "lowmem.commands.rm", "remove checkpoints from the cache"),
-    Command("doctor", "lowmem.commands.doctor", "check what works on this machine, and say what does not"),
-    Command("bench", "lowmem.benchmarks.cli", "measure output quality and latency against bf16, and report"),
-    Command(
-        "demo",
-        "lowmem.benchmarks.demo",
-        "convert the embedded model, answer a prompt, measure: a few minutes",
-    ),
+    Command("doctor", "lowmem.commands.doctor", "check what works on this machine"),
+    Command("bench", "lowmem.benchmarks.cli", "measure quality and latency against the unquantized model"),
+    Command("demo", "lowmem.benchmarks.demo", "convert and run the built-in model; takes a few minutes"),
 )
+_COMMANDS = {command.name: command for command in COMMANDS}
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake in the arguments, instead of the whole usage."""
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a mistake in one line, under the command's own name."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}. See {self.prog} --help", file=sys.stderr)
+        """Print the message and exit with USER_ERROR."""
+        end = "" if message.endswith("?") else "."
+        print(f"{self.prog}: {message}{end} See {self.prog} --help", file=sys.stderr)
         raise SystemExit(USER_ERROR)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse unknown arguments here, so that the parser of the command reports them, not its parent's."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = next((word for word in unknown if word.startswith("-")), None)
+            if option is None:
+                self.error(f"unexpected argument {unknown[0]!r}")
+            name = option.partition("=")[0]
+            known = (o for o, a in self._option_string_actions.items() if a.help != argparse.SUPPRESS)
+            self.error(f"unknown option {name}{_did_you_mean(name, known)}")
+        return parsed, unknown
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and their options; imports no torch."""
-    parser = _Parser(
+
+def build_parser() -> Parser:
+    """The parser of `lowmem` itself: it lists the commands and knows none of their options."""
+    parser = Parser(
         prog="lowmem",
+        usage="lowmem [-h] [--version] COMMAND ...",
         description="Run StarChat Alpha, and models like it, in little memory.",
-        epilog="lowmem COMMAND --help tells a command's options.",
+        epilog="lowmem COMMAND --help shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    commands = parser.add_argument_group("commands")
     for command in COMMANDS:
-        sub = commands.add_parser(command.name, help=command.help, description=command.help)
-        importlib.import_module(command.module).add_arguments(sub)
+        commands.add_argument(command.name, nargs="?", help=command.help)
+    return parser
+
+
+def command_parser(command: Command) -> Parser:
+    """The parser of one command; imports that command's module."""
+    description = f"{command.help[0].upper()}{command.help[1:]}."
+    parser = Parser(prog=f"lowmem {command.name}", description=description)
+    importlib.import_module(command.module).add_arguments(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of `lowmem`; the exit code: 0, 2 for what the user can mend, 130 for Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    """The entry point of `lowmem`. Returns the exit code.
+
+    0; 2 for a mistake or limit that the user can act on; 130 for Ctrl-C; or what the command documents.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    if not words:
+        parser.error("a command is missing")
+    if words[0].startswith("-"):
+        parser.parse_args(words[:1])  # --help and --version exit; anything else is an error
+    command = _COMMANDS.get(words[0])
+    if command is None:
+        parser.error(f"unknown command {words[0]!r}{_did_you_mean(words[0], _COMMANDS)}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of torchao's import, not of ours
-    from lowmem.kernels.native.lost_files import lost_files_told
-
-    module = next(command.module for command in COMMANDS if command.name == args.command)
+    os.environ["PYTHONSAFEPATH"] = "1"  # child processes do not import from the current folder either
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns through it
     try:
-        with lost_files_told(f"lowmem {args.command}: {_LOST}", USER_ERROR):
-            return int(importlib.import_module(module).run(args))
+        return _run(command, words[1:])
     except LowmemError as error:
-        print(f"lowmem {args.command}: {error}", file=sys.stderr)
-        return USER_ERROR
+        return _refuse(command, str(error))
     except BrokenPipeError:
-        # Whoever read our output has gone: that is no failure of ours.
+        # The reader of our output has exited, which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, RuntimeError, OSError) as error:
@@ -100,12 +129,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_out_of_memory(error):
             raise
-        print(
-            f"lowmem {args.command}: memory ran out: {one_line(error)}. Close other programs, or ask for "
-            "fewer bits or a shorter --context",
-            file=sys.stderr,
-        )
-        return USER_ERROR
+        hint = "Close other programs, or use fewer bits or a shorter --context"
+        return _refuse(command, f"out of memory: {one_line(error)}. {hint}")
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _run(command: Command, words: Sequence[str]) -> int:
+    args = command_parser(command).parse_args(words)
+    from lowmem.kernels.native.lost_files import lost_files_told
+
+    with lost_files_told(f"lowmem {command.name}: {_FILE_LOST}", USER_ERROR):
+        return int(importlib.import_module(command.module).run(args))
+
+
+def _refuse(command: Command, message: str) -> int:
+    print(f"lowmem {command.name}: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f". Did you mean {near[0]}?" if near else ""

@@ -1,81 +1,81 @@
-"""The settings of both journeys, one frozen dataclass a concept."""
+"""The settings of conversion and generation, one frozen dataclass each."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from lowmem.errors import RecipeError
+from lowmem.errors import InvalidRequestError, RecipeError
 
 BITS = (8, 4, 3, 2)
 DEFAULT_CONTEXT = 8192
-"""Tokens of context where nobody asked for any: StarChat's positions. The KV cache is made for the whole
-context, and some models have positions for a hundred thousand tokens."""
+"""Tokens of context where none is requested: StarChat's positions. The KV cache is allocated for the whole
+context, and some models have more than 100,000 positions."""
 PREFILL_CHUNK = 512
-"""Tokens of a prompt that go through the model at once: what bounds the workspace at any prompt length."""
-
-
+"""Tokens of a prompt in one forward pass. Bounds the workspace at any prompt length."""
 SLICE_BYTES = 32 << 20
-"""Of a stored tensor that passes through host memory at a time while a model is loaded."""
+"""Bytes of a stored tensor in host memory at a time while a model is loaded."""
 QUANTIZED_SLICE_BYTES = 8 << 20
-"""The same where bitsandbytes quantizes the slice, and makes up to nine times as much of it."""
+"""The same where bitsandbytes quantizes the slice, which takes up to nine times its size."""
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How the linears are quantized (the fields that GPTQ readers know by the same names).
+    """How the linears are quantized. Fields shared with other GPTQ tools have their names.
 
-    bits: 8, 4, 3 or 2 bits a weight.
-    group_size: input columns that share a scale; -1 is one group for the whole row, and 0 leaves the
-        choice to the converter: the largest of 128, 64 and 32 that divides every linear's inputs.
-    sym: the zero-point is the middle of the range; otherwise each group has its own.
-    desc_act: act-order, the columns with the largest Hessian diagonal first. Groups stay static
-        (column // group_size), so that inference needs no permutation.
-    damp_percent: a fraction of the mean of diag H added to the diagonal.
-    true_sequential: linears inside a layer see the outputs of the already quantized ones.
-    correction: the share, 0..1, of what earlier linears did wrong that a linear is asked to make up for; 0
-        leaves the inputs' errors as they are, and saves a second stream of hidden states. Without
-        true_sequential nothing is corrected: linears that do not see each other would all do the same work.
-    passes: over the integers and the scale of each group, once it is chosen by what GPTQ leaves of the whole
-        group; 0 is GPTQ as published, each group's scale chosen by its weights one by one.
-    tune_steps: of tuning each layer's scales, biases and norms together, once its integers are chosen.
+    Raises RecipeError for a value out of range.
     """
 
     bits: int = 4
+    """Bits per weight: 8, 4, 3 or 2."""
     group_size: int = 0
+    """Input columns that share a scale; -1 is one group per row. 0 chooses the largest of 128, 64 and 32
+    that divides the inputs of every linear."""
     sym: bool = True
+    """The zero-point is the middle of the range; otherwise each group has its own."""
     desc_act: bool = True
+    """Act-order: quantize the columns with the largest Hessian diagonal first. Groups stay static
+    (column // group_size), so inference needs no permutation."""
     damp_percent: float = 0.01
+    """Fraction of the mean of diag H that is added to the diagonal."""
     true_sequential: bool = True
+    """Each linear of a layer sees the outputs of the linears that are already quantized."""
     correction: float = 0.5
+    """Share, 0 to 1, of the error of earlier linears that a linear compensates. 0 also saves the hidden
+    states of the unquantized model. Needs true_sequential: otherwise all would compensate the same error."""
     passes: int = 2
+    """Passes over the integers and the scale of each group after the grid search. 0 is GPTQ as published,
+    which chooses the scale from the weights alone."""
     tune_steps: int = 0
+    """Steps of tuning the scales, biases and norms of a layer together after its integers are chosen."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise RecipeError(f"{self.bits} bits is not a width that can be stored", "Use 8, 4, 3 or 2")
+            raise RecipeError(f"{self.bits} bits is not supported", "Use 8, 4, 3 or 2")
         if self.group_size not in (-1, 0) and (self.group_size < 32 or self.group_size % 32):
             raise RecipeError(
                 f"group size {self.group_size} cannot be packed", "Use -1, or a multiple of 32 such as 128"
             )
         if not 0 < self.damp_percent < 1:
-            raise RecipeError(f"damp percent {self.damp_percent} is not between 0 and 1", "Use 0.01, say")
+            raise RecipeError(f"damp percent {self.damp_percent} is not between 0 and 1", "Use 0.01")
         if not 0 <= self.correction <= 1:
-            raise RecipeError(f"correction {self.correction} is not between 0 and 1", "Use 0.5, say")
+            raise RecipeError(f"correction {self.correction} is not between 0 and 1", "Use 0.5")
         if not 0 <= self.passes <= 100:
-            raise RecipeError(f"{self.passes} passes over the groups are not 0 to 100", "Use 2")
+            raise RecipeError(f"passes {self.passes} is not between 0 and 100", "Use 2")
         if not 0 <= self.tune_steps <= 100_000:
             raise RecipeError(
-                f"{self.tune_steps} steps of tuning are not 0 to 100000", "Use 32, or 0 for none"
+                f"tune steps {self.tune_steps} is not between 0 and 100000", "Use 32, or 0 for no tuning"
             )
 
     @property
     def corrects(self) -> bool:
-        """Whether linears make up for earlier ones."""
+        """Whether linears compensate the error of earlier ones."""
         return self.correction > 0 and self.true_sequential
 
     @property
     def follows_unquantized(self) -> bool:
-        """Whether the conversion runs the unquantized model beside the one that it makes."""
+        """Whether the conversion also runs the unquantized model."""
         return self.corrects or self.tune_steps > 0
 
     @property
@@ -86,21 +86,47 @@ class QuantConfig:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, and what ends an answer; the defaults are those of StarChat Alpha's card.
-
-    temperature 0 is greedy. top_k 0, top_p 1, min_p 0 and repetition_penalty 1 turn their filters off.
-    min_p: a token needs at least this share of the most likely token's probability. repetition_penalty:
-    logits of tokens that are there already are divided (if positive, else multiplied) by it. seed: the same
-    seed gives the same tokens; None differs from run to run. stop: texts that end an answer and are not part
-    of it. logprobs: give each token's log-probability and those of so many of the likeliest; None gives none.
-    """
+    """How tokens are chosen and what ends an answer. Defaults: those of StarChat Alpha's model card."""
 
     max_new_tokens: int = 256
+    """The answer ends after this many tokens."""
     temperature: float = 0.2
+    """0 is greedy."""
     top_k: int = 50
+    """Sample among the k most likely tokens; 0 turns the filter off."""
     top_p: float = 0.95
+    """Sample among the most likely tokens with this total probability; 1 turns the filter off."""
     min_p: float = 0.0
+    """Drop tokens with less than this share of the highest probability; 0 turns the filter off."""
     repetition_penalty: float = 1.0
+    """Divide positive logits of earlier tokens by this, and multiply negative ones; 1 turns it off."""
     seed: int | None = None
+    """The same seed gives the same tokens; None differs between runs."""
     stop: tuple[str, ...] = ()
+    """Texts that end an answer. They are not part of it."""
     logprobs: int | None = None
+    """Report the log-probability of each token, and those of this many of the most likely ones."""
+
+
+def check_sampling(params: SamplingParams) -> None:
+    """Raises InvalidRequestError for a setting that is out of range."""
+    if params.max_new_tokens < 1:
+        raise InvalidRequestError(f"max_new_tokens is {params.max_new_tokens}", "Use at least 1")
+    if not 0 <= params.temperature < math.inf:
+        raise InvalidRequestError(
+            f"temperature is {params.temperature}", "Use 0 for greedy, or a positive number such as 0.2"
+        )
+    if params.top_k < 0:
+        raise InvalidRequestError(f"top_k is {params.top_k}", "Use 0 to turn it off, or a positive number")
+    if not 0 < params.top_p <= 1:
+        raise InvalidRequestError(f"top_p is {params.top_p}", "Use a number above 0; 1 turns it off")
+    if not 0 <= params.min_p <= 1:
+        raise InvalidRequestError(f"min_p is {params.min_p}", "Use a number up to 1; 0 turns it off")
+    if not 0 < params.repetition_penalty < math.inf:
+        raise InvalidRequestError(
+            f"repetition_penalty is {params.repetition_penalty}", "Use a number such as 1.1; 1 turns it off"
+        )
+    if isinstance(params.stop, str) or not all(isinstance(text, str) and text for text in params.stop):
+        raise InvalidRequestError("a stop text is empty or not a string", "Use non-empty strings")
+    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
+        raise InvalidRequestError(f"logprobs is {params.logprobs}", f"Use a number from 0 to {MAX_LOGPROBS}")

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lowmem.checkpoint.files.reading import one_line
-from lowmem.config import DEFAULT_CONTEXT, SamplingParams
+from lowmem.config import DEFAULT_CONTEXT, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.compiled import default_decode
 from lowmem.generate.engine import Engine, FinishReason, Progress, Token, context_length
-from lowmem.generate.sampling import check_sampling
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import (
     ROLES,

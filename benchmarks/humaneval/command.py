@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from lowmem.benchmarks.humaneval.sandbox import require
 
     from lowmem.checkpoint.source.open import open_source
-    from lowmem.generate.sampling import check_sampling
+    from lowmem.config import check_sampling
     from lowmem.plan.request import find_card
 
     walls = require()
@@ -164,11 +164,11 @@ def _opener(entrant: Entrant, device: str, listener: Listener) -> Callable[[], S
 
     def open_session() -> Session:
         from lowmem.loading.opening import open_model
-        from lowmem.plan.request import Request
+        from lowmem.plan.request import ModelRequest
         from lowmem.session import Session
 
         candidate = entrant.candidate
-        request = Request(
+        request = ModelRequest(
             model=str(candidate.path),
             context=min(CONTEXT, candidate.shape.positions or CONTEXT),
             method=candidate.form.method,

@@ -291,12 +291,12 @@ def _of_texts(states: HiddenStates, texts: Sequence[Text]) -> dict[str, Rows]:
 def _load(work: _Work, entrant: Entrant, context: int | None = None) -> Any:
     """The form as `lowmem run` loads it; MemoryBudgetError where it does not fit."""
     from lowmem.loading.opening import load_option
-    from lowmem.plan.request import Request, plan_for
+    from lowmem.plan.request import ModelRequest, plan_for
 
     form = entrant.candidate.form
     dtype = entrant.subject.dtype if work.settings.kernels else form.dtype
     wanted = context or work.settings.row_length
-    request = Request(
+    request = ModelRequest(
         str(entrant.candidate.path),
         context=min(wanted, entrant.candidate.shape.positions or wanted),
         method=form.method,

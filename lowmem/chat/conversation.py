@@ -1,19 +1,21 @@
-"""What was said so far, as values: every command makes a new conversation out of the old."""
+"""The conversation so far, as immutable values."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from lowmem.config import SamplingParams
 from lowmem.models.dialogue import Message
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question and its answer as the model gave it; stopped: Ctrl-C ended it, not the model."""
+    """A question and the model's answer."""
 
     question: str
     answer: str
     stopped: bool = False
+    """Ctrl-C ended the answer."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,28 @@ class Conversation:
     exchanges: tuple[Exchange, ...] = ()
 
     def messages(self, question: str | None = None) -> list[Message]:
-        """The turns without the system text; `question` is one more, to be answered."""
+        """All messages but the system text, followed by `question` if given."""
         found = []
         for exchange in self.exchanges:
             found += [Message("user", exchange.question), Message("assistant", exchange.answer)]
         return found if question is None else [*found, Message("user", question)]
 
     def with_exchange(self, exchange: Exchange) -> Conversation:
-        """One exchange more."""
+        """A copy with one more exchange."""
         return replace(self, exchanges=(*self.exchanges, exchange))
 
     def without_last(self) -> Conversation:
-        """One exchange less; IndexError where there is none."""
+        """A copy without the last exchange. Raises IndexError where there is none."""
         if not self.exchanges:
             raise IndexError("the conversation is empty")
         return replace(self, exchanges=self.exchanges[:-1])
+
+
+@dataclass(frozen=True)
+class ChatState:
+    """What a chat starts from, and what /save writes."""
+
+    conversation: Conversation = field(default_factory=Conversation)
+    params: SamplingParams = field(default_factory=SamplingParams)
+    model: str = ""
+    """The model as the user named it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -24,12 +25,14 @@ _LARGEST_ENTRY = 20_000  # characters: a pasted file is not looked for with the 
 _LARGEST_HISTORY = 4 << 20  # bytes
 _MOST_ENTRIES = 1000  # that the arrow key and Ctrl-R reach, of so many characters in all
 _MOST_CHARACTERS = 1 << 20
-_MOST_WIDTHS = 5000  # texts whose widths prompt_toolkit remembers
+_MOST_WIDTHS = 5000  # entries in prompt_toolkit's cache of widths
+_REFRESH = 0.2  # seconds between two drawings of the status
 _STYLE = Style.from_dict(
     {
         "prompt": "bold",
         "completion-menu.completion.current": "reverse",
         "completion-menu": "bg:default fg:default",
+        "bottom-toolbar": "noreverse dim",
     }
 )
 
@@ -52,6 +55,7 @@ class Prompt:
         target: Output | None = None,
     ) -> None:
         """`commands`: name → help. `choices`: what may follow a command. source, target: for tests."""
+        self._aborted = False
         slash = Condition(lambda: self._session.default_buffer.text.startswith("/"))
         self._session: PromptSession[str] = PromptSession(
             FormattedText([("class:prompt", _PROMPT)]),
@@ -71,10 +75,37 @@ class Prompt:
             output=target,
         )
 
-    def read(self) -> str:
-        """The next message; KeyboardInterrupt for Ctrl-C at an empty prompt, EOFError for Ctrl-D."""
-        _forget_widths()
-        return self._session.prompt()
+    def read(self, status: Callable[[], str] | None = None) -> str:
+        """The next message. Raises KeyboardInterrupt for Ctrl-C at an empty prompt, EOFError for Ctrl-D.
+
+        status: text below the prompt, until `hide_status`. May run in any thread.
+        """
+        _limit_widths()
+        if status is not None:
+            self._session.bottom_toolbar = lambda: status()
+            self._session.refresh_interval = _REFRESH
+        try:
+            return self._session.prompt(pre_run=self._leave_if_aborted)
+        finally:
+            self._session.bottom_toolbar, self._session.refresh_interval = None, 0
+
+    def hide_status(self) -> None:
+        """Remove the text below the prompt."""
+        self._session.bottom_toolbar = None
+        self._session.app.invalidate()
+
+    def abort(self) -> None:
+        """Have `read`, this call or the next, raise EOFError."""
+        self._aborted = True
+        loop = self._session.app.loop
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._leave_if_aborted)
+
+    def _leave_if_aborted(self) -> None:
+        app = self._session.app
+        if self._aborted and app.is_running and not app.is_done:
+            app.exit(exception=EOFError)
 
 
 class CommandCompleter(Completer):
@@ -186,8 +217,8 @@ def open_history(notify: Callable[[str], None]) -> History:
     return _ChatHistory(path)
 
 
-def _forget_widths() -> None:
-    """prompt_toolkit remembers the width of every text of up to 64 characters that it ever showed."""
+def _limit_widths() -> None:
+    """Bound prompt_toolkit's cache of the widths of all texts that it has shown."""
     widths = getattr(utils, "_CHAR_SIZES_CACHE", None)
     if isinstance(widths, dict) and len(widths) > _MOST_WIDTHS:
         widths.clear()

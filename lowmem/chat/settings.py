@@ -1,4 +1,4 @@
-"""The sampling settings by name: what /set takes, and what a saved conversation holds."""
+"""The sampling settings by name, for /set and for saved conversations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lowmem.config import SamplingParams
+from lowmem.config import SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
-from lowmem.generate.sampling import check_sampling
 
 NAMES = (
     "temperature",
@@ -26,17 +25,18 @@ _NONE = ("none", "off", "random")
 
 
 def setting_name(text: str) -> str:
-    """`top-k` or `top_k` → `top_k`; InvalidRequestError for what is no setting."""
+    """`top-k` or `top_k` → `top_k`. Raises InvalidRequestError for an unknown name."""
     name = text.lower().replace("-", "_")
     if name not in NAMES:
-        raise InvalidRequestError(f"{text!r} is not a setting", f"There are {', '.join(NAMES)}")
+        raise InvalidRequestError(f"{text!r} is not a setting", f"Use one of {', '.join(NAMES)}")
     return name
 
 
 def with_setting(params: SamplingParams, name: str, text: str) -> SamplingParams:
-    """`params` with one setting as a person types it; InvalidRequestError for a value that means nothing.
+    """`params` with one setting as a user types it. Raises InvalidRequestError for an invalid value.
 
-    A seed may be `none`. Stop texts are separated by blanks, with \\n for a line's end; `none` is none.
+    A seed may be `none`. Stop texts are separated by spaces and may contain \\n and \\t;
+    `none` clears them.
     """
     name = setting_name(name)
     value: object
@@ -50,12 +50,14 @@ def with_setting(params: SamplingParams, name: str, text: str) -> SamplingParams
             value = int(text) if name in _WHOLE_NUMBERS else float(text)
         except ValueError:
             kind = "a whole number" if name in _WHOLE_NUMBERS else "a number"
-            raise InvalidRequestError(f"{name} is {kind}, not {text!r}", f"Type /set {name} VALUE") from None
+            raise InvalidRequestError(
+                f"{name} takes {kind}, not {text!r}", f"Type /set {name} VALUE"
+            ) from None
     return _checked(params, {name: value})
 
 
 def show_settings(params: SamplingParams) -> list[str]:
-    """One line a setting."""
+    """One line per setting."""
     lines = []
     for name in NAMES:
         value = getattr(params, name)
@@ -66,14 +68,14 @@ def show_settings(params: SamplingParams) -> list[str]:
 
 
 def settings_record(params: SamplingParams) -> dict[str, Any]:
-    """The settings as JSON holds them."""
+    """The settings as a JSON object."""
     return {name: getattr(params, name) for name in NAMES}
 
 
 def settings_from(record: Mapping[str, Any], params: SamplingParams) -> SamplingParams:
-    """`params` with the settings of a file, whose names and types are anybody's; unknown names are ignored.
+    """`params` with the settings of a file. Ignores unknown names.
 
-    Raises InvalidRequestError naming the setting that is not what it should be.
+    Raises InvalidRequestError for a value of the wrong type, or out of range.
     """
     found: dict[str, object] = {}
     for name in NAMES:
@@ -88,11 +90,11 @@ def settings_from(record: Mapping[str, Any], params: SamplingParams) -> Sampling
         else:
             good = type(value) in (int, float)
         if not good:
-            raise InvalidRequestError(f"its setting {name} is not what it should be")
+            raise InvalidRequestError(f"its setting {name} has an invalid value")
         try:
             found[name] = value if name in (*_WHOLE_NUMBERS, "stop") else float(value)
-        except OverflowError:  # JSON's numbers have no end
-            raise InvalidRequestError(f"its setting {name} is not what it should be") from None
+        except OverflowError:  # JSON numbers are unbounded
+            raise InvalidRequestError(f"its setting {name} has an invalid value") from None
     return _checked(params, found)
 
 
@@ -104,6 +106,6 @@ def _checked(params: SamplingParams, values: Mapping[str, object]) -> SamplingPa
 
 
 def check_seed(params: SamplingParams) -> None:
-    """Raises InvalidRequestError for a seed that torch's generators cannot take."""
+    """Raises InvalidRequestError for a seed out of range."""
     if params.seed is not None and not 0 <= params.seed < _SEEDS:
-        raise InvalidRequestError("the seed is out of range", f"Use a number from 0 to {_SEEDS - 1}")
+        raise InvalidRequestError(f"the seed is {params.seed}", f"Use a number from 0 to {_SEEDS - 1}")

@@ -1,4 +1,4 @@
-"""Conversations in files: JSON that says what it is, written whole or not at all.
+"""Saved conversations: JSON files, written completely or not at all.
 
 {"format": "lowmem-chat", "version": 1, "model": "…", "system": null | "…",
  "settings": {"temperature": 0.2, …},
@@ -11,11 +11,10 @@ import json
 import os
 import stat
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.chat.conversation import Conversation, Exchange
+from lowmem.chat.conversation import ChatState, Conversation, Exchange
 from lowmem.chat.settings import settings_from, settings_record
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError
@@ -28,18 +27,10 @@ class ConversationError(LowmemError):
     """A file of a conversation cannot be read or written."""
 
 
-@dataclass(frozen=True)
-class Saved:
-    """What a file holds."""
+def save(name: str, state: ChatState) -> Path:
+    """Write the conversation to a file that only its owner can read. Returns the path.
 
-    conversation: Conversation
-    params: SamplingParams
-
-
-def save(name: str, conversation: Conversation, params: SamplingParams, model: str = "") -> Path:
-    """Write the conversation to a file, readable by its owner alone; the file's path.
-
-    Another conversation is replaced, anything else is left alone. Raises ConversationError.
+    Overwrites a saved conversation, and no other file. Raises ConversationError.
     """
     path = _path(name)
     if _exists(path):
@@ -47,10 +38,10 @@ def save(name: str, conversation: Conversation, params: SamplingParams, model: s
             _read(path)
         except ConversationError as error:
             raise ConversationError(
-                f"{path} is there, and is no conversation of lowmem's", "Name another file"
+                f"{path} exists and is not a conversation saved by lowmem", "Name another file"
             ) from error
     messages: list[dict[str, Any]] = []
-    for exchange in conversation.exchanges:
+    for exchange in state.conversation.exchanges:
         answer: dict[str, Any] = {"role": "assistant", "content": exchange.answer}
         if exchange.stopped:
             answer["stopped"] = True
@@ -58,108 +49,112 @@ def save(name: str, conversation: Conversation, params: SamplingParams, model: s
     record = {
         "format": FORMAT,
         "version": VERSION,
-        "model": model,
-        "system": conversation.system,
-        "settings": settings_record(params),
+        "model": state.model,
+        "system": state.conversation.system,
+        "settings": settings_record(state.params),
         "messages": messages,
     }
     data = (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "replace")
     if len(data) > LARGEST:
         raise ConversationError(
-            f"the conversation is larger than {LARGEST >> 20} MiB, and could not be loaded again"
+            f"the conversation is larger than {LARGEST >> 20} MiB, the largest that can be loaded again"
         )
     try:
         _write(path, data)
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise ConversationError(
-            f"cannot write {path}: {reason}", "Name a file in a folder that you can write to"
+            f"cannot write {path}: {reason}", "Name a file in a writable folder"
         ) from error
     return path
 
 
-def load(name: str, params: SamplingParams) -> Saved:
-    """Read a conversation; settings that the file does not have are those of `params`.
+def load(name: str, params: SamplingParams) -> ChatState:
+    """Read a saved conversation. `params` supplies the settings that the file lacks.
 
-    Raises ConversationError for a path that is wrong, and for anything that `save` would not write.
+    Raises ConversationError for a wrong path, and for any file that `save` would not write.
     """
     path = _path(name)
     record = _read(path)
     system = record.get("system")
     if system is not None and not _is_text(system):
-        raise ConversationError(f"{path}: its system text is no text")
+        raise ConversationError(f"{path}: the system text is not a string")
     settings = record.get("settings", {})
     try:
         if not isinstance(settings, dict):
-            raise InvalidRequestError("its settings are no object")
+            raise InvalidRequestError("its settings are not an object")
         params = settings_from(settings, params)
     except InvalidRequestError as error:
-        raise ConversationError(f"{path}: {error}", "Mend or remove it in the file") from error
-    return Saved(Conversation(system, _exchanges(record.get("messages"), path)), params)
+        raise ConversationError(f"{path}: {error}", "Correct or remove it in the file") from error
+    return ChatState(Conversation(system, _exchanges(record.get("messages"), path)), params)
 
 
 def _path(name: str) -> Path:
-    """A typed name as a path: ~ is the home, and a link is followed, so that it stays a link."""
+    """A typed name as a path: expands ~, and resolves links, so that saving keeps them."""
     try:
         return Path(name).expanduser().resolve()
     except (OSError, RuntimeError, ValueError) as error:
-        raise ConversationError(f"{name!r} is no path: {error}", "Name a file") from error
+        raise ConversationError(f"{name!r} is not a path: {error}", "Name a file") from error
 
 
 def _exists(path: Path) -> bool:
     try:
         return os.path.lexists(path)
-    except (OSError, ValueError):  # a name that no file can have: writing will say so
+    except (OSError, ValueError):  # not a valid name: writing reports it
         return False
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The object in a file that says it is a conversation of ours."""
+    """The JSON object of a saved conversation."""
     try:
-        # A pipe that nobody writes to must not block: what it is is asked before anything is read.
+        # Opening a pipe must not block: check the type before reading.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         try:
             mode = os.fstat(handle).st_mode
             if not stat.S_ISREG(mode):
-                what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+                what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
                 raise ConversationError(f"{path} is {what}", "Name a file that /save wrote")
             with open(handle, "rb", closefd=False) as file:
                 data = file.read(LARGEST + 1)
         finally:
             os.close(handle)
     except FileNotFoundError as error:
-        raise ConversationError(f"there is no {path}", "Name a file that /save wrote") from error
+        raise ConversationError(f"{path} does not exist", "Name a file that /save wrote") from error
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise ConversationError(f"cannot read {path}: {reason}", "Name a file that /save wrote") from error
     if len(data) > LARGEST:
-        raise ConversationError(f"{path} is larger than {LARGEST >> 20} MiB, which no conversation is")
+        raise ConversationError(
+            f"{path} is larger than {LARGEST >> 20} MiB, the limit of a saved conversation"
+        )
     try:
         record = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ConversationError(f"{path} is not JSON", "Name a file that /save wrote") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ConversationError(
-            f"{path} is JSON, but no conversation of lowmem's", "Name a file that /save wrote"
+            f"{path} is JSON, but not a conversation saved by lowmem", "Name a file that /save wrote"
         )
     if type(record.get("version")) is not int or not 1 <= record["version"] <= VERSION:
         raise ConversationError(
-            f"{path} was written by another version of lowmem", "Update lowmem to read it"
+            f"{path} was saved by a newer or unknown version of lowmem", "Update lowmem to read it"
         )
     return record
 
 
 def _exchanges(messages: object, path: Path) -> tuple[Exchange, ...]:
-    """Pairs of a user's and an assistant's message; anything else is refused by its number."""
+    """The exchanges. Raises ConversationError with the number of a wrong message."""
     if not isinstance(messages, list) or len(messages) % 2:
-        raise ConversationError(f"{path}: its messages are no list of questions and answers")
+        raise ConversationError(f"{path}: the messages are not a list of questions and answers")
     found: list[str] = []
     stopped: list[bool] = []
     for position, message in enumerate(messages):
         role = "assistant" if position % 2 else "user"
         good = isinstance(message, dict) and message.get("role") == role and _is_text(message.get("content"))
         if not good:
-            raise ConversationError(f"{path}: message {position + 1} is not one of role {role!r} with a text")
+            raise ConversationError(
+                f"{path}: message {position + 1} is not one of role {role!r} with a string"
+            )
         found.append(message["content"])
         stopped.append(message.get("stopped") is True)
     return tuple(
@@ -194,8 +189,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def state_folder() -> Path:
-    """Where what a user would miss is kept: $XDG_STATE_HOME/lowmem, or ~/.local/state/lowmem."""
+    """The folder of history and rescued conversations: $XDG_STATE_HOME or ~/.local/state, lowmem."""
     named = os.environ.get("XDG_STATE_HOME", "")
-    # The base directory specification: a path that is not absolute is to be ignored.
+    # The XDG Base Directory Specification has relative paths ignored.
     base = Path(named) if os.path.isabs(named) else Path.home() / ".local" / "state"
     return base / "lowmem"

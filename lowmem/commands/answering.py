@@ -1,68 +1,68 @@
-"""What the commands that answer have alike: how tokens are chosen, texts from files, lines on stderr."""
+"""What the commands that answer share: sampling options, text files, lines on standard error."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lowmem.config import SamplingParams
+from lowmem.config import SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 
+if TYPE_CHECKING:
+    from lowmem.loading.loader import LoadedModel
+    from lowmem.plan.planner import Plan
+    from lowmem.plan.request import ModelRequest
+    from lowmem.session import Session
+
 INTERRUPTED = 130
-"""What a shell reports for a program that Ctrl-C ended."""
+"""The exit code that a shell reports for a program ended by Ctrl-C."""
 LARGEST = 64 << 20
-"""Bytes of a file that is read: no context is nearly as long, and /dev/zero has no end."""
+"""Bytes of the largest file that is read: longer than any context, and /dev/zero never ends."""
+_SAMPLING: tuple[tuple[str, type, str, str], ...] = (
+    ("max_new_tokens", int, "N", "end the answer after N tokens"),
+    ("temperature", float, "T", "0 always takes the most likely token"),
+    ("top_k", int, "K", "sample among the K most likely tokens; 0 turns it off"),
+    ("top_p", float, "P", "sample among the most likely tokens of total probability P; 1 turns it off"),
+    ("min_p", float, "P", "drop tokens below P times the highest probability; 0 turns it off"),
+    ("repetition_penalty", float, "R", "above 1 makes repeated tokens less likely; 1 turns it off"),
+    ("seed", int, "N", "the same seed gives the same answer"),
+)
 
 
-def add_sampling_arguments(parser: argparse.ArgumentParser, base: SamplingParams) -> None:
-    """Declare how tokens are chosen; what is not given is left to `sampling_params`, and `base` is shown."""
-    group = parser.add_argument_group("how the answer is chosen")
-    numbers: tuple[tuple[str, type, str, str], ...] = (
-        ("max_new_tokens", int, "N", "end the answer after N tokens"),
-        ("temperature", float, "T", "0 always takes the most likely token"),
-        ("top_k", int, "K", "sample among the K most likely tokens; 0 is off"),
-        ("top_p", float, "P", "sample among the tokens that make up probability P; 1 is off"),
-        ("min_p", float, "P", "only tokens with P times the probability of the most likely one; 0 is off"),
-        ("repetition_penalty", float, "R", "above 1 makes tokens that were there less likely; 1 is off"),
-    )
-    for name, kind, metavar, text in numbers:
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} ({getattr(base, name)})")
-    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
+def add_sampling_arguments(parser: argparse.ArgumentParser, defaults: SamplingParams) -> None:
+    """Declare the options of `sampling_params`; the help shows `defaults`."""
+    group = parser.add_argument_group("sampling")
+    for name, kind, metavar, text in _SAMPLING:
+        default = getattr(defaults, name)
+        shown = "" if default is None else f" ({default})"
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text + shown)
+    group.add_argument("--max-tokens", dest="max_new_tokens", type=int, help=argparse.SUPPRESS)
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated"
     )
 
 
-def sampling_params(args: argparse.Namespace, base: SamplingParams) -> SamplingParams:
-    """`base` with what was given on the command line."""
-    values: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in (
-            "max_new_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "seed",
-        )
-        if getattr(args, name) is not None
-    }
+def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> SamplingParams:
+    """`defaults` with the options that were given. Raises InvalidRequestError for one out of range."""
+    given = {name: getattr(args, name) for name, *_ in _SAMPLING}
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.stop is not None:
         values["stop"] = tuple(args.stop)
-    return replace(base, **values)
+    params = replace(defaults, **values)
+    check_sampling(params)
+    return params
 
 
 def read_text(name: str, too_large: str) -> str:
-    """A file's text as it is, line ends included; - is standard input.
+    """A file's text, line ends unchanged; - is standard input.
 
-    too_large: what to do about a file of more than LARGEST bytes. Raises InvalidRequestError for one that is
-    none, cannot be read, or is not UTF-8.
+    too_large: the hint for a file of more than LARGEST bytes. Raises InvalidRequestError for a file that is
+    too large, cannot be read, or is not UTF-8.
     """
     where = "standard input" if name == "-" else name
     try:
@@ -87,7 +87,42 @@ def read_text(name: str, too_large: str) -> str:
     return text
 
 
+def load_session(
+    plan: Plan,
+    request: ModelRequest,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    speculate: bool = True,
+) -> Session:
+    """Load a planned model; imports torch and what else this model needs."""
+    from lowmem.loading.garbage import paused_collection
+
+    with paused_collection():
+        from lowmem.loading.opening import load_plan
+        from lowmem.session import Session
+
+    return Session(load_plan(plan, request, say, progress), speculate=speculate)
+
+
+def notifier(quiet: bool) -> Callable[[str], None]:
+    """`note`, or with --quiet a function that prints nothing."""
+    return (lambda line: None) if quiet else note
+
+
 def note(line: str) -> None:
-    """A dim line on stderr; plain where stderr is no terminal, or nobody wants colours."""
+    """Print a line on standard error: dim on a terminal, unless NO_COLOR is set."""
     dim = sys.stderr.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     print(f"\x1b[2m{line}\x1b[0m" if dim else line, file=sys.stderr, flush=True)
+
+
+def model_record(loaded: LoadedModel) -> dict[str, object]:
+    """The loaded model, for --json."""
+    return {
+        "label": loaded.label,
+        "kernel": loaded.kernel,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": str(loaded.device),
+        "load_seconds": loaded.load_seconds,
+        "weight_bytes": loaded.weight_bytes,
+    }

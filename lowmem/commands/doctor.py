@@ -1,4 +1,4 @@
-"""`lowmem doctor`: what works on this machine. Exit code 0 when all that is needed works, else 1."""
+"""`lowmem doctor`: check what works on this machine."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ if TYPE_CHECKING:
     from lowmem.doctor.report import Check
 
 SICK = 1
-_COLOURS = {"ok": "green", "warning": "yellow", "missing": "red"}
+_COLOURS = {"ok": "green", "warning": "yellow", "missing": "red", "skipped": "dim"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem doctor`."""
-    parser.add_argument("--quick", action="store_true", help="only look; compute and measure nothing")
-    parser.add_argument("--refresh", action="store_true", help="measure the memory's bandwidth anew")
-    parser.add_argument("--online", action="store_true", help="also ask whether the Hugging Face hub answers")
+    parser.add_argument("--quick", action="store_true", help="skip everything that computes or measures")
+    parser.add_argument("--refresh", action="store_true", help="measure the memory bandwidth again")
+    parser.add_argument(
+        "--online", action="store_true", help="also check that the Hugging Face hub can be reached"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Examine the machine and print a line for each finding; 0, or 1 when something needed does not work.
+    """Print a line per check. Returns 0, or 1 when a requirement is missing.
 
-    A warning (no compiler, a slow kernel, a decode that stays eager) is not a failure: models run.
+    A warning, such as a slow kernel or a missing compiler, does not count: models run.
     """
     from lowmem.doctor.examination import examine
     from lowmem.doctor.machine import look
@@ -52,13 +54,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def verdict(checks: list[Check]) -> str:
-    """The last line."""
+    """The last line: how many checks, and the result."""
     missing = sum(check.status == "missing" for check in checks)
     warnings = sum(check.status == "warning" for check in checks)
-    counted = f"{len(checks)} checks, {warnings} warning{'s' * (warnings != 1)}"
+    skipped = sum(check.status == "skipped" for check in checks)
+    counted = f"{len(checks) - skipped} checks, {warnings} warning{'s' * (warnings != 1)}"
+    if skipped:
+        counted += f", {skipped} not tried"
     if missing:
-        return f"{counted}, {missing} thing{'s' * (missing != 1)} needed and missing"
-    return f"{counted}: all that is needed works"
+        return f"{counted}, {missing} requirement{'s' * (missing != 1)} missing"
+    return f"{counted}: all requirements are met"
 
 
 def _print_table(checks: list[Check]) -> None:
@@ -67,14 +72,14 @@ def _print_table(checks: list[Check]) -> None:
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
-    for heading in ("", "", "found", "to do"):
+    for heading in ("", "", "result", "advice"):
         table.add_column(heading, overflow="fold")
     area = ""
     for check in checks:
         if check.area != area:
             table.add_row("", Text(check.area, style="bold"))
             area = check.area
-        # As texts: what drivers and errors say is not markup.
+        # As Text: messages of drivers and errors are not markup.
         table.add_row(
             Text(check.status, style=_COLOURS[check.status]),
             Text(check.name),

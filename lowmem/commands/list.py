@@ -1,4 +1,4 @@
-"""`lowmem list`: the converted checkpoints in lowmem's cache."""
+"""`lowmem list`: list the converted checkpoints in lowmem's cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table, or say what fills it; always 0."""
+    """Print the table, or how to fill the cache. Returns 0."""
     from lowmem.checkpoint.cache import cache_root, entries
 
     found = entries()
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
             print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     else:
         print(
-            f"nothing is converted yet: lowmem convert MODEL writes into {cache_root()}",
+            f"the cache is empty: lowmem convert MODEL writes into {cache_root()}",
             file=sys.stderr,
         )
     return 0

@@ -1,4 +1,4 @@
-"""`lowmem plan MODEL`: what every form of a model needs here, or on a card that is only named."""
+"""`lowmem plan MODEL`: the memory that each version of a model needs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem plan`."""
     add_plan_arguments(parser)
     parser.add_argument(
-        "--bandwidth", metavar="RATE", help="of a card that is only named, a second, as 360GB: gives tokens/s"
+        "--bandwidth",
+        metavar="RATE",
+        help="memory bandwidth per second, such as 360GB, of a card that is not in this machine",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan and print; reads headers only. Raises LowmemError for what the user can mend."""
+    """Plan and print; reads headers only. Raises LowmemError."""
     from dataclasses import replace
 
     from lowmem.plan.device import parse_bytes
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_table(plan: Plan) -> None:
-    """The table on standard output: one row a form, those that are not there yet in a part of their own."""
+    """Print a row per version; those that are not converted yet follow in a second section."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -57,8 +59,8 @@ def print_table(plan: Plan) -> None:
     rates = any(option.ceiling for option in everything)
     title = f"{budget.device}: {format_bytes(have)}, context {plan.context:,}; sizes in {name}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("form", no_wrap=True)
-    for column in ("bits", "weights", "KV", "work", "own", "in all", "fits", "context"):
+    table.add_column("version", no_wrap=True)
+    for column in ("bits", "weights", "KV", "work", "own", "total", "fits", "context"):
         table.add_column(column, justify="right", no_wrap=True)
     if rates:
         table.add_column("tok/s ≤", justify="right", no_wrap=True)
@@ -72,7 +74,9 @@ def print_table(plan: Plan) -> None:
     console = Console()
     Console(width=None if console.is_terminal else 120).print(table)
     if budget.card is not None and not rates:
-        print("No bandwidth is known for this card: give --bandwidth to have tokens/s.", file=sys.stderr)
+        print(
+            "Pass --bandwidth to estimate tokens/s: this card's memory bandwidth is unknown.", file=sys.stderr
+        )
 
 
 def _cells(option: Option, plan: Plan, unit: int, rates: bool) -> list[str]:
@@ -98,7 +102,7 @@ def _cells(option: Option, plan: Plan, unit: int, rates: bool) -> list[str]:
 
 
 def record(plan: Plan) -> dict[str, object]:
-    """The plan for programs; sizes in bytes."""
+    """The plan for --json; sizes in bytes."""
     return {
         "device": plan.budget.device,
         "have": plan.budget.host if plan.budget.card is None else plan.budget.card,

@@ -1,10 +1,10 @@
-"""The options by which every command that runs a model says which form, where, and in how much memory."""
+"""The options of every command that runs a model: which version, where, and in how much memory."""
 
 from __future__ import annotations
 
 import argparse
 
-from lowmem.plan.request import Request
+from lowmem.plan.request import ModelRequest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 METHODS = ("auto", "gptq", "int8", "nf4", "none")
@@ -13,64 +13,64 @@ METHODS = ("auto", "gptq", "int8", "nf4", "none")
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare MODEL and the options of `request_of`."""
     parser.add_argument(
-        "model", metavar="MODEL", help="folder or weight file, hub id, or a name from `lowmem list`"
+        "model", metavar="MODEL", help="folder, weight file, hub id, or name from `lowmem list`"
     )
-    group = parser.add_argument_group("what runs, and where")
+    group = parser.add_argument_group("version and memory")
     group.add_argument(
         "--context",
         type=int,
         metavar="N",
-        help="tokens of prompt and answer together (the model's positions, 8192 at most)",
+        help="tokens of prompt and answer together (the model's positions, at most 8192)",
     )
     group.add_argument(
         "--bits",
         type=int,
         choices=(32, 16, 8, 4, 3, 2),
-        help="only a form of so many bits (the best that fits)",
+        help="use a version with this many bits per weight (the best that fits)",
     )
     group.add_argument(
         "--quantize",
         choices=METHODS,
         default="auto",
-        help="gptq: converted forms; int8, nf4: bitsandbytes on the fly; none: as published (%(default)s)",
+        help="gptq: a converted version; int8, nf4: quantize with bitsandbytes while loading; "
+        "none: the model as published (%(default)s)",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    group.add_argument("--vram", metavar="SIZE", help="of the card, as 12GiB (what is free, or $LOWMEM_VRAM)")
     group.add_argument(
-        "--ram", metavar="SIZE", help="the most of the host's memory to plan with (what is free)"
+        "--vram", metavar="SIZE", help="memory of the card, such as 12GiB (what is free, or $LOWMEM_VRAM)"
     )
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the activations (%(default)s)")
+    group.add_argument("--ram", metavar="SIZE", help="memory of the host (what is free)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of the activations (%(default)s)"
+    )
     group.add_argument(
         "--activation-bits",
         type=int,
         choices=(8, 12, 16),
-        help="of activations on a CPU: the fewer, the faster a prompt is read, 16 is exact "
-        "(as few as are free: 16 for weights of 8 bits, 12 for 4, 8 for 3 and 2)",
+        help="bits of the activations on a CPU; fewer make prefill faster, 16 is exact "
+        "(16 with 8-bit weights, 12 with 4-bit, 8 with 3- and 2-bit)",
     )
 
 
 def add_check_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare the option by which commands that load a model compare its files first."""
+    """Declare --check, for the commands that load a model."""
     parser.add_argument(
         "--check",
         action="store_true",
-        help="before loading, compare all files with their digests (the manifest's, or the hub's)",
+        help="before loading, compare all files with the digests of the manifest or the hub",
     )
 
 
-def request_of(args: argparse.Namespace) -> Request:
-    """The Request that the arguments stand for; RecipeError for a size that is none."""
-    from lowmem.plan.device import parse_bytes
-
-    method = {"auto": None, "none": "dense"}.get(args.quantize, args.quantize)
-    return Request(
+def request_of(args: argparse.Namespace) -> ModelRequest:
+    """The parsed arguments as a ModelRequest. Raises RecipeError for an invalid size."""
+    return ModelRequest(
         model=args.model,
         context=args.context,
         bits=args.bits,
-        method=method,
+        method={"auto": None, "none": "dense"}.get(args.quantize, args.quantize),
         device=args.device,
-        vram=parse_bytes(args.vram, "--vram") if args.vram else None,
-        ram=parse_bytes(args.ram, "--ram") if args.ram else None,
+        vram=args.vram,
+        ram=args.ram,
         dtype=None if args.dtype == "auto" else args.dtype,
         activation_bits=args.activation_bits,
         check=getattr(args, "check", False),

@@ -1,4 +1,4 @@
-"""`lowmem rm NAME…`: remove converted checkpoints, and unfinished conversions, from lowmem's cache."""
+"""`lowmem rm NAME…`: remove converted checkpoints and unfinished conversions from lowmem's cache."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ DECLINED = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem rm`."""
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", help="as `lowmem list` shows it; its beginning is enough"
+        "names", nargs="+", metavar="NAME", help="a name from `lowmem list`; its beginning is enough"
     )
-    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    parser.add_argument("-y", "--yes", action="store_true", help="remove without asking")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Remove what the names mean, all of them or, if one means nothing, none; 1 when the user says no."""
+    """Remove the named entries, or none if a name is unknown. Returns 1 if the user declines."""
     from lowmem.checkpoint.cache import find, remove
     from lowmem.text.units import format_bytes
 
     chosen = {entry.name: entry for entry in map(find, args.names)}
     if not args.yes:
         if not sys.stdin.isatty():
-            raise InvalidRequestError("nobody can be asked here", "Give --yes to remove without asking")
+            raise InvalidRequestError(
+                "standard input is not a terminal", "Give --yes to remove without asking"
+            )
         for entry in chosen.values():
             print(f"{entry.name}: {format_bytes(entry.nbytes)}, {entry.state}")
         try:

@@ -1,24 +1,35 @@
-"""`lowmem run MODEL`: a chat at a terminal; with a prompt, one answer on stdout and all else on stderr."""
+"""`lowmem run MODEL`: a chat at a terminal, or one answer on standard output."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
-from lowmem.chat.loading import loading
-from lowmem.commands.answering import INTERRUPTED, add_sampling_arguments, note, read_text, sampling_params
+from lowmem import __version__
+from lowmem.commands.answering import (
+    INTERRUPTED,
+    add_sampling_arguments,
+    load_session,
+    model_record,
+    note,
+    notifier,
+    read_text,
+    sampling_params,
+)
 from lowmem.commands.plan_options import add_check_argument, add_plan_arguments, request_of
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
-from lowmem.loading.garbage import paused_collection
 
 if TYPE_CHECKING:
-    from lowmem.chat.store import Saved
-    from lowmem.loading.loader import LoadedModel
+    from collections.abc import Callable
+
+    from lowmem.chat.conversation import ChatState
+    from lowmem.plan.planner import Plan
+    from lowmem.plan.request import ModelRequest
     from lowmem.session import Response, Session
 
 
@@ -26,175 +37,196 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem run`."""
     add_plan_arguments(parser)
     add_check_argument(parser)
-    prompt = parser.add_argument_group("what is asked (nothing, at a terminal: a chat)")
-    prompt.add_argument("-p", "--prompt", metavar="TEXT", help="answer this, and end; stdin is not read")
+    prompt = parser.add_argument_group("prompt (without one, at a terminal, a chat starts)")
     prompt.add_argument(
-        "-f", "--file", metavar="FILE", help="a file with the question, or to go with -p; - is stdin"
+        "-p", "--prompt", metavar="TEXT", help="answer this prompt, without reading standard input"
     )
-    prompt.add_argument("--system", metavar="TEXT", help="text of the system turn before the question")
-    prompt.add_argument("--raw", action="store_true", help="continue the prompt as it is, without a template")
-    prompt.add_argument("--load", metavar="FILE", help="go on with a conversation that /save wrote")
+    prompt.add_argument(
+        "-f", "--file", metavar="FILE", help="a file with the prompt, or to append to -p; - is standard input"
+    )
+    prompt.add_argument("--system", metavar="TEXT", help="the system text")
+    prompt.add_argument("--raw", action="store_true", help="continue the prompt without a dialogue template")
+    prompt.add_argument("--load", metavar="FILE", help="resume a conversation saved by /save")
     add_sampling_arguments(parser, SamplingParams())
-    parser.add_argument("--no-speculation", action="store_true", help="compute every token by itself")
+    parser.add_argument("--no-speculation", action="store_true", help="decode one token at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
-    parser.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
+    parser.add_argument("--quiet", action="store_true", help="print only errors on standard error")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The parsed command line."""
+
+    request: ModelRequest
+    state: ChatState
+    prompt: str | None
+    """None starts a chat."""
+    raw: bool
+    speculate: bool
+    json: bool
+    quiet: bool
+    say: Callable[[str], None]
+
+    def session(self, plan: Plan, progress: Callable[[int, int], None]) -> Session:
+        """Load the model."""
+        return load_session(plan, self.request, self.say, progress, speculate=self.speculate)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Chat or answer; the exit code. Raises LowmemError for what the user can mend."""
-    chat = args.prompt is None and args.file is None and _at_terminal()
-    if chat and (args.raw or args.json):
-        raise InvalidRequestError(
-            f"{'--raw' if args.raw else '--json'} is for a single prompt", "Give one with -p"
-        )
-    prompt = "" if chat else read_prompt(args)
+    """Chat or answer. Returns the exit code; raises LowmemError."""
     from lowmem.chat.terminal import restored_terminal
+    from lowmem.plan.request import plan_or_download
 
+    run = _parsed(args)
     with restored_terminal():
         try:
-            with loading(args.model, quiet=args.quiet) as progress:
-                session, params, saved = _open(args, progress)
-            if chat:
-                return _chat(args, session, params, saved)
-            return _answer(args, session, params, saved, prompt)
+            plan = plan_or_download(run.request, run.say)
+            run.say(plan.reason)
+            return _chat(run, plan) if run.prompt is None else _answer(run, plan, run.prompt)
         except KeyboardInterrupt:
-            if not args.quiet:
+            if not run.quiet:
                 note("interrupted")
             return INTERRUPTED
 
 
-def _open(args: argparse.Namespace, progress: Any) -> tuple[Session, SamplingParams, Saved | None]:
-    """The model, loaded, and what the conversation starts from."""
-    # Only now: torch takes seconds to import, and what was wrong before needs none of it.
-    with paused_collection():
-        from lowmem.chat.settings import check_seed
-        from lowmem.chat.store import load
-        from lowmem.generate.sampling import check_sampling
-        from lowmem.loading.opening import open_model
-        from lowmem.session import Session
+def _parsed(args: argparse.Namespace) -> _Run:
+    from lowmem.chat.conversation import ChatState
+    from lowmem.chat.settings import check_seed
+    from lowmem.chat.store import load
 
-    saved = load(args.load, SamplingParams()) if args.load else None
-    params = sampling_params(args, saved.params if saved else SamplingParams())
-    check_sampling(params)
-    check_seed(params)
-    loaded = open_model(request_of(args), _silent if args.quiet else note, progress)
-    return Session(loaded, speculate=not args.no_speculation), params, saved
+    chat = args.prompt is None and args.file is None and _at_terminal()
+    if chat and (args.raw or args.json):
+        raise InvalidRequestError(f"{'--raw' if args.raw else '--json'} needs a prompt", "Give one with -p")
+    if args.raw and (args.system is not None or args.load):
+        option = "--system" if args.system is not None else "--load"
+        raise InvalidRequestError(
+            f"{option} needs a dialogue template, which --raw turns off", "Leave one out"
+        )
+    prompt = None if chat else read_prompt(args.prompt, args.file)
+    state = load(args.load, SamplingParams()) if args.load else ChatState()
+    if args.system is not None:
+        state = replace(state, conversation=replace(state.conversation, system=args.system))
+    state = replace(state, params=sampling_params(args, state.params), model=args.model)
+    check_seed(state.params)
+    return _Run(
+        request_of(args),
+        state,
+        prompt,
+        raw=args.raw,
+        speculate=not args.no_speculation,
+        json=args.json,
+        quiet=args.quiet,
+        say=notifier(args.quiet),
+    )
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    """The prompt: -p, a file, both with an empty line between, or standard input.
+def read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt: `prompt`, the text of `file`, both separated by an empty line, or standard input.
 
     Raises InvalidRequestError where there is none, or none that is text.
     """
-    if args.prompt is None and args.file is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise InvalidRequestError("there is no prompt", 'Give one with -p "…", or pipe a text in')
-    parts = [] if args.prompt is None else [args.prompt.encode("utf-8", "replace").decode("utf-8")]
-    if args.file is not None or args.prompt is None:
-        parts.append(read_text(args.file or "-", "Give the part that matters").rstrip("\r\n"))
+    if prompt is None and file is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise InvalidRequestError("the prompt is missing", 'Give one with -p "…", or pipe a text in')
+    parts = [] if prompt is None else [prompt.encode("utf-8", "replace").decode("utf-8")]
+    if file is not None or prompt is None:
+        parts.append(read_text(file or "-", "Give a shorter excerpt").rstrip("\r\n"))
     text = "\n\n".join(parts)
     if not text.strip():
-        where = "on standard input " if args.prompt is None and args.file in (None, "-") else ""
-        raise InvalidRequestError(f"the prompt {where}is empty", 'Give one with -p "…"')
+        where = " on standard input" if prompt is None and file in (None, "-") else ""
+        raise InvalidRequestError(f"the prompt{where} is empty", 'Give one with -p "…"')
     return text
 
 
-def _chat(args: argparse.Namespace, session: Session, params: SamplingParams, saved: Saved | None) -> int:
+def _chat(run: _Run, plan: Plan) -> int:
     from rich.console import Console
 
-    from lowmem.chat.conversation import Conversation
+    from lowmem.chat import commands
+    from lowmem.chat.chat import Chat, show_conversation
+    from lowmem.chat.first_message import FirstMessage
+    from lowmem.chat.input import Prompt, open_history
+    from lowmem.chat.loading import Loading
     from lowmem.chat.markdown import THEME
-    from lowmem.chat.repl import open_chat
+    from lowmem.chat.repl import talk
+    from lowmem.chat.view import is_plain
 
-    conversation = saved.conversation if saved else Conversation()
-    if args.system is not None:
-        conversation = replace(conversation, system=args.system)
-    # What cannot be encoded is shown as a question mark, not raised in the middle of an answer.
+    # A character that the terminal's encoding lacks is shown as ? instead of raising in an answer.
     getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")
     console = Console(theme=THEME, highlight=False, markup=False, emoji=False)
-    return open_chat(
-        session,
-        console,
-        notify=_silent if args.quiet else note,
-        params=params,
-        conversation=conversation,
-        model_name=args.model,
-        quiet=args.quiet,
-    ).run()
+    prompt = Prompt(open_history(run.say), commands.names(), commands.choices(), plain=is_plain(console))
+    if not run.quiet:
+        note(f"lowmem {__version__}: /help shows commands and keys; Ctrl-C stops an answer, Ctrl-D leaves")
+    if run.state.conversation.exchanges:
+        show_conversation(console, run.state.conversation)
+    with FirstMessage(prompt, Loading(os.fspath(run.request.model), quiet=run.quiet)) as reader:
+        try:
+            session = run.session(plan, reader.progress)
+            reader.loaded()
+        except KeyboardInterrupt:
+            if reader.left:
+                return 0
+            raise
+        chat = Chat(session, console, run.state)
+        chat.greet(quiet=run.quiet)
+        return talk(chat, reader)
 
 
-def _answer(
-    args: argparse.Namespace, session: Session, params: SamplingParams, saved: Saved | None, prompt: str
-) -> int:
-    """One answer: the text on stdout as it comes, or one JSON object at the end."""
+def _answer(run: _Run, plan: Plan, prompt: str) -> int:
+    """Print one answer: its text as it is generated, or one JSON object at the end."""
     from lowmem.chat.figures import describe, dropped_note, figures, memory_now
+    from lowmem.chat.loading import Loading
     from lowmem.chat.text import clean
 
-    say = _silent if args.quiet else note
-    say(describe(session.loaded, session.context))
-    # A terminal obeys what it is shown; a file or a pipe gets the answer as it is.
+    loading = Loading(os.fspath(run.request.model), quiet=run.quiet)
+    with loading.shown():
+        session = run.session(plan, loading.update)
+    run.say(describe(session.loaded, session.context))
+    # A terminal would obey escape codes in the answer; a file or a pipe gets the text unchanged.
     shown = clean if sys.stdout.isatty() else str
+    conversation = run.state.conversation
+    messages = conversation.messages(prompt) if conversation.exchanges else prompt
     final: Response | None = None
     text = ""
     try:
-        for response in _responses(args, session, params, saved, prompt):
-            # The model writes the line end that its template has before an answer: it is no part of it.
-            piece = response.text if text or args.raw else response.text.removeprefix("\n")
-            if not args.json:
+        for response in session.stream(messages, run.state.params, system=conversation.system, raw=run.raw):
+            # Templates have a newline before the answer, which the model writes and which is no part of it.
+            piece = response.text if text or run.raw else response.text.removeprefix("\n")
+            if not run.json:
                 sys.stdout.write(shown(piece))
                 sys.stdout.flush()
             text += piece
             final = response
     except KeyboardInterrupt:
-        if text and not args.json and not text.endswith("\n"):
-            print(flush=True)  # the shell's prompt starts on a line of its own
+        if text and not run.json and not text.endswith("\n"):
+            print(flush=True)  # the shell's prompt starts on a new line
         raise
-    assert final is not None, "the engine gives at least one token"
-    if args.json:
-        print(json.dumps(_record(replace(final, text=text), session.loaded), ensure_ascii=False), flush=True)
+    assert final is not None, "the engine yields at least one response"
+    if run.json:
+        print(json.dumps(_record(replace(final, text=text), session), ensure_ascii=False), flush=True)
     elif not text.endswith("\n"):
         print(flush=True)
     if final.dropped_turns:
-        say(dropped_note(final.dropped_turns))
-    say(figures(final, memory_now(session.loaded)))
+        run.say(dropped_note(final.dropped_turns))
+    run.say(figures(final, memory_now(session.loaded)))
     return 0
 
 
-def _responses(
-    args: argparse.Namespace, session: Session, params: SamplingParams, saved: Saved | None, prompt: str
-) -> Iterator[Response]:
-    system = args.system
-    if saved is None:
-        return session.stream(prompt, params, system=system, raw=args.raw)
-    system = system if system is not None else saved.conversation.system
-    return session.stream(saved.conversation.messages(prompt), params, system=system, raw=args.raw)
-
-
-def _record(response: Response, loaded: LoadedModel) -> dict[str, object]:
-    """The answer, its figures, and what gave it."""
+def _record(response: Response, session: Session) -> dict[str, object]:
+    """The answer with its figures, and the model."""
     from lowmem.chat.figures import memory_now
 
-    figures = asdict(response)
-    del figures["logprobs"], figures["cut_tokens"]  # neither can be asked for here
+    figures, loaded = asdict(response), session.loaded
+    del figures["logprobs"], figures["cut_tokens"]  # this command sets neither
     return {
         **figures,
-        "label": loaded.label,
-        "kernel": loaded.kernel,
+        **model_record(loaded),
         "bits": loaded.format.default.bits if loaded.format else None,
         "group_size": loaded.format.default.group_size if loaded.format else None,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": str(loaded.device),
         "cpu_layers": loaded.cpu_layers,
         "context": loaded.context,
         "reason": loaded.plan.reason if loaded.plan else None,
-        "load_seconds": loaded.load_seconds,
-        "weight_bytes": loaded.weight_bytes,
         "memory": asdict(memory_now(loaded)),
     }
 
 
 def _at_terminal() -> bool:
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
-
-
-def _silent(line: str) -> None:
-    """Says nothing."""

@@ -1,4 +1,4 @@
-"""`lowmem verify DIR`: is a checkpoint whole? Exit code 0 when it is, 2 with every fault on a line."""
+"""`lowmem verify DIR`: check every file and tensor of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NOTES_SHOWN = 10
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem verify`."""
-    parser.add_argument("folder", metavar="DIR", help="folder of any checkpoint, or a .gguf file")
+    parser.add_argument("folder", metavar="DIR", help="a checkpoint folder, or a .gguf file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the folder; 0 or 2. Raises VerifyError when it is no folder."""
+    """Check the folder. Returns 0, or 2 with a line per problem. Raises VerifyError where there is none."""
     from lowmem.checkpoint.verify.converted import verify
 
     show = sys.stderr.isatty() and not args.json
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(report: VerifyReport) -> str:
-    """One line: the verdict, and what was looked at."""
+    """One line: the result, and how much was checked."""
     count = len(report.problems)
     verdict = "ok" if report.ok else f"{count} problem{'s' * (count != 1)}"
     format = report.format

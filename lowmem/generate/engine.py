@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lowmem.config import PREFILL_CHUNK, SamplingParams
+from lowmem.config import PREFILL_CHUNK, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache import KVCache
@@ -25,7 +25,7 @@ from lowmem.generate.native_step import MOST_ROWS, NativeStep, StepRefused, chec
 from lowmem.generate.prefix_store import LEAST_TOKENS, PrefixStore, common_prefix
 from lowmem.generate.primitives import keep_few
 from lowmem.generate.rearranging import Rearranging
-from lowmem.generate.sampling import Choice, Sampler, check_sampling
+from lowmem.generate.sampling import Choice, Sampler
 from lowmem.kernels.quant_linear import QuantLinear
 
 FinishReason = Literal["stop", "length", "context"]

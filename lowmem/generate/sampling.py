@@ -16,34 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from lowmem.config import SamplingParams
-from lowmem.errors import InvalidRequestError, LowmemError
+from lowmem.errors import LowmemError
 
-MAX_LOGPROBS = 20
 _BINS, _SPAN = 4096, 32.0  # of `nucleus`: e^-32 of the likeliest token's probability is nothing
-
-
-def check_sampling(params: SamplingParams) -> None:
-    """Raises InvalidRequestError for settings that mean nothing."""
-    if params.max_new_tokens < 1:
-        raise InvalidRequestError(f"max_new_tokens is {params.max_new_tokens}", "Ask for at least 1 token")
-    if not 0 <= params.temperature < math.inf:
-        raise InvalidRequestError(
-            f"temperature is {params.temperature}", "Use 0 for greedy, or a positive number such as 0.2"
-        )
-    if params.top_k < 0:
-        raise InvalidRequestError(f"top_k is {params.top_k}", "Use 0 to turn it off, or a positive number")
-    if not 0 < params.top_p <= 1:
-        raise InvalidRequestError(f"top_p is {params.top_p}", "Use a number above 0, and 1 to turn it off")
-    if not 0 <= params.min_p <= 1:
-        raise InvalidRequestError(f"min_p is {params.min_p}", "Use 0 to turn it off, or a number up to 1")
-    if not 0 < params.repetition_penalty < math.inf:
-        raise InvalidRequestError(
-            f"repetition_penalty is {params.repetition_penalty}", "Use 1 to turn it off, or 1.1, say"
-        )
-    if isinstance(params.stop, str) or not all(isinstance(text, str) and text for text in params.stop):
-        raise InvalidRequestError("a stop text is empty, or no text", "Leave it out, or give some text")
-    if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:
-        raise InvalidRequestError(f"logprobs is {params.logprobs}", f"Use a number from 0 to {MAX_LOGPROBS}")
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -5,32 +5,36 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from lowmem.checkpoint import cache
-from lowmem.checkpoint.files.reading import is_hub_id
 from lowmem.checkpoint.verify.digests import check_all
-from lowmem.errors import MemoryBudgetError, SourceError
+from lowmem.errors import MemoryBudgetError
 from lowmem.loading.loader import LoadedModel, load
 from lowmem.plan.device import is_out_of_memory
 from lowmem.plan.planner import Option, Plan
-from lowmem.plan.request import Request, find_card, plan_for
+from lowmem.plan.request import ModelRequest, find_card, plan_or_download
 
 Notify = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
 
 def open_model(
-    request: Request, notify: Notify = lambda line: None, progress: Progress | None = None
+    request: ModelRequest, notify: Notify = lambda line: None, progress: Progress | None = None
 ) -> LoadedModel:
-    """Load the best form that fits; `LoadedModel.plan` tells what was chosen and why.
+    """Plan, and load the best version that fits; a hub id that is not on this machine is downloaded first.
 
-    notify: hears in one line what was chosen, and when something else has to be. progress: bytes read, and in
-    all. A hub id that is not on this machine is downloaded first. Raises LowmemError for everything that the
-    user can mend.
+    notify: receives a line on what was chosen, and on each fallback. progress: bytes read, and in total.
+    Raises LowmemError for every mistake or limit that the user can act on.
     """
-    plan = _plan(request, notify)
+    plan = plan_or_download(request, notify)
     notify(plan.reason)
+    return load_plan(plan, request, notify, progress)
+
+
+def load_plan(
+    plan: Plan, request: ModelRequest, notify: Notify = lambda line: None, progress: Progress | None = None
+) -> LoadedModel:
+    """Load the chosen version of a plan, or the next one where memory runs out; see `open_model`."""
     failure: Exception | None = None
     for option in (plan.chosen, *plan.fallbacks):
         try:
@@ -38,39 +42,19 @@ def open_model(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            failure = error.with_traceback(None)  # whose frames hold what was loaded so far
+            failure = error.with_traceback(None)  # the frames of which hold what was loaded so far
         _free()
-        notify(f"{option.candidate.label} does not fit after all: the memory is taken. Trying the next form")
+        notify(f"{option.candidate.label} does not fit after all: out of memory. Trying the next version")
     raise MemoryBudgetError(
-        f"no form of {request.model} could be loaded: {str(failure).splitlines()[0]}",
-        "Close other programs, or ask for a shorter --context",
+        f"no version of {request.model} could be loaded: {str(failure).splitlines()[0]}",
+        "Close other programs, or use a shorter --context",
     )
-
-
-def _plan(request: Request, notify: Notify) -> Plan:
-    try:
-        return plan_for(request)
-    except SourceError:
-        if Path(request.model).expanduser().exists() or not is_hub_id(request.model):
-            raise
-        return plan_for(replace(request, model=str(_download(request.model, notify))))
-
-
-def _download(model: str, notify: Notify) -> Path:
-    from lowmem.checkpoint.source.hub import download
-
-    try:
-        return download(model, progress=notify)
-    except SourceError as error:
-        raise SourceError(
-            f"no form of {model} is on this machine, converted or as published: {error.message}", error.hint
-        ) from error
 
 
 def load_option(
     option: Option,
     plan: Plan,
-    request: Request,
+    request: ModelRequest,
     progress: Progress | None = None,
     notify: Notify = lambda line: None,
 ) -> LoadedModel:

@@ -1,11 +1,14 @@
-"""From what a user asks for, and what this machine has, to a plan."""
+"""The request of a user, and the plan made for it on this machine."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.checkpoint.files.reading import is_hub_id
 from lowmem.errors import InvalidRequestError, SourceError
 from lowmem.plan import device as machine
 from lowmem.plan.bandwidth import card_bandwidth, host_bandwidth
@@ -21,61 +24,102 @@ VRAM_VARIABLE = "LOWMEM_VRAM"
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to run, and on what; None leaves the choice to the plan.
+class ModelRequest:
+    """Which model to run, and where. None leaves a choice to the plan.
 
-    context: tokens of prompt and answer together. bits, method: only such forms ("gptq", "int8", "nf4" or
-    "dense"). device: "auto", "cpu" or "cuda:N". vram, ram: bytes that may be taken instead of what is free.
-    dtype: of activations and dense weights. bandwidth: bytes a second of a card that is only named.
-    activation_bits: 8, 12 or 16, of a CPU's activations (see kernels.native_linear.activation_bits).
-    check: compare the files with their digests before they are loaded.
+    Raises RecipeError for a size that cannot be parsed.
     """
 
-    model: str
+    model: str | os.PathLike[str]
+    """A folder, a weight file, a hub id, or a name from `lowmem list`."""
     context: int | None = None
+    """Tokens of prompt and answer together."""
     bits: int | None = None
+    """Only versions with this many bits per weight: 32, 16, 8, 4, 3 or 2."""
     method: str | None = None
+    """Only "gptq" (converted), "int8" or "nf4" (bitsandbytes, while loading) or "dense" (as published)."""
     device: str = "auto"
-    vram: int | None = None
-    ram: int | None = None
+    """"auto", "cpu", "cuda" or "cuda:N"."""
+    vram: int | str | None = None
+    """Memory of the card to plan with, in bytes or as text such as "12GiB"; by default what is free."""
+    ram: int | str | None = None
+    """Memory of the host to plan with, likewise."""
     dtype: str | None = None
+    """Of activations and dense weights: "float32", "bfloat16" or "float16"."""
     bandwidth: float | None = None
+    """Bytes per second of a card that is not in this machine."""
     activation_bits: int | None = None
+    """8, 12 or 16: see `kernels.native.linear.activation_bits`."""
     check: bool = False
+    """Compare all files with their digests before loading."""
+    verbose: bool = False
+    """Print the plan's reason and the progress of a download on standard error."""
+
+    def __post_init__(self) -> None:
+        _ = self.vram_bytes, self.ram_bytes  # raise now, not when the plan is made
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """`vram` in bytes."""
+        return _size(self.vram, "vram")
+
+    @property
+    def ram_bytes(self) -> int | None:
+        """`ram` in bytes."""
+        return _size(self.ram, "ram")
 
 
-def plan_for(request: Request, *, named_card: bool = False, measure: bool = False) -> Plan:
-    """Find the candidates and plan. torch is imported only if this machine may have a card to ask.
+def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool = False) -> Plan:
+    """Find the versions of the model and plan. Imports torch only where the CUDA driver is installed.
 
-    named_card: `vram` may be of a card that is not here, as `lowmem plan` allows. measure: have tokens/s in
-    the plan, from bandwidth that is measured if it was not before. Raises LowmemError for everything that
-    the user can mend.
+    named_card: plan for a card with `vram` that is not in this machine. measure: include tokens/s, from
+    memory bandwidth that is measured unless an earlier run did. Raises LowmemError.
     """
-    vram = request.vram if request.vram is not None else _vram_of_environment()
-    card = None if request.device == "cpu" or (named_card and vram is not None) else find_card(request.device)
+    model, vram = os.fspath(request.model), request.vram_bytes or _vram_of_environment()
+    card = None if request.device == "cpu" or (named_card and vram) else find_card(request.device)
     if card is None and request.vram is not None and not named_card:
         raise InvalidRequestError(
-            "there is no card here for --vram to be of", "Use --ram SIZE to limit what the CPU may take"
+            "--vram needs a card, and this machine has none", "Use --ram SIZE to limit the memory of the CPU"
         )
     on_card = card is not None or (named_card and vram is not None and request.device != "cpu")
-    candidates = find_candidates(request.model, cuda=on_card, dtype=request.dtype)
-    possible = [] if request.method else convertible(request.model, candidates, cuda=on_card)
+    candidates = find_candidates(model, cuda=on_card, dtype=request.dtype)
+    possible = [] if request.method else convertible(model, candidates, cuda=on_card)
     context = request.context or default_context(candidates)
     positions = candidates[0].shape.positions
     if request.context is not None and not 0 < context <= (positions or context):
         raise InvalidRequestError(
-            f"--context {context} is not possible: the model has positions for {positions}", "Ask for less"
+            f"--context {context} is out of range: the model has {positions} positions", "Use a smaller one"
         )
     if request.bits is not None:
         possible = [c for c in possible if c.bits == request.bits]
     budget = _budget(request, card, vram if on_card else None, measure)
-    return make_plan(_wanted(candidates, request), budget, context, possible)
+    return make_plan(_matching(candidates, request), budget, context, possible)
+
+
+def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Plan:
+    """`plan_for`; a hub id that is not on this machine is downloaded first.
+
+    notify: receives the progress of the download, a line at a time.
+    """
+    model = os.fspath(request.model)
+    try:
+        return plan_for(request)
+    except SourceError:
+        if Path(model).expanduser().exists() or not is_hub_id(model):
+            raise
+    from lowmem.checkpoint.source.hub import download
+
+    try:
+        folder = download(model, progress=notify)
+    except SourceError as error:
+        raise SourceError(f"no version of {model} is on this machine: {error.message}", error.hint) from error
+    return plan_for(replace(request, model=folder))
 
 
 def find_card(device: str) -> torch.device | None:
-    """The CUDA device that `device` means, or None for the CPU; torch is asked only if a driver is here.
+    """The CUDA device that `device` names, or None for the CPU. Imports torch only if a driver is installed.
 
-    Raises InvalidRequestError for a name that means nothing, or a card that is not there.
+    Raises InvalidRequestError for an unknown name, or a card that is not in this machine.
     """
     if device == "auto" and not machine.cuda_driver_present():
         return None
@@ -83,13 +127,17 @@ def find_card(device: str) -> torch.device | None:
     return found if found.type == "cuda" else None
 
 
+def _size(value: int | str | None, name: str) -> int | None:
+    return machine.parse_bytes(value, name) if isinstance(value, str) else value
+
+
 def _vram_of_environment() -> int | None:
     text = os.environ.get(VRAM_VARIABLE)
     return machine.parse_bytes(text, f"${VRAM_VARIABLE}") if text else None
 
 
-def _budget(request: Request, card: torch.device | None, vram: int | None, measure: bool) -> Budget:
-    host = request.ram or machine.host_memory_available() + machine.host_memory_private()
+def _budget(request: ModelRequest, card: torch.device | None, vram: int | None, measure: bool) -> Budget:
+    host = request.ram_bytes or machine.host_memory_available() + machine.host_memory_private()
     rate = host_bandwidth() if measure else None
     packs = machine.packs_nf4()
     if card is None and vram is None:
@@ -104,19 +152,17 @@ def _budget(request: Request, card: torch.device | None, vram: int | None, measu
     return Budget(str(card), host, machine.card_memory_free(card), 0, rate, rate_on_card, packs)
 
 
-def _wanted(candidates: list[Candidate], request: Request) -> list[Candidate]:
-    """Those of the asked bits and method; SourceError saying how to get one when there is none."""
-    found = [
-        c for c in candidates if request.bits in (None, c.bits) and request.method in (None, c.form.method)
-    ]
+def _matching(candidates: list[Candidate], request: ModelRequest) -> list[Candidate]:
+    """The candidates with the requested bits and method. Raises SourceError where there is none."""
+    bits, method = request.bits, request.method
+    found = [c for c in candidates if bits in (None, c.bits) and method in (None, c.form.method)]
     if found:
         return found
-    there = ", ".join(c.label for c in candidates)
-    source = next((c for c in candidates if c.form.method == "dense"), None)
-    if request.method in (None, "gptq") and source is not None:
-        bits = f" --bits {request.bits}" if request.bits else ""
-        hint = f"Make it with: lowmem convert {request.model}{bits}"
+    if method in (None, "gptq") and any(c.form.method == "dense" for c in candidates):
+        width = f" --bits {bits}" if bits else ""
+        hint = f"Make it with: lowmem convert {request.model}{width}"
     else:
-        hint = "Choose one of them, or leave the choice to the plan"
-    what = f"{request.bits}-bit form" if request.bits else f"{request.method} form"
-    raise SourceError(f"there is no {what} of {request.model} here, but {there}", hint)
+        hint = "Use one of these, or leave the choice to the plan"
+    what = f"{bits}-bit" if bits else method
+    labels = ", ".join(c.label for c in candidates)
+    raise SourceError(f"there is no {what} version of {request.model}; available: {labels}", hint)

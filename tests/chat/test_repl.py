@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.chat import commands
+from lowmem.chat.chat import Chat, show_conversation
 from lowmem.chat.commands import Typed
-from lowmem.chat.conversation import Conversation, Exchange
-from lowmem.chat.repl import Chat
+from lowmem.chat.conversation import ChatState, Conversation, Exchange
+from lowmem.chat.repl import talk as talk_to
 from lowmem.chat.terminal import Interrupts
 from lowmem.chat.view import TerminalView
 from lowmem.config import SamplingParams
@@ -50,12 +51,10 @@ def talk(*lines: Typing, answers: list[Answer] | None = None, **options: Any) ->
     chat = Chat(
         session,  # type: ignore[arg-type]
         console,
-        Script(*lines),
-        params=SamplingParams(seed=5),
-        quiet=True,
+        ChatState(params=SamplingParams(seed=5)),
         view=lambda console: TerminalView(console, threaded=False),
     )
-    assert chat.run() == 0
+    assert talk_to(chat, Script(*lines)) == 0
     return chat, terminal
 
 
@@ -74,7 +73,7 @@ def test_a_turn_brings_the_turns_before() -> None:
     assert sum("7 + 2 tokens · TTFT 0.25 s · 12.5 tokens/s · " in line for line in lines) == 2
 
 
-def test_what_an_answer_took_is_given_back_before_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_answer_took_is_given_back_before_the_next_prompt() -> None:
     """Small blocks that live between large ones that went hold pages, unless glibc is asked for them."""
     before, seen = _anonymous(), []
     kept: list[bytearray] = []
@@ -88,8 +87,7 @@ def test_what_an_answer_took_is_given_back_before_the_next_prompt(monkeypatch: p
         return "/context"
 
     chat, _ = talk()
-    monkeypatch.setattr(chat._reader, "read", typed)
-    assert chat.run() == 0
+    assert talk_to(chat, Script(typed, typed)) == 0
     assert seen[1] - before < 30 << 20
 
 
@@ -112,8 +110,8 @@ def test_system_and_settings_hold_from_the_next_turn() -> None:
 def test_undo_and_reset() -> None:
     chat, terminal = talk("a", "b", "/undo", "c", "/reset", "d", "/undo", "/undo")
     assert asked(chat)[2:] == [[("user", "a"), ("assistant", "one."), ("user", "c")], [("user", "d")]]
-    assert 'taken back: "b"; 1 exchange left' in terminal.text()
-    assert "nothing was said yet" in terminal.text()
+    assert 'removed: "b"; 1 exchange left' in terminal.text()
+    assert "the conversation is empty" in terminal.text()
 
 
 def test_retry_asks_again_with_another_seed() -> None:
@@ -175,7 +173,7 @@ def test_ctrl_c_between_an_answer_and_the_prompt_ends_nothing(monkeypatch: pytes
     """For some milliseconds after an answer neither the chat nor the prompt took SIGINT, and Python's own
     handler ended the program: all that was said was lost."""
     monkeypatch.setattr(
-        "lowmem.chat.repl.figures", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or "figures"
+        "lowmem.chat.chat.figures", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or "figures"
     )
     chat, terminal = talk("a", "b")
     assert [e.answer for e in chat.conversation.exchanges] == ["one.", "two."]
@@ -249,7 +247,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert asked(chat)[1] == [("user", "a"), ("assistant", "one."), ("user", "b")]
     assert chat.conversation.system == "S" and chat.params.top_k == 50
     assert "> a" in terminal.lines(), "the last exchange is shown"
-    assert "there is no" in terminal.text() and "/save needs FILE" in terminal.text()
+    assert "does not exist" in terminal.text() and "/save needs FILE" in terminal.text()
 
 
 def test_stats_context_help_and_set() -> None:
@@ -271,7 +269,9 @@ def test_a_model_without_a_template_continues_single_messages() -> None:
     chat, terminal = talk("def f(", "/system x", "g(", "/context", templated=False)
     first, second = chat.session.asked  # type: ignore[attr-defined]
     assert (first["prompt"], first["raw"], second["prompt"]) == ("def f(", True, "g(")
-    assert "no dialogue template" in terminal.text()
+    assert "needs a dialogue template" in terminal.text()
+    chat.greet(quiet=True)
+    assert "no dialogue template" in terminal.text() and "MiB of weights" not in terminal.text()
 
 
 @pytest.mark.parametrize(
@@ -302,9 +302,11 @@ def test_every_text_is_a_message_or_a_command(text: str) -> None:
 
 def test_an_unknown_command_names_the_nearest() -> None:
     _, terminal = talk("/rety", "/xyzzy", "/reset now")
-    assert "there is no command /rety. Did you mean /retry? //rety is sent as a message" in terminal.lines()
-    assert "there is no command /xyzzy. See /help //xyzzy is sent as a message" in terminal.lines()
-    assert "/reset takes nothing behind it" in terminal.text()
+    assert (
+        "unknown command /rety. Did you mean /retry? Type //rety to send it as a message" in terminal.lines()
+    )
+    assert "unknown command /xyzzy. See /help. Type //xyzzy to send it as a message" in terminal.lines()
+    assert "/reset takes no argument" in terminal.text()
 
 
 def test_escape_codes_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
@@ -333,12 +335,10 @@ def test_a_chat_that_starts_from_a_saved_conversation_shows_where_it_was() -> No
     chat = Chat(
         session,  # type: ignore[arg-type]
         console,
-        Script("c"),
-        params=SamplingParams(),
-        conversation=Conversation("S", (Exchange("a", "b"),)),
+        ChatState(Conversation("S", (Exchange("a", "b"),))),
     )
-    assert chat.run() == 0
+    show_conversation(console, chat.conversation)
+    assert talk_to(chat, Script("c")) == 0
     lines = terminal.lines()
     assert lines.index("> a") < lines.index("b") < lines.index("new")
-    assert "/help shows commands and keys" in terminal.text()
     assert session.asked[0]["prompt"] == [("user", "a"), ("assistant", "b"), ("user", "c")]

@@ -1,4 +1,4 @@
-"""Conversations in files: what goes in comes out, and nothing else is touched or believed."""
+"""Saved conversations: the round trip, and the files that are refused or left alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem.chat import store
-from lowmem.chat.conversation import Conversation, Exchange
+from lowmem.chat.conversation import ChatState, Conversation, Exchange
 from lowmem.chat.settings import NAMES, setting_name, settings_record, with_setting
 from lowmem.chat.store import ConversationError, load, save
 from lowmem.config import SamplingParams
@@ -47,14 +47,14 @@ def test_what_is_saved_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, conversation: Conversation, params: SamplingParams
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "talk.json"
-    save(str(path), conversation, params, "model")
+    save(str(path), ChatState(conversation, params, "model"))
     loaded = load(str(path), CARD)
     assert loaded.conversation == conversation
     assert loaded.params == params
 
 
 def test_the_file_is_private_whole_and_alone(tmp_path: Path) -> None:
-    path = save(str(tmp_path / "talk.json"), TALK, CARD, "tiny")
+    path = save(str(tmp_path / "talk.json"), ChatState(TALK, model="tiny"))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == ["talk.json"]
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -63,7 +63,7 @@ def test_the_file_is_private_whole_and_alone(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = save(str(tmp_path / "talk.json"), TALK, CARD)
+    path = save(str(tmp_path / "talk.json"), ChatState(TALK))
     before = path.read_bytes()
 
     def full(handle: int) -> None:
@@ -71,15 +71,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(store.os, "fsync", full)
     with pytest.raises(ConversationError, match="No space left"):
-        save(str(path), Conversation(), CARD)
+        save(str(path), ChatState())
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["talk.json"]
 
 
 def test_a_link_stays_a_link_and_home_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target, link = tmp_path / "target.json", tmp_path / "link.json"
-    save(str(target), Conversation(), CARD)
+    save(str(target), ChatState())
     link.symlink_to(target)
-    save(str(link), TALK, CARD)
+    save(str(link), ChatState(TALK))
     assert link.is_symlink() and load(str(target), CARD).conversation == TALK
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load("~/target.json", CARD).conversation == TALK
@@ -89,8 +89,8 @@ def test_a_link_stays_a_link_and_home_is_found(tmp_path: Path, monkeypatch: pyte
 def test_another_kind_of_file_is_never_overwritten(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine.py"
     path.write_bytes(content)
-    with pytest.raises(ConversationError, match="no conversation of lowmem's"):
-        save(str(path), TALK, CARD)
+    with pytest.raises(ConversationError, match="not a conversation saved by lowmem"):
+        save(str(path), ChatState(TALK))
     assert path.read_bytes() == content and os.listdir(tmp_path) == ["mine.py"]
 
 
@@ -99,7 +99,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     with pytest.raises(LowmemError) as caught:
-        save(f"{tmp_path}/{name}", TALK, CARD)
+        save(f"{tmp_path}/{name}", ChatState(TALK))
     assert "\n" not in str(caught.value)
 
 
@@ -115,10 +115,10 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": "gguf"}, "no conversation of lowmem's"),
-        ({"version": 2}, "another version"),
-        ({"version": True}, "another version"),
-        ({"version": "1"}, "another version"),
+        ({"format": "gguf"}, "not a conversation saved by lowmem"),
+        ({"version": 2}, "unknown version"),
+        ({"version": True}, "unknown version"),
+        ({"version": "1"}, "unknown version"),
         ({"system": 3}, "system text"),
         ({"system": "\ud800"}, "system text"),
         ({"settings": []}, "settings"),
@@ -170,7 +170,7 @@ def test_what_is_not_ours_is_one_line(tmp_path: Path, content: bytes) -> None:
 
 def test_wrong_places_to_load_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, words in (("", "folder"), ("none", "there is no"), ("pipe", "no regular file")):
+    for name, words in (("", "folder"), ("none", "does not exist"), ("pipe", "not a regular file")):
         with pytest.raises(ConversationError, match=words):
             load(f"{tmp_path}/{name}", CARD)
     monkeypatch.setattr(store, "LARGEST", 100)
@@ -178,7 +178,7 @@ def test_wrong_places_to_load_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConversationError, match="larger"):
         load(str(tmp_path / "large"), CARD)
     with pytest.raises(ConversationError, match="larger"):
-        save(str(tmp_path / "talk"), TALK, CARD)
+        save(str(tmp_path / "talk"), ChatState(TALK))
 
 
 def test_settings_as_a_person_types_them() -> None:

@@ -56,7 +56,7 @@ def test_help_and_mistakes_do_not_load_torch(arguments):
 
 
 MISTAKES: list[tuple[list[str], str]] = [
-    ([], "COMMAND"),
+    ([], "a command is missing"),
     (["convert"], "SOURCE"),
     (["convert", "nowhere", "out"], "nowhere"),
     (["convert", "empty.safetensors", "out"], "empty"),
@@ -66,14 +66,25 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["convert", "a", "b", "--memory", "lots"], "--memory 'lots'"),
     (["convert", "a", "b", "--rows", "0"], "rows"),
     (["run", "nowhere", "-p", "x"], "nowhere"),
-    (["run", "owner/name", "-p", "x"], "converted"),
-    (["run", "a", "-p", "x", "--vram", "much"], "--vram 'much'"),
+    (["run", "owner/name", "-p", "x"], "no version of owner/name"),
+    (["run", "a", "-p", "x", "--vram", "much"], "vram 'much'"),
     (["plan", "nowhere"], "nowhere"),
     (["plan", "owner/name", "--vram", "6GiB"], "lowmem convert owner/name"),
     (["fim", "nowhere", "empty.safetensors"], "empty.safetensors"),
     (["rm", "nothing"], "nothing"),
     (["verify", "nowhere"], "nowhere"),
     (["nonsense"], "nonsense"),
+    (["rnu", "m"], "lowmem: unknown command 'rnu'. Did you mean run?"),
+    (
+        ["run", "m", "--max-new-tokns", "3"],
+        "lowmem run: unknown option --max-new-tokns. Did you mean --max-new-tokens?",
+    ),
+    (["run", "m", "--quantise=int8"], "lowmem run: unknown option --quantise. Did you mean --quantize?"),
+    (
+        ["bench", "quality", "m", "--refernce", "r"],
+        "lowmem bench quality: unknown option --refernce. Did you mean --reference?",
+    ),
+    (["run", "m", "a prompt"], "lowmem run: unexpected argument 'a prompt'"),
 ]
 
 

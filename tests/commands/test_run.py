@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from lowmem.chat.conversation import Conversation, Exchange
+from lowmem.chat.conversation import ChatState, Conversation, Exchange
 from lowmem.chat.store import save
 from lowmem.commands import answering as command_line
 from lowmem.commands import run as run_command
+from lowmem.commands.run import read_prompt
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError
 from lowmem.loading.loader import load
@@ -30,14 +31,10 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
 OPTIONS = ["--temperature", "0", "--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu"]
 
 
-def arguments(words: list[str]) -> argparse.Namespace:
+def run(*words: str | Path) -> int:
     parser = argparse.ArgumentParser()
     run_command.add_arguments(parser)
-    return parser.parse_args(words)
-
-
-def run(*words: str | Path) -> int:
-    return run_command.run(arguments([str(word) for word in words]))
+    return run_command.run(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +91,13 @@ def test_quiet_says_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_where_the_prompt_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "code.py"
     file.write_bytes("x = 'é'\r\n\n".encode())
-    assert run_command.read_prompt(arguments(["m", "-f", str(file)])) == "x = 'é'"
-    assert (
-        run_command.read_prompt(arguments(["m", "-p", "Explain:", "-f", str(file)])) == "Explain:\n\nx = 'é'"
-    )
-    assert run_command.read_prompt(arguments(["m", "-p", "a\n"])) == "a\n"
+    assert read_prompt(None, str(file)) == "x = 'é'"
+    assert read_prompt("Explain:", str(file)) == "Explain:\n\nx = 'é'"
+    assert read_prompt("a\n", None) == "a\n"
     pipe(monkeypatch, b"Hi\nthere\n")
-    assert run_command.read_prompt(arguments(["m"])) == "Hi\nthere"
+    assert read_prompt(None, None) == "Hi\nthere"
     pipe(monkeypatch, b"piped\n")
-    assert run_command.read_prompt(arguments(["m", "-p", "Explain:", "-f", "-"])) == "Explain:\n\npiped"
+    assert read_prompt("Explain:", "-") == "Explain:\n\npiped"
 
 
 def test_a_prompt_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +119,7 @@ def test_a_prompt_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", terminal)  # and stdout is a file: there is nobody to chat with
-    with pytest.raises(InvalidRequestError, match="no prompt"):
+    with pytest.raises(InvalidRequestError, match="prompt is missing"):
         run("model")
     monkeypatch.setattr(command_line, "LARGEST", 10)
     (tmp_path / "large").write_bytes(b"x" * 11)
@@ -138,10 +133,11 @@ def test_a_prompt_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         (["--temperature", "-1"], "temperature"),
         (["--seed", "-1"], "seed"),
         (["--stop", ""], "stop"),
-        (["--load", "nowhere.json"], "there is no"),
+        (["--load", "nowhere.json"], "does not exist"),
         (["--device", "tpu"], "device"),
         (["--device", "cuda:77"], "device"),
         (["--system", "x", "--raw"], "template"),
+        (["--load", "x", "--raw"], "template"),
         (["--context", "999999"], "positions"),
     ],
 )
@@ -176,7 +172,7 @@ def test_options_reach_the_session(
 def test_a_saved_conversation_goes_on(
     folder: Path, tmp_path: Path, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = save(str(tmp_path / "talk.json"), Conversation("S", (Exchange("a", "b"),)), GREEDY)
+    path = save(str(tmp_path / "talk.json"), ChatState(Conversation("S", (Exchange("a", "b"),)), GREEDY))
     assert run(folder, "-p", "c", "--load", path, "--dtype", "float32", "--device", "cpu") == 0
     turns = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
     expected = session.complete(turns, GREEDY, system="S").text.removeprefix("\n")

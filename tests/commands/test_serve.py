@@ -18,7 +18,7 @@ import pytest
 
 from lowmem.cli import main
 from lowmem.commands import serve as serve_command
-from lowmem.commands.serve import KEYS, check_door, read_keys, served_name
+from lowmem.commands.serve import KEYS, Access, check_access, read_keys, served_name
 from lowmem.errors import InvalidRequestError
 from tests.helpers import REPO, TINY_STARCHAT
 from tests.server.server_fixture import PATIENCE
@@ -33,15 +33,17 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEYS, raising=False)
 
 
-def arguments(*words: str) -> argparse.Namespace:
+def access(*words: str) -> Access:
     parser = argparse.ArgumentParser()
     serve_command.add_arguments(parser)
-    return parser.parse_args(["model", *words])
+    args = parser.parse_args(["model", *words])
+    names = ("api_key", "api_key_file", "no_api_key", "allow_host")
+    return check_access(args.host, **{name: getattr(args, name) for name in names})
 
 
 def refused(*words: str) -> str:
     with pytest.raises(InvalidRequestError) as caught:
-        check_door(arguments(*words))
+        access(*words)
     assert "\n" not in str(caught.value) and caught.value.hint
     return str(caught.value)
 
@@ -49,15 +51,15 @@ def refused(*words: str) -> str:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "box.lan"])
 def test_other_machines_need_a_key_unless_told_explicitly(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert host in refused("--host", host) and "--no-api-key" in refused("--host", host)
-    assert check_door(arguments("--host", host, "--no-api-key")).keys == ()
+    assert access("--host", host, "--no-api-key").keys == ()
     monkeypatch.setenv(KEYS, KEY)
-    assert check_door(arguments("--host", host)).keys == (KEY,)
+    assert access("--host", host).keys == (KEY,)
     assert "--no-api-key" in refused("--host", host, "--no-api-key")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
 def test_this_machine_needs_none(host: str) -> None:
-    assert check_door(arguments("--host", host)).keys == ()
+    assert access("--host", host).keys == ()
 
 
 def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +70,7 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
     assert read_keys(None) == (KEY, "third-key-here")
     assert read_keys(str(file)) == (KEY, "another-key-here")
     file.write_text("\n")
-    with pytest.raises(InvalidRequestError, match="holds no key"):
+    with pytest.raises(InvalidRequestError, match="contains no key"):
         read_keys(str(file))
     for bad in ("tiny!", "a-key-with-ünicode"):
         file.write_text(bad)
@@ -166,7 +168,7 @@ def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert "is served at http://127.0.0.1:" in line, process.communicate()
+        assert " at http://127.0.0.1:" in line, process.communicate()
         url = line.rpartition("API: ")[2].strip().rstrip(")")
         yield process, openai.OpenAI(base_url=url, api_key=KEY, max_retries=0, timeout=PATIENCE)
     finally:

@@ -8,12 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowmem.config import SamplingParams
+from lowmem.config import SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError, LowmemError
 from lowmem.generate.sampling import (
     Sampler,
     candidates,
-    check_sampling,
     draw,
     keep_min_p,
     keep_top_k,

@@ -26,7 +26,7 @@ from lowmem.kernels.native import linear as native_linear
 from lowmem.loading import loader
 from lowmem.loading.loader import load
 from lowmem.loading.opening import open_model
-from lowmem.plan.request import Request
+from lowmem.plan.request import ModelRequest
 from tests.helpers import save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
@@ -331,8 +331,8 @@ def test_every_flipped_bit_is_found_by_verify_and_by_a_check(converted: Path, tm
     assert shard.name in str(verify(tmp_path / "copy").problems[0])
 
 
-def request(folder: Path) -> Request:
-    return Request(model=str(folder), device="cpu", context=32, check=True)
+def request(folder: Path) -> ModelRequest:
+    return ModelRequest(model=str(folder), device="cpu", context=32, check=True)
 
 
 def test_a_check_reads_all_and_tells_how_far_it_is(copy: Path) -> None:

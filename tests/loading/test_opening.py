@@ -17,7 +17,7 @@ from lowmem.loading.loader import load
 from lowmem.loading.opening import open_model
 from lowmem.plan import request as request_module
 from lowmem.plan.device import is_out_of_memory
-from lowmem.plan.request import Request, plan_for
+from lowmem.plan.request import ModelRequest, plan_for
 from lowmem.session import Session
 from tests.commands.command_lines import ENVIRONMENT
 from tests.helpers import TINY_STARCHAT, save_source, tiny_model
@@ -46,7 +46,7 @@ FORMS = ["bfloat16", "8-bit g32", "int8 bnb", "4-bit g32", "NF4 bnb"]
 )
 def test_every_form_runs(forms: Path, bits: int, method: str) -> None:
     lines: list[str] = []
-    loaded = open_model(Request(str(forms), bits=bits, method=method, context=64), lines.append)
+    loaded = open_model(ModelRequest(str(forms), bits=bits, method=method, context=64), lines.append)
     assert loaded.option is not None and loaded.plan is not None
     assert loaded.label == loaded.option.candidate.label == FORMS[FORMS.index(loaded.label)]
     assert (loaded.context, str(loaded.dtype)) == (64, "torch.bfloat16")
@@ -68,7 +68,7 @@ def test_the_next_form_when_memory_is_gone(forms: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(opening, "load", load)
     lines: list[str] = []
-    loaded = open_model(Request(str(forms)), lines.append)
+    loaded = open_model(ModelRequest(str(forms)), lines.append)
     assert loaded.label == "int8 bnb"
     assert tried == [("model", None), ("model-8bit", None), ("model", "int8")]
     assert [line.split(" does not fit")[0] for line in lines[1:]] == ["bfloat16", "8-bit g32"]
@@ -80,7 +80,7 @@ def test_when_nothing_can_be_had_it_says_so(forms: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(opening, "load", load)
     with pytest.raises(MemoryBudgetError, match=r"could be loaded: CUDA out of memory.*--context") as caught:
-        open_model(Request(str(forms)))
+        open_model(ModelRequest(str(forms)))
     assert "\n" not in str(caught.value)
 
 
@@ -90,15 +90,15 @@ def test_other_errors_are_not_taken_for_it(forms: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(opening, "load", load)
     with pytest.raises(RuntimeError, match="a bug"):
-        open_model(Request(str(forms)))
+        open_model(ModelRequest(str(forms)))
     assert is_out_of_memory(MemoryError()) and not is_out_of_memory(ValueError("out of memory"))
 
 
 def test_a_hub_id_without_network_says_so() -> None:
     with pytest.raises(
-        SourceError, match=r"no form of HuggingFaceH4/starchat-alpha.*converted.*hub cannot be reached"
+        SourceError, match=r"no version of HuggingFaceH4/starchat-alpha.*hub cannot be reached"
     ):
-        open_model(Request("HuggingFaceH4/starchat-alpha"))
+        open_model(ModelRequest("HuggingFaceH4/starchat-alpha"))
 
 
 REAL_LIMIT = """
@@ -106,12 +106,12 @@ import resource, sys
 import torch
 torch.set_num_threads(1)
 import lowmem.loading.opening as opening
-from lowmem.plan.request import Request
+from lowmem.plan.request import ModelRequest
 import bitsandbytes, transformers.models.gpt_bigcode.modeling_gpt_bigcode  # before the limit
 opening.load(sys.argv[2])
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (470 << 20), resource.RLIM_INFINITY))
-loaded = opening.open_model(Request(sys.argv[1]), lambda line: print("NOTE", line))
+loaded = opening.open_model(ModelRequest(sys.argv[1]), lambda line: print("NOTE", line))
 print("LOADED", loaded.label)
 """
 
@@ -158,7 +158,7 @@ class FakeCard:
 
 def test_on_a_card_what_fits_it_is_loaded_to_it(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = FakeCard(monkeypatch, free=8 << 30)
-    loaded = open_model(Request(str(forms), context=64))
+    loaded = open_model(ModelRequest(str(forms), context=64))
     assert loaded.plan is not None and loaded.plan.budget.card == 8 << 30
     (options,) = card.loads
     assert options["device"] == torch.device("cuda", 0) and options["split"] is None
@@ -167,16 +167,16 @@ def test_on_a_card_what_fits_it_is_loaded_to_it(forms: Path, monkeypatch: pytest
 
 def test_too_small_a_card_gets_some_layers(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The free bytes are put between a part and the whole of the model; then the card fails altogether."""
-    plan = plan_for(Request(str(forms), vram=8 << 30, context=64), named_card=True)
+    plan = plan_for(ModelRequest(str(forms), vram=8 << 30, context=64), named_card=True)
     whole = min(option.need.total - option.need.context for option in plan.options)
     card = FakeCard(monkeypatch, free=whole - 1)
-    loaded = open_model(Request(str(forms), context=64))
+    loaded = open_model(ModelRequest(str(forms), context=64))
     assert loaded.option is not None and loaded.option.device == "split"
     assert card.loads[-1]["split"] == 1 and card.loads[-1]["device"] == torch.device("cuda", 0)
     card.loads.clear()
     card.fails = sum(option.device == "split" for option in (loaded.plan.chosen, *loaded.plan.fallbacks))  # type: ignore[union-attr]
     lines: list[str] = []
-    loaded = open_model(Request(str(forms), context=64), lines.append)
+    loaded = open_model(ModelRequest(str(forms), context=64), lines.append)
     assert loaded.option is not None and loaded.option.device == "cpu"
     assert card.loads[-1]["device"] == "cpu" and card.loads[-1]["split"] is None
     assert sum("does not fit after all" in line for line in lines) == card.fails
@@ -184,7 +184,7 @@ def test_too_small_a_card_gets_some_layers(forms: Path, monkeypatch: pytest.Monk
 
 def test_vram_takes_the_place_of_what_is_free(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeCard(monkeypatch, free=8 << 30)
-    assert plan_for(Request(str(forms), vram=1 << 30)).budget.card == 1 << 30
+    assert plan_for(ModelRequest(str(forms), vram=1 << 30)).budget.card == 1 << 30
     monkeypatch.setenv("LOWMEM_VRAM", "2GiB")
-    assert plan_for(Request(str(forms))).budget.card == 2 << 30
-    assert plan_for(Request(str(forms), device="cpu")).budget.card is None
+    assert plan_for(ModelRequest(str(forms))).budget.card == 2 << 30
+    assert plan_for(ModelRequest(str(forms), device="cpu")).budget.card is None

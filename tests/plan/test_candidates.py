@@ -14,7 +14,7 @@ from lowmem.checkpoint import cache
 from lowmem.checkpoint.manifest import write_manifest
 from lowmem.errors import InvalidRequestError, RecipeError, SourceError
 from lowmem.plan.candidates import find_candidates
-from lowmem.plan.request import Request, plan_for
+from lowmem.plan.request import ModelRequest, plan_for
 from lowmem.plan.shape import read_shape
 from tests.helpers import KINDS, TINY_STARCHAT, save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -123,24 +123,24 @@ def test_anybodys_gptq(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"bits": 3}, SourceError, "no 3-bit form .* but bfloat16, .*lowmem convert .* --bits 3"),
-        ({"method": "gptq"}, SourceError, "no gptq form .*lowmem convert"),
-        ({"context": 1025}, InvalidRequestError, "positions for 1024"),
+        ({"bits": 3}, SourceError, "no 3-bit version .* available: bfloat16, .*lowmem convert .* --bits 3"),
+        ({"method": "gptq"}, SourceError, "no gptq version .*lowmem convert"),
+        ({"context": 1025}, InvalidRequestError, "1024 positions"),
         ({"context": -1}, InvalidRequestError, "--context -1"),
-        ({"vram": 1 << 30}, InvalidRequestError, "no card here"),
+        ({"vram": 1 << 30}, InvalidRequestError, "machine has none"),
         ({"device": "tpu"}, InvalidRequestError, "tpu"),
         ({"device": "cuda:3"}, InvalidRequestError, "not there"),
     ],
 )
 def test_a_request_that_cannot_be(options: dict[str, object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        plan_for(Request(str(TINY_STARCHAT), **options))  # type: ignore[arg-type]
+        plan_for(ModelRequest(str(TINY_STARCHAT), **options))  # type: ignore[arg-type]
 
 
 def test_vram_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """It names a card for `plan`; where there is none `run` has nothing to apply it to, and goes on."""
     monkeypatch.setenv("LOWMEM_VRAM", "12GiB")
-    request = Request(str(TINY_STARCHAT))
+    request = ModelRequest(str(TINY_STARCHAT))
     assert plan_for(request, named_card=True).budget.card == 12 << 30
     assert plan_for(request).budget.card is None
     monkeypatch.setenv("LOWMEM_VRAM", "plenty")
@@ -150,8 +150,8 @@ def test_vram_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_asked_for_is_what_runs(tmp_path: Path) -> None:
     shutil.copytree(TINY_STARCHAT, tmp_path / "m")
-    plan = plan_for(Request(str(tmp_path / "m"), bits=4, method="nf4", context=100, ram=2 << 30))
+    plan = plan_for(ModelRequest(str(tmp_path / "m"), bits=4, method="nf4", context=100, ram=2 << 30))
     assert plan.chosen.candidate.label == "NF4 bnb"
     assert (plan.context, plan.budget.host) == (100, 2 << 30)
     assert [o.candidate.bits for o in plan.possible] == []
-    assert [o.candidate.bits for o in plan_for(Request(str(tmp_path / "m"), bits=8)).possible] == [8]
+    assert [o.candidate.bits for o in plan_for(ModelRequest(str(tmp_path / "m"), bits=8)).possible] == [8]

@@ -10,7 +10,7 @@ import sys
 
 from lowmem.config import SamplingParams
 from lowmem.loading.opening import load_option
-from lowmem.plan.request import Request, plan_for
+from lowmem.plan.request import ModelRequest, plan_for
 from lowmem.session import Session
 from lowmem.text.units import format_bytes
 
@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--context", type=int, default=512, metavar="N")
     args = parser.parse_args()
-    request = Request(args.model, device="cpu", context=args.context)
+    request = ModelRequest(args.model, device="cpu", context=args.context)
     plan = plan_for(request)
     params = SamplingParams(max_new_tokens=args.max_new_tokens, temperature=0)
     print(f"{args.prompt!r}, greedy, at most {args.max_new_tokens} tokens")

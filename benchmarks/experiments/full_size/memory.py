@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lowmem.benchmarks.common.processes import hardware
 
-from lowmem.plan.request import Request, plan_for
+from lowmem.plan.request import ModelRequest, plan_for
 
 TOLERANCE = 64 << 20
 SHARE = 0.05
@@ -58,7 +58,7 @@ class Measured:
 
 def measure(model: str, context: int | None = None, only: set[str] | None = None) -> list[Measured]:
     """Every form of `model` on the CPU (or those with the labels in `only`), each in a process of its own."""
-    plan = plan_for(Request(model, device="cpu", context=context))
+    plan = plan_for(ModelRequest(model, device="cpu", context=context))
     found = []
     for option in plan.options:
         if only is not None and option.candidate.label not in only:
