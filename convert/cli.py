@@ -1,11 +1,10 @@
-"""`lowmem convert`: its options, and their way into Python. No heavy import before it runs."""
+"""`lowmem convert`: its options, and the call that they describe. Heavy imports wait until it runs."""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 
 from lowmem.config import QuantConfig
@@ -19,68 +18,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="SOURCE", help="folder or file of the 16-bit checkpoint, a GGUF, or a hub id"
     )
     parser.add_argument(
-        "out", metavar="OUT", nargs="?", help="folder to create (a place in lowmem's cache, see lowmem list)"
+        "out", metavar="OUT", nargs="?", help="folder to create (default: in lowmem's cache, see lowmem list)"
     )
     quant = parser.add_argument_group("quantization")
     quant.add_argument(
-        "--bits", type=int, choices=(8, 4, 3, 2), default=4, help="bits a weight (%(default)s)"
+        "--bits", type=int, choices=(8, 4, 3, 2), default=4, help="bits per weight (%(default)s)"
     )
     quant.add_argument(
         "--group-size",
         type=int,
         default=0,
         metavar="N",
-        help="input columns that share a scale, -1 for all of them (128, or less where 128 does not divide)",
+        help="input columns that share a scale, -1 for a whole row (128, or 64 or 32 where needed)",
     )
     quant.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS)
     quant.add_argument(
-        "--asym", dest="sym", action="store_false", help="a zero-point for each group (symmetric)"
+        "--asym", dest="sym", action="store_false", help="give each group its own zero-point (symmetric)"
     )
     quant.add_argument(
         "--desc-act",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="act-order: columns that matter most first; inference needs no permutation (on)",
+        help="act-order: quantize the most important columns first; inference is not slower (on)",
     )
     quant.add_argument(
         "--damp-percent",
         type=float,
         default=0.01,
         metavar="F",
-        help="fraction of the Hessian's mean diagonal added to it (%(default)s)",
+        help="fraction of the Hessian's mean diagonal added to its diagonal (%(default)s)",
     )
     quant.add_argument(
         "--true-sequential",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="linears of a layer see the quantized ones before them (on)",
+        help="calibrate each linear on the outputs of the quantized ones before it (on)",
     )
     quant.add_argument(
         "--correction",
         type=float,
         default=QuantConfig.correction,
         metavar="F",
-        help="share of the error of earlier linears that a linear makes up for; 0 is faster (%(default)s)",
+        help="share of the earlier linears' error that a linear corrects; 0 is faster (%(default)s)",
     )
     quant.add_argument(
         "--passes",
         type=int,
         default=QuantConfig.passes,
         metavar="N",
-        help="over each group's integers and scale after GPTQ; 0 is faster (%(default)s)",
+        help="refinement passes over each group's integers and scale; 0 is faster (%(default)s)",
     )
     quant.add_argument(
         "--tune-steps",
         type=int,
         default=QuantConfig.tune_steps,
         metavar="N",
-        help="of tuning a layer's scales, biases and norms together: 32 are better, and take almost as long "
-        "as all the rest (%(default)s)",
+        help="steps of tuning each layer's scales, biases and norms; 32 improve quality and almost "
+        "double the time (%(default)s)",
     )
     quant.add_argument(
         "--plain",
         action="store_true",
-        help="GPTQ alone, in less time: --correction 0 --passes 0 --tune-steps 0",
+        help="plain GPTQ, the fastest: --correction 0 --passes 0 --tune-steps 0",
     )
     text = parser.add_argument_group("calibration")
     text.add_argument(
@@ -92,38 +91,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--rows", type=int, default=128, metavar="N", help="rows of calibration text (%(default)s)"
     )
-    text.add_argument("--row-length", type=int, default=512, metavar="N", help="tokens a row (%(default)s)")
-    text.add_argument("--seed", type=int, default=0, metavar="N", help="which text is drawn (%(default)s)")
+    text.add_argument("--row-length", type=int, default=512, metavar="N", help="tokens per row (%(default)s)")
+    text.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the text (%(default)s)"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu or cuda:N (%(default)s)")
-    machine.add_argument("--memory", metavar="SIZE", help="the most memory to use, as 8GiB (what is free)")
+    machine.add_argument("--memory", metavar="SIZE", help="memory limit, such as 8GiB (all free memory)")
     machine.add_argument(
         "--compute-dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of the calibration's forward passes (%(default)s)",
+        help="dtype of the calibration's forward passes (%(default)s)",
     )
     result = parser.add_argument_group("result")
-    result.add_argument("--shard-size", default="4GiB", metavar="SIZE", help="of one file (%(default)s)")
+    result.add_argument("--shard-size", default="4GiB", metavar="SIZE", help="size of one file (%(default)s)")
     result.add_argument(
-        "--store-head", action="store_true", help="store a tied head too, as auto-gptq needs it"
+        "--store-head", action="store_true", help="store a tied head too, which auto-gptq needs"
     )
     result.add_argument(
-        "--force", action="store_true", help="replace OUT, and drop another unfinished conversion"
+        "--force", action="store_true", help="replace OUT, and discard another unfinished conversion"
     )
     result.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("-q", "--quiet", action="store_true", help="say nothing unless something is wrong")
-    output.add_argument("--json", action="store_true", help="one JSON object a line on standard output")
+    output.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    output.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert as the arguments say; the exit code."""
+    """Convert as the arguments say, and return the exit code."""
     from lowmem.convert.calibration import CalibrationSpec
-    from lowmem.convert.job import Job
+    from lowmem.convert.job import ConversionJob
     from lowmem.convert.pipeline import convert
     from lowmem.convert.progress import make_reporter
-    from lowmem.convert.recipe import Options
+    from lowmem.convert.recipe import ConvertOptions
 
     from lowmem.checkpoint.files.reading import one_line
     from lowmem.errors import MemoryBudgetError
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         tune_steps=0 if args.plain else args.tune_steps,
     )
     calibration = CalibrationSpec(args.calibration, args.rows, args.row_length, args.seed)
-    options = Options(
+    options = ConvertOptions(
         device=args.device,
         memory=parse_bytes(args.memory, "--memory") if args.memory else None,
         shard_size=parse_bytes(args.shard_size, "--shard-size"),
@@ -151,7 +152,6 @@ def run(args: argparse.Namespace) -> int:
         compute_dtype=args.compute_dtype,
     )
     reporter = make_reporter(quiet=args.quiet, as_json=args.json)
-    target: list[Path] = []
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
         convert(
@@ -161,25 +161,23 @@ def run(args: argparse.Namespace) -> int:
             calibration=calibration,
             options=options,
             reporter=reporter,
-            on_target=target.append,
         )
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         raise MemoryBudgetError(
             f"memory ran out: {one_line(error)}",
-            "Close other programs, or allow less with --memory SIZE, and give the same command again: "
-            "finished layers are kept",
+            "Close other programs, or set a lower --memory, and repeat the command: finished layers are kept",
         ) from error
     except KeyboardInterrupt:
-        job = Job(target[0]) if target else None
+        job = ConversionJob(reporter.folder) if reporter.folder else None
         state = job.load() if job else None
         if job is None or state is None:
             print("stopped before anything was written", file=sys.stderr)
         else:
             print(
                 f"stopped; {state.finished_layers} layers are finished in {job.folder}. "
-                "Give the same command again to go on after them",
+                "Repeat the command to resume after them",
                 file=sys.stderr,
             )
         return INTERRUPTED

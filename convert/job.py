@@ -1,14 +1,15 @@
-"""The state of a conversion on disk: what is finished, and what it was started with.
+"""The state of a conversion on disk: its recipe, and how many layers are finished.
 
     OUT.partial/
-      job.json               the recipe, and how many layers are finished: the one point of commitment
+      job.json               the recipe, and the number of finished layers; written last
       lock                   held while a process works here
       hidden-00007.bin       hidden states at the input of layer 7, the next one
+      unquantized-00007.bin  the same of the unquantized model
       outside.safetensors    embeddings, norms and head
       layer-00006.safetensors …
-      result/                the checkpoint being put together; renamed to OUT as the very last step
+      result/                the checkpoint being assembled; renamed to OUT as the last step
 
-A file that job.json does not speak of is rubbish from an interruption, and is written again.
+A file that job.json does not account for was left by an interruption, and is written again.
 """
 
 from __future__ import annotations
@@ -22,33 +23,34 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowmem.convert.stages.layer import LinearReport
+from lowmem.convert.stages.context import LayerFiles, LinearReport
 
 from lowmem.checkpoint.files.lock import take
 from lowmem.checkpoint.files.whole import as_output_error, sync_folder, write_json
 from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.errors import OutputError, RecipeError
 
-VERSION = 1
+JOB_VERSION = 1
+"""Version of job.json."""
 
 
 @dataclass
 class JobState:
-    """What job.json holds."""
+    """The content of job.json."""
 
     recipe: dict[str, Any]
-    """Everything that the result's bytes depend on, by the name that the user knows."""
+    """Everything that the result's bytes depend on (recipe.recipe_entries)."""
     run: dict[str, Any] = field(default_factory=dict)
-    """What the first run chose for itself and later ones must keep, to give the same bytes."""
+    """Choices of the first run that later runs must keep to give the same bytes."""
     finished_layers: int = 0
     reports: list[list[LinearReport]] = field(default_factory=list)
     seconds: float = 0.0
     publishing: bool = False
-    """All is done but the last renames."""
+    """Everything is done except the last renames."""
 
 
-class Job:
-    """The folder beside OUT in which a conversion works until it is whole."""
+class ConversionJob:
+    """The folder beside OUT in which a conversion works until it is complete."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -61,12 +63,17 @@ class Job:
         return self.folder / f"hidden-{layer:05d}.bin"
 
     def unquantized(self, layer: int) -> Path:
-        """The same of the unquantized model: what the conversion corrects towards."""
+        """The file of the unquantized model's hidden states at the input of `layer`."""
         return self.folder / f"unquantized-{layer:05d}.bin"
 
     def staged(self, layer: int) -> Path:
         """The file of a finished layer's tensors."""
         return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def layer_files(self, layer: int) -> LayerFiles:
+        """Where the stages of `layer` write."""
+        following = self.hidden(layer + 1), self.unquantized(layer + 1)
+        return LayerFiles(self.folder, self.staged(layer), *following)
 
     @property
     def outside(self) -> Path:
@@ -75,11 +82,11 @@ class Job:
 
     @property
     def result(self) -> Path:
-        """Where the checkpoint is put together."""
+        """Where the checkpoint is assembled."""
         return self.folder / "result"
 
     def check_out(self, force: bool) -> None:
-        """Refuse to overwrite; with force, only what is a converted checkpoint is ever replaced."""
+        """Raise OutputError if OUT would be overwritten; force replaces converted checkpoints only."""
         if not self.out.parent.is_dir():
             raise OutputError(f"the folder {self.out.parent} does not exist", "Create it first")
         if not os.path.lexists(self.out):
@@ -90,13 +97,13 @@ class Job:
             raise OutputError(f"{self.out} exists", "Choose another folder, or replace it with --force")
         if self.out.is_symlink() or not (self.out / MANIFEST_FILE).is_file():
             raise OutputError(
-                f"{self.out} is not a checkpoint that lowmem wrote, so --force does not replace it",
+                f"{self.out} is not a checkpoint written by lowmem, so --force does not replace it",
                 "Choose another folder",
             )
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Hold the folder against other processes; made here, and gone if nothing came of it."""
+        """Create the folder and lock it against other processes; remove it if no work was committed."""
         self.remove_waste()
         try:
             lock = take(self.folder / "lock", f"another process is converting into {self.out}")
@@ -111,13 +118,13 @@ class Job:
                     self.discard()
 
     def load(self) -> JobState | None:
-        """The state of an interrupted job, or None if there is none to go on from."""
+        """The state of an interrupted job, or None if there is none to resume."""
         path = self.folder / "job.json"
         if not path.is_file():
             return None
         try:
             data = json.loads(path.read_bytes())
-            if data["version"] != VERSION:
+            if data["version"] != JOB_VERSION:
                 raise ValueError(f"version {data['version']}")
             reports = [[LinearReport(**r) for r in layer] for layer in data["reports"]]
             return JobState(
@@ -132,9 +139,9 @@ class Job:
             raise OutputError(f"{path} is damaged ({error})", "Start again with --force") from error
 
     def begin(self, recipe: Mapping[str, Any], force: bool) -> None:
-        """Go on with the job in the folder if its recipe is the same, or prepare a new one.
+        """Resume the job in the folder if its recipe is the same, or prepare a new one.
 
-        Raises RecipeError naming what differs; with force the old job is dropped instead.
+        Raises RecipeError naming the differences; with force the old job is discarded instead.
         """
         found: JobState | None = None
         try:
@@ -146,7 +153,7 @@ class Job:
             changes = differences(found.recipe, recipe)
             if not changes:
                 self.state, self.resumed = found, True
-                if found.publishing:  # until it is again: OUT may still be the one that is replaced
+                if found.publishing:  # until it publishes again: OUT may still be the old one
                     found.publishing = False
                     self.commit()
                 self.sweep(found.finished_layers)
@@ -154,24 +161,24 @@ class Job:
             if not force:
                 raise RecipeError(
                     f"{self.folder} holds an unfinished conversion with another {'; '.join(changes)}",
-                    "Give the same command as then to go on, or start again with --force",
+                    "Repeat the original command to resume it, or start again with --force",
                 )
         self.state = JobState(dict(recipe))
 
     def start(self, run: Mapping[str, Any]) -> None:
-        """Make a new job's first mark on disk; `run` is what it keeps to from now on."""
+        """Commit a new job; `run` holds the choices that later runs must keep."""
         self.clear()
         self.state.run = dict(run)
         self.commit()
 
     def clear(self) -> None:
-        """Remove all that an earlier job left, but the lock."""
+        """Remove everything that an earlier job left, except the lock."""
         self._keep("lock")
 
     def sweep(self, finished: int) -> None:
-        """Remove what job.json, which says `finished`, does not speak of: it takes the room of what comes."""
+        """Remove files that job.json, with `finished` layers, does not account for: their space is needed."""
         kept = [self.staged(index) for index in range(finished)]
-        if finished:  # the first layer's are made again
+        if finished:  # those of the first layer are computed again
             kept += [self.hidden(finished), self.unquantized(finished)]
         self._keep("lock", "job.json", self._replaced.name, *(path.name for path in kept))
 
@@ -185,12 +192,12 @@ class Job:
                 entry.unlink()
 
     def commit(self) -> None:
-        """Write job.json: from here on, what it says is finished."""
+        """Write job.json; what it lists counts as finished from then on."""
         state = self.state
         write_json(
             self.folder / "job.json",
             {
-                "version": VERSION,
+                "version": JOB_VERSION,
                 "recipe": state.recipe,
                 "run": state.run,
                 "finished_layers": state.finished_layers,
@@ -201,7 +208,7 @@ class Job:
         )
 
     def was_published(self) -> bool:
-        """Whether a process was stopped after OUT appeared, and only its job folder is left over."""
+        """Whether a process was stopped after OUT appeared, so that only its job folder is left."""
         if not (self.folder / "job.json").is_file() or self.result.exists():
             return False
         try:
@@ -215,17 +222,16 @@ class Job:
         return self.folder.with_name(self.folder.name + ".done")
 
     def remove_waste(self) -> None:
-        """Remove what a killed process has left of a folder that it was removing: OUT is whole without it."""
+        """Remove what a killed process left of a job folder that it was removing."""
         shutil.rmtree(self._waste, ignore_errors=True)
 
     @property
     def _replaced(self) -> Path:
-        """Where the earlier OUT lies while the new one takes its place."""
+        """Where the old OUT is kept while the new one takes its place."""
         return self.folder / "replaced"
 
     def _put_back(self) -> None:
-        """An earlier OUT, if a process was stopped between taking it away and putting the new one there: it
-        stays until there is a new one."""
+        """Restore the old OUT if a process was stopped between moving it away and renaming the new one."""
         if self._replaced.is_dir() and not os.path.lexists(self.out):
             try:
                 os.rename(self._replaced, self.out)
@@ -233,9 +239,9 @@ class Job:
                 raise as_output_error(error, self.out) from error
 
     def discard(self) -> None:
-        """Remove the job's folder: at once by its name, so that half of it is never taken for a job.
+        """Remove the job's folder. It is renamed first, so that half of it is never taken for a job.
 
-        Where the disk refuses it is left, and the next conversion into the same place removes it.
+        If that fails, the next conversion into the same folder removes it.
         """
         self.remove_waste()
         with contextlib.suppress(OSError):
@@ -243,7 +249,7 @@ class Job:
         self.remove_waste()
 
     def publish(self) -> None:
-        """The finished result becomes OUT in one rename, and the job's folder goes."""
+        """Rename the finished result to OUT, and remove the job's folder."""
         sync_folder(self.result)
         self.state.publishing = True
         self.commit()
@@ -261,7 +267,7 @@ class Job:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`bits (4, now 8)` for everything in which two recipes differ."""
+    """The differences of two recipes, as `bits (4, now 8)`."""
     found = []
     for key in [*old, *(k for k in new if k not in old)]:
         before, after = old.get(key), new.get(key)

@@ -1,75 +1,41 @@
-"""`lowmem convert`: the whole story, one decoder layer at a time."""
+"""`lowmem convert` from start to end: open, plan, convert layer by layer, assemble, publish."""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from lowmem.convert import disk, memory
-from lowmem.convert.calibration import CalibrationRows, CalibrationSpec, load_rows
-from lowmem.convert.job import Job, differences
+from lowmem.convert import disk_plan
+from lowmem.convert.calibration import CalibrationSpec
+from lowmem.convert.inputs import ConversionInputs, prepare
+from lowmem.convert.job import ConversionJob, differences
+from lowmem.convert.memory_plan import MemoryBudget, MemoryPlan, plan_memory
 from lowmem.convert.progress import Reporter
-from lowmem.convert.recipe import Options, compute_dtype, describe, fit_group_size, recipe_of
-from lowmem.convert.result.finish import ResultSummary, put_together
-from lowmem.convert.stages.layer import LayerResult, Seconds, quantize_layer
+from lowmem.convert.recipe import ConvertOptions
+from lowmem.convert.result.finish import ResultSummary, assemble
+from lowmem.convert.stages.context import Batch, LayerContext, Seconds, run_stages
+from lowmem.convert.stages.layer import layer_stages
 from lowmem.convert.stages.replay import Replay
-from lowmem.convert.stages.targets import record
+from torch import nn
 
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.files.whole import free_bytes, refusals
-from lowmem.checkpoint.files.writer import TensorPlan, write_tensors
 from lowmem.checkpoint.manifest import MANIFEST_FILE
-from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.config import QuantConfig
-from lowmem.errors import CalibrationError, OutputError
+from lowmem.errors import OutputError
 from lowmem.generate.attention import use_row_attention
-from lowmem.models.architecture import Architecture, build_model, decoder_layers, inspect
-from lowmem.models.dialogue import Dialogue
+from lowmem.models.architecture import decoder_layers
 from lowmem.plan import device as machine
 from lowmem.streaming.hidden_states import HiddenStates
 from lowmem.streaming.layer_calls import LayerCall, catch_calls, embed
-from lowmem.streaming.weights import Weights, empty, move_buffers
+from lowmem.streaming.weights import build_without_layers, empty
 
-# Of Options: what changes the result, beside the quantization itself.
 _RESULT_OPTIONS = ("shard_size", "store_head", "revision", "compute_dtype")
-
-
-@dataclass
-class _Streams:
-    """The hidden states at the input of the layer that comes next: of the model as it is converted, and of
-    the unquantized one (None where nothing is corrected towards it)."""
-
-    converted: HiddenStates
-    unquantized: HiddenStates | None
-
-
-@dataclass(frozen=True)
-class _Calls:
-    """How the model calls its layers: with the rows that run at a time, and with a tuning step's."""
-
-    usual: list[LayerCall]
-    step: list[LayerCall]
-
-
-@dataclass(frozen=True)
-class _Work:
-    """All that the layers need, checked before the first is read."""
-
-    source: Source
-    arch: Architecture
-    weights: Weights
-    config: QuantConfig
-    options: Options
-    rows: CalibrationRows
-    tokenizer: Any
-    dialogue: Dialogue | None
-    dtype: torch.dtype
-    device: torch.device
+"""The fields of ConvertOptions that change the result."""
 
 
 def convert(
@@ -78,35 +44,35 @@ def convert(
     config: QuantConfig | None = None,
     *,
     calibration: CalibrationSpec | None = None,
-    options: Options | None = None,
+    options: ConvertOptions | None = None,
     reporter: Reporter | None = None,
-    on_target: Callable[[Path], None] | None = None,
 ) -> ResultSummary:
-    """Quantize the checkpoint `source` into the folder `out` with GPTQ.
+    """Quantize a checkpoint with GPTQ, one decoder layer at a time.
 
-    source: a folder, file or hub id (see lowmem.checkpoint.source.open). out: None is the place in lowmem's own
-    cache that belongs to the source and the recipe (see lowmem.checkpoint.cache). on_target: called with the
-    folder once it is known, before anything is written. The folder appears whole or not at all. An
-    interrupted conversion goes on after its last finished layer when it is called again with the same
-    arguments, and gives the same bytes.
-    Raises LowmemError in one line for everything that the caller can mend.
+    source: a folder, a file or a hub id, in 16 or 32 bits. out: the folder to create; None is the folder of
+    lowmem's cache that belongs to the source and the recipe. config: how the linears are quantized (4 bits).
+    calibration: the text that is run through the model (128 rows of 512 tokens of the built-in text).
+    options: device, memory budget and details of the result. reporter: receives the progress.
+
+    The folder appears complete or not at all. An interrupted conversion resumes after its last finished layer
+    when it is called again with the same arguments, and gives the same bytes.
+    Raises LowmemError, with one line that says what to do next, for whatever the caller can correct.
     """
-    options = options or Options()
+    options = options or ConvertOptions()
     reporter = reporter or Reporter()
     calibration = calibration or CalibrationSpec()
-    on_target = on_target or (lambda _: None)
     target = None if out is None else Path(out).expanduser().absolute()
     if target is not None:  # before the slow part
-        on_target(target)
-        _check_out(Job(target), options)
-    work = _prepare(str(source), config, calibration, options, reporter)
+        reporter.target(target)
+        _check_out(ConversionJob(target), options)
+    inputs = prepare(str(source), config, calibration, options, reporter.message)
     if target is None:
-        target = _place_in_cache(str(source), work.config, calibration, options)
-        on_target(target)
+        target = _cache_folder(str(source), inputs.recipe.config, calibration, options)
+        reporter.target(target)
         reporter.message(f"converting into {target}")
     try:
         with refusals(target):
-            summary = _convert_into(Job(target), work, reporter)
+            summary = _convert_into(ConversionJob(target), inputs, reporter)
         if out is None:
             reporter.message(f"use it with: lowmem run {shlex.quote(str(source))}")
         return summary
@@ -116,8 +82,8 @@ def convert(
             cache.prune(target)
 
 
-def _check_out(job: Job, options: Options) -> bool:
-    """Refuse what cannot be written; True if all is written, and only the job's folder was left over."""
+def _check_out(job: ConversionJob, options: ConvertOptions) -> bool:
+    """Raise OutputError if OUT cannot be written; True if it is complete and only the job folder is left."""
     if job.was_published():
         return True
     job.remove_waste()
@@ -125,285 +91,176 @@ def _check_out(job: Job, options: Options) -> bool:
     return False
 
 
-def _place_in_cache(source: str, config: QuantConfig, calibration: CalibrationSpec, options: Options) -> Path:
-    """The folder of the cache for this source and recipe; OutputError if the same is there already."""
-    asked, usual = (
+def _cache_folder(
+    source: str, config: QuantConfig, calibration: CalibrationSpec, options: ConvertOptions
+) -> Path:
+    """The cache's folder for this source and recipe; OutputError if it holds the same conversion already."""
+    chosen, usual = (
         asdict(spec) | {name: getattr(given, name) for name in _RESULT_OPTIONS}
-        for spec, given in ((calibration, options), (CalibrationSpec(), Options()))
+        for spec, given in ((calibration, options), (CalibrationSpec(), ConvertOptions()))
     )
-    others = {name: value for name, value in asked.items() if value != usual[name]}
+    others = {name: value for name, value in chosen.items() if value != usual[name]}
     target = cache.claim(source, cache.label_of(config, others))
-    if (target / MANIFEST_FILE).is_file() and not options.force and not Job(target).was_published():
-        Job(target).remove_waste()
+    job = ConversionJob(target)
+    if (target / MANIFEST_FILE).is_file() and not options.force and not job.was_published():
+        job.remove_waste()
         raise OutputError(
-            f"{source} is converted already, in {target}",
+            f"{source} is already converted, in {target}",
             f"Type lowmem run {shlex.quote(source)}, or convert it again with --force",
         )
     return target
 
 
-def _convert_into(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
-    """The conversion, once it is known of what and where to."""
-    options = work.options
+def _convert_into(job: ConversionJob, inputs: ConversionInputs, reporter: Reporter) -> ResultSummary:
+    options = inputs.options
     leftover = _check_out(job, options)
-    recipe = recipe_of(
-        work.source.fingerprint(), work.config, work.rows.digest, work.dtype, work.device, options
-    )
+    recipe = inputs.entries()
     with job.working():
         if leftover and (finished := job.load()) and not differences(finished.recipe, recipe):
             job.discard()
             return ResultSummary.of_folder(job.out)
         job.check_out(options.force)
         job.begin(recipe, options.force)
-        return _run(job, work, reporter)
+        return _run(job, inputs, reporter)
 
 
-def _prepare(
-    source_name: str,
-    config: QuantConfig | None,
-    calibration: CalibrationSpec,
-    options: Options,
-    reporter: Reporter,
-) -> _Work:
-    """Open and check everything; nothing is written yet."""
-    source = open_source(source_name, revision=options.revision, progress=reporter.message)
-    model_config = source.config()
-    arch = inspect(model_config)
-    weights = Weights(source, arch)
-    chosen = fit_group_size(config, arch, reporter)
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if limit and calibration.row_length > limit:
-        raise CalibrationError(
-            f"rows of {calibration.row_length} tokens do not fit the model's {limit} positions",
-            f"Use --row-length {limit} or less",
-        )
-    device = machine.resolve_device(options.device)
-    tokenizer = source.tokenizer()
-    dialogue = Dialogue.detect(tokenizer)
-    vocab_size = arch.shapes[arch.embedding][0]
-    rows = load_rows(calibration, tokenizer, dialogue, vocab_size)
-    dtype = compute_dtype(options.compute_dtype, weights.dtype, device)
-    return _Work(source, arch, weights, chosen, options, rows, tokenizer, dialogue, dtype, device)
-
-
-def _run(job: Job, work: _Work, reporter: Reporter) -> ResultSummary:
-    arch, state = work.arch, job.state
+def _run(job: ConversionJob, inputs: ConversionInputs, reporter: Reporter) -> ResultSummary:
+    """Plan memory and disk, refuse what does not fit, and convert."""
+    state, work = job.state, inputs.workload
     machine.return_freed_memory()
-    plan = memory.plan(
-        arch,
-        work.config,
-        rows=work.rows.tokens.shape[0],
-        row_length=work.rows.tokens.shape[1],
-        dtype=work.dtype,
-        device=work.device,
-        base=machine.host_memory_used(),
-        host_budget=work.options.memory or machine.host_memory_available() + machine.host_memory_used(),
-        device_budget=machine.card_memory_free(work.device) if work.device.type == "cuda" else 0,
-        fixed_rows=state.run.get("rows_at_a_time"),
-        read_overhead=work.source.read_overhead,
+    used = machine.host_memory_used()
+    budget = MemoryBudget(
+        base=used,
+        host=inputs.options.memory or machine.host_memory_available() + used,
+        device=machine.card_memory_free(inputs.device) if inputs.device.type == "cuda" else 0,
     )
-    rooms = _disk_plans(work, plan)
-    room = rooms[state.finished_layers]
-    disk.check(job, room.needed)
+    plan = plan_memory(work, budget, fixed_rows=state.run.get("rows_at_a_time"))
+    side_bytes = sum(path.stat().st_size for path in inputs.source.side_files())
+    plan_after = {
+        finished: disk_plan.plan_disk(
+            work, finished, side_bytes=side_bytes, store_head=inputs.options.store_head
+        )
+        for finished in range(len(inputs.arch.layers) + 1)
+    }
+    needed = plan_after[state.finished_layers].needed
+    disk_plan.check(job, needed)
     if job.resumed:
         torch.set_num_threads(state.run["threads"])
     else:
         job.start({"rows_at_a_time": plan.rows_at_a_time, "threads": torch.get_num_threads()})
-    reporter.started(
-        plan, len(arch.layers), state.finished_layers, describe(work.source, arch, work.config, work.rows)
-    )
-    reporter.disk(room.needed, free_bytes(job.folder), job.folder.parent)
-    with disk.told(job, rooms):
-        return _all_layers(job, work, plan, reporter)
+    reporter.started(plan, len(inputs.arch.layers), state.finished_layers, inputs.describe())
+    reporter.disk(needed, free_bytes(job.folder), job.folder.parent)
+    with disk_plan.explain_full_disk(job, plan_after):
+        return _Conversion(job, inputs, plan, reporter).run()
 
 
-def _disk_plans(work: _Work, plan: memory.MemoryPlan) -> dict[int, disk.DiskPlan]:
-    """The room that is needed, by the number of layers that are finished."""
-    side_bytes = sum(path.stat().st_size for path in work.source.side_files())
-    return {
-        finished: disk.plan(
-            work.arch,
-            work.config,
-            plan,
-            replays=work.config.true_sequential and work.device.type == "cpu",
-            side_bytes=side_bytes,
-            store_head=work.options.store_head,
-            finished=finished,
-        )
-        for finished in range(len(work.arch.layers) + 1)
-    }
+@dataclass
+class _Streams:
+    """The hidden states at the input of the next layer."""
+
+    converted: HiddenStates
+    unquantized: HiddenStates | None
+    """Of the unquantized model; None where nothing is compared with it."""
 
 
-def _all_layers(job: Job, work: _Work, plan: memory.MemoryPlan, reporter: Reporter) -> ResultSummary:
-    """Every unfinished layer, and the checkpoint of them."""
-    arch, state = work.arch, job.state
-    started, before = time.monotonic(), state.seconds
-    model = build_model(work.source.config(), work.dtype, buffers=True)
-    use_row_attention(model)  # a CPU's attends by our own kernels where they take it
-    work.weights.fill(model, "", arch.outside_before_layers(), work.dtype, work.device)
-    move_buffers(model, work.device)
-    calls = _Calls(
-        catch_calls(model, arch, work.rows.tokens[: plan.rows_at_a_time].to(work.device)),
-        catch_calls(model, arch, work.rows.tokens[: plan.rows_a_step].to(work.device)),
-    )
-    streams = _streams(job, work, model, plan)
-    empty(model)
-    _, layers = decoder_layers(model, work.source.config())
-    totals = Seconds()
-    for index in range(state.finished_layers, len(arch.layers)):
-        result = _convert_layer(job, work, layers[index], index, calls, streams, plan, reporter)
-        totals += result.seconds
-        state.seconds = before + time.monotonic() - started
-        job.commit()
-        job.hidden(index).unlink(missing_ok=True)
-        job.unquantized(index).unlink(missing_ok=True)
-        reporter.layer(index, result)
-        del result  # its packed tensors are on disk, and the plan does not count them for the next layer
-    summary = put_together(
-        job, work.source, work.weights, work.config, work.rows, work.options, work.dialogue, work.tokenizer
-    )
-    job.publish()
-    total = before + time.monotonic() - started
-    summary = summary.with_run(asdict(totals), total, machine.host_memory_peak())
-    reporter.finished(asdict(summary))
-    return summary
+class _Conversion:
+    """The run of a planned conversion over the unfinished layers."""
 
+    def __init__(
+        self, job: ConversionJob, inputs: ConversionInputs, plan: MemoryPlan, reporter: Reporter
+    ) -> None:
+        self.job = job
+        self.inputs = inputs
+        self.plan = plan
+        self.reporter = reporter
 
-def _streams(job: Job, work: _Work, model: torch.nn.Module, plan: memory.MemoryPlan) -> _Streams:
-    """The hidden states that enter the first unfinished layer."""
-    tokens = work.rows.tokens
-    shape = (tokens.shape[0], tokens.shape[1], work.arch.shapes[work.arch.embedding][1])
-    finished = job.state.finished_layers
+    def run(self) -> ResultSummary:
+        """Convert every unfinished layer, and assemble and publish the checkpoint."""
+        job, inputs, arch = self.job, self.inputs, self.inputs.arch
+        started, before = time.monotonic(), job.state.seconds
+        model = build_without_layers(inputs.weights, inputs.source.config(), inputs.dtype, inputs.device)
+        use_row_attention(model)  # our own kernels, where they support the model
+        rows, rows_a_step = self.plan.rows_at_a_time, self.plan.rows_a_step
+        calls, step_calls = self._calls(model, rows), self._calls(model, rows_a_step)
+        streams = self._streams(model)
+        empty(model)
+        _, layers = decoder_layers(model, inputs.source.config())
+        totals = Seconds()
+        for index in range(job.state.finished_layers, len(arch.layers)):
+            batches = Batch(calls[index], rows), Batch(step_calls[index], rows_a_step)
+            context = self._context(index, layers[index], streams, batches)
+            self._convert(index, context)
+            streams = _Streams(context.states, context.unquantized)
+            totals += context.seconds
+            job.state.finished_layers = index + 1
+            job.state.reports.append(context.reports)
+            job.state.seconds = before + time.monotonic() - started
+            job.commit()
+            job.hidden(index).unlink(missing_ok=True)
+            job.unquantized(index).unlink(missing_ok=True)
+            self.reporter.layer(index, context.reports, context.seconds)
+            del context  # the memory plan does not count its packed tensors for the next layer
+        summary = assemble(job, inputs)
+        job.publish()
+        total = before + time.monotonic() - started
+        summary = summary.with_run(asdict(totals), total, machine.host_memory_peak())
+        self.reporter.finished(asdict(summary))
+        return summary
 
-    def chunks() -> Iterator[torch.Tensor]:
-        for part in tokens.split(plan.rows_at_a_time):
-            yield embed(model, part.to(work.device)).cpu()
+    def _calls(self, model: nn.Module, rows: int) -> list[LayerCall]:
+        """How the model calls each of its layers with that many rows."""
+        return catch_calls(model, self.inputs.arch, self.inputs.rows.tokens[:rows].to(self.inputs.device))
 
-    def stream(path: Path) -> HiddenStates:
-        if finished:
-            return HiddenStates.reopen(path, shape, work.dtype, keep=plan.keep_hidden)
-        return HiddenStates.create(path, shape, work.dtype, chunks(), keep=plan.keep_hidden)
+    def _streams(self, model: nn.Module) -> _Streams:
+        """The hidden states at the input of the first unfinished layer."""
+        inputs, tokens, finished = self.inputs, self.inputs.rows.tokens, self.job.state.finished_layers
+        shape = (tokens.shape[0], tokens.shape[1], inputs.workload.hidden)
+        keep = self.plan.keep_hidden
 
-    unquantized = stream(job.unquantized(finished)) if work.config.follows_unquantized else None
-    return _Streams(stream(job.hidden(finished)), unquantized)
+        def chunks() -> Iterator[torch.Tensor]:
+            for part in tokens.split(self.plan.rows_at_a_time):
+                yield embed(model, part.to(inputs.device)).cpu()
 
+        def stream(path: Path) -> HiddenStates:
+            if finished:
+                return HiddenStates.reopen(path, shape, inputs.dtype, keep=keep)
+            return HiddenStates.create(path, shape, inputs.dtype, chunks(), keep=keep)
 
-def _convert_layer(
-    job: Job,
-    work: _Work,
-    layer: torch.nn.Module,
-    index: int,
-    calls: _Calls,
-    streams: _Streams,
-    plan: memory.MemoryPlan,
-    reporter: Reporter,
-) -> LayerResult:
-    """Read, quantize, stage and advance one decoder layer; it counts as finished once job.json says so."""
-    spec, call = work.arch.layers[index], calls.usual[index]
-    clock = time.perf_counter()
-    work.weights.fill_layer(layer, spec, work.dtype, work.device)
-    if index + 1 < len(work.arch.layers):
-        work.weights.read_ahead(work.arch.layers[index + 1])
-    read_seconds = time.perf_counter() - clock
-    clock = time.perf_counter()
-    targets = None
-    if streams.unquantized is not None:
-        reporter.phase(index, "unquantized outputs")
-        targets, streams.unquantized = record(
+        follows = inputs.recipe.config.follows_unquantized
+        unquantized = stream(self.job.unquantized(finished)) if follows else None
+        return _Streams(stream(self.job.hidden(finished)), unquantized)
+
+    def _context(
+        self, index: int, layer: nn.Module, streams: _Streams, batches: tuple[Batch, Batch]
+    ) -> LayerContext:
+        inputs, layers, replay = self.inputs, self.inputs.arch.layers, None
+        spec = layers[index]
+        if inputs.workload.replays:
+            replay = Replay(self.job.folder, inputs.workload.row_length)
+            replay.clear()
+        return LayerContext(
             layer,
             spec,
-            call,
-            streams.unquantized,
-            folder=job.folder,
-            next_states=job.unquantized(index + 1),
-            rows=plan.rows_at_a_time,
-            device=work.device,
-            linears=work.config.corrects,
-            trial=(calls.step[index], plan.rows_a_step),
+            inputs.recipe,
+            streams.converted,
+            batches[0],
+            self.job.layer_files(index),
+            device=inputs.device,
+            unquantized=streams.unquantized,
+            step_batch=batches[1],
+            replay=replay,
+            weights=inputs.weights,
+            following=layers[index + 1] if index + 1 < len(layers) else None,
+            stored_dtype=lambda name: inputs.weights.plan(f"{spec.name}.{name}").dtype,
+            on_linear=lambda report: self.reporter.linear(index, report),
         )
-    record_seconds = time.perf_counter() - clock
-    # A card computes an output again sooner than a file is read.
-    replay = Replay(job.folder, work.rows.tokens.shape[1]) if work.device.type == "cpu" else None
-    if replay is not None:
-        replay.clear()
-    result = quantize_layer(
-        layer,
-        spec,
-        call,
-        streams.converted,
-        work.config,
-        rows=plan.rows_at_a_time,
-        device=work.device,
-        targets=targets,
-        replay=replay,
-        tune_rows=plan.rows_a_step,
-        tune_call=calls.step[index],
-        stored_dtype=lambda name: work.weights.plan(f"{spec.name}.{name}").dtype,
-        on_phase=lambda text: reporter.phase(index, text),
-        on_linear=lambda report: reporter.linear(index, report),
-    )
-    for report in result.reports:
-        for warning in report.warnings(work.config.damp_percent):
-            reporter.message(f"{spec.name}.{report.name}: {warning}")
-    clock = time.perf_counter()
-    _stage(job, work, spec.name, index, result)
-    written = time.perf_counter()
-    streams.converted = _advance(
-        job, work, layer, index, call, streams.converted, replay, plan.rows_at_a_time
-    )
-    result.seconds.read += read_seconds
-    result.seconds.write += written - clock
-    result.seconds.forward += time.perf_counter() - written + record_seconds
-    empty(layer)
-    job.state.finished_layers = index + 1
-    job.state.reports.append(list(result.reports))
-    return result
 
-
-def _advance(
-    job: Job,
-    work: _Work,
-    layer: torch.nn.Module,
-    index: int,
-    call: LayerCall,
-    states: HiddenStates,
-    replay: Replay | None,
-    rows: int,
-) -> HiddenStates:
-    """The hidden states that enter the next layer."""
-    start = 0
-
-    def run(chunk: torch.Tensor) -> torch.Tensor:
-        nonlocal start
-        hidden = chunk.to(work.device)
-        output = call.run(layer, hidden) if replay is None else replay.run(layer, call, start, hidden)
-        start += chunk.shape[0]
-        return output.cpu()
-
-    states = states.advance(job.hidden(index + 1), rows, run, where=f"after {work.arch.layers[index].name}")
-    if replay is not None:
-        replay.clear()
-    return states
-
-
-def _stage(job: Job, work: _Work, name: str, index: int, result: LayerResult) -> None:
-    """Write the layer's packed linears and its other tensors to a file of its own."""
-    arch = work.arch
-    spec = arch.layers[index]
-    quantized = {f"{linear.name}.weight" for linear in spec.linears}
-    plans, rest = [], []
-    for tensor_name, tensor in result.tensors.items():
-        plans.append(TensorPlan(f"{name}.{tensor_name}", tensor.dtype, tuple(tensor.shape)))
-    for tensor_name in arch.inside(spec):
-        if tensor_name not in quantized and tensor_name not in result.tensors:
-            plans.append(work.weights.plan(f"{name}.{tensor_name}"))
-            rest.append(f"{name}.{tensor_name}")
-    plans.sort(key=lambda plan: plan.name)
-
-    def read(full: str) -> torch.Tensor:
-        if full in rest:
-            return work.weights.read_narrowed(full)
-        return result.tensors[full[len(name) + 1 :]].cpu()
-
-    write_tensors(job.staged(index), plans, read)
-    work.source.release()
+    def _convert(self, index: int, context: LayerContext) -> None:
+        """Run the stages of one layer. It counts as finished once job.json says so."""
+        stages = layer_stages(context.spec, context.recipe, replays=context.replay is not None)
+        run_stages(stages, context, lambda name: self.reporter.phase(index, name))
+        configs = {linear.name: context.config(linear) for linear in context.spec.linears}
+        for report in context.reports:
+            for warning in report.warnings(configs[report.name].damp_percent):
+                self.reporter.message(f"{context.spec.name}.{report.name}: {warning}")
+        empty(context.layer)

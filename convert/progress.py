@@ -1,11 +1,11 @@
-"""What a conversion tells while it runs: a live bar, a line a layer, JSON lines, or nothing."""
+"""Progress of a conversion: a live bar, a line per layer, JSON lines, or nothing."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -13,38 +13,45 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lowmem.text.units import format_bytes
 
 if TYPE_CHECKING:
-    from lowmem.convert.memory import MemoryPlan
-    from lowmem.convert.stages.layer import LayerResult, LinearReport
+    from lowmem.convert.memory_plan import MemoryPlan
+    from lowmem.convert.stages.context import LinearReport, Seconds
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
 
 class Reporter:
-    """Hears what happens; this one says nothing (`--quiet`)."""
+    """Receives the events of a conversion; this one prints nothing (`--quiet`)."""
+
+    folder: Path | None = None
+    """The folder to create, once it is known."""
+
+    def target(self, folder: Path) -> None:
+        """The folder to create is known; nothing is written yet."""
+        self.folder = folder
 
     def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
-        """The plan is made; `finished` layers are there from an interrupted run."""
+        """The work begins; `finished` layers exist from an interrupted run. note: its description."""
 
     def disk(self, needed: int, free: int, folder: Path) -> None:
-        """Bytes of disk that the work takes in `folder`, and that are free."""
+        """Bytes of disk that the work needs in `folder`, and that are free."""
 
     def message(self, text: str) -> None:
-        """Something that a person should know."""
+        """Something that the user should know."""
 
     def phase(self, layer: int, text: str) -> None:
-        """What is being done now, as `rounding mlp.c_fc`."""
+        """The current stage, as `rounding of mlp.c_fc`."""
 
     def linear(self, layer: int, report: LinearReport) -> None:
         """One linear is quantized."""
 
-    def layer(self, layer: int, result: LayerResult) -> None:
-        """One decoder layer is on disk."""
+    def layer(self, layer: int, reports: Sequence[LinearReport], seconds: Seconds) -> None:
+        """One decoder layer is finished and on disk."""
 
     def finished(self, summary: dict[str, Any]) -> None:
-        """The checkpoint is whole."""
+        """The checkpoint is complete. summary: the fields of ResultSummary."""
 
     def close(self) -> None:
-        """No more will come."""
+        """No more events will follow."""
 
 
 def _duration(seconds: float) -> str:
@@ -57,18 +64,18 @@ def _duration(seconds: float) -> str:
 
 
 def _spent(seconds: Mapping[str, float]) -> str:
-    """Where the time went: each phase that there was, in its order."""
+    """Time spent by activity, without those that took none."""
     return ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items() if s > 0)
 
 
-def _mean_error(result: LayerResult) -> float:
-    return sum(r.error for r in result.reports) / len(result.reports)
+def _mean_error(reports: Sequence[LinearReport]) -> float:
+    return sum(report.error for report in reports) / len(reports)
 
 
 def describe_plan(plan: MemoryPlan) -> str:
-    """One sentence: what the conversion will need."""
+    """One sentence on memory, hidden states and rows at a time."""
     where = "in memory" if plan.keep_hidden else "in a file"
-    card = f", {format_bytes(plan.device_peak)} on the card" if plan.device_peak else ""
+    card = f", {format_bytes(plan.device_peak)} on the GPU" if plan.device_peak else ""
     return (
         f"needs at most {format_bytes(plan.host_peak)} of memory{card} (at {plan.largest.name}); "
         f"hidden states {where}, {format_bytes(plan.hidden_bytes)}; {plan.rows_at_a_time} rows at a time"
@@ -76,7 +83,7 @@ def describe_plan(plan: MemoryPlan) -> str:
 
 
 class LineReporter(Reporter):
-    """A line a layer: for files and pipes."""
+    """One line per layer, for files and pipes."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -95,33 +102,33 @@ class LineReporter(Reporter):
         self._line(note)
         self._line(describe_plan(plan))
         if finished:
-            self._line(f"going on after layer {finished} of {layers}")
+            self._line(f"resuming after layer {finished} of {layers}")
 
     def disk(self, needed: int, free: int, folder: Path) -> None:
         self._line(f"needs at most {format_bytes(needed)} of disk in {folder}: {format_bytes(free)} are free")
 
-    def layer(self, layer: int, result: LayerResult) -> None:
+    def layer(self, layer: int, reports: Sequence[LinearReport], seconds: Seconds) -> None:
         done = layer + 1 - self._first
         left = (time.monotonic() - self._began) / done * (self.layers - layer - 1)
-        worst = max(result.reports, key=lambda r: r.error)
+        worst = max(reports, key=lambda r: r.error)
         self._line(
-            f"layer {layer + 1}/{self.layers}  error {_mean_error(result):.2e} "
-            f"(most: {worst.name} {worst.error:.2e})  {_duration(left)} left  "
-            f"({_spent(asdict(result.seconds))})"
+            f"layer {layer + 1}/{self.layers}  error {_mean_error(reports):.2e} "
+            f"(worst: {worst.name} {worst.error:.2e})  {_duration(left)} left  "
+            f"({_spent(asdict(seconds))})"
         )
 
     def finished(self, summary: dict[str, Any]) -> None:
         spent = _spent(summary["seconds"])
         self._line(
             f"wrote {summary['out']}: {format_bytes(summary['bytes'])}, "
-            f"{summary['bits_per_weight']:.2f} bits a weight of the linears, "
+            f"{summary['bits_per_weight']:.2f} bits per weight in the linears, "
             f"peak memory {format_bytes(summary['peak_memory'])}, {_duration(summary['total_seconds'])}"
             + (f" ({spent})" if spent else "")
         )
 
 
 class BarReporter(LineReporter):
-    """A live bar with layer, linear, error and time left: for terminals."""
+    """A live bar with layer, stage, error and time left, for terminals."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,7 +167,7 @@ class BarReporter(LineReporter):
             last = f"  (error of {self._last})" if self._last else ""
             self._bar.update(self._task, description=f"{self._phase}{last}")
 
-    def layer(self, layer: int, result: LayerResult) -> None:
+    def layer(self, layer: int, reports: Sequence[LinearReport], seconds: Seconds) -> None:
         if self._task is not None:
             self._bar.update(self._task, completed=layer + 1)
 
@@ -173,7 +180,7 @@ class BarReporter(LineReporter):
 
 
 class JsonReporter(Reporter):
-    """One JSON object a line on standard output: for programs."""
+    """One JSON object per line on standard output, for programs."""
 
     def _event(self, kind: str, **values: Any) -> None:
         print(json.dumps({"event": kind, **values}), flush=True)
@@ -190,15 +197,15 @@ class JsonReporter(Reporter):
     def linear(self, layer: int, report: LinearReport) -> None:
         self._event("linear", layer=layer, **asdict(report))
 
-    def layer(self, layer: int, result: LayerResult) -> None:
-        self._event("layer", layer=layer, error=_mean_error(result), seconds=asdict(result.seconds))
+    def layer(self, layer: int, reports: Sequence[LinearReport], seconds: Seconds) -> None:
+        self._event("layer", layer=layer, error=_mean_error(reports), seconds=asdict(seconds))
 
     def finished(self, summary: dict[str, Any]) -> None:
         self._event("finished", **summary)
 
 
 def make_reporter(*, quiet: bool, as_json: bool) -> Reporter:
-    """The reporter for the terminal or the pipe that we write to."""
+    """The reporter that fits the options, and the terminal or pipe on standard error."""
     if as_json:
         return JsonReporter()
     if quiet:

@@ -25,7 +25,7 @@ import torch
 from lowmem.convert.math.grid import find_grid
 from lowmem.convert.math.hessian import Factor, factor_in_place
 from lowmem.convert.math.products import add_product, permute
-from lowmem.convert.math.rounding import WIDEST, Rule, round_block
+from lowmem.convert.math.rounding import WIDEST, Block, Rule, round_block
 
 from lowmem.config import QuantConfig
 
@@ -175,14 +175,9 @@ def _round_columns(
             groups = slice(
                 columns.start // width, columns.start // width + 1 if wide else columns.stop // width
             )
+            corner, part = r[columns, columns], residual[inside]
             round_block(
-                rule,
-                r[columns, columns],
-                near[inside],
-                residual[inside],
-                codes[columns],
-                scales[groups],
-                zeros[groups],
+                rule, Block(corner, near[inside], part, codes[columns], scales[groups], zeros[groups])
             )
             squared_error += torch.linalg.vector_norm(residual[inside]).double().square()
         if near.dtype != error.dtype:

@@ -21,7 +21,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 2}
 """LM_F32 and LM_BF16 of csrc/lowmem.h."""
 
 
-class _Job(ctypes.Structure):
+class _GemmArguments(ctypes.Structure):
     """`lm_gemm` of csrc/gemm.h."""
 
     _fields_ = (
@@ -69,12 +69,12 @@ def add_product(
         return into
     if into.dtype == torch.float32 and into.stride(1) == 1 and ours(into, a, b):
         _check(into, a, b)
-        job = _Job(
+        arguments = _GemmArguments(
             into.shape[0], into.shape[1], a.shape[1], a.data_ptr(), b.data_ptr(), *a.stride(), *b.stride(),
             into.data_ptr(), into.stride(0), alpha, _TYPES[a.dtype], _TYPES[b.dtype], upper, rounded,
         )  # fmt: skip
         with native.running() as library:
-            library.lm_gemm_run(ctypes.addressof(job), native.workspace(library.lm_gemm_workspace()))
+            library.lm_gemm_run(ctypes.addressof(arguments), native.workspace(library.lm_gemm_workspace()))
         return into
     if not upper:
         for start in range(0, a.shape[1], FACTOR_BLOCK):  # a copy of a whole factor might not fit

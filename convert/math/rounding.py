@@ -52,7 +52,7 @@ class Rule:
         return (1 << self.bits) - 1
 
 
-class _Job(ctypes.Structure):
+class _RoundArguments(ctypes.Structure):
     """`lm_round` of csrc/gemm_round.h."""
 
     _fields_ = (
@@ -64,29 +64,32 @@ class _Job(ctypes.Structure):
     )
 
 
-def round_block(
-    rule: Rule,
-    r: torch.Tensor,
-    error: torch.Tensor,
-    residual: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-) -> None:
-    """Round the columns of one block.
+@dataclass(frozen=True)
+class Block:
+    """The tensors of one column block, which `round_block` reads and writes."""
 
-    r: [block, block], R on and above its diagonal, anything below. error: [block, out], W; becomes W - Q.
-    residual: [block, out], what the columns before the block ask for; becomes V. codes: uint8 [block, out].
-    scales, zeros: [groups of the block, out], written, or read where rule.search is False (then one row may
-    serve a block that is a part of a group).
-    """
-    whole = (error, residual, scales, zeros)
-    if (
-        products.ours(r, *whole)
-        and codes.is_contiguous()
-        and {t.dtype for t in (r, *whole)} == {torch.float32}
-    ):
-        _round_natively(rule, r, error, residual, codes, scales, zeros)
+    r: torch.Tensor
+    """[block, block], R on and above its diagonal, anything below."""
+    error: torch.Tensor
+    """[block, out], W; becomes W - Q."""
+    residual: torch.Tensor
+    """[block, out], the correction for the errors of earlier columns; becomes V."""
+    codes: torch.Tensor
+    """uint8 [block, out], written."""
+    scales: torch.Tensor
+    """[groups of the block, out], written; read where rule.search is False (then one row serves the block,
+    which may be a part of a group)."""
+    zeros: torch.Tensor
+    """As `scales`."""
+
+
+def round_block(rule: Rule, block: Block) -> None:
+    """Round the columns of one block."""
+    r, error, residual = block.r, block.error, block.residual
+    codes, scales, zeros = block.codes, block.scales, block.zeros
+    floats = (r, error, residual, scales, zeros)
+    if products.ours(*floats) and codes.is_contiguous() and {t.dtype for t in floats} == {torch.float32}:
+        _round_natively(rule, block)
         return
     corner = r.triu()
     width = rule.width if rule.search else r.shape[0]
@@ -172,15 +175,9 @@ def _descend(own: torch.Tensor, target: torch.Tensor, grid: Grid, z: torch.Tenso
     return z
 
 
-def _round_natively(
-    rule: Rule,
-    r: torch.Tensor,
-    error: torch.Tensor,
-    residual: torch.Tensor,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-) -> None:
+def _round_natively(rule: Rule, block: Block) -> None:
+    r, error, residual = block.r, block.error, block.residual
+    codes, scales, zeros = block.codes, block.scales, block.zeros
     columns, out = error.shape
     if not 0 < columns <= WIDEST or any(t.shape != (columns, out) for t in (residual, codes)):
         raise ValueError(f"a column block {list(error.shape)}")
@@ -191,7 +188,7 @@ def _round_natively(
         raise ValueError("rows of neighbouring floats expected")
     search = 0 if not rule.search else 2 if rule.passes else 1
     tried = ranges(rule.bits)
-    job = _Job(
+    arguments = _RoundArguments(
         columns, width, out, error.data_ptr(), residual.data_ptr(), r.data_ptr(), codes.data_ptr(),
         scales.data_ptr(), zeros.data_ptr(), error.stride(0), residual.stride(0), r.stride(0),
         codes.stride(0), scales.stride(0), (ctypes.c_float * 16)(*tried), len(tried), rule.maxq,
@@ -199,4 +196,4 @@ def _round_natively(
     )  # fmt: skip
     with native.running() as library:
         space = native.workspace(library.lm_round_workspace())
-        library.lm_round_run(ctypes.addressof(job), space)
+        library.lm_round_run(ctypes.addressof(arguments), space)

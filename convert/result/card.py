@@ -1,11 +1,11 @@
-"""The model card of a converted checkpoint: where it comes from, how it was made, what it costs."""
+"""The model card of a converted checkpoint: base model, licence, recipe, error of each linear."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowmem.convert.stages.layer import LinearReport
+from lowmem.convert.stages.context import LinearReport
 
 import lowmem
 from lowmem.config import QuantConfig
@@ -15,14 +15,13 @@ OPENRAIL = "bigcode-openrail-m"
 
 
 @dataclass(frozen=True)
-class Facts:
-    """All that a card tells. Nothing of it depends on the time or the machine: a resumed conversion
+class CardFacts:
+    """The content of a model card. Nothing depends on the time or on interruptions: a resumed conversion
     gives the same bytes as an uninterrupted one."""
 
     base_model: str
     license_name: str | None
     license_files: tuple[str, ...]
-    model_type: str
     recipe: dict[str, Any]
     config: QuantConfig
     calibration: str
@@ -33,11 +32,11 @@ class Facts:
 
     @property
     def mean_error(self) -> float:
-        """The mean over the linears of their relative output error."""
+        """Mean over the linears of their relative output error."""
         return sum(r.error for r in self.reports) / len(self.reports)
 
     def as_json(self) -> dict[str, Any]:
-        """lowmem-report.json: the same for programs."""
+        """lowmem-report.json: the same facts for programs."""
         return {
             "base_model": self.base_model,
             "license": self.license_name,
@@ -49,8 +48,8 @@ class Facts:
         }
 
 
-def render(facts: Facts) -> str:
-    """The card in Markdown, with the front matter that the hub reads."""
+def render(facts: CardFacts) -> str:
+    """The card in Markdown, with the front matter that the Hugging Face hub reads."""
     config = facts.config
     group = "one group a row" if config.group_size == -1 else f"groups of {config.group_size} input columns"
     rows, length = facts.calibration_shape
@@ -110,7 +109,7 @@ def render(facts: Facts) -> str:
     return "\n".join(lines)
 
 
-def _licence(facts: Facts) -> str:
+def _licence(facts: CardFacts) -> str:
     name = facts.license_name
     files = ", ".join(f"`{f}`" for f in facts.license_files)
     kept = f" Its text is in {files}." if files else ""

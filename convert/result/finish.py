@@ -9,25 +9,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.convert.calibration import CalibrationRows
-from lowmem.convert.job import Job
-from lowmem.convert.memory import packed_bytes
-from lowmem.convert.recipe import Options
-from lowmem.convert.result.card import Facts, render
+from lowmem.convert.inputs import ConversionInputs
+from lowmem.convert.job import ConversionJob
+from lowmem.convert.result.card import CardFacts, render
 
 import lowmem
 from lowmem.checkpoint.files.whole import write_json, write_whole
 from lowmem.checkpoint.files.writer import merge, write_tensors
 from lowmem.checkpoint.manifest import FileDigest, quantization_config_dict, read_manifest, write_manifest
 from lowmem.checkpoint.source.open import Source
-from lowmem.config import QuantConfig
-from lowmem.models.architecture import Architecture
-from lowmem.models.dialogue import CHAT_TEMPLATE, Dialogue, end_token_ids
-from lowmem.streaming.weights import Weights, stored_dtype
+from lowmem.models.dialogue import CHAT_TEMPLATE, end_token_ids
+from lowmem.streaming.weights import ModelWeights, stored_dtype
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 CONFIG_FILES = ("config.json", "generation_config.json")
 TEMPLATE_FILE = "chat_template.jinja"
@@ -35,21 +30,24 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class ResultSummary:
-    """What came out of a conversion; bytes are of the whole folder."""
+    """The result of a conversion."""
 
     out: str
     bytes: int
+    """Of the whole folder."""
     bits_per_weight: float
-    """All stored bits of the quantized linears over their weights."""
+    """Stored bits of the quantized linears, divided by the number of their weights."""
     mean_error: float
+    """Mean over the linears of their relative output error."""
     resumed: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
     total_seconds: float = 0.0
     peak_memory: int = 0
+    """Of host memory, in bytes."""
 
     @classmethod
     def of_folder(cls, folder: Path) -> ResultSummary:
-        """Of a checkpoint that was finished before."""
+        """The summary of a finished checkpoint."""
         manifest = read_manifest(folder) or {}
         errors = json.loads((folder / "lowmem-report.json").read_bytes())
         return cls(
@@ -60,14 +58,14 @@ class ResultSummary:
         )
 
     def with_run(self, seconds: Mapping[str, float], total: float, peak: int) -> ResultSummary:
-        """With where the time went, in seconds, and the peak of host memory in bytes."""
+        """The summary with the seconds by activity and in all, and the peak of host memory in bytes."""
         return replace(self, seconds=dict(seconds), total_seconds=total, peak_memory=peak)
 
 
-def stage_outside(job: Job, weights: Weights, store_head: bool) -> bool:
-    """Stage the embeddings, norms and head; True if the head is left out because it is tied.
+def stage_outside(job: ConversionJob, weights: ModelWeights, store_head: bool) -> bool:
+    """Stage the embeddings, norms and head; True if the head is tied to the embedding.
 
-    With `store_head` a tied head is stored as well, for readers that know nothing of tied heads.
+    A tied head is stored only with `store_head`, for readers that do not support tied heads.
     """
     arch = weights.arch
     tied = weights.head_is_duplicated()
@@ -85,35 +83,24 @@ def stage_outside(job: Job, weights: Weights, store_head: bool) -> bool:
     return tied
 
 
-def put_together(
-    job: Job,
-    source: Source,
-    weights: Weights,
-    config: QuantConfig,
-    rows: CalibrationRows,
-    options: Options,
-    dialogue: Dialogue | None,
-    tokenizer: PreTrainedTokenizerBase,
-) -> ResultSummary:
-    """Assemble the checkpoint in the job's result folder; every file is digested as it is written."""
-    arch = weights.arch
-    folder = job.result
+def assemble(job: ConversionJob, inputs: ConversionInputs) -> ResultSummary:
+    """Write the checkpoint into the job's result folder; every file is digested as it is written."""
+    folder, tokenizer = job.result, inputs.tokenizer
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
-    tied = stage_outside(job, weights, options.store_head)
-    staged = [job.outside, *(job.staged(i) for i in range(len(arch.layers)))]
-    digests = merge(staged, folder, options.shard_size)
-    digests |= _side_files(source, folder, tokenizer)
-    digests["config.json"] = write_json(folder / "config.json", _config(source, weights, config, tied))
-    quantization = quantization_config_dict(config, version=lowmem.__version__)
-    digests["quantize_config.json"] = write_json(folder / "quantize_config.json", quantization)
+    tied = stage_outside(job, inputs.weights, inputs.options.store_head)
+    staged = [job.outside, *(job.staged(i) for i in range(len(inputs.arch.layers)))]
+    digests = merge(staged, folder, inputs.options.shard_size)
+    digests |= _side_files(inputs, folder)
+    digests["config.json"] = write_json(folder / "config.json", _config(inputs, tied))
+    digests["quantize_config.json"] = write_json(folder / "quantize_config.json", _quantization(inputs))
     digests["generation_config.json"] = write_json(
-        folder / "generation_config.json", _generation_config(source, tokenizer, dialogue)
+        folder / "generation_config.json", _generation_config(inputs)
     )
-    if dialogue is not None and not tokenizer.chat_template:
+    if inputs.dialogue is not None and not tokenizer.chat_template:
         digests[TEMPLATE_FILE] = write_whole(folder / TEMPLATE_FILE, [CHAT_TEMPLATE.encode()])
-    facts = _facts(job, source, arch, config, rows, digests)
+    facts = _facts(job, inputs, digests)
     digests["lowmem-report.json"] = write_json(folder / "lowmem-report.json", facts.as_json())
     digests["README.md"] = write_whole(folder / "README.md", [render(facts).encode()])
     write_manifest(folder, digests)
@@ -121,33 +108,25 @@ def put_together(
     return ResultSummary(str(job.out), size, facts.bits_per_weight, facts.mean_error, job.resumed)
 
 
-def _facts(
-    job: Job,
-    source: Source,
-    arch: Architecture,
-    config: QuantConfig,
-    rows: CalibrationRows,
-    digests: Mapping[str, FileDigest],
-) -> Facts:
+def _facts(job: ConversionJob, inputs: ConversionInputs, digests: Mapping[str, FileDigest]) -> CardFacts:
+    arch, source = inputs.arch, inputs.source
     linears = [linear for layer in arch.layers for linear in layer.linears]
     count = sum(linear.in_features * linear.out_features for linear in linears)
-    bits = 8 * sum(packed_bytes(linear, config) for linear in linears)
+    bits = 8 * sum(inputs.workload.packed_bytes(layer) for layer in arch.layers)
     reports = [
         replace(report, name=f"{layer.name}.{report.name}")
         for layer, found in zip(arch.layers, job.state.reports, strict=True)
         for report in found
     ]
-    return Facts(
+    names = [path.name for path in source.side_files()]
+    return CardFacts(
         base_model=source_name(source),
         license_name=source.license_name(),
-        license_files=tuple(
-            p.name for p in source.side_files() if p.name.upper().startswith(("LICEN", "COPYING"))
-        ),
-        model_type=arch.model_type,
+        license_files=tuple(name for name in names if name.upper().startswith(("LICEN", "COPYING"))),
         recipe=dict(job.state.recipe),
-        config=config,
-        calibration=rows.description,
-        calibration_shape=(int(rows.tokens.shape[0]), int(rows.tokens.shape[1])),
+        config=inputs.recipe.config,
+        calibration=inputs.rows.description,
+        calibration_shape=(int(inputs.rows.tokens.shape[0]), int(inputs.rows.tokens.shape[1])),
         weights_bytes=sum(d.bytes for name, d in digests.items() if name.endswith(".safetensors")),
         bits_per_weight=bits / count,
         reports=tuple(reports),
@@ -160,50 +139,50 @@ def source_name(source: Source) -> str:
     return typed.resolve().name if typed.expanduser().exists() else source.display
 
 
-def _side_files(source: Source, folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, FileDigest]:
-    """Copy the tokenizer and licence files; a source that keeps its tokenizer inside (GGUF) gets files."""
+def _side_files(inputs: ConversionInputs, folder: Path) -> dict[str, FileDigest]:
+    """Copy the tokenizer and licence files; write tokenizer files for a source that has none (GGUF)."""
     digests = {}
-    names = [path.name for path in source.side_files()]
-    if "tokenizer.json" not in names:
-        tokenizer.save_pretrained(folder)
+    files = inputs.source.side_files()
+    if "tokenizer.json" not in [path.name for path in files]:
+        inputs.tokenizer.save_pretrained(folder)
         for path in folder.iterdir():
-            if (
-                path.is_file()
-                and path.name not in digests
-                and not path.name.endswith((".safetensors", ".index.json"))
-            ):
+            if path.is_file() and not path.name.endswith((".safetensors", ".index.json")):
                 digests[path.name] = write_whole(path, [path.read_bytes()])
-    for path in source.side_files():
+    for path in files:
         if path.name not in CONFIG_FILES:
             digests[path.name] = write_whole(folder / path.name, [path.read_bytes()])
     return digests
 
 
-def _config(source: Source, weights: Weights, config: QuantConfig, tied: bool) -> dict[str, Any]:
+def _quantization(inputs: ConversionInputs) -> dict[str, Any]:
+    return quantization_config_dict(inputs.recipe.config, version=lowmem.__version__)
+
+
+def _config(inputs: ConversionInputs, tied: bool) -> dict[str, Any]:
     """config.json: the source's own, with the quantization, the tied head and the 16-bit dtype."""
+    source = inputs.source
     own = source.path / "config.json"
     data = (
         json.loads(own.read_bytes()) if own.is_file() and source.kind != "gguf" else source.config().to_dict()
     )
     for key in ("torch_dtype", "_name_or_path", "auto_map"):
         data.pop(key, None)
-    data["dtype"] = str(stored_dtype(weights.dtype)).removeprefix("torch.")
+    data["dtype"] = str(stored_dtype(inputs.weights.dtype)).removeprefix("torch.")
     if tied or "tie_word_embeddings" in data:
         data["tie_word_embeddings"] = tied
-    data["quantization_config"] = quantization_config_dict(config, version=lowmem.__version__)
+    data["quantization_config"] = _quantization(inputs)
     return dict(data)
 
 
-def _generation_config(
-    source: Source, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None
-) -> dict[str, Any]:
-    """generation_config.json, where generation also stops at the end of a turn."""
+def _generation_config(inputs: ConversionInputs) -> dict[str, Any]:
+    """generation_config.json: the source's own, with stop tokens that include the end of a turn."""
+    source, tokenizer = inputs.source, inputs.tokenizer
     own = source.path / "generation_config.json"
     data = json.loads(own.read_bytes()) if own.is_file() and source.kind != "gguf" else {}
     if not isinstance(data, dict):
         data = {}
     config = source.config()
-    stops = end_token_ids(tokenizer, dialogue, config, data)
+    stops = end_token_ids(tokenizer, inputs.dialogue, config, data)
     data.pop("transformers_version", None)
     data.setdefault("bos_token_id", getattr(config, "bos_token_id", None))
     data["eos_token_id"] = stops if len(stops) > 1 else next(iter(stops), None)

@@ -1,9 +1,9 @@
-"""Outputs of a layer's finished linears, kept in files, so that no linear computes the same twice.
+"""Outputs of a layer's finished linears, kept in files so that no linear computes a row twice.
 
-With true_sequential the calibration rows go through a layer once for each group of linears that share an
-input, and through all linears before it again. But a finished linear's output does not change any more: it is
-computed once, from the input that was caught for its Hessian, and read wherever the layer runs next. Then
-its dense weight is not needed either, and its memory is free for a later linear's Hessian.
+With true_sequential the calibration rows run through a layer once for each group of linears that share an
+input. The output of a linear does not change any more once it is quantized: it is computed once, from the
+input that was captured for its Hessian, and read from its file whenever the layer runs again. So its dense
+weight can be freed for a later linear's Hessian.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lowmem.streaming.layer_calls import LayerCall, replaced_forwards
 
 
 class RowsFile:
-    """Activations [rows, row_length, width] in a file, appended in order and read by rows."""
+    """Activations [rows, row_length, width] in a file: appended in order, read by rows."""
 
     def __init__(self, path: Path, row_length: int) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class RowsFile:
         self.dtype = torch.float32
 
     def append(self, chunk: torch.Tensor) -> None:
-        """The next rows [.., width]. Raises OutputError when the disk is full."""
+        """Append rows [.., width]. Raises OutputError when the disk is full."""
         self.width, self.dtype = chunk.shape[-1], chunk.dtype
         chunk = chunk.reshape(-1, self.row_length, self.width).cpu().contiguous()
         try:
@@ -45,12 +45,12 @@ class RowsFile:
         return read_rows(self.path, start, end, (self.row_length, self.width), self.dtype)
 
     def delete(self) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file if it exists."""
         self.path.unlink(missing_ok=True)
 
 
 class Replay:
-    """What finished linears of one layer put out, by their names in it."""
+    """The outputs of one layer's finished linears, by their names in the layer."""
 
     def __init__(self, folder: Path, row_length: int) -> None:
         self.folder = folder
@@ -65,13 +65,13 @@ class Replay:
         return file
 
     def keep_input(self, name: str, chunk: torch.Tensor) -> None:
-        """The next rows of what enters the linear `name`, and those that share its input."""
+        """Append rows of the input that the linear `name` shares with the others of its group."""
         if name not in self._inputs:
             self._inputs[name] = self._file("input", name)
         self._inputs[name].append(chunk)
 
     def compute(self, linears: Sequence[tuple[str, nn.Module]], count: int, rows: int) -> None:
-        """Run finished linears, by name, that share an input over all `count` rows, `rows` at a time."""
+        """Run the finished linears of a group, given by name, over all `count` rows, `rows` at a time."""
         inputs = self._inputs.pop(linears[0][0])
         device = next(linears[0][1].parameters()).device
         for name, _ in linears:
@@ -84,7 +84,7 @@ class Replay:
         inputs.delete()
 
     def run(self, layer: nn.Module, call: LayerCall, start: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output for rows from `start` on; its finished linears are read, not run."""
+        """The layer's output for rows from `start` on; outputs of finished linears are read from files."""
         self._start = start
         with self._replayed(layer):
             return call.run(layer, hidden)
@@ -103,7 +103,7 @@ class Replay:
         )
 
     def clear(self) -> None:
-        """Remove all files, of this layer or of a run that was killed."""
+        """Remove all files, also those that a killed process left."""
         self._inputs, self._outputs = {}, {}
         for path in self.folder.glob("replay-*"):
             path.unlink(missing_ok=True)

@@ -1,12 +1,13 @@
-"""What the linears of a layer put out in the unquantized model, and so what they should put out still.
+"""The targets of a layer's linears: their outputs in the unquantized model.
 
-Beside the hidden states of the model as it is converted runs a second stream, that of the model as it was.
-Each layer takes it once, unquantized, and what its linears put out is kept in files until the same linears
-are quantized. There the difference says what the layers before have damaged; see `gptq.quantize`. Of a linear
-that is added to nothing the input is enough: W (x' - x) is what its output lacks.
+A second stream of hidden states, that of the unquantized model, runs beside the stream of the model as it is
+converted. Each layer runs over it once before it is quantized (record.py), and the outputs of its linears are
+kept in files until the same linears are quantized. The difference tells what the quantized layers before have
+changed; see `gptq.quantize`. For a linear whose output is not added to the residual stream the input is
+enough: its output lacks W (x' - x).
 
-Where a linear is added to the residual stream, the sum counts and not the linear's own part: then it makes
-up for what the stream itself has lost. Which linears are is found by trying, for any family of models.
+For a linear whose output is added to the residual stream, the target is the sum, so that the linear also
+corrects the error of the stream itself. Trial runs find these linears, for any family of models.
 """
 
 from __future__ import annotations
@@ -25,18 +26,17 @@ from lowmem.streaming.hidden_states import HiddenStates
 from lowmem.streaming.layer_calls import LayerCall, replaced_forwards
 
 Added = Literal["to nothing", "to the layer's input", "last"]
-"""To what a linear's output is added: "last" means that the layer's output is the sum."""
+"""What a linear's output is added to; "last": the sum is the layer's output."""
 
 _TOLERANCE = 1 / 64
-"""Of the largest value: what 16-bit rounding may do to a sum."""
+"""Relative to the largest value: the error that 16-bit rounding may cause in a sum."""
 
 
 def additions(layer: nn.Module, spec: LayerSpec, call: LayerCall, hidden: torch.Tensor) -> dict[str, Added]:
-    """By a linear's name, to what its output is added; hidden: [some rows, row_length, hidden].
+    """What each linear's output is added to, by its name; hidden: [rows, row_length, hidden].
 
-    When a linear gives zeros and the layer's output changes by just what the linear put out, it is the last
-    one. When all that run after it give zeros and the layer puts out its input and what the linear put out,
-    it is added to the input.
+    A linear is the last one if silencing it changes the layer's output by the linear's own output. It is
+    added to the layer's input if the layer outputs the sum of both while all later linears are silenced.
     """
     order = [linear for group in spec.groups for linear in group]
     found: dict[str, Added] = {linear.name: "to nothing" for linear in order}
@@ -61,7 +61,7 @@ def additions(layer: nn.Module, spec: LayerSpec, call: LayerCall, hidden: torch.
 def _output_and_own(
     layer: nn.Module, name: str, call: LayerCall, hidden: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's output, and that of one of its linears."""
+    """The outputs of the layer and of one of its linears."""
     seen: list[torch.Tensor] = []
     handle = layer.get_submodule(name).register_forward_hook(lambda _module, _args, own: seen.append(own))
     try:
@@ -72,7 +72,7 @@ def _output_and_own(
 
 
 def _silenced(layer: nn.Module, names: list[str]) -> contextlib.AbstractContextManager[None]:
-    """The linears of these names give zeros, and compute nothing."""
+    """Let these linears return zeros without computing anything."""
 
     def zeros(width: int) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda x: x.new_zeros(*x.shape[:-1], width)
@@ -91,113 +91,53 @@ def _alike(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> 
 
 
 def read_by_input(group: Sequence[LinearSpec], added: Mapping[str, Added]) -> bool:
-    """Whether the unquantized input of these linears, which share it, says what they lack, and in fewer
-    values than their outputs."""
+    """Whether the target of a group is its input in the unquantized model: it must tell what the outputs
+    lack, in no more values than the outputs."""
     width = sum(linear.out_features for linear in group)
     return group[0].in_features <= width and all(added[linear.name] == "to nothing" for linear in group)
 
 
 class Targets:
-    """Of the linears of one layer on the unquantized stream: their outputs, or their inputs where these say
-    all (`read_by_input`). A file each, [rows, row_length, width]."""
+    """Outputs of one layer's linears on the unquantized stream, or their inputs (`read_by_input`).
+
+    Each target is a file, [rows, row_length, width].
+    """
 
     def __init__(self, folder: Path, row_length: int) -> None:
         self.folder = folder
         self.row_length = row_length
         self.added: dict[str, Added] = {}
         self.inputs: dict[str, str] = {}
-        """Linears that are known by their input: whose file it is, the first of their group."""
+        """Linears whose target is their input: the first linear of their group, which names the file."""
         self.output: HiddenStates | None = None
-        """The layer's own output: what its "last" linear should end in."""
+        """The layer's own output, which is also the target of its "last" linear."""
         self._files: dict[str, RowsFile] = {}
 
+    @property
+    def recorded(self) -> list[str]:
+        """The linears whose outputs or inputs are kept in a file."""
+        return [n for n, added in self.added.items() if added != "last" and self.inputs.get(n, n) == n]
+
     def append(self, name: str, chunk: torch.Tensor) -> None:
-        """The next rows of a linear's outputs or inputs. Raises OutputError when the disk is full."""
+        """Append rows of a linear's outputs or inputs. Raises OutputError when the disk is full."""
         if name not in self._files:
             self._files[name] = RowsFile(self.folder / f"target-{name}", self.row_length)
         self._files[name].append(chunk)
 
     def read(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Rows start..end of a linear's target, or of its input, [end - start, row_length, width]."""
+        """Rows start..end of a linear's target, [end - start, row_length, width]."""
         if self.added[name] == "last":
             assert self.output is not None
             return self.output.read(start, end)
         return self._files[self.inputs.get(name, name)].read(start, end)
 
     def drop(self, group: Sequence[LinearSpec]) -> None:
-        """Remove the files of linears that are quantized."""
+        """Remove the files of quantized linears."""
         for linear in group:
             if linear.name in self._files:
                 self._files.pop(linear.name).delete()
 
     def clear(self) -> None:
-        """Remove whatever is there, of this run or of one that was killed."""
+        """Remove all files, also those that a killed process left."""
         for path in self.folder.glob("target-*"):
             path.unlink(missing_ok=True)
-
-
-def record(
-    layer: nn.Module,
-    spec: LayerSpec,
-    call: LayerCall,
-    states: HiddenStates,
-    *,
-    folder: Path,
-    next_states: Path,
-    rows: int,
-    device: torch.device,
-    linears: bool = True,
-    trial: tuple[LayerCall, int] | None = None,
-) -> tuple[Targets, HiddenStates]:
-    """Run the unquantized `layer` over the unquantized stream: its linears' targets, and the next states.
-
-    linears: False where only the layer's own output is wanted. trial: a call with fewer rows, and how many,
-    by which is found what linears are added to.
-
-    The target of the "last" linear is the layer's output: the next states are that already, and it has no
-    file of its own.
-    """
-    targets = Targets(folder, states.shape[1])
-    targets.clear()
-    hidden = torch.empty(0)
-    if linears:
-        trial_call, trial_rows = trial or (call, rows)
-        targets.added = additions(layer, spec, trial_call, states.read(0, trial_rows).to(device))
-        for group in spec.groups:
-            if read_by_input(group, targets.added):
-                targets.inputs |= {linear.name: group[0].name for linear in group}
-
-    def keep(name: str, x: torch.Tensor, output: torch.Tensor) -> None:
-        if name in targets.inputs:
-            output = x
-        elif targets.added[name] == "to the layer's input":
-            output = output + hidden
-        targets.append(name, output)
-
-    kept = [
-        linear.name
-        for linear in spec.linears
-        if linears
-        and targets.added[linear.name] != "last"
-        # Of linears that share an input the first keeps it.
-        and targets.inputs.get(linear.name, linear.name) == linear.name
-    ]
-    handles = [
-        layer.get_submodule(name).register_forward_hook(
-            lambda _module, args, output, name=name: keep(name, args[0], output)
-        )
-        for name in kept
-    ]
-
-    def run(chunk: torch.Tensor) -> torch.Tensor:
-        nonlocal hidden
-        hidden = chunk.to(device)
-        return call.run(layer, hidden).cpu()
-
-    try:
-        states = states.advance(next_states, rows, run, where=f"after {spec.name}, unquantized")
-    finally:
-        for handle in handles:
-            handle.remove()
-    targets.output = states
-    return targets, states

@@ -1,12 +1,12 @@
-"""What a quantized layer has beside its integers, tuned until it puts out what it should.
+"""The stage that tunes a quantized layer's scales, biases and norms; its integers stay.
 
-The integers stay. The scales of all groups, the biases and the norms of one decoder layer move together, by
-Adam on the distance of the layer's output to the unquantized model's own (targets.py), over the calibration
-rows. Block-wise training of what is left of a quantized model is EfficientQAT's idea (Chen et al. 2024,
-arXiv:2407.11062); here nothing is trained whose rounding would have to be learned as well.
+All of them are trained together by Adam on the distance between the layer's output and that of the
+unquantized model (targets.py), over the calibration rows. Block-wise training of a quantized model's
+remaining parameters comes from EfficientQAT (Chen et al. 2024, arXiv:2407.11062); here only parameters whose
+rounding need not be learned are trained.
 
-A step is a share of what it changes: of the scale, of a norm's weights, of what a linear puts out. So one
-rate serves for all models.
+Steps are relative: to the scale, to a norm's weights, to a linear's output. So one learning rate fits all
+models.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from typing import Any
 import torch
 from lowmem.convert.math.gptq import Quantized
 from lowmem.convert.math.grid import storable
+from lowmem.convert.stages.context import LayerContext, Stage
+from lowmem.convert.stages.quantize import restore
+from lowmem.convert.stages.sizes import LayerSizes
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from lowmem.models.architecture import LayerSpec
-from lowmem.streaming.hidden_states import HiddenStates
-from lowmem.streaming.layer_calls import LayerCall, replaced_forwards
+from lowmem.streaming.layer_calls import replaced_forwards
 
 RATE = 2e-3
-"""Of Adam's first step, falling to 0 in a straight line."""
-LOUDER = 2.0**16
-"""What the loss is multiplied by, so that float16's gradients are not lost; Adam does not see it."""
-SMALLEST_SLOPE = 1e-12
-"""Adam's eps. One scale of millions has little to do with the loss, and is to move all the same."""
+"""Adam's learning rate in the first step; it falls linearly to 0."""
+LOSS_SCALE = 2.0**16
+"""Factor of the loss that keeps float16 gradients from vanishing; Adam's steps do not depend on it."""
+ADAM_EPS = 1e-12
+"""Small, because the gradient of one scale among millions is tiny, and it should move as well."""
 CHECKS = 4
-"""Chunks of rows on which the layer is measured before and after: what does not help is not kept."""
+"""Batches on which the layer is measured before and after; a result that is not better is discarded."""
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of it. error_before, error_after: of the layer's output, as a share of its energy.
-
-    scales: float16 [groups, out] of each linear; others: biases and norms by their name in the layer, in the
-    dtype they are stored in. Both are empty where nothing helped.
-    """
+    """The result of tuning one layer; both mappings are empty where nothing helped."""
 
     scales: Mapping[str, torch.Tensor]
+    """float16 [groups, out], by linear."""
     others: Mapping[str, torch.Tensor]
+    """Biases and norms by their name in the layer, in the dtype they are stored in."""
     error_before: float
+    """Error of the layer's output relative to its energy."""
     error_after: float
 
 
 class _Product(torch.autograd.Function):
-    """x @ (z * scale), z the integers: the gradient of the scales without one of every weight in float32."""
+    """x @ (z * scale) for integers z, without a float32 gradient for every weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -69,20 +69,22 @@ class _Product(torch.autograd.Function):
 
 
 def _weight(z: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """W^T [in, out] of integers z int8 [in, out] and scales [groups, out]."""
+    """W^T [in, out] from integers z, int8 [in, out], and scales [groups, out]."""
     groups, out = scale.shape
     return (z.view(groups, -1, out) * scale[:, None].to(dtype)).view(z.shape)
 
 
 @dataclass
 class _Linear:
-    """A quantized linear while it is tuned. z: its integers less their zero-points [in, out], int8 where they
-    fit; scale: float32 [groups, out]; change: what it moves by, as a share of itself."""
+    """A quantized linear while it is tuned."""
 
     module: nn.Linear
     z: torch.Tensor
+    """Integers minus zero-points [in, out], int8 where they fit."""
     scale: torch.Tensor
+    """float32 [groups, out]."""
     change: nn.Parameter
+    """Relative change of the scale."""
 
     @classmethod
     def of(cls, module: nn.Linear, found: Quantized, device: torch.device) -> _Linear:
@@ -104,50 +106,73 @@ class _Linear:
 
 @dataclass
 class _Other:
-    """A bias or a norm's weights: what it was, and a change in units of what it works on."""
+    """A bias or a norm's weights while they are tuned."""
 
     before: torch.Tensor
     unit: float
+    """Size of what the parameter works on; the change is measured in it."""
     change: nn.Parameter
 
     def value(self) -> torch.Tensor:
         return self.before + self.unit * self.change
 
 
-def tune_layer(
-    layer: nn.Module,
-    spec: LayerSpec,
-    call: LayerCall,
-    states: HiddenStates,
-    wanted: HiddenStates,
-    quantized: dict[str, Quantized],
-    output_sizes: Mapping[str, float],
-    *,
-    steps: int,
-    rows: int,
-    device: torch.device,
-    stored_dtype: Callable[[str], torch.dtype],
-) -> Tuned:
-    """Tune `layer`, whose linears were quantized to `quantized`; the layer itself is left as it was.
+class TuneLayer(Stage):
+    """Tune the layer, and store the result where the layer's output came closer to its target."""
 
-    states: what enters the layer; wanted: what should come out, both [rows, row_length, hidden]. quantized is
-    emptied: its integers take another form. output_sizes: root mean square of what each linear puts out.
-    steps: of Adam, each over so many `rows`. stored_dtype: of a bias or norm by its name in the layer; it is
-    rounded to that in the end.
+    name = "tuning"
+
+    def run(self, context: LayerContext) -> None:
+        with context.seconds.of("tune"):
+            tuned = tune(context)
+            for name, scales in tuned.scales.items():
+                context.tensors[f"{name}.scales"] = scales
+            for name, value in tuned.others.items():
+                context.tensors[name] = value
+                context.layer.get_parameter(name).data.copy_(value)
+            if context.replay is not None:
+                context.replay.clear()  # the outputs have changed
+            restore(context, context.spec.linears)
+
+    def peak(self, sizes: LayerSizes) -> int:
+        # The integers are signed now: asymmetric ones of 8 bits take two bytes.
+        signed = sum(
+            sizes.values([linear])
+            for linear in sizes.layer.linears
+            if sizes.config(linear).bits == 8 and not sizes.config(linear).sym
+        )
+        # One linear's weight and its gradient, and what the forward pass saves for the backward pass.
+        step = sizes.largest * (2 + 3 * sizes.itemsize) + 3 * sizes.forward(sizes.tokens_a_step) // 2
+        dense = 0 if sizes.work.replays else sizes.dense
+        return sizes.held - sizes.dense + dense + signed + step
+
+    def leave(self, sizes: LayerSizes) -> None:
+        sizes.dense = sizes.whole
+
+
+def tune(context: LayerContext) -> Tuned:
+    """Tune scales, biases and norms of a quantized layer; the layer itself stays as it is.
+
+    `context.quantized` is emptied, since its integers are converted. A step takes `tuning_batch.rows` rows.
     """
+    steps, states, batch = context.recipe.config.tune_steps, context.states, context.tuning_batch
+    wanted = context.targets.output if context.targets else None
+    assert wanted is not None
+    names = [linear.name for linear in context.spec.linears]
     linears = {
-        linear.name: _Linear.of(_linear(layer, linear.name), quantized.pop(linear.name), device)
-        for linear in spec.linears
+        name: _Linear.of(context.linear(name), context.quantized.pop(name), context.device) for name in names
     }
-    others = dict(_others(layer, linears, output_sizes))
-    starts = list(range(0, states.shape[0], rows))
+    others = dict(_others(context.layer, linears, context.output_rms))
+    starts = list(range(0, states.shape[0], batch.rows))
     checks = starts[:: max(1, len(starts) // CHECKS)][:CHECKS]
 
     def loss_of(start: int, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        inputs = states.read(start, start + rows).to(device)
-        target = wanted.read(start, start + rows).to(device, torch.float32)
+        inputs = states.read(start, start + batch.rows).to(context.device)
+        target = wanted.read(start, start + batch.rows).to(context.device, torch.float32)
         as_run = {name: value.to(states.dtype) for name, value in values.items()}
-        output = call.output(lambda *a, **k: functional_call(layer, as_run, a, k), inputs).float()
+        output = batch.call.output(
+            lambda *a, **k: functional_call(context.layer, as_run, a, k), inputs
+        ).float()
         return (output - target).square().mean() / target.square().mean().clamp_min(1e-30)
 
     def checked(values: Mapping[str, torch.Tensor]) -> float:
@@ -158,7 +183,9 @@ def tune_layer(
         before = checked({name: other.before for name, other in others.items()})
         _adam(linears, others, loss_of, starts, steps)
         scales = {name: linear.stored() for name, linear in linears.items()}
-        rounded = {name: other.value().detach().to(stored_dtype(name)) for name, other in others.items()}
+        rounded = {
+            name: other.value().detach().to(context.stored_dtype(name)) for name, other in others.items()
+        }
         for name, linear in linears.items():
             linear.scale, linear.change = scales[name].float(), nn.Parameter(torch.zeros_like(linear.scale))
         after = checked(rounded)
@@ -174,41 +201,35 @@ def _adam(
     starts: list[int],
     steps: int,
 ) -> None:
-    """A chunk of rows a step, all of them before one comes again; the rate falls to 0."""
+    """Train on one batch a step, in a random order that uses every batch before one repeats."""
     changes = [linear.change for linear in linears.values()] + [other.change for other in others.values()]
-    optimizer = torch.optim.Adam(changes, lr=RATE, eps=SMALLEST_SLOPE)
+    optimizer = torch.optim.Adam(changes, lr=RATE, eps=ADAM_EPS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    generator = torch.Generator().manual_seed(0)  # a resumed job gives the same bytes
+    generator = torch.Generator().manual_seed(0)  # a resumed job must give the same bytes
     order: list[int] = []
     with torch.enable_grad():
         for _ in range(steps):
             order = order or torch.randperm(len(starts), generator=generator).tolist()
             optimizer.zero_grad()
             loss = loss_of(starts[order.pop()], {name: other.value() for name, other in others.items()})
-            (LOUDER * loss).backward()
+            (LOSS_SCALE * loss).backward()
             optimizer.step()
             schedule.step()
 
 
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
-    linear = layer.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
 def _others(
-    layer: nn.Module, linears: Mapping[str, _Linear], output_sizes: Mapping[str, float]
+    layer: nn.Module, linears: Mapping[str, _Linear], output_rms: Mapping[str, float]
 ) -> Iterator[tuple[str, _Other]]:
-    """Every floating parameter of the layer but the linears' weights, by name."""
+    """Every floating-point parameter of the layer except the linears' weights, by name."""
     for name, parameter in layer.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
         if (owner_name in linears and leaf == "weight") or not parameter.is_floating_point():
             continue
         owner = layer.get_submodule(owner_name)
         if owner_name in linears:
-            size = output_sizes[owner_name]
+            size = output_rms[owner_name]
         else:
-            # A norm puts out what is about as large as its weights, so its bias is measured by them too.
+            # A norm's output is about as large as its weights, so its bias is measured by them too.
             beside = getattr(owner, "weight", None)
             size = float((parameter if beside is None else beside).detach().float().square().mean().sqrt())
         before = parameter.detach().float()

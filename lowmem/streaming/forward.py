@@ -37,7 +37,7 @@ from lowmem.plan.device import return_freed_memory
 from lowmem.streaming.dense_source import GptqSource
 from lowmem.streaming.hidden_states import HiddenStates
 from lowmem.streaming.layer_calls import LayerCall, catch_calls, embed, replaced_forwards
-from lowmem.streaming.weights import Weights, empty, move_buffers
+from lowmem.streaming.weights import ModelWeights, empty, move_buffers
 
 OnTheFly = Literal["int8", "nf4"]
 Progress = Callable[[int, int], None]
@@ -69,7 +69,7 @@ class StreamedModel:
         self.device = device or torch.device("cpu")
         self.config = source.config()
         self.arch = inspect(self.config)
-        self.weights = Weights(source, self.arch)
+        self.weights = ModelWeights(source, self.arch)
         if on_the_fly and isinstance(source, GptqSource):
             raise SourceError(f"{source.path} is quantized already", "Give the unquantized original")
 

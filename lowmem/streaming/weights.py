@@ -1,8 +1,9 @@
-"""The source's weights, by the names that the model gives them, one tensor at a time."""
+"""A source's weights by the model's own names, and modules that are given their tensors one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,14 +12,17 @@ from lowmem.checkpoint.files.writer import TensorPlan
 from lowmem.checkpoint.source.open import Source, head_is_tied, resolve_names
 from lowmem.checkpoint.values import all_finite
 from lowmem.errors import SourceError
-from lowmem.models.architecture import Architecture, LayerSpec
+from lowmem.models.architecture import Architecture, LayerSpec, build_model
 from lowmem.streaming.read_ahead import read_ahead
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-class Weights:
-    """A source seen through a model's architecture; every shape is checked before any data is read.
 
-    Raises SourceError for a missing tensor or one whose shape is not the model's.
+class ModelWeights:
+    """A source read by the names of a model's parameters. All shapes are checked before any data is read.
+
+    Raises SourceError for a missing tensor, or one whose shape differs from the model's.
     """
 
     def __init__(self, source: Source, arch: Architecture) -> None:
@@ -42,16 +46,16 @@ class Weights:
         return dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype, in memory of its own."""
+        """One tensor in its stored dtype, in new memory."""
         return self.source.read(self._names[name])
 
     def plan(self, name: str, as_name: str | None = None) -> TensorPlan:
-        """How a tensor that is not quantized will be stored: 16 bits, bfloat16 if it was that."""
+        """How a tensor that is not quantized is stored: float16, or bfloat16 if the source has that."""
         info = self.source.infos[self._names[name]]
         return TensorPlan(as_name or name, stored_dtype(getattr(torch, info.dtype)), info.shape)
 
     def read_narrowed(self, name: str) -> torch.Tensor:
-        """One tensor as `plan` says it is stored. Raises SourceError where float16 could not hold it."""
+        """One tensor in the dtype of `plan`. Raises SourceError for values that float16 cannot hold."""
         tensor = self.read(name)
         result = tensor.to(stored_dtype(tensor.dtype))
         if not all_finite(result):
@@ -64,35 +68,46 @@ class Weights:
     def fill(
         self, module: nn.Module, prefix: str, names: Iterable[str], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Give `module` the tensors `prefix` + name, as `dtype` on `device`."""
+        """Set the tensors of `module`, stored as `prefix` + name, as `dtype` on `device`."""
         for name in names:
             tensor = self.read(prefix + name)
             put(module, name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
 
     def fill_layer(self, layer: nn.Module, spec: LayerSpec, dtype: torch.dtype, device: torch.device) -> None:
-        """Materialise one decoder layer."""
+        """Read one decoder layer."""
         self.fill(layer, f"{spec.name}.", self.arch.inside(spec), dtype, device)
         move_buffers(layer, device)
         self.source.release()
 
     def read_ahead(self, spec: LayerSpec) -> None:
-        """Have a layer's bytes brought into the page cache meanwhile."""
+        """Start reading a layer's bytes into the page cache, in the background."""
         read_ahead(self.source, [self._names[f"{spec.name}.{name}"] for name in self.arch.inside(spec)])
 
     def head_is_duplicated(self) -> bool:
-        """Whether a head that is stored is a copy of the embedding, or the model ties it anyway."""
+        """Whether the model ties its head to the embedding, or the stored head is a copy of it."""
         if self.arch.tied:
             return True
         return head_is_tied(self.source, self._names[self.arch.embedding], self._names[self.arch.head])
 
 
+def build_without_layers(
+    weights: ModelWeights, config: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """transformers' model with what the first layer's input is computed from; the rest is on meta."""
+    model = build_model(config, dtype, buffers=True)
+    weights.fill(model, "", weights.arch.outside_before_layers(), dtype, device)
+    weights.source.release()
+    move_buffers(model, device)
+    return model
+
+
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a tensor outside the linears is stored as: its own 16 bits; float32 becomes float16."""
+    """The dtype that a tensor outside the linears is stored in: float32 becomes float16."""
     return dtype if dtype == torch.bfloat16 or not dtype.is_floating_point else torch.float16
 
 
 def put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Set a parameter or buffer by its dotted name, replacing what is there (a meta tensor, say)."""
+    """Set a parameter or buffer by its dotted name, for example in place of a meta tensor."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     if leaf in owner._parameters:
@@ -102,7 +117,7 @@ def put(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Move the buffers that the model made by itself (rotary frequencies, masks) to the device."""
+    """Move the buffers that the model computes itself (rotary frequencies, masks) to the device."""
     for owner in module.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and not buffer.is_meta:
@@ -110,7 +125,7 @@ def move_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 def empty(module: nn.Module) -> None:
-    """Give the memory of all parameters back: they are on the meta device again."""
+    """Free all parameters: they are on the meta device again."""
     for owner in module.modules():
         for name, parameter in owner._parameters.items():
             if parameter is not None:

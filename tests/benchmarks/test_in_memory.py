@@ -13,7 +13,7 @@ from lowmem.benchmarks.quality.in_memory import Comparison, log_probabilities, m
 from lowmem.benchmarks.quality.texts import read_texts
 from lowmem.convert import convert
 from lowmem.convert.calibration import CalibrationSpec
-from lowmem.convert.recipe import Options
+from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.config import QuantConfig
 from lowmem.loading.loader import load
@@ -63,7 +63,7 @@ def converted(out: Path, bits: int, group_size: int, rows: int) -> Path:
         out,
         QuantConfig(bits=bits, group_size=group_size),
         calibration=CalibrationSpec(rows=rows),
-        options=Options(device="cpu"),
+        options=ConvertOptions(device="cpu"),
     )
     return out
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from lowmem.benchmarks.experiments.endurance.faults import Disk, can_mount
-from lowmem.convert import disk
-from lowmem.convert.job import Job
-from lowmem.convert.recipe import Options
+from lowmem.convert import disk_plan
+from lowmem.convert.job import ConversionJob
+from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.chat import store
 from lowmem.chat.conversation import Conversation, Exchange
@@ -27,7 +27,7 @@ from tests.convert.convert_helpers import digest_of, quick_convert
 from tests.helpers import save_source, tiny_model
 
 CONFIG = QuantConfig(bits=4, group_size=32, tune_steps=2)
-FORCED = Options(device="cpu", compute_dtype="float32", force=True)
+FORCED = ConvertOptions(device="cpu", compute_dtype="float32", force=True)
 
 
 class Killed(BaseException):
@@ -138,7 +138,7 @@ def test_an_older_result_stays_until_there_is_a_new_one(source, whole, tmp_path,
             quick_convert(source, out, eight, rows=2, options=FORCED)
     assert not out.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "check", lambda job, needed: (_ for _ in ()).throw(Killed()))
+        patch.setattr(disk_plan, "check", lambda job, needed: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             quick_convert(source, out, QuantConfig(bits=3, group_size=32), rows=2, options=FORCED)
     assert digest_of(out) == whole
@@ -159,7 +159,7 @@ def test_a_job_is_not_taken_for_published_by_the_older_result(source, whole, tmp
         )
         with pytest.raises(Killed):
             quick_convert(source, out, CONFIG, rows=2, options=FORCED)
-    shutil.rmtree(Job(out).result)
+    shutil.rmtree(ConversionJob(out).result)
     quick_convert(source, out, CONFIG, rows=2, options=FORCED)
     assert digest_of(out) == whole
 
@@ -167,7 +167,7 @@ def test_a_job_is_not_taken_for_published_by_the_older_result(source, whole, tmp
 @pytest.mark.parametrize("commit", [2, 3])
 def test_a_disk_that_is_full_at_the_commit_loses_no_layer(source, whole, tmp_path, monkeypatch, commit):
     """A layer is done, and job.json cannot say so: the hidden states of what it does say have to stay."""
-    out, commits, original = tmp_path / "out", [], Job.commit
+    out, commits, original = tmp_path / "out", [], ConversionJob.commit
 
     def full(job):
         commits.append(job)
@@ -176,14 +176,12 @@ def test_a_disk_that_is_full_at_the_commit_loses_no_layer(source, whole, tmp_pat
         original(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "commit", full)
-        patch.setattr(disk, "free_bytes", lambda folder: 10**12 if len(commits) < commit else 10**3)
+        patch.setattr(ConversionJob, "commit", full)
+        patch.setattr(disk_plan, "free_bytes", lambda folder: 10**12 if len(commits) < commit else 10**3)
         with pytest.raises(DiskFullError) as caught:
             quick_convert(source, out, CONFIG, rows=2)
     assert f"{commit - 2} layers are finished and kept" in caught.value.hint
-    assert caught.value.hint.startswith("Free ") and "what is left of the conversion needs" in str(
-        caught.value
-    )
+    assert caught.value.hint.startswith("Free ") and "the rest of the conversion needs" in str(caught.value)
     assert quick_convert(source, out, CONFIG, rows=2).resumed
     assert digest_of(out) == whole
 
@@ -192,16 +190,16 @@ def test_what_a_killed_process_left_half_written_takes_no_room(source, whole, tm
     """A result that was half put together counted against the room that a resumed job was said to lack."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("lowmem.convert.pipeline.put_together", lambda *_: (_ for _ in ()).throw(Killed()))
+        patch.setattr("lowmem.convert.pipeline.assemble", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             quick_convert(source, out, CONFIG, rows=2)
-    job = Job(out)
+    job = ConversionJob(out)
     job.result.mkdir()
     for name in ("result/model.safetensors.part", "hidden-00009.bin.part", "target-x", "replay-input-y"):
         (job.folder / name).write_bytes(bytes(1000))
     there: list[set[str]] = []
     monkeypatch.setattr(
-        disk, "check", lambda job, needed: there.append({p.name for p in job.folder.iterdir()})
+        disk_plan, "check", lambda job, needed: there.append({p.name for p in job.folder.iterdir()})
     )
     quick_convert(source, out, CONFIG, rows=2)
     staged = {f"layer-{i:05d}.safetensors" for i in range(3)}
@@ -228,7 +226,7 @@ def test_the_room_that_is_named_is_what_is_taken(kind, config, rows, tmp_path, m
     replace = os.replace
 
     def look() -> None:
-        files = [path for path in Job(out).folder.rglob("*") if path.is_file()]
+        files = [path for path in ConversionJob(out).folder.rglob("*") if path.is_file()]
         most[0] = max(most[0], sum(path.stat().st_size for path in files))
 
     def watched(one, other):
@@ -245,9 +243,9 @@ def test_the_room_that_is_named_is_what_is_taken(kind, config, rows, tmp_path, m
 
     monkeypatch.setattr(os, "replace", watched)
     monkeypatch.setattr(RowsFile, "append", appended)
-    monkeypatch.setattr(disk, "check", lambda job, needed: named.append(needed))
+    monkeypatch.setattr(disk_plan, "check", lambda job, needed: named.append(needed))
     quick_convert(folder, out, config, rows=rows)
-    slack = disk._SETTINGS + disk._REPORT * 16 + disk._FILE * 40
+    slack = disk_plan._SETTINGS + disk_plan._REPORT * 16 + disk_plan._FILE * 40
     assert most[0] <= named[0] <= 1.2 * most[0] + slack
 
 

@@ -16,7 +16,7 @@ import pytest
 from lowmem.convert.calibration import CalibrationSpec
 from lowmem.convert.pipeline import convert
 from lowmem.convert.progress import Reporter
-from lowmem.convert.recipe import Options
+from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.manifest import quantization_config_dict, write_manifest
@@ -398,7 +398,7 @@ def convert_here(
     calibration = CalibrationSpec(str(calibration_file(source.parent)), 4, 64)
     config = QuantConfig(bits=bits)
     summary = convert(
-        source, out, config, calibration=calibration, options=Options(**options), reporter=reporter
+        source, out, config, calibration=calibration, options=ConvertOptions(**options), reporter=reporter
     )
     return Path(summary.out)
 

@@ -1,22 +1,31 @@
-"""A quick conversion of a tiny model, and what tests ask of its result."""
+"""Quick conversions of tiny models, and of single layers in memory."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from lowmem.convert.calibration import CalibrationSpec
 from lowmem.convert.pipeline import convert
-from lowmem.convert.recipe import Options
+from lowmem.convert.recipe import ConvertOptions, Recipe
+from lowmem.convert.stages.context import Batch, LayerContext, LayerFiles, run_stages
+from lowmem.convert.stages.layer import quantizing_stages
+from torch import nn
 
 from lowmem.config import QuantConfig
+from lowmem.models.architecture import LayerSpec, decoder_layers, inspect
+from lowmem.streaming.hidden_states import HiddenStates
+from lowmem.streaming.layer_calls import LayerCall, catch_calls, embed
 
 HELDOUT = Path(__file__).parent.parent.parent / "lowmem" / "data" / "tiny-starchat" / "heldout.txt"
 
 
 def calibration_file(folder: Path, characters: int = 60_000) -> Path:
-    """A file of real text, enough for a few rows."""
+    """A file of real text that is long enough for a few rows."""
     path = folder / "calibration.txt"
     if not path.exists():
         path.write_text(HELDOUT.read_text(encoding="utf-8")[:characters], encoding="utf-8")
@@ -30,7 +39,7 @@ def quick_convert(
     *,
     rows: int = 8,
     row_length: int = 64,
-    options: Options | None = None,
+    options: ConvertOptions | None = None,
     calibration: str | None = None,
 ):
     """Convert with few calibration rows and at most 6 steps of tuning, in float32 on the CPU."""
@@ -41,10 +50,54 @@ def quick_convert(
         out,
         replace(config, tune_steps=min(config.tune_steps, 6)),
         calibration=CalibrationSpec(text, rows, row_length, 0),
-        options=options or Options(device="cpu", compute_dtype="float32"),
+        options=options or ConvertOptions(device="cpu", compute_dtype="float32"),
     )
 
 
 def digest_of(folder: Path) -> dict[str, str]:
     """sha256 of every file."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+class LayerOfModel:
+    """The first decoder layer of a model, and the hidden states at its input (2 rows at a time)."""
+
+    def __init__(self, model: Any, rows: int = 4, row_length: int = 16) -> None:
+        tokens = torch.randint(0, 60, (rows, row_length), generator=torch.Generator().manual_seed(1))
+        arch = inspect(model.config)
+        self.spec: LayerSpec = arch.layers[0]
+        self.call: LayerCall = catch_calls(model, arch, tokens[:2])[0]
+        self.hidden = torch.cat([embed(model, part) for part in tokens.split(2)])
+        self.layer: nn.Module = decoder_layers(model, model.config)[1][0]
+
+    def output(self, states: HiddenStates) -> torch.Tensor:
+        """The layer's output over all rows."""
+        return torch.cat([self.call.run(self.layer, chunk) for chunk in states.chunks(2)])
+
+    def context(
+        self, folder: Path, config: QuantConfig, states: torch.Tensor | None = None, **fields: Any
+    ) -> LayerContext:
+        """A context whose unquantized stream is `hidden`, and whose converted one is `states`."""
+        return LayerContext(
+            self.layer,
+            self.spec,
+            Recipe(config),
+            stream(folder, "in", self.hidden if states is None else states),
+            Batch(self.call, 2),
+            LayerFiles(folder, folder / "staged", folder / "next", folder / "next-unquantized"),
+            unquantized=stream(folder, "clean", self.hidden) if config.follows_unquantized else None,
+            **fields,
+        )
+
+
+def stream(folder: Path, name: str, states: torch.Tensor) -> HiddenStates:
+    """Hidden states in a file."""
+    shape = (states.shape[0], states.shape[1], states.shape[2])
+    return HiddenStates.create(folder / name, shape, states.dtype, iter([states]), keep=False)
+
+
+def quantize_layer(context: LayerContext, stages: Sequence[Any] | None = None) -> LayerContext:
+    """Run the stages that quantize a layer in memory."""
+    replays = context.replay is not None
+    run_stages(stages or quantizing_stages(context.spec, context.recipe, replays=replays), context)
+    return context

@@ -15,16 +15,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lowmem.convert.calibration import (
-    CalibrationSpec,
-    cut_stream,
-    document_of_row,
-    load_rows,
-    oasst_dialogues,
-    pack_from_starts,
-    read_documents,
-    stretches,
-)
+from lowmem.convert.calibration import CalibrationSpec, cut_stream, load_rows, pack_from_starts, stretches
+from lowmem.convert.documents import document_of_row, oasst_dialogues, read_documents
 
 from lowmem.errors import CalibrationError
 from lowmem.models.dialogue import Dialogue, Message
@@ -313,7 +305,7 @@ def test_unknown_fields_are_refused(row):
         ("a.jsonl", b"", "holds no text"),
         ("a.txt", b" \n ", "holds no text"),
         ("a.txt", b"ok\nok\n\xff\xfe", "not UTF-8 text \\(line 3\\)"),
-        ("a.txt", b"too short", "gives [0-9]+ tokens, and 128 rows of 512 need 65,536"),
+        ("a.txt", b"too short", "has [0-9]+ tokens, and 128 rows of 512 need 65,536"),
     ],
 )
 def test_bad_files_are_named(tmp_path, tokenizer, dialogue, name, raw, words):

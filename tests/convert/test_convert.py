@@ -1,14 +1,15 @@
-"""From a source checkpoint to one that answers: families, layouts, and what the result holds."""
+"""From a source checkpoint to one that answers: families, layouts, and the content of the result."""
 
 from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from lowmem.convert.recipe import Options
+from lowmem.convert.recipe import ConvertOptions
 from safetensors.torch import load_file
 
 from lowmem.checkpoint.source.safetensors import read_header
@@ -111,7 +112,7 @@ def test_stop_tokens_of_the_source_are_kept(tmp_path):
 
 def test_store_head_writes_the_tied_head_for_old_readers(tmp_path):
     source = save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "source")
-    options = Options(device="cpu", compute_dtype="float32", store_head=True)
+    options = ConvertOptions(device="cpu", compute_dtype="float32", store_head=True)
     quick_convert(source, tmp_path / "out", rows=4, options=options)
     from safetensors.torch import load_file
 
@@ -139,7 +140,7 @@ def test_an_untied_head_is_kept(tmp_path):
 def test_shards_have_an_index_and_hold_the_same_tensors(tmp_path):
     source = save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "source")
     quick_convert(source, tmp_path / "one", rows=4)
-    options = Options(device="cpu", compute_dtype="float32", shard_size=30_000)
+    options = ConvertOptions(device="cpu", compute_dtype="float32", shard_size=30_000)
     quick_convert(source, tmp_path / "many", rows=4, options=options)
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -177,21 +178,21 @@ def test_true_sequential_off_gives_another_good_result(tmp_path):
 
 
 def test_hidden_states_in_a_file_give_the_same_bytes(tmp_path):
-    """A budget that is too small for the copy in memory changes where it lies, not what comes out."""
-    from lowmem.convert import memory
+    """A small memory budget moves the hidden states to a file; the result stays the same."""
+    from lowmem.convert import memory_plan
 
     from tests.convert.convert_helpers import digest_of
 
     source = save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "source")
     quick_convert(source, tmp_path / "kept")
-    original = memory._measure
+    original = memory_plan.measure
 
     def only_in_a_file(*args):
         plan = original(*args)
-        return memory.MemoryPlan(**{**vars(plan), "host_peak": 1 << 60}) if plan.keep_hidden else plan
+        return replace(plan, host_peak=1 << 60) if plan.keep_hidden else plan
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "_measure", only_in_a_file)
+        patch.setattr(memory_plan, "measure", only_in_a_file)
         quick_convert(source, tmp_path / "file")
     assert digest_of(tmp_path / "file") == digest_of(tmp_path / "kept")
 
@@ -213,9 +214,9 @@ def test_refusals_leave_nothing_behind(tmp_path):
             MemoryBudgetError,
             "--memory",
             source,
-            {"options": Options(device="cpu", memory=100 << 20)},
+            {"options": ConvertOptions(device="cpu", memory=100 << 20)},
         ),
-        (InvalidRequestError, "--device", source, {"options": Options(device="cuda:99")}),
+        (InvalidRequestError, "--device", source, {"options": ConvertOptions(device="cuda:99")}),
         (CalibrationError, "missing.txt", source, {"calibration": str(tmp_path / "missing.txt")}),
     ]
     for kind, words, folder, arguments in cases:

@@ -1,4 +1,4 @@
-"""`--memory` is a promise: what the plan says is what the process takes, whatever the number of layers."""
+"""`--memory` is a promise: the process stays within the plan, for any number of layers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from lowmem.benchmarks.common.processes import resident
-from lowmem.convert import disk, memory
-from lowmem.convert.job import Job
+from lowmem.convert import disk_plan, memory_plan
+from lowmem.convert.job import ConversionJob
+from lowmem.convert.recipe import Recipe
+from lowmem.convert.stages.sizes import Workload
 
 from lowmem.checkpoint.files import whole as whole_file
 from lowmem.config import QuantConfig
@@ -78,7 +80,7 @@ def test_peak_is_what_was_planned_and_flat_in_layers(sources, tmp_path):
         assert events["peak"] <= planned, "the plan promised less than the process took"
         assert events["finished"]["peak_memory"] == pytest.approx(events["peak"], rel=0.02)
         # The part that the model decides, beside the libraries, is not guessed generously either.
-        base = events["started"]["plan"]["base"] + memory.LIBRARIES
+        base = events["started"]["plan"]["base"] + memory_plan.LIBRARIES
         assert planned - base < 3 * max(events["peak"] - base, 100 * MIB)
         peaks[layers] = events["peak"]
     layer = 12 * 1024 * 1024 * 4
@@ -100,11 +102,18 @@ def test_a_budget_is_kept_and_the_least_one_is_named(sources, tmp_path):
     assert code == 2
 
 
-def starchat_plan(budget: int, **changes) -> memory.MemoryPlan:
-    """The plan for StarChat Alpha's own dimensions, off its config alone."""
+def starchat_plan(
+    budget: int,
+    *,
+    config: QuantConfig | None = None,
+    rows: int = 128,
+    gpu: int = 0,
+    fixed_rows: int | None = None,
+) -> memory_plan.MemoryPlan:
+    """The plan for StarChat Alpha's own dimensions, from its config alone."""
     from transformers import GPTBigCodeConfig
 
-    config = GPTBigCodeConfig(
+    shape = GPTBigCodeConfig(
         n_layer=40,
         n_embd=6144,
         n_head=48,
@@ -114,16 +123,11 @@ def starchat_plan(budget: int, **changes) -> memory.MemoryPlan:
         bos_token_id=0,
         eos_token_id=0,
     )
-    arguments = {
-        "rows": 128,
-        "row_length": 512,
-        "dtype": torch.bfloat16,
-        "device": torch.device("cpu"),
-        "base": 600 * MIB,
-        "host_budget": budget,
-    }
-    quant = changes.pop("config", QuantConfig(bits=4, group_size=128))
-    return memory.plan(inspect(config), quant, **{**arguments, **changes})
+    recipe = Recipe(config or QuantConfig(bits=4, group_size=128))
+    device = torch.device("cuda", 0) if gpu else torch.device("cpu")
+    work = Workload(inspect(shape), recipe, rows, 512, torch.bfloat16, device)
+    limits = memory_plan.MemoryBudget(base=600 * MIB, host=budget, device=gpu)
+    return memory_plan.plan_memory(work, limits, fixed_rows)
 
 
 def test_starchat_alpha_converts_in_8_gib():
@@ -135,7 +139,7 @@ def test_starchat_alpha_converts_in_8_gib():
 
 
 def test_16_rows_take_4_and_a_half_gib():
-    """As `lowmem.benchmarks.experiments.peers.starchat_layer` converts them: every plain or default conversion of 8,192 tokens."""
+    """What benchmarks/experiments/peers/starchat_layer.py converts: 8,192 tokens."""
     assert starchat_plan(64 << 30, rows=16).host_peak <= 4.5 * (1 << 30)
     tuned = starchat_plan(64 << 30, rows=16, config=QuantConfig(bits=4, group_size=128, tune_steps=32))
     assert tuned.host_peak <= 4.75 * (1 << 30)
@@ -160,28 +164,19 @@ def test_an_interrupted_jobs_rows_are_kept():
 
 def test_a_card_that_is_too_small_is_refused_with_what_it_lacks():
     with pytest.raises(MemoryBudgetError, match=r"cuda.* has 2\.00 GiB free"):
-        starchat_plan(64 << 30, device=torch.device("cuda", 0), device_budget=2 << 30)
-    plan = starchat_plan(16 << 30, device=torch.device("cuda", 0), device_budget=8 << 30)
+        starchat_plan(64 << 30, gpu=2 << 30)
+    plan = starchat_plan(16 << 30, gpu=8 << 30)
     assert 0 < plan.device_peak <= 8 << 30
 
 
 def test_a_small_disk_is_refused_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(whole_file, "free_bytes", lambda _: 1 << 20)
     arch = inspect(tiny_config("llama"))
-    plan = memory.plan(
-        arch,
-        QuantConfig(group_size=32),
-        rows=8,
-        row_length=64,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        base=0,
-        host_budget=1 << 34,
-    )
-    needed = disk.plan(arch, QuantConfig(group_size=32), plan, replays=True).needed
+    work = Workload(arch, Recipe(QuantConfig(group_size=32)), 8, 64, torch.float32, torch.device("cpu"))
+    needed = disk_plan.plan_disk(work).needed
     with pytest.raises(OutputError, match=rf"needs {format_bytes(needed)} of disk .* 1 MiB free\. Free"):
-        disk.check(Job(tmp_path / "out"), needed)
-    disk.check(Job(tmp_path / "out"), 1 << 20)
+        disk_plan.check(ConversionJob(tmp_path / "out"), needed)
+    disk_plan.check(ConversionJob(tmp_path / "out"), 1 << 20)
 
 
 @pytest.mark.slow

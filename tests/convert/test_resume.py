@@ -1,4 +1,4 @@
-"""A conversion that is killed at any moment goes on, and ends with the same bytes."""
+"""A conversion that is killed at any moment resumes, and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from lowmem.convert.job import Job
-from lowmem.convert.recipe import Options
+from lowmem.convert.job import ConversionJob
+from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.config import QuantConfig
 from lowmem.errors import OutputError, RecipeError
@@ -80,12 +80,12 @@ def test_killed_at_random_moments_gives_the_same_bytes(least, source, spawner, t
             else:
                 assert process.exitcode == 0
         # A kill may have fallen between the last renames: the same command ends that too.
-        process = start(spawner, source, out) if Job(out).folder.exists() else None
+        process = start(spawner, source, out) if ConversionJob(out).folder.exists() else None
         if process is not None:
             process.join()
             assert process.exitcode == 0
         assert digest_of(out) == expected
-        assert not Job(out).folder.exists()
+        assert not ConversionJob(out).folder.exists()
     assert len(moments) >= 4, f"the kills all fell into {moments}"
 
 
@@ -100,7 +100,7 @@ def wait_for_work(process) -> None:
 
 def moment(out: Path) -> str:
     """Where a killed conversion stood."""
-    folder = Job(out).folder
+    folder = ConversionJob(out).folder
     if not folder.is_dir():
         return "before or after the work"
     parts = sum(1 for p in folder.rglob("*.part"))
@@ -117,7 +117,7 @@ def interrupt_after(layers: int):
     from lowmem.convert.progress import Reporter
 
     class Stopper(Reporter):
-        def layer(self, layer, result):
+        def layer(self, layer, reports, seconds):
             if layer + 1 == layers:
                 raise Interrupted
 
@@ -136,7 +136,7 @@ def begin(source: Path, out: Path, config: QuantConfig, layers: int = 2) -> None
             out,
             config,
             calibration=CalibrationSpec(str(calibration_file(out.parent)), 8, 64, 0),
-            options=Options(device="cpu", compute_dtype="float32"),
+            options=ConvertOptions(device="cpu", compute_dtype="float32"),
             reporter=interrupt_after(layers),
         )
 
@@ -157,9 +157,9 @@ def test_killed_while_the_finished_job_is_cleared_away(source, whole, tmp_path, 
         with pytest.raises(Interrupted):
             quick_convert(source, out, shards())
     assert digest_of(out) == whole
-    assert not Job(out).folder.exists()
+    assert not ConversionJob(out).folder.exists()
     # What is left has another name, and goes with the next conversion into the same place.
-    options = Options(device="cpu", compute_dtype="float32", force=True)
+    options = ConvertOptions(device="cpu", compute_dtype="float32", force=True)
     quick_convert(source, out, shards(), options=options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calibration.txt", "out"]
 
@@ -170,11 +170,11 @@ def test_finished_layers_are_not_done_again(source, whole, tmp_path, monkeypatch
     import lowmem.convert.pipeline as pipeline
 
     done = []
-    original = pipeline.quantize_layer
+    original = pipeline.run_stages
     monkeypatch.setattr(
         pipeline,
-        "quantize_layer",
-        lambda layer, spec, *a, **k: done.append(spec.name) or original(layer, spec, *a, **k),
+        "run_stages",
+        lambda stages, context, *a: done.append(context.spec.name) or original(stages, context, *a),
     )
     summary = quick_convert(source, out, shards())
     assert done == ["transformer.h.3"]
@@ -185,7 +185,7 @@ def test_finished_layers_are_not_done_again(source, whole, tmp_path, monkeypatch
 def test_rubbish_of_an_unfinished_layer_is_written_again(source, whole, tmp_path):
     out = tmp_path / "out"
     begin(source, out, shards(), layers=2)
-    job = Job(out)
+    job = ConversionJob(out)
     job.staged(2).write_bytes(b"half a file")
     job.hidden(3).write_bytes(b"half a file")
     (job.folder / "layer-00002.safetensors.part").write_bytes(b"x")
@@ -230,7 +230,7 @@ def test_a_changed_source_is_refused_by_name(source, tmp_path):
 def test_force_drops_another_job(source, tmp_path):
     out = tmp_path / "out"
     begin(source, out, QuantConfig(bits=8, group_size=32))
-    options = Options(device="cpu", compute_dtype="float32", force=True)
+    options = ConvertOptions(device="cpu", compute_dtype="float32", force=True)
     summary = quick_convert(source, out, shards(), options=options)
     assert not summary.resumed
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 4
@@ -240,8 +240,8 @@ def test_force_replaces_only_what_lowmem_wrote(source, whole, tmp_path):
     precious = tmp_path / "out"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    options = Options(device="cpu", compute_dtype="float32", force=True)
-    with pytest.raises(OutputError, match="not a checkpoint that lowmem wrote"):
+    options = ConvertOptions(device="cpu", compute_dtype="float32", force=True)
+    with pytest.raises(OutputError, match="not a checkpoint written by lowmem"):
         quick_convert(source, precious, shards(), options=options)
     assert (precious / "thesis.txt").read_text() == "years of work"
     out = tmp_path / "converted"
@@ -254,7 +254,7 @@ def test_force_replaces_only_what_lowmem_wrote(source, whole, tmp_path):
 
 def test_two_processes_do_not_share_a_job(source, tmp_path):
     out = tmp_path / "out"
-    with Job(out).working(), pytest.raises(OutputError, match="another process"):
+    with ConversionJob(out).working(), pytest.raises(OutputError, match="another process"):
         quick_convert(source, out, shards())
 
 
@@ -271,6 +271,6 @@ def test_a_full_disk_leaves_a_job_that_goes_on(source, whole, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not out.exists()
-    assert not list(Job(out).folder.rglob("*.part"))
+    assert not list(ConversionJob(out).folder.rglob("*.part"))
     quick_convert(source, out, shards())
     assert digest_of(out) == whole

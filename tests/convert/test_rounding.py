@@ -9,7 +9,7 @@ import pytest
 import torch
 from lowmem.convert.math.gptq import prepare, quantize
 from lowmem.convert.math.hessian import factor_in_place
-from lowmem.convert.math.rounding import Rule, round_block
+from lowmem.convert.math.rounding import Block, Rule, round_block
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem.config import QuantConfig
@@ -53,7 +53,7 @@ def one_group(passes: int, bits: int = 3, width: int = 64, out: int = 16, sym: b
     error, residual = weight.clone(), torch.zeros_like(weight)
     codes = torch.zeros(width, out, dtype=torch.uint8)
     scales, zeros = torch.zeros(1, out, dtype=weight.dtype), torch.zeros(1, out, dtype=weight.dtype)
-    round_block(rule, r, error, residual, codes, scales, zeros)
+    round_block(rule, Block(r, error, residual, codes, scales, zeros))
     return rule, r.triu(), weight, error, residual, codes, scales, zeros
 
 
@@ -107,7 +107,7 @@ def native_block(rule: Rule, search: bool = True):
     if not search:
         rule = dataclasses.replace(rule, search=False)
         scales, zeros = torch.full((1, out), 0.25), torch.full((1, out), float(2 ** (rule.bits - 1)))
-    round_block(rule, factor, error, residual, codes, scales, zeros)
+    round_block(rule, Block(factor, error, residual, codes, scales, zeros))
     return rule, factor, weight, asked, error, residual, codes, scales, zeros
 
 
@@ -130,7 +130,9 @@ def test_the_library_does_what_torch_does(isa, rule, search):  # noqa: F811
     expected_error, expected = weight.double(), asked.double()
     expected_codes = torch.zeros_like(codes)
     other_scales, other_zeros = scales.double(), zeros.double()
-    round_block(rule, factor.double(), expected_error, expected, expected_codes, other_scales, other_zeros)
+    round_block(
+        rule, Block(factor.double(), expected_error, expected, expected_codes, other_scales, other_zeros)
+    )
     assert float(left.square().sum()) == pytest.approx(float(expected.square().sum()), rel=5e-3)
     if rule.bits < 8:
         assert float((codes == expected_codes).float().mean()) > 0.97
@@ -159,7 +161,7 @@ def test_zeros_and_wild_columns_are_rounded(isa):  # noqa: F811
     weight = error.clone()
     codes = torch.zeros(32, 5, dtype=torch.uint8)
     scales, zeros = torch.zeros(1, 5), torch.zeros(1, 5)
-    round_block(rule, r, error, torch.zeros(32, 5), codes, scales, zeros)
+    round_block(rule, Block(r, error, torch.zeros(32, 5), codes, scales, zeros))
     values = (codes.float() - zeros) * scales
     assert torch.isfinite(values).all()
     assert torch.equal(values[:, 0], weight[:, 0])

@@ -1,18 +1,15 @@
-"""What linears should put out: found on the unquantized stream, and corrected towards."""
+"""Targets: recorded on the unquantized stream, and approached by a correction."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from lowmem.convert.stages.layer import quantize_layer
-from lowmem.convert.stages.targets import additions, record
+from lowmem.convert.stages.record import RecordTargets
+from lowmem.convert.stages.targets import additions
 from transformers import AutoConfig
 
 from lowmem.config import QuantConfig
-from lowmem.models.architecture import decoder_layers, inspect
-from lowmem.streaming.hidden_states import HiddenStates
-from lowmem.streaming.layer_calls import catch_calls, embed
-from tests.convert.convert_helpers import quick_convert
+from tests.convert.convert_helpers import LayerOfModel, quantize_layer, quick_convert
 from tests.helpers import save_source, tiny_model
 
 KINDS = {
@@ -35,7 +32,7 @@ def gpt_neox():
 
 
 def gemma2():
-    """Norms between a linear and the sum: no linear's own output is added to anything."""
+    """Norms between a linear and the sum: no linear's own output is added."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -46,74 +43,50 @@ def gemma2():
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def parts(model):
-    tokens = torch.randint(0, 60, (4, 16), generator=torch.Generator().manual_seed(1))
-    arch = inspect(model.config)
-    calls = catch_calls(model, arch, tokens[:2])
-    hidden = torch.cat([embed(model, part) for part in tokens.split(2)])
-    return arch, calls, decoder_layers(model, model.config)[1], hidden
+def found_additions(one):
+    return additions(one.layer, one.spec, one.call, one.hidden[:2])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_linear_is_added_to_is_found_by_trying(kind):
-    arch, calls, layers, hidden = parts(tiny_model(kind))
-    found = additions(layers[0], arch.layers[0], calls[0], hidden[:2])
+def test_trial_runs_find_what_a_linear_is_added_to(kind):
+    found = found_additions(LayerOfModel(tiny_model(kind)))
     assert {name: added for name, added in found.items() if added != "to nothing"} == KINDS[kind]
 
 
-def test_parallel_and_sandwiched_layers_are_told_apart():
-    arch, calls, layers, hidden = parts(gpt_neox())
-    found = additions(layers[0], arch.layers[0], calls[0], hidden[:2])
+def test_parallel_and_sandwiched_layers_are_distinguished():
+    found = found_additions(LayerOfModel(gpt_neox()))
     assert found["attention.dense"] == "to the layer's input"
     assert found["mlp.dense_4h_to_h"] == "last"
-    arch, calls, layers, hidden = parts(gemma2())
-    assert set(additions(layers[0], arch.layers[0], calls[0], hidden[:2]).values()) == {"to nothing"}
+    assert set(found_additions(LayerOfModel(gemma2())).values()) == {"to nothing"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_corrected_layer_comes_closer_to_what_it_should_put_out(tmp_path, kind):
+def test_a_correction_brings_a_layer_closer_to_its_target(kind, tmp_path):
     outcome = {}
     for correction in (0.0, 1.0):
         folder = tmp_path / str(correction)
         folder.mkdir()
-        model = tiny_model(kind)
-        arch, calls, layers, hidden = parts(model)
-        # Damage that the layer can see in its input: a regression can make up for a part of it.
-        generator = torch.Generator().manual_seed(3)
-        mix = torch.randn(hidden.shape[-1], hidden.shape[-1], generator=generator)
-        worse = hidden + 0.05 * hidden @ mix / hidden.shape[-1] ** 0.5
-        shape = tuple(hidden.shape)
-        clean = HiddenStates.create(folder / "clean", shape, hidden.dtype, iter([hidden]), keep=False)
-        damaged = HiddenStates.create(folder / "damaged", shape, hidden.dtype, iter([worse]), keep=False)
-        targets, after = record(
-            layers[0], arch.layers[0], calls[0], clean,
-            folder=folder, next_states=folder / "next", rows=2, device=torch.device("cpu"),
-        )  # fmt: skip
+        one = LayerOfModel(tiny_model(kind))
+        # Damage that the layer can see in its input: a regression can correct a part of it.
+        width = one.hidden.shape[-1]
+        mix = torch.randn(width, width, generator=torch.Generator().manual_seed(3))
+        worse = one.hidden + 0.05 * one.hidden @ mix / width**0.5
+        wanted = torch.cat([one.call.run(one.layer, chunk) for chunk in one.hidden.split(2)])
         config = QuantConfig(bits=8, group_size=32, correction=correction, damp_percent=0.001)
-        quantize_layer(
-            layers[0], arch.layers[0], calls[0], damaged, config, rows=2, device=torch.device("cpu"),
-            targets=targets if correction else None,
-        )  # fmt: skip
-        put_out = torch.cat([calls[0].run(layers[0], chunk) for chunk in damaged.chunks(2)])
-        outcome[correction] = float((put_out - after.read(0, 4)).square().mean())
-        targets.clear()
+        context = quantize_layer(one.context(folder, config, worse))
+        outcome[correction] = float((one.output(context.states) - wanted).square().mean())
         assert not list(folder.glob("target-*"))
     assert outcome[1.0] < 0.5 * outcome[0.0]
 
 
 def test_targets_are_the_unquantized_layers_own_outputs(tmp_path):
-    model = tiny_model("gpt_bigcode_mqa")
-    arch, calls, layers, hidden = parts(model)
-    clean = HiddenStates.create(tmp_path / "c", tuple(hidden.shape), hidden.dtype, iter([hidden]), keep=False)
-    targets, after = record(
-        layers[0], arch.layers[0], calls[0], clean,
-        folder=tmp_path, next_states=tmp_path / "next", rows=2, device=torch.device("cpu"),
-    )  # fmt: skip
-    layer = layers[0]
+    one = LayerOfModel(tiny_model("gpt_bigcode_mqa"))
+    context = quantize_layer(one.context(tmp_path, QuantConfig()), [RecordTargets()])
+    targets, layer, hidden = context.targets, one.layer, one.hidden
     seen = {}
     layer.attn.c_proj.register_forward_hook(lambda m, a, o: seen.update(x=a[0], y=o))
-    out = torch.cat([calls[0].run(layer, part) for part in hidden.split(2)])
-    torch.testing.assert_close(after.read(0, 4), out)
+    out = torch.cat([one.call.run(layer, part) for part in hidden.split(2)])
+    torch.testing.assert_close(context.unquantized.read(0, 4), out)
     torch.testing.assert_close(targets.read("mlp.c_proj", 1, 3), out[1:3])
     torch.testing.assert_close(targets.read("attn.c_proj", 2, 4), seen["y"] + hidden[2:])
     assert {p.name for p in tmp_path.glob("target-*")} == {

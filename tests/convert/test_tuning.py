@@ -1,4 +1,4 @@
-"""Scales, biases and norms tuned to a layer's output; the integers stay."""
+"""Tuning moves scales, biases and norms towards a layer's output; the integers stay."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ import pytest
 import torch
 from lowmem.convert.math.gptq import prepare, quantize
 from lowmem.convert.stages import tuning
-from lowmem.convert.stages.layer import quantize_layer
-from lowmem.convert.stages.targets import record
+from lowmem.convert.stages.record import RecordTargets
 
 from lowmem.config import QuantConfig
-from lowmem.models.architecture import decoder_layers, inspect
-from lowmem.streaming.hidden_states import HiddenStates
-from lowmem.streaming.layer_calls import catch_calls, embed
-from tests.convert.convert_helpers import quick_convert
+from tests.convert.convert_helpers import LayerOfModel, quantize_layer, quick_convert
 from tests.helpers import save_source, tiny_model
 
 KINDS = ("gpt_bigcode_mqa", "llama", "starcoder2")
@@ -32,130 +28,102 @@ def lively(kind):
     return model
 
 
-def setting(kind, folder, rows=12):
-    model = lively(kind)
-    tokens = torch.randint(0, 4000, (rows, 24), generator=torch.Generator().manual_seed(1))
-    arch = inspect(model.config)
-    call = catch_calls(model, arch, tokens[:2])[0]
-    hidden = torch.cat([embed(model, part) for part in tokens.split(2)])
-    layer = decoder_layers(model, model.config)[1][0]
-    return layer, arch.layers[0], call, hidden, folder
-
-
-def stream(folder, name, states):
-    return HiddenStates.create(folder / name, tuple(states.shape), states.dtype, iter([states]), keep=False)
+def lively_layer(kind):
+    return LayerOfModel(lively(kind), rows=12, row_length=24)
 
 
 def quantized(kind, folder, **options):
-    """One layer through the converter: (layer, spec, call, inputs, wanted, result)."""
-    layer, spec, call, hidden, folder = setting(kind, folder)
-    states = stream(folder, "in", hidden)
-    targets, wanted = record(
-        layer, spec, call, stream(folder, "clean", hidden),
-        folder=folder, next_states=folder / "next", rows=2, device=torch.device("cpu"),
-    )  # fmt: skip
-    result = quantize_layer(
-        layer, spec, call, states, QuantConfig(bits=3, group_size=32, **options),
-        rows=2, device=torch.device("cpu"), targets=targets, stored_dtype=lambda _: torch.float16,
-    )  # fmt: skip
-    return layer, spec, call, states, wanted, result
-
-
-def distance(layer, call, states, wanted):
-    out = torch.cat([call.run(layer, chunk) for chunk in states.chunks(2)])
-    return float((out - wanted.read(0, wanted.shape[0])).square().sum())
+    """One layer through the converter, tuned towards its own outputs: (layer, wanted, context)."""
+    one = lively_layer(kind)
+    wanted = torch.cat([one.call.run(one.layer, chunk) for chunk in one.hidden.split(2)])
+    context = quantize_layer(one.context(folder, QuantConfig(bits=3, group_size=32, **options)))
+    return one, wanted, context
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tuned_layer_puts_out_more_of_what_it_should(kind, tmp_path):
+def test_tuning_brings_a_layer_closer_to_its_target(kind, tmp_path):
     found = {}
     for steps in (0, 60):
         folder = tmp_path / str(steps)
         folder.mkdir()
-        layer, spec, call, states, wanted, result = quantized(kind, folder, tune_steps=steps)
-        found[steps] = distance(layer, call, states, wanted), result.tensors
+        one, wanted, context = quantized(kind, folder, tune_steps=steps)
+        error = float((one.output(context.states) - wanted).square().sum())
+        found[steps] = error, context.tensors
     (before, plain), (after, tuned) = found[0], found[60]
     assert after < 0.97 * before
     for name in plain:
         same = torch.equal(plain[name], tuned[name])
         assert same == (not name.endswith(".scales")), name  # the integers are the same ones
     others = set(tuned) - set(plain)
-    biases = {f"{linear.name}.bias" for linear in spec.linears if linear.bias}
+    biases = {f"{linear.name}.bias" for linear in one.spec.linears if linear.bias}
     assert biases < others and all(tuned[name].dtype == torch.float16 for name in others)
     assert any("norm" in name or "ln_" in name for name in others)
 
 
-def test_what_is_put_into_the_layer_is_what_is_stored(tmp_path):
-    layer, _spec, _call, _states, _wanted, result = quantized("gpt_bigcode_mqa", tmp_path, tune_steps=8)
-    for name, value in result.tensors.items():
+def test_the_layer_holds_the_stored_values(tmp_path):
+    one, _wanted, context = quantized("gpt_bigcode_mqa", tmp_path, tune_steps=8)
+    for name, value in context.tensors.items():
         if name.endswith((".bias", ".weight")):
-            assert torch.equal(layer.get_parameter(name).half(), value)
+            assert torch.equal(one.layer.get_parameter(name).half(), value)
 
 
-def rounded(layer, spec, call, states, config):
-    """Every linear quantized by itself, from its own inputs."""
+def rounded(one, config):
+    """Every linear quantized by itself, from its own inputs; and the root mean square of its outputs."""
     seen, found = {}, {}
     handles = [
-        layer.get_submodule(s.name).register_forward_hook(
+        one.layer.get_submodule(s.name).register_forward_hook(
             lambda m, args, out, name=s.name: seen.setdefault(name, []).append((args[0], out))
         )
-        for s in spec.linears
+        for s in one.spec.linears
     ]
-    for chunk in states.chunks(2):
-        call.run(layer, chunk)
+    for chunk in one.hidden.split(2):
+        one.call.run(one.layer, chunk)
     for handle in handles:
         handle.remove()
     sizes = {}
-    for s in spec.linears:
+    for s in one.spec.linears:
         x = torch.cat([a.reshape(-1, a.shape[-1]) for a, _ in seen[s.name]])
-        weight = layer.get_submodule(s.name).weight.detach().T.contiguous().clone()
+        weight = one.layer.get_submodule(s.name).weight.detach().T.contiguous().clone()
         found[s.name] = quantize(weight, prepare(x.T @ x / len(x), config), config)
         sizes[s.name] = float(torch.cat([b.reshape(-1) for _, b in seen[s.name]]).square().mean().sqrt())
     return found, sizes
 
 
-def test_what_does_not_help_is_not_kept_and_the_layer_is_left_alone(tmp_path, monkeypatch):
-    layer, spec, call, hidden, folder = setting("llama", tmp_path)
-    states = stream(folder, "in", hidden)
-    wanted = stream(folder, "out", torch.cat([call.run(layer, c) for c in states.chunks(2)]))
-    config = QuantConfig(bits=4, group_size=32)
-    before = copy.deepcopy(layer.state_dict())
+def tuned_from_rounded(one, folder, config, dtype):
+    """Tune towards the unquantized layer's own output, from linears that were quantized one by one."""
+    context = one.context(folder, config, stored_dtype=lambda _: dtype)
+    context.quantized, context.output_rms = rounded(one, config)
+    quantize_layer(context, [RecordTargets()])
+    return tuning.tune(context)
 
-    def tune():
-        found, sizes = rounded(layer, spec, call, states, config)
-        return tuning.tune_layer(
-            layer, spec, call, states, wanted, found, sizes,
-            steps=12, rows=2, device=torch.device("cpu"), stored_dtype=lambda _: torch.bfloat16,
-        )  # fmt: skip
 
-    good = tune()
+def test_a_result_that_does_not_help_is_discarded(tmp_path, monkeypatch):
+    one = lively_layer("llama")
+    config = QuantConfig(bits=4, group_size=32, correction=0, tune_steps=12)
+    before = copy.deepcopy(one.layer.state_dict())
+    good = tuned_from_rounded(one, tmp_path, config, torch.bfloat16)
     assert good.error_after < good.error_before and good.scales and good.others
     assert all(value.dtype == torch.bfloat16 for value in good.others.values())
     monkeypatch.setattr(tuning, "RATE", 3.0)
-    bad = tune()
+    bad = tuned_from_rounded(one, tmp_path, config, torch.bfloat16)
     assert not bad.scales and not bad.others and bad.error_after == bad.error_before == good.error_before
-    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-    assert all("forward" not in vars(layer.get_submodule(s.name)) for s in spec.linears)
+    assert all(torch.equal(value, before[name]) for name, value in one.layer.state_dict().items())
+    assert all("forward" not in vars(one.layer.get_submodule(s.name)) for s in one.spec.linears)
 
 
-def test_the_size_of_the_loss_changes_nothing(tmp_path, monkeypatch):
-    """A group's scale in a wide layer has next to no slope, and is tuned like any other."""
-    layer, spec, call, hidden, folder = setting("gpt_bigcode_mqa", tmp_path)
-    states = stream(folder, "in", hidden)
-    wanted = stream(folder, "out", torch.cat([call.run(layer, c) for c in states.chunks(2)]))
+def test_the_scale_of_the_loss_changes_nothing(tmp_path, monkeypatch):
+    """A group's scale in a wide layer has a tiny gradient, and is tuned like any other."""
+    one = lively_layer("gpt_bigcode_mqa")
+    config = QuantConfig(bits=3, group_size=32, correction=0, tune_steps=6)
     found = []
-    for louder in (2.0**16, 2.0**-12):
-        monkeypatch.setattr(tuning, "LOUDER", louder)
-        integers, sizes = rounded(layer, spec, call, states, QuantConfig(bits=3, group_size=32))
-        tuned = tuning.tune_layer(
-            layer, spec, call, states, wanted, integers, sizes,
-            steps=6, rows=2, device=torch.device("cpu"), stored_dtype=lambda _: torch.float32,
-        )  # fmt: skip
+    for scale in (2.0**16, 2.0**-12):
+        monkeypatch.setattr(tuning, "LOSS_SCALE", scale)
+        tuned = tuned_from_rounded(one, tmp_path, config, torch.float32)
         assert tuned.scales
         found.append(tuned)
     for name, scales in found[0].scales.items():
         torch.testing.assert_close(scales.float(), found[1].scales[name].float(), rtol=2e-3, atol=1e-6)
-    # Not every bias: a key's has no slope at all, since softmax does not see it.
+    # Not every bias: a key's has no gradient at all, since softmax does not depend on it.
     assert found[0].error_after == pytest.approx(found[1].error_after, rel=1e-3)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.convert.recipe import Options
+from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_zeros
 from lowmem.config import BITS, QuantConfig
@@ -115,7 +115,7 @@ class Results:
             if not source.exists():
                 save_source(tiny_model(job.kind, layers=1, hidden=HIDDEN, heads=4), source)
             config = QuantConfig(bits=job.bits, group_size=job.group_size, sym=job.sym)
-            options = Options(device="cpu", compute_dtype="float32")
+            options = ConvertOptions(device="cpu", compute_dtype="float32")
             quick_convert(source, out, config, rows=2, row_length=32, options=options)
         return out
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lowmem.convert.calibration import CalibrationSpec
 from lowmem.convert.pipeline import convert
-from lowmem.convert.recipe import Options
+from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.checkpoint.verify.converted import verify
 from lowmem.config import QuantConfig, SamplingParams
@@ -32,7 +32,7 @@ def test_gguf_to_gptq_to_a_sensible_answer(bits, rows, tmp_path):
         out,
         QuantConfig(bits=bits),
         calibration=CalibrationSpec(rows=rows, row_length=256),
-        options=Options(device="cpu"),
+        options=ConvertOptions(device="cpu"),
     )
     report = verify(out)
     assert not report.problems

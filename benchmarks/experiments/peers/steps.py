@@ -90,10 +90,10 @@ def stored_dtype(source: str) -> torch.dtype:
     """The dtype of the source's linears."""
     from lowmem.checkpoint.source.open import open_source
     from lowmem.models.architecture import inspect
-    from lowmem.streaming.weights import Weights
+    from lowmem.streaming.weights import ModelWeights
 
     opened = open_source(source)
-    return Weights(opened, inspect(opened.config())).dtype
+    return ModelWeights(opened, inspect(opened.config())).dtype
 
 
 def logits_of(model: Any, rows: torch.Tensor) -> Iterator[torch.Tensor]:

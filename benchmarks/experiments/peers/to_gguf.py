@@ -62,7 +62,7 @@ def write_gguf(source: str, out: Path) -> Path:
     """
     from lowmem.checkpoint.source.open import open_source, resolve_names
     from lowmem.models.architecture import inspect
-    from lowmem.streaming.weights import Weights
+    from lowmem.streaming.weights import ModelWeights
 
     opened = open_source(source)
     config = opened.config()
@@ -73,7 +73,7 @@ def write_gguf(source: str, out: Path) -> Path:
             "Leave llama.cpp out for this model",
         )
     arch = inspect(config)
-    weights = Weights(opened, arch)
+    weights = ModelWeights(opened, arch)
     vocabulary = read_vocabulary(opened.tokenizer(), arch.shapes[arch.embedding][0])
     names = resolve_names(opened.infos, arch.shapes)
     dtypes = {name: opened.infos[stored].dtype for name, stored in names.items()}

@@ -1,0 +1,143 @@
+"""Everything a conversion needs, opened and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lowmem.convert.calibration import CalibrationRows, CalibrationSpec, load_rows
+from lowmem.convert.recipe import ConvertOptions, Origin, Recipe, compute_dtype, recipe_entries
+from lowmem.convert.stages.sizes import Workload
+
+from lowmem.checkpoint.source.open import Source, open_source
+from lowmem.config import QuantConfig
+from lowmem.errors import CalibrationError, RecipeError
+from lowmem.models.architecture import Architecture, inspect
+from lowmem.models.dialogue import Dialogue
+from lowmem.plan.device import resolve_device
+from lowmem.streaming.weights import ModelWeights
+from lowmem.text.units import format_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GROUP_SIZES = (128, 64, 32)
+"""Tried in this order where the user names none."""
+
+
+@dataclass(frozen=True)
+class ConversionInputs:
+    """The source, the calibration rows, and how to convert the one with the other."""
+
+    source: Source
+    weights: ModelWeights
+    recipe: Recipe
+    options: ConvertOptions
+    rows: CalibrationRows
+    tokenizer: PreTrainedTokenizerBase
+    dialogue: Dialogue | None
+    dtype: torch.dtype
+    """Of the forward passes."""
+    device: torch.device
+
+    @property
+    def arch(self) -> Architecture:
+        """The source's architecture."""
+        return self.weights.arch
+
+    @property
+    def workload(self) -> Workload:
+        """What the memory and disk plans depend on."""
+        count, length = self.rows.tokens.shape
+        return Workload(
+            self.arch, self.recipe, count, length, self.dtype, self.device, self.source.read_overhead
+        )
+
+    def entries(self) -> dict[str, Any]:
+        """By what an interrupted conversion is recognised; see `recipe_entries`."""
+        origin = Origin(self.source.fingerprint(), self.rows.digest, self.dtype, self.device)
+        return recipe_entries(self.recipe, origin, self.options)
+
+    def describe(self) -> str:
+        """One line: the source, its size, and the recipe."""
+        config = self.recipe.config
+        size = sum(info.nbytes for info in self.source.infos.values())
+        group = "one group a row" if config.group_size == -1 else f"groups of {config.group_size}"
+        count, length = self.rows.tokens.shape
+        return (
+            f"{self.source.display} ({self.arch.model_type}, {len(self.arch.layers)} layers, "
+            f"{format_bytes(size)}) to {config.bits} bits, {group}, "
+            f"{'symmetric' if config.sym else 'asymmetric'}; {count} × {length} calibration tokens"
+        )
+
+
+def prepare(
+    source_name: str,
+    config: QuantConfig | None,
+    calibration: CalibrationSpec,
+    options: ConvertOptions,
+    message: Callable[[str], None],
+) -> ConversionInputs:
+    """Open and check everything. message: called with what the user should know.
+
+    Raises LowmemError for whatever the user can correct.
+    """
+    source = open_source(source_name, revision=options.revision, progress=message)
+    model_config = source.config()
+    arch = inspect(model_config)
+    weights = ModelWeights(source, arch)
+    chosen = fit_group_size(config, arch, message)
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if limit and calibration.row_length > limit:
+        raise CalibrationError(
+            f"rows of {calibration.row_length} tokens do not fit the model's {limit} positions",
+            f"Use --row-length {limit} or less",
+        )
+    device = resolve_device(options.device)
+    tokenizer = source.tokenizer()
+    dialogue = Dialogue.detect(tokenizer)
+    rows = load_rows(calibration, tokenizer, dialogue, arch.shapes[arch.embedding][0])
+    dtype = compute_dtype(options.compute_dtype, weights.dtype, device)
+    return ConversionInputs(
+        source, weights, Recipe(chosen), options, rows, tokenizer, dialogue, dtype, device
+    )
+
+
+def fit_group_size(
+    config: QuantConfig | None, arch: Architecture, message: Callable[[str], None]
+) -> QuantConfig:
+    """A config whose group size divides the inputs of every linear.
+
+    With `config.group_size` 0 that is the largest of 128, 64 and 32 that divides them all. A group size that
+    the user named is never changed: RecipeError names the linear that it does not divide, and a size that
+    works.
+    """
+    config = config or QuantConfig(group_size=0)
+    widths: dict[int, str] = {}
+    for layer in arch.layers:
+        for linear in layer.linears:
+            widths[linear.in_features] = linear.name
+            for width, what in ((linear.in_features, "inputs"), (linear.out_features, "outputs")):
+                if width % 32:
+                    raise RecipeError(
+                        f"{layer.name}.{linear.name} has {width} {what}, which 32 does not divide",
+                        "The GPTQ format cannot store it",
+                    )
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+    if config.group_size == 0:
+        chosen = fitting[0]
+        if chosen != GROUP_SIZES[0]:
+            odd = next(width for width in widths if width % GROUP_SIZES[0])
+            message(
+                f"group size {chosen}: {GROUP_SIZES[0]} does not divide the {odd} inputs of {widths[odd]}"
+            )
+        return replace(config, group_size=chosen)
+    for width, name in widths.items():
+        if config.group_size != -1 and width % config.group_size:
+            raise RecipeError(
+                f"group size {config.group_size} does not divide the {width} inputs of {name}",
+                f"Use --group-size {fitting[0]}, or -1 for one group a row",
+            )
+    return config

@@ -1,0 +1,122 @@
+"""The sizes of one decoder layer, and what it holds in memory between two stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from lowmem.convert.recipe import Recipe
+
+from lowmem.checkpoint.packing import stored_shapes
+from lowmem.config import QuantConfig
+from lowmem.models.architecture import Architecture, LayerSpec, LinearSpec
+
+FLOAT32 = 4
+"""Bytes of a float32 value."""
+
+
+def packed_bytes(linear: LinearSpec, config: QuantConfig) -> int:
+    """Bytes of qweight, qzeros, scales and g_idx of one linear."""
+    shapes = stored_shapes(linear.in_features, linear.out_features, config.bits, config.group_size)
+    words = math.prod(shapes.qweight) + math.prod(shapes.qzeros) + linear.in_features
+    return 4 * words + 2 * math.prod(shapes.scales)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is converted and how, as far as memory and disk depend on it."""
+
+    arch: Architecture
+    recipe: Recipe
+    rows: int
+    """Calibration rows."""
+    row_length: int
+    """Tokens in a row."""
+    dtype: torch.dtype
+    """Of the forward passes."""
+    device: torch.device
+    read_overhead: Callable[[int], int] = lambda numel: FLOAT32 * numel
+    """Bytes that reading a tensor of that many values takes, as `Source.read_overhead` gives them."""
+
+    @property
+    def hidden(self) -> int:
+        """Features of a hidden state."""
+        return self.arch.shapes[self.arch.embedding][1]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of all hidden states between two layers."""
+        return self.rows * self.row_length * self.hidden * self.dtype.itemsize
+
+    @property
+    def replays(self) -> bool:
+        """Whether outputs of finished linears are kept in files. A GPU recomputes them faster."""
+        return self.recipe.config.true_sequential and self.device.type == "cpu"
+
+    def packed_bytes(self, layer: LayerSpec) -> int:
+        """Bytes of a layer's packed linears."""
+        return sum(packed_bytes(one, self.recipe.of(f"{layer.name}.{one.name}")) for one in layer.linears)
+
+    def sizes(self, layer: LayerSpec, rows: int, rows_a_step: int) -> LayerSizes:
+        """The sizes of a layer that runs `rows` at a time, and is tuned with `rows_a_step`."""
+        shapes = [self.arch.shapes[f"{layer.name}.{name}"] for name in self.arch.inside(layer)]
+        whole = sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize
+        tokens, tokens_a_step = rows * self.row_length, rows_a_step * self.row_length
+        return LayerSizes(self, layer, whole, tokens, tokens_a_step, dense=whole)
+
+
+@dataclass
+class LayerSizes:
+    """Bytes that one decoder layer takes on the compute device.
+
+    The second half is what the layer holds when a stage begins; `Stage.leave` updates it.
+    """
+
+    work: Workload
+    layer: LayerSpec
+    whole: int
+    """All of the layer's tensors in the compute dtype."""
+    tokens: int
+    """Tokens that run through the layer at a time."""
+    tokens_a_step: int
+    """Tokens in one step of tuning."""
+
+    dense: int = 0
+    """Dense tensors that are in memory now."""
+    packed: int = 0
+    """Packed linears, and the integers that tuning still needs."""
+    hessians: int = 0
+    lacking: dict[str, int] = field(default_factory=dict)
+    """The matrices that say what linears lack, by the first linear of a group."""
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a value in the compute dtype."""
+        return self.work.dtype.itemsize
+
+    @property
+    def held(self) -> int:
+        """All bytes held between two stages."""
+        return self.dense + self.packed + self.hessians + sum(self.lacking.values())
+
+    @property
+    def largest(self) -> int:
+        """Values of the largest linear."""
+        return max(self.values([linear]) for linear in self.layer.linears)
+
+    def config(self, linear: LinearSpec) -> QuantConfig:
+        """How a linear of the layer is quantized."""
+        return self.work.recipe.of(f"{self.layer.name}.{linear.name}")
+
+    def values(self, linears: Sequence[LinearSpec]) -> int:
+        """Values of some linears' weights."""
+        return sum(linear.in_features * linear.out_features for linear in linears)
+
+    def forward(self, tokens: int) -> int:
+        """A forward pass of that many tokens: residual stream, norms and attention heads; the output of the
+        widest linear, and its activation."""
+        hidden = self.layer.linears[0].in_features
+        widest = max(max(one.in_features, one.out_features) for one in self.layer.linears)
+        return tokens * (8 * hidden + 4 * widest) * max(self.itemsize, 2)
