@@ -13,8 +13,6 @@ from lowmem.config import QuantConfig
 from lowmem.errors import RecipeError
 from lowmem.plan.device import bfloat16_is_fast
 
-VERSION = 1
-"""Raised whenever the same recipe gives other bytes; a measurement records the version it was made with."""
 DEFAULT_SHARD = 4 << 30
 RECIPE_VERSION = 1
 """Raised by every change to the converter that changes what it writes. Measurements record it."""
@@ -86,7 +84,8 @@ def recipe_entries(recipe: Recipe, origin: Origin, options: ConvertOptions) -> d
     model card."""
     return {
         "lowmem": lowmem.__version__,
-        "recipe version": RECIPE_VERSION,
+        # A result without the entry is of version 1.
+        **({"recipe version": RECIPE_VERSION} if RECIPE_VERSION > 1 else {}),
         "torch": torch.__version__,
         "source": origin.fingerprint,
         **asdict(recipe.config),

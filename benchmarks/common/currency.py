@@ -32,7 +32,7 @@ def recipe_version(folder: Path) -> int:
         recipe = read_json(folder / REPORT_FILE).get("recipe")
     except LowmemError:
         return 0
-    version = recipe.get("recipe version") if isinstance(recipe, dict) else None
+    version = recipe.get("recipe version", 1) if isinstance(recipe, dict) else None
     return version if isinstance(version, int) and not isinstance(version, bool) else 0
 
 
