@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from lowmem.generate.attention import use_row_attention
 from lowmem.models.architecture import decoder_layers
 from lowmem.plan import device as machine
 from lowmem.streaming.hidden_states import HiddenStates
-from lowmem.streaming.layer_calls import LayerCall, catch_calls, embed
+from lowmem.streaming.layer_calls import LayerCall, catch_calls, embedded
 from lowmem.streaming.weights import build_without_layers, empty
 
 _RESULT_OPTIONS = ("shard_size", "store_head", "revision", "compute_dtype")
@@ -217,14 +216,11 @@ class _Conversion:
         shape = (tokens.shape[0], tokens.shape[1], inputs.workload.hidden)
         keep = self.plan.keep_hidden
 
-        def chunks() -> Iterator[torch.Tensor]:
-            for part in tokens.split(self.plan.rows_at_a_time):
-                yield embed(model, part.to(inputs.device)).cpu()
-
         def stream(path: Path) -> HiddenStates:
             if finished:
                 return HiddenStates.reopen(path, shape, inputs.dtype, keep=keep)
-            return HiddenStates.create(path, shape, inputs.dtype, chunks(), keep=keep)
+            chunks = embedded(model, tokens, self.plan.rows_at_a_time, inputs.device)
+            return HiddenStates.create(path, shape, inputs.dtype, chunks, keep=keep)
 
         follows = inputs.recipe.config.follows_unquantized
         unquantized = stream(self.job.unquantized(finished)) if follows else None

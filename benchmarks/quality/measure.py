@@ -43,8 +43,9 @@ from lowmem.checkpoint.files.whole import write_json
 from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import InvalidRequestError, LowmemError, MemoryBudgetError
 from lowmem.streaming.dense_source import open_any
-from lowmem.streaming.forward import StreamedModel, head_of, working
+from lowmem.streaming.forward import StreamedModel, head_of
 from lowmem.streaming.hidden_states import HiddenStates
+from lowmem.streaming.pass_folder import working
 
 SETTINGS_FILE = "quality.settings.json"
 """Beside the record: what it was measured with, so that an interrupted measurement can go on."""

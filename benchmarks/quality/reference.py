@@ -35,8 +35,9 @@ from lowmem.checkpoint.files.writer import tensor_bytes
 from lowmem.checkpoint.manifest import digest_file
 from lowmem.errors import LowmemError, OutputError
 from lowmem.plan.device import host_memory_peak
-from lowmem.streaming.forward import Progress, StreamedModel, remove_waste, working
+from lowmem.streaming.forward import Progress, StreamedModel
 from lowmem.streaming.hidden_states import HiddenStates
+from lowmem.streaming.pass_folder import remove_waste, working
 
 FORMAT = 1
 _READY = "ready.json"

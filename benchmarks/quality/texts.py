@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import InvalidRequestError
-from lowmem.streaming.forward import digest_of
+from lowmem.streaming.pass_folder import digest_of
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,7 @@
-"""The hidden states between two decoder layers: in memory if they fit, and always in a file.
+"""The hidden states between two decoder layers: always in a file, and in memory if they fit.
 
-The file is what a resumed job starts from, so that it goes on from the very same bytes. When the
-memory budget is too small for a copy, chunks are read back from it: with plain reads, because a
-mapped file would count as memory.
+An interrupted job resumes from the bytes of the file. Where the memory budget is too small for a copy, chunks
+are read from the file with plain reads, because a mapped file would count as memory.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from lowmem.errors import CalibrationError, OutputError
 
 
 class HiddenStates:
-    """Calibration activations [rows, row_length, hidden] at the input of one decoder layer."""
+    """Hidden states [rows, row_length, hidden] at the input of one decoder layer."""
 
     def __init__(
         self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, kept: torch.Tensor | None
@@ -40,7 +39,7 @@ class HiddenStates:
         *,
         keep: bool,
     ) -> HiddenStates:
-        """Write the chunks [some rows, row_length, hidden] to `path`, and keep a copy if asked to."""
+        """Write chunks [rows, row_length, hidden] to `path`; keep: keep a copy in memory."""
         kept = torch.empty(shape, dtype=dtype) if keep else None
         _write(path, chunks, kept, where="after the embedding")
         return cls(path, shape, dtype, kept)
@@ -49,7 +48,7 @@ class HiddenStates:
     def reopen(
         cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, *, keep: bool
     ) -> HiddenStates:
-        """The hidden states that an interrupted job left."""
+        """The hidden states that an interrupted job left. Raises OutputError if the file is damaged."""
         states = cls(path, shape, dtype, None)
         size = shape[0] * states._row_bytes
         if not path.is_file() or path.stat().st_size != size:
@@ -78,20 +77,21 @@ class HiddenStates:
     def advance(
         self, path: Path, rows: int, layer: Callable[[torch.Tensor], torch.Tensor], where: str
     ) -> HiddenStates:
-        """The next layer's hidden states: `layer` of every chunk, written to `path`.
+        """Write the output of `layer` for every chunk to `path`: the next layer's hidden states.
 
-        A copy in memory is overwritten in place: a row is needed once.
+        A copy in memory is overwritten in place, since each row is needed once. where: for the message of the
+        CalibrationError that is raised for values that are not finite.
         """
         _write(path, (layer(chunk) for chunk in self.chunks(rows)), self._kept, where)
         return HiddenStates(path, self.shape, self.dtype, self._kept)
 
     def delete(self) -> None:
-        """Remove the file: a later layer's is on disk."""
+        """Remove the file, once a later layer's is on disk."""
         self.path.unlink(missing_ok=True)
 
 
 def read_rows(path: Path, start: int, end: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Rows start..end of a file of rows of `shape`, [end - start, *shape], by plain reads into new memory."""
+    """Rows start..end of a file whose rows have `shape`: [end - start, *shape], in new memory."""
     rows = torch.empty((end - start, *shape), dtype=dtype)
     view = tensor_bytes(rows)
     with path.open("rb", buffering=0) as stream:

@@ -1,7 +1,7 @@
-"""How a model calls its decoder layers: caught by running the model with the layers held back.
+"""How a model calls its decoder layers: recorded by running the model with its layers replaced.
 
-Positions, rotary embeddings and masks are made by the model's own code, whatever its family. All
-calibration rows have the same length and no padding, so what was caught for some rows serves for all.
+The model's own code makes positions, rotary embeddings and masks, for any family. All rows have the same
+length and no padding, so the arguments recorded for some rows serve all of them.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from lowmem.models.architecture import Architecture, decoder_layers
 
 @dataclass(frozen=True)
 class LayerCall:
-    """How the model calls one of its decoder layers, beside the hidden states."""
+    """The arguments, except the hidden states, with which the model calls one of its decoder layers."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     returns_tuple: bool = False
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output hidden states; no gradients."""
+        """The layer's output hidden states, without gradients."""
         with torch.no_grad():
             return self.output(layer, hidden)
 
     def output(self, layer: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
-        """The same of anything that is called as the layer is."""
+        """The output of anything that is called like the layer."""
         output = layer(hidden, *self.args, **self.kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
 
 class _Caught(Exception):
-    """The hidden states have reached the last layer that is of interest."""
+    """The last layer of interest was called: the rest of the model need not run."""
 
 
 @contextlib.contextmanager
 def replaced_forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Each module computes with the function beside it; hooks, and attributes that others read, stay."""
+    """Replace each module's forward by a function; its hooks and attributes stay."""
     found = list(pairs)
     for module, forward in found:
         module.forward = forward  # type: ignore[method-assign]
@@ -57,7 +57,7 @@ def replaced_forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> 
 def _held_back(
     layers: nn.ModuleList, catch: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 ) -> contextlib.AbstractContextManager[None]:
-    """Each layer calls `catch` with its index instead of running."""
+    """Let each layer call `catch` with its index instead of running."""
 
     def caught(index: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: catch(index, args, kwargs)
@@ -66,7 +66,7 @@ def _held_back(
 
 
 def catch_calls(model: nn.Module, arch: Architecture, tokens: torch.Tensor) -> list[LayerCall]:
-    """One LayerCall for each decoder layer; `tokens` [rows, row_length] are the rows of one pass."""
+    """One LayerCall per decoder layer, for passes of as many rows as `tokens` [rows, row_length] has."""
     calls: list[LayerCall] = []
 
     def catch(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -93,10 +93,18 @@ def embed(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return found[0]
 
 
+def embedded(
+    model: nn.Module, tokens: torch.Tensor, rows: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """`embed` of all token rows, `rows` at a time: computed on `device`, returned on the CPU."""
+    for part in tokens.split(rows):
+        yield embed(model, part.to(device)).cpu()
+
+
 def _split(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The hidden states, and everything else that the layer was called with."""
+    """The hidden states, and the layer's other arguments."""
     if args:
         return args[0], (args[1:], kwargs)
     rest = dict(kwargs)

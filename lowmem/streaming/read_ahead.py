@@ -1,7 +1,7 @@
-"""The next layer's bytes, brought into the page cache while this one is computed.
+"""Read the next layer's bytes into the page cache while the current layer is computed.
 
-The kernel is told which bytes of which files will be wanted (posix_fadvise): that takes no memory of this
-process, and where nothing can be told nothing is lost.
+posix_fadvise tells the kernel which bytes will be needed. That takes none of the process's memory; on systems
+without it, layers are read when they are needed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lowmem.checkpoint.source.safetensors import SafetensorsSource
 from lowmem.errors import SourceError
 
 _LOCAL_HEADER = 1024
-"""Bytes of a zip entry's own header, padding included: PyTorch aligns the data to 64 bytes."""
+"""Bytes of a zip entry's local header with padding; PyTorch aligns the data to 64 bytes."""
 
 Range = tuple[Path, int, int]
 """File, first byte, number of bytes."""
 
 
 def ranges(source: Source, names: Iterable[str]) -> list[Range]:
-    """Where the tensors of these stored names lie; empty where a source does not say."""
+    """The file ranges of tensors, given by stored name; empty for sources that cannot tell them."""
     if isinstance(source, SafetensorsSource):
         stored = [(source.headers[name].path, source.headers[name].tensors[name]) for name in names]
         return [(path, tensor.begin, tensor.end - tensor.begin) for path, tensor in stored]
@@ -48,7 +48,7 @@ def ranges(source: Source, names: Iterable[str]) -> list[Range]:
 
 
 def read_ahead(source: Source, names: Iterable[str]) -> threading.Thread | None:
-    """Ask for the tensors' bytes in a thread, which is returned; None where the system has no way to ask."""
+    """Request the tensors' bytes in a new thread; None on systems without posix_fadvise."""
     if not hasattr(os, "posix_fadvise"):
         return None
     wanted = list(names)

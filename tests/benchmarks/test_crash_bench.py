@@ -62,7 +62,7 @@ def test_a_reference_that_is_killed_at_its_last_step_is_not_computed_again(model
     with monkeypatch.context() as patch:
         patch.setattr(reference_module, "write_json", killed)
         if last == "two":
-            patch.setattr("lowmem.streaming.forward.remove_waste", lambda _: None)
+            patch.setattr("lowmem.streaming.pass_folder.remove_waste", lambda _: None)
             patch.setattr("pathlib.Path.rename", lambda *_: (_ for _ in ()).throw(Killed()))
         with pytest.raises(Killed):
             reference_states(model, TEXTS, cache_folder(model))

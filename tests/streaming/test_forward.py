@@ -238,7 +238,7 @@ def test_a_quantized_folder_is_not_quantized_again(tmp_path):
     write_rtn_checkpoint(tiny_model("llama"), tmp_path / "q")
     source = open_any(tmp_path / "q")
     assert isinstance(source, GptqSource)
-    with pytest.raises(SourceError, match="quantized already"):
+    with pytest.raises(SourceError, match="already quantized"):
         StreamedModel(source, torch.float32, on_the_fly="nf4")
 
 
