@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lowmem.convert.calibration import CalibrationRows, CalibrationSpec, load_rows
-from lowmem.convert.recipe import ConvertOptions, Origin, Recipe, compute_dtype, recipe_entries
+from lowmem.convert.math import products
+from lowmem.convert.recipe import RECIPE_VERSION, ConvertOptions, Recipe, compute_dtype
 from lowmem.convert.stages.sizes import Workload
 
+import lowmem
 from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.config import QuantConfig
 from lowmem.errors import CalibrationError, RecipeError
@@ -56,9 +58,24 @@ class ConversionInputs:
         )
 
     def entries(self) -> dict[str, Any]:
-        """By what an interrupted conversion is recognised; see `recipe_entries`."""
-        origin = Origin(self.source.fingerprint(), self.rows.digest, self.dtype, self.device)
-        return recipe_entries(self.recipe, origin, self.options)
+        """Everything that the result's bytes depend on, by the names that users know.
+
+        job.json and the model card hold it; an interrupted conversion is recognised by it.
+        """
+        return {
+            "lowmem": lowmem.__version__,
+            # A result without the entry is of version 1.
+            **({"recipe version": RECIPE_VERSION} if RECIPE_VERSION > 1 else {}),
+            "torch": torch.__version__,
+            "source": self.source.fingerprint(),
+            **asdict(self.recipe.config),
+            "calibration tokens": self.rows.digest,
+            "compute dtype": str(self.dtype).removeprefix("torch."),
+            "device": self.device.type,
+            "products": products.name(self.device),
+            "shard size": self.options.shard_size,
+            "store head": self.options.store_head,
+        }
 
     def describe(self) -> str:
         """One line: the source, its size, and the recipe."""

@@ -39,7 +39,7 @@ class JobState:
     """The content of job.json."""
 
     recipe: dict[str, Any]
-    """Everything that the result's bytes depend on (recipe.recipe_entries)."""
+    """Everything that the result's bytes depend on (ConversionInputs.entries)."""
     run: dict[str, Any] = field(default_factory=dict)
     """Choices of the first run that later runs must keep to give the same bytes."""
     finished_layers: int = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -153,13 +153,8 @@ def _run(job: ConversionJob, inputs: ConversionInputs, reporter: Reporter) -> Re
         return _Conversion(job, inputs, plan, reporter).run()
 
 
-@dataclass
-class _Streams:
-    """The hidden states at the input of the next layer."""
-
-    converted: HiddenStates
-    unquantized: HiddenStates | None
-    """Of the unquantized model; None where nothing is compared with it."""
+Streams = tuple[HiddenStates, HiddenStates | None]
+"""Of the model as it is converted, and of the unquantized one (None where nothing is compared with it)."""
 
 
 class _Conversion:
@@ -181,15 +176,15 @@ class _Conversion:
         use_row_attention(model)  # our own kernels, where they support the model
         rows, rows_a_step = self.plan.rows_at_a_time, self.plan.rows_a_step
         calls, step_calls = self._calls(model, rows), self._calls(model, rows_a_step)
-        streams = self._streams(model)
+        states, unquantized = self._streams(model)
         empty(model)
         _, layers = decoder_layers(model, inputs.source.config())
         totals = Seconds()
         for index in range(job.state.finished_layers, len(arch.layers)):
             batches = Batch(calls[index], rows), Batch(step_calls[index], rows_a_step)
-            context = self._context(index, layers[index], streams, batches)
+            context = self._context(index, layers[index], (states, unquantized), batches)
             self._convert(index, context)
-            streams = _Streams(context.states, context.unquantized)
+            states, unquantized = context.states, context.unquantized
             totals += context.seconds
             job.state.finished_layers = index + 1
             job.state.reports.append(context.reports)
@@ -210,7 +205,7 @@ class _Conversion:
         """How the model calls each of its layers with that many rows."""
         return catch_calls(model, self.inputs.arch, self.inputs.rows.tokens[:rows].to(self.inputs.device))
 
-    def _streams(self, model: nn.Module) -> _Streams:
+    def _streams(self, model: nn.Module) -> Streams:
         """The hidden states at the input of the first unfinished layer."""
         inputs, tokens, finished = self.inputs, self.inputs.rows.tokens, self.job.state.finished_layers
         shape = (tokens.shape[0], tokens.shape[1], inputs.workload.hidden)
@@ -224,10 +219,10 @@ class _Conversion:
 
         follows = inputs.recipe.config.follows_unquantized
         unquantized = stream(self.job.unquantized(finished)) if follows else None
-        return _Streams(stream(self.job.hidden(finished)), unquantized)
+        return stream(self.job.hidden(finished)), unquantized
 
     def _context(
-        self, index: int, layer: nn.Module, streams: _Streams, batches: tuple[Batch, Batch]
+        self, index: int, layer: nn.Module, streams: Streams, batches: tuple[Batch, Batch]
     ) -> LayerContext:
         inputs, layers, replay = self.inputs, self.inputs.arch.layers, None
         spec = layers[index]
@@ -238,11 +233,11 @@ class _Conversion:
             layer,
             spec,
             inputs.recipe,
-            streams.converted,
+            streams[0],
             batches[0],
             self.job.layer_files(index),
             device=inputs.device,
-            unquantized=streams.unquantized,
+            unquantized=streams[1],
             step_batch=batches[1],
             replay=replay,
             weights=inputs.weights,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from lowmem.convert.math import products
 
-import lowmem
 from lowmem.config import QuantConfig
 from lowmem.errors import RecipeError
 from lowmem.plan.device import bfloat16_is_fast
@@ -65,34 +62,3 @@ def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> 
         raise RecipeError(f"unknown --compute-dtype {requested!r}", "Use auto, float32, bfloat16 or float16")
     dtype: torch.dtype = getattr(torch, requested)
     return dtype
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the bytes of a result depend on beside the recipe and the options."""
-
-    fingerprint: str
-    """Of the source."""
-    calibration_digest: str
-    dtype: torch.dtype
-    """Of the forward passes."""
-    device: torch.device
-
-
-def recipe_entries(recipe: Recipe, origin: Origin, options: ConvertOptions) -> dict[str, Any]:
-    """Everything that the result's bytes depend on, by the names that users know, for job.json and the
-    model card."""
-    return {
-        "lowmem": lowmem.__version__,
-        # A result without the entry is of version 1.
-        **({"recipe version": RECIPE_VERSION} if RECIPE_VERSION > 1 else {}),
-        "torch": torch.__version__,
-        "source": origin.fingerprint,
-        **asdict(recipe.config),
-        "calibration tokens": origin.calibration_digest,
-        "compute dtype": str(origin.dtype).removeprefix("torch."),
-        "device": origin.device.type,
-        "products": products.name(origin.device),
-        "shard size": options.shard_size,
-        "store head": options.store_head,
-    }

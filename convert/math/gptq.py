@@ -1,20 +1,19 @@
-"""GPTQ of one linear: round column by column, and let the columns to come make up for each error.
+"""GPTQ of one linear: round column by column, and correct each error in the columns that follow.
 
 With H = R R^T, R upper triangular, column j is rounded from
 
     w_j + ((W - Q)[:, :j] @ R[:j, j]) / R[j, j]
 
-which is Babai's nearest-plane algorithm, and gives the integers of the published column loop
-(Frantar et al. 2022) to the last bit. It looks to the left only: what all earlier columns ask of a block is
-one matrix product. Inside a block see rounding.py.
+which is Babai's nearest-plane algorithm, and gives exactly the integers of the published column loop
+(Frantar et al. 2022). It looks to the left only, so the corrections of a block for all earlier columns are
+one matrix product. rounding.py rounds the columns inside a block.
 
-Where a linear is to put out W x + d instead of W x, the best real weight would be W + E[d x^T] H^-1, and the
-error of an integer one is |(W - Q) R + Y|^2 with Y = E[d x^T] R^-T, but for a constant. So what is lacking
-takes one triangular solve and is added to what earlier columns ask for. GPTAQ (Li et al. 2025,
-arXiv:2504.02692) puts the same into the column loop.
+If a linear should output W x + d instead of W x, the best real weight is W + E[d x^T] H^-1, and the error of
+integers is |(W - Q) R + Y|^2, up to a constant, with Y = E[d x^T] R^-T. So d takes one triangular solve, and
+Y is added to the corrections for earlier columns. GPTAQ (Li et al. 2025, arXiv:2504.02692) does the same in
+the column loop.
 
-Everything here lies transposed, [in, out], as the packed format does: one column of W is one
-contiguous row.
+All matrices are transposed, [in, out], like the packed format: a column of W is a contiguous row.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from lowmem.convert.math.rounding import WIDEST, Block, Rule, round_block
 from lowmem.config import QuantConfig
 
 COLUMN_BLOCK = 128
-"""Columns that are rounded before they are multiplied with those to come."""
+"""Columns that are rounded before one product corrects those that follow in the far block."""
 FAR_BLOCK = 1024
-"""Columns that are corrected at once by all before them: the errors are packed once for so many."""
+"""Columns that one product corrects for all columns before them; it packs their errors once."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The integers of a linear and their grid, in the checkpoint's own column order."""
+    """The integers of a linear and their grid, in the checkpoint's column order."""
 
     codes: torch.Tensor
     """uint8 [in, out]"""
@@ -46,10 +45,12 @@ class Quantized:
     zeros: torch.Tensor
     """uint8 [groups, out]"""
     squared_error: float
-    """Mean squared error of the outputs over the calibration tokens, summed over the outputs: against W x,
-    or against what `quantize` was asked to come close to instead, as far as an unrounded weight could."""
+    """Squared error of the output vector, averaged over the calibration tokens. The reference is W x or, with
+    `wanted`, the output of the best unrounded weight."""
     damping: float
+    """See `Factor`."""
     dead_columns: int
+    """See `Factor`."""
 
 
 def group_width(config: QuantConfig, in_features: int) -> int:
@@ -58,12 +59,11 @@ def group_width(config: QuantConfig, in_features: int) -> int:
 
 
 def column_order(diagonal: torch.Tensor, config: QuantConfig) -> torch.Tensor | None:
-    """The order in which columns are rounded, or None for their own.
+    """The order in which columns are rounded, or None for the given order.
 
-    Act-order takes the columns with the largest diag H first, while most others can still make up for
-    them. Here that order holds inside each group, and among the groups by their largest column: a
-    group stays together, so its grid can be found when all errors before it are known, and g_idx stays
-    column // group_size.
+    Act-order rounds the columns with the largest diag H first, while most others can still correct their
+    errors. Here groups are sorted by their largest column, and columns inside their group. So the grid of a
+    group is chosen when all errors before it are known, and g_idx stays column // group_size.
     """
     if not config.desc_act:
         return None
@@ -78,27 +78,27 @@ def column_order(diagonal: torch.Tensor, config: QuantConfig) -> torch.Tensor | 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The factor of a Hessian whose columns stand in `order`: shared by all linears with one input."""
+    """The factor of a Hessian with its columns in `order`; linears that share an input share it."""
 
     factor: Factor
     order: torch.Tensor | None
 
     def whiten_in_place(self, lacking: torch.Tensor) -> torch.Tensor:
-        """R^-1 E[x d^T], written over E[x d^T] [in, out]: Y^T, in the factor's order of columns."""
+        """Overwrite E[x d^T] [in, out] with R^-1 E[x d^T] = Y^T, in the factor's column order."""
         if self.order is not None:
             _permute_rows_in_place(lacking, self.order)
         self.factor.solve_in_place(lacking)
         return lacking
 
     def ordered(self, weight_t: torch.Tensor) -> torch.Tensor:
-        """W^T [in, out], its rows put into the factor's order in place."""
+        """W^T [in, out] with its rows permuted in place to the factor's order."""
         if self.order is not None:
             _permute_rows_in_place(weight_t, self.order)
         return weight_t
 
 
 def prepare(hessian: torch.Tensor, config: QuantConfig) -> Prepared:
-    """Order and factor the symmetric H [in, in], which is used up: a second copy would not fit."""
+    """Order and factor the symmetric H [in, in] in place: a second copy would not fit in memory."""
     order = column_order(hessian.diagonal(), config)
     if order is not None:
         permute(hessian, order)
@@ -112,11 +112,11 @@ def quantize(
     column_block: int = COLUMN_BLOCK,
     wanted: torch.Tensor | None = None,
 ) -> Quantized:
-    """Quantize W^T, weight_t [in, out] in float32 or float64, as the factor is, or in bfloat16.
+    """Quantize W^T, weight_t [in, out], in the factor's dtype (float32 or float64) or in bfloat16.
 
-    `weight_t` is used up: it becomes the error W - Q, in its own dtype (columns far apart are multiplied in
-    bfloat16 anyway). wanted: Y^T [in, out] in the factor's dtype, what the linear should put out beside W x
-    (see `Prepared.whiten_in_place`); used up too. The result does not depend on `column_block`, except for
+    weight_t: is overwritten with the error W - Q in its own dtype (distant columns are multiplied in bfloat16
+    anyway). wanted: Y^T [in, out] in the factor's dtype, the change of the output that the linear should make
+    beside W x (`Prepared.whiten_in_place`); is overwritten. column_block: changes the result only by
     rounding.
     """
     result = _round_columns(prepared.ordered(weight_t), prepared, config, column_block, wanted)
@@ -137,12 +137,12 @@ def _round_columns(
     column_block: int,
     wanted: torch.Tensor | None,
 ) -> Quantized:
-    """Nothing in these loops asks the device for a value."""
+    """`quantize` in the factor's column order. No step of the loops waits for the device."""
     factor, order = prepared.factor, prepared.order
     n, out = error.shape
     r, width, device = factor.matrix, group_width(config, n), error.device
     codes = torch.empty(n, out, dtype=torch.uint8, device=device)
-    # In the factor's order of groups; error: rows before the block hold W - Q, the others still W.
+    # Groups in the factor's order. error: rows before the block hold W - Q, the others W.
     scales = torch.empty(n // width, out, dtype=r.dtype, device=device)
     zeros = torch.empty_like(scales)
     squared_error = torch.zeros((), dtype=torch.float64, device=device)
@@ -157,7 +157,7 @@ def _round_columns(
         else:
             residual = wanted[outer:outer_end]
         add_product(residual, r[:outer, outer:outer_end].T, error[:outer], rounded=True)
-        near = error[outer:outer_end].to(r.dtype)  # itself, or a copy of more bits
+        near = error[outer:outer_end].to(r.dtype)  # a view, or a copy with more bits
         if wide:
             group = outer // width
             corner = r[outer:outer_end, outer:outer_end]
@@ -196,6 +196,6 @@ def _round_columns(
 
 
 def _compensated(weight: torch.Tensor, corner: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """A wide group's weights [group, out] as they should be, given all errors before it and none in it."""
+    """A wide group's weights [group, out], corrected for all errors before the group."""
     shift: torch.Tensor = torch.linalg.solve_triangular(corner.T, residual, upper=False)
     return weight + shift

@@ -5,8 +5,8 @@ tr((W-Q) H (W-Q)^T) with H = X^T X / tokens. GPTQ needs the upper triangular R w
 factorization gives it (see `factor_in_place`), where the published algorithm takes a Cholesky, an
 inverse and a second Cholesky.
 
-H is by far the largest thing that a conversion holds: 2.25 GiB for a linear with 24,576 inputs. So
-there is one buffer of its size, and what is done to it is done in place, in column blocks.
+H is the largest tensor of a conversion: 2.25 GiB for a linear with 24,576 inputs. So there is one buffer of
+its size, which is worked on in place, in column blocks.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from lowmem.convert.math.products import add_product, mirror
 from lowmem.errors import CalibrationError
 
 COLUMN_BLOCK = 1024
-"""Columns of H that are worked on at a time: large enough for full speed, small as temporary memory."""
+"""Columns of H in one step: enough for full speed, in little temporary memory."""
 PANEL = 512
-"""Columns that are factored, or solved for, before a matrix product takes them to all others."""
+"""Columns that are factored or solved before one matrix product updates all others."""
 
 MAX_DAMPING = 100.0
 
 
 class Hessian:
-    """Accumulates H = X^T X / tokens in float32, [in, in], upper triangle only."""
+    """Accumulates the upper triangle of H = X^T X / tokens [in, in] in float32."""
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
@@ -36,7 +36,7 @@ class Hessian:
     def add(self, x: torch.Tensor) -> None:
         """Add the inputs of some tokens, x: [tokens, in] in any float dtype.
 
-        Products of bfloat16 are exact in float32, so their own arithmetic loses nothing.
+        Products of two bfloat16 numbers are exact in float32, so bfloat16 inputs are not converted.
         """
         if x.dtype != torch.bfloat16:
             x = x.to(torch.float32)
@@ -44,9 +44,9 @@ class Hessian:
         self.tokens += x.shape[0]
 
     def finish(self) -> torch.Tensor:
-        """The whole symmetric mean [in, in]. The accumulator's buffer itself: it is used up.
+        """The symmetric mean [in, in]. It is the accumulator's own buffer; nothing can be added any more.
 
-        Raises CalibrationError when an activation was not finite.
+        Raises CalibrationError if an activation was not finite.
         """
         if self.tokens == 0:
             raise CalibrationError("a linear saw no calibration token")
@@ -76,19 +76,17 @@ def _column_blocks(n: int, width: int = COLUMN_BLOCK) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Factor:
-    """H + damping = R R^T [in, in], and what it took to factor it.
-
-    matrix: R on and above the diagonal, H below it.
-    """
+    """H + damping = R R^T [in, in]."""
 
     matrix: torch.Tensor
+    """R on and above the diagonal, H below it."""
     damping: float
     """What was added to the diagonal, as a fraction of its mean."""
     dead_columns: int
-    """Inputs that no calibration token used: rounded to nearest, since nothing is known of them."""
+    """Inputs that are zero for all calibration tokens: their weights are rounded to nearest."""
 
     def solve_in_place(self, right: torch.Tensor) -> None:
-        """R^-1 @ right, written over right [in, any]; in float32 parts of it are rounded to bfloat16."""
+        """Overwrite right [in, any] with R^-1 @ right. In float32, factors are rounded to bfloat16."""
         r = self.matrix
         for start, end in reversed(_column_blocks(r.shape[0], PANEL)):
             inverse = _inverse(r[start:end, start:end])
@@ -101,12 +99,11 @@ def factor_in_place(hessian: torch.Tensor, damp_percent: float) -> Factor:
     """The upper triangular R with H + damping = R R^T, written over `hessian` [in, in], symmetric.
 
     With J the reversal, the Cholesky factor L of J H J gives R = J L J, and R^-1 is the factor that
-    GPTQ (Frantar et al. 2022, arXiv:2210.17323) reaches with Cholesky, inverse, Cholesky. The blocks
-    are taken from the last to the first, so J is never applied to more than one of them, and only the
-    upper triangle is written: the lower one keeps H, from which a failed attempt starts again with
-    ten times the damping.
+    GPTQ (Frantar et al. 2022, arXiv:2210.17323) computes with Cholesky, inverse, Cholesky. Blocks are
+    factored from the last to the first, so that J is applied to one block at a time. Only the upper triangle
+    is written: the lower one keeps H, from which a failed attempt is repeated with ten times the damping.
 
-    Raises CalibrationError if even a heavy damping leaves H not positive definite.
+    Raises CalibrationError if H is not positive definite even with heavy damping.
     """
     diagonal = hessian.diagonal().clone()
     dead = diagonal <= 0
@@ -126,15 +123,15 @@ def factor_in_place(hessian: torch.Tensor, damp_percent: float) -> Factor:
 
 
 def _inverse(r: torch.Tensor) -> torch.Tensor:
-    """The inverse of the upper triangle of a corner, by way of float64: then a panel of any length is one
-    matrix product, which is faster than to solve for it."""
+    """The inverse of a corner's upper triangle, computed in float64. Multiplying a panel by it is faster than
+    solving for the panel."""
     one = torch.eye(r.shape[0], dtype=torch.float64, device=r.device)
     inverse: torch.Tensor = torch.linalg.solve_triangular(r.double(), one, upper=True)
     return inverse.to(r.dtype)
 
 
 def _reverse_cholesky(matrix: torch.Tensor) -> bool:
-    """Overwrite the upper triangle of `matrix` by R; False if it is not positive definite."""
+    """Overwrite the upper triangle of `matrix` with R; False if it is not positive definite."""
     for start, end in reversed(_column_blocks(matrix.shape[0], PANEL)):
         corner = matrix[start:end, start:end]
         lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))

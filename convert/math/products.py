@@ -1,8 +1,8 @@
-"""Large matrix products of the conversion, on whatever computes them fastest here.
+"""Large matrix products of the conversion.
 
-On a CPU that is our own library (lowmem/kernels/csrc/gemm.c), where it was compiled: it sums an upper
-triangle alone, takes factors that lie transposed, and rounds factors to bfloat16 while it packs them.
-Otherwise, and on a card, it is torch.
+On a CPU our own C library computes them, if it is compiled (lowmem/kernels/csrc/gemm): it can compute an
+upper triangle only, takes transposed factors, and rounds factors to bfloat16 while it packs them. torch
+computes them otherwise, and on GPUs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lowmem.kernels.native import library as native
 COLUMN_BLOCK = 1024
 """Columns of an upper triangle that torch computes at a time."""
 FACTOR_BLOCK = 8192
-"""Of k, that torch multiplies at a time."""
+"""Length of k in one product of torch."""
 _TYPES = {torch.float32: 0, torch.bfloat16: 2}
 """LM_F32 and LM_BF16 of csrc/lowmem.h."""
 
@@ -36,7 +36,7 @@ class _GemmArguments(ctypes.Structure):
 
 
 def name(device: torch.device) -> str:
-    """What computes products there: "torch", or the library's instruction set. Results depend on it."""
+    """What computes products: "torch", or the library's instruction set. Results depend on it."""
     if device.type != "cpu" or not native.available():
         return "torch"
     found: bytes = native.library().lm_gemm_name()
@@ -44,7 +44,7 @@ def name(device: torch.device) -> str:
 
 
 def ours(*tensors: torch.Tensor) -> bool:
-    """Whether the library can take these: matrices on the CPU in float32 or bfloat16."""
+    """Whether the library supports these tensors: on the CPU, in float32 or bfloat16."""
     return native.available() and all(
         t.device.type == "cpu" and t.dtype in _TYPES and t.layout == torch.strided for t in tensors
     )
@@ -59,11 +59,11 @@ def add_product(
     rounded: bool = False,
     upper: bool = False,
 ) -> torch.Tensor:
-    """into += alpha * a @ b, and `into` again. into: [m, n], its last stride 1; a: [m, k]; b: [k, n], in any
-    strides and float dtypes. Sums are of into's dtype.
+    """into += alpha * a @ b; returns `into`.
 
-    rounded: the factors may be rounded to bfloat16 where that is faster (never those of a float64 result).
-    upper: only elements on and above the diagonal of `into` are computed, the others stay.
+    into: [m, n] with last stride 1; sums are in its dtype. a: [m, k] and b: [k, n], of any strides and float
+    dtypes. rounded: the factors may be rounded to bfloat16 where that is faster (never for a float64 result).
+    upper: compute only the elements on and above the diagonal of `into`.
     """
     if a.shape[1] == 0 or into.numel() == 0:
         return into
@@ -91,7 +91,7 @@ def add_product(
 
 
 def mirror(matrix: torch.Tensor, scale: float) -> None:
-    """The upper triangle of a square matrix times `scale`, and its mirror image below it; in place."""
+    """Scale the upper triangle of a square matrix and copy it to the lower one, in place."""
     if matrix.dtype == torch.float32 and matrix.is_contiguous() and ours(matrix):
         with native.running() as library:
             library.lm_mirror(matrix.data_ptr(), matrix.shape[0], matrix.stride(0), scale)
@@ -106,7 +106,7 @@ def mirror(matrix: torch.Tensor, scale: float) -> None:
 
 
 def permute(matrix: torch.Tensor, order: torch.Tensor) -> None:
-    """matrix[order][:, order] of a square matrix, without a second one."""
+    """Permute rows and columns of a square matrix by `order`, in place."""
     n = matrix.shape[0]
     if matrix.dtype == torch.float32 and matrix.is_contiguous() and ours(matrix):
         order = order.to(torch.int64).contiguous()

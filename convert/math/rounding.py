@@ -1,24 +1,22 @@
-"""Rounding one column block: GPTQ inside it, the grids of its groups, and a second look at the integers.
+"""Rounding one column block: the grids of its groups, GPTQ inside it, and refinement passes.
 
-With H = R R^T and E = W - Q the error that H measures is |R^T E|^2, and a group adds |V|^2 to it, where
+With H = R R^T and E = W - Q the error that H measures is |R^T E|^2. A group adds |V|^2 to it, where
 
-    V = T - s R^T z,    T = R^T W + what the errors of earlier columns ask for,
+    V = T - s R^T z,    T = R^T W + the corrections for the errors of earlier columns,
 
-R is the group's own corner, z its integers less the zero-point, and s the scale. What later groups add does
-not depend on it in any way that could be foreseen: they make up for whatever the errors before them ask. So V
-is what a group's grid and integers are chosen by:
+R is the group's own corner, z its integers minus the zero-point, and s the scale. Later groups correct any
+errors before them, so what they add cannot be predicted. Grid and integers of a group therefore minimize V:
 
-- every range that `grid` would try is rounded with GPTQ, all of its columns, and what leaves the least stays;
-- its scale is fitted to its integers (s = T . R^T z / |R^T z|^2), and rounded with once more;
-- each integer is rounded once more, now that all others of the group are known: coordinate descent in the
-  metric R R^T, as QuantEase (Behdin et al. 2023, arXiv:2309.01885) does it over all columns, and the scale is
-  fitted again.
+- GPTQ rounds the whole group with every range that `grid` tries, and the best range is chosen;
+- its scale is fitted to its integers (s = T . R^T z / |R^T z|^2), and the group is rounded with it again;
+- in each pass every integer is rounded again, given all others of the group: coordinate descent in the metric
+  R R^T, as QuantEase (Behdin et al. 2023, arXiv:2309.01885) does over all columns. The scale is refitted.
 
-With `passes` 0 none of this is done: a group's grid is the best for its compensated weights one by one
-(`find_grid`), and the integers are GPTQ's.
+With `passes` 0 the grid is the best for the group's compensated weights one by one (`find_grid`), and the
+integers are GPTQ's.
 
-On a CPU our own library does it (csrc/gemm_round.c), 64 outputs at a time in the core's cache. What is here
-in torch is the same for cards and for float64; nothing in it waits for the device.
+On a CPU our own C library does this (csrc/gemm), for 64 outputs at a time in the core's cache. The torch code
+here does the same on GPUs and in float64, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -33,18 +31,21 @@ from lowmem.convert.math.grid import Grid, find_grid, grid_of_range, quantize_to
 from lowmem.kernels.native import library as native
 
 WIDEST = 256
-"""Columns of the widest group that is searched by what GPTQ leaves; LM_ROUND_MOST of csrc/gemm_round.h."""
+"""Columns of the widest group whose ranges are compared after GPTQ; LM_ROUND_MOST of the C library."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a group's grid and integers are chosen. search: False where the grids are given."""
+    """How a group's grid and integers are chosen."""
 
     bits: int
     sym: bool
     width: int
+    """Columns in a group."""
     passes: int
+    """Refinement passes."""
     search: bool = True
+    """False if the grids are given."""
 
     @property
     def maxq(self) -> int:
@@ -114,7 +115,7 @@ def round_block(rule: Rule, block: Block) -> None:
 
 
 def _gptq(own: torch.Tensor, target: torch.Tensor, grid: Grid, maxq: int) -> torch.Tensor:
-    """GPTQ's integers less the zero-point, [group, out]: each column knows the errors before it."""
+    """GPTQ's integers minus the zero-point, [group, out]: each column corrects the errors before it."""
     z = torch.empty_like(target)
     for j in range(own.shape[0]):
         left = target[j] - (own[:j, j] @ z[:j]) * grid.scale if j else target[j]
@@ -123,12 +124,12 @@ def _gptq(own: torch.Tensor, target: torch.Tensor, grid: Grid, maxq: int) -> tor
 
 
 def _loss(own: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """|V|^2 of each output."""
+    """|V|^2 for each output."""
     return (target - (own.T @ z) * scale).square_().sum(0)
 
 
 def _fitted(own: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """The scale that leaves the least with these integers, as it can be stored."""
+    """The best storable scale for these integers."""
     reached = own.T @ z
     curve = reached.square().sum(0)
     best = (reached * target).sum(0) / torch.where(curve > 0, curve, torch.ones_like(curve))
@@ -136,7 +137,7 @@ def _fitted(own: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, z: tor
 
 
 def _search(own: torch.Tensor, target: torch.Tensor, rule: Rule) -> tuple[Grid, torch.Tensor]:
-    """The grid and the integers less the zero-point that leave the least."""
+    """The best grid found, and its integers minus the zero-point."""
     low, high = range_of(torch.linalg.solve_triangular(own.T, target, upper=False))
     tried = [grid_of_range(low, high, share, rule.bits, rule.sym) for share in ranges(rule.bits)]
     best, best_z = tried[0], _gptq(own, target, tried[0], rule.maxq)
@@ -162,7 +163,7 @@ def _search(own: torch.Tensor, target: torch.Tensor, rule: Rule) -> tuple[Grid, 
 
 
 def _descend(own: torch.Tensor, target: torch.Tensor, grid: Grid, z: torch.Tensor, maxq: int) -> torch.Tensor:
-    """Each integer in turn to where it leaves the least, the others being what they are."""
+    """Move each integer in turn to its best value, given the others."""
     metric = own @ own.T
     pull = own @ (target - (own.T @ z) * grid.scale)
     moved, z = torch.zeros_like(z), z.clone()
@@ -180,12 +181,12 @@ def _round_natively(rule: Rule, block: Block) -> None:
     codes, scales, zeros = block.codes, block.scales, block.zeros
     columns, out = error.shape
     if not 0 < columns <= WIDEST or any(t.shape != (columns, out) for t in (residual, codes)):
-        raise ValueError(f"a column block {list(error.shape)}")
+        raise ValueError(f"unsupported column block {list(error.shape)}")
     width = rule.width if rule.search else columns
     if columns % width or scales.shape != (columns // width, out) or scales.stride() != zeros.stride():
-        raise ValueError(f"grids {list(scales.shape)} of groups of {width}")
+        raise ValueError(f"grids {list(scales.shape)} do not fit groups of {width} columns")
     if any(t.stride(1) != 1 for t in (r, error, residual, scales)) or r.shape != (columns, columns):
-        raise ValueError("rows of neighbouring floats expected")
+        raise ValueError("rows must be contiguous, and r square")
     search = 0 if not rule.search else 2 if rule.passes else 1
     tried = ranges(rule.bits)
     arguments = _RoundArguments(

@@ -31,10 +31,7 @@ class CaptureInputs(Stage):
     def __init__(self, groups: Sequence[Group], keep_inputs: bool) -> None:
         self.groups = groups
         self.keep_inputs = keep_inputs
-
-    @property
-    def name(self) -> str:
-        return "Hessian of " + ", ".join(linear.name for group in self.groups for linear in group)
+        self.name = "Hessian of " + ", ".join(linear.name for group in groups for linear in group)
 
     def run(self, context: LayerContext) -> None:
         context.captured = Captured()

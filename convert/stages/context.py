@@ -185,10 +185,8 @@ class Stage(ABC):
     same stages: `peak` says what `run` needs, and `leave` what it frees and keeps.
     """
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What the stage does, for progress and for the memory plan."""
+    name: str
+    """What the stage does, for progress and for the memory plan."""
 
     @abstractmethod
     def run(self, context: LayerContext) -> None:

@@ -23,10 +23,7 @@ class FactorHessian(Stage):
 
     def __init__(self, group: Group) -> None:
         self.group = group
-
-    @property
-    def name(self) -> str:
-        return f"factor of {self.group[0].name}"
+        self.name = f"factor of {group[0].name}"
 
     def run(self, context: LayerContext) -> None:
         first, captured = self.group[0], context.captured
@@ -51,10 +48,7 @@ class RoundLinear(Stage):
         self.linear = linear
         self.alone = alone
         """Whether no other linear shares its input."""
-
-    @property
-    def name(self) -> str:
-        return f"rounding of {self.linear.name}"
+        self.name = f"rounding of {linear.name}"
 
     def run(self, context: LayerContext) -> None:
         name, config = self.linear.name, context.config(self.linear)
@@ -113,10 +107,7 @@ class RestoreGroup(Stage):
         self.group = group
         self.keep_outputs = keep_outputs
         self.restore = restore
-
-    @property
-    def name(self) -> str:
-        return f"outputs of {self.group[0].name}"
+        self.name = f"outputs of {group[0].name}"
 
     def run(self, context: LayerContext) -> None:
         context.prepared = context.shared_lack = None
@@ -154,8 +145,10 @@ def restore(context: LayerContext, linears: tuple[LinearSpec, ...]) -> None:
     """Give linears the weights that readers of their packed tensors will compute."""
     for spec in linears:
         linear = context.linear(spec.name)
-        parts = [context.tensors[f"{spec.name}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
-        weight = dequantize(*parts, context.config(spec).bits, linear.weight.dtype)
+        parts = ("qweight", "qzeros", "scales", "g_idx")
+        qweight, qzeros, scales, g_idx = (context.tensors[f"{spec.name}.{part}"] for part in parts)
+        bits, dtype = context.config(spec).bits, linear.weight.dtype
+        weight = dequantize(qweight, qzeros, scales, g_idx, bits, dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
 
 
