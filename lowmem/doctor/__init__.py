@@ -1,1 +1,1 @@
-"""`lowmem doctor`: what works on this machine, tried and not assumed."""
+"""`lowmem doctor`: checks what works on this machine by running it."""

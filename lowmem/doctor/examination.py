@@ -1,4 +1,4 @@
-"""All the lines of `lowmem doctor`, in order, each given as soon as it is known."""
+"""All checks of `lowmem doctor`, in the order of the report."""
 
 from __future__ import annotations
 
@@ -10,35 +10,41 @@ from lowmem.doctor.machine import Card, Machine
 from lowmem.doctor.report import Check, Checks, guarded
 
 _HUB_SECONDS = 10
+_NO_BANDWIDTH = "lowmem plan cannot estimate tokens/s"
 
 
 def examine(machine: Machine, *, quick: bool = False, refresh: bool = False, online: bool = False) -> Checks:
-    """Facts, bandwidth, kernels, a whole model on each card, and the hub.
+    """Software, hardware, the hub, memory bandwidth, kernels, and a whole model on each card.
 
-    quick: facts alone, nothing is computed. refresh: measure the memory's bandwidth anew. online: also ask
-    the hub.
+    quick: skip everything that computes. refresh: measure the memory bandwidth again. online: check the hub.
     """
     yield from facts(machine)
     if online:
         yield guarded("host", "hub", reach_hub, "Models on this machine work without it", "warning")
+    else:
+        yield Check("host", "hub", "skipped", "not tried without --online")
     if quick:
+        yield Check("kernels", "all", "skipped", "not tried with --quick")
         return
-    yield guarded("host", "bandwidth", lambda: host_line(refresh), "A plan then guesses speeds", "warning")
+    yield guarded("host", "bandwidth", lambda: host_line(refresh), _NO_BANDWIDTH, "warning")
     if machine.torch_error or "torch" not in machine.versions:
+        yield Check("kernels", "all", "skipped", "not tried without torch")
         return
+    if not machine.cards:
+        yield Check("kernels on cuda", "all", "skipped", "not tried: no card")
     yield from _computed(machine.cards)
 
 
 def host_line(refresh: bool) -> str:
-    """The bandwidth of the host's memory, and when it was measured."""
+    """The memory bandwidth of the host, and when it was measured."""
     from lowmem.plan.bandwidth import host_measurement
 
     found = host_measurement(refresh)
-    return f"{found.bytes_per_second / 1e9:.1f} GB/s read by all cores, measured {found.date}"
+    return f"{found.bytes_per_second / 1e9:.1f} GB/s, read by all cores, measured {found.date}"
 
 
 def reach_hub() -> str:
-    """The hub answers. Raises OSError when it does not."""
+    """Raises OSError unless the hub answers."""
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     request = urllib.request.Request(url, method="HEAD")
     with urllib.request.urlopen(request, timeout=_HUB_SECONDS) as answer:
@@ -46,23 +52,23 @@ def reach_hub() -> str:
 
 
 def card_line(card: Card) -> str:
-    """The bandwidth of a card's memory."""
+    """The memory bandwidth of a card."""
     import torch
 
     from lowmem.plan.bandwidth import card_bandwidth
 
     rate = card_bandwidth(torch.device("cuda", card.index))
-    return f"{rate / 1e9:.0f} GB/s in a copy within its memory"
+    return f"{rate / 1e9:.0f} GB/s, in a copy within the card"
 
 
 def _computed(cards: tuple[Card, ...]) -> Checks:
-    """Multiplications on the CPU and on each card, then whole models on the cards."""
+    """Kernels on the CPU and on each card, then whole models on the cards."""
     try:
         import torch
 
         from lowmem.doctor.gpu import gpu_checks
         from lowmem.doctor.kernels import kernel_checks
-    except Exception as error:  # a package that is broken may fail in any way while it is imported
+    except Exception as error:  # a broken package may raise anything on import
         detail = f"{type(error).__name__}: {error}"
         yield Check("kernels", "import", "missing", detail, "Install lowmem again: pip install lowmem")
         return
@@ -74,7 +80,7 @@ def _computed(cards: tuple[Card, ...]) -> Checks:
             f"kernels on {device}",
             "bandwidth",
             lambda card=card: card_line(card),  # type: ignore[misc]
-            "A plan then guesses speeds",
+            _NO_BANDWIDTH,
             "warning",
         )
         yield from kernel_checks(device, dtype)

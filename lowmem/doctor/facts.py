@@ -1,4 +1,4 @@
-"""From what the machine has to lines: pure functions of `Machine`."""
+"""The checks of software and hardware: pure functions of `Machine`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lowmem.text.units import format_bytes
 
 NEEDED = ("torch", "transformers")
 _LEAST_DISK = 10 << 30
-_LEAST_CAPABILITY = (7, 5)  # Turing: what Marlin and Triton ask for
+_LEAST_CAPABILITY = (7, 5)  # Turing: the minimum of Marlin and Triton
 
 
 def facts(machine: Machine) -> Checks:
-    """Software, cards, compilers, CPU, memory and disk, in the order of a report."""
+    """Software, cards, compilers, CPU, memory and disk."""
     yield from _software(machine)
     yield from _cuda(machine)
     yield from _compilers(machine)
@@ -40,7 +40,7 @@ def _cuda(machine: Machine) -> Checks:
     if machine.torch_error:
         return
     if machine.driver is None and not machine.cards:
-        yield Check("card", "driver", "ok", "no NVIDIA driver here: models run on the CPU")
+        yield Check("card", "driver", "ok", "no NVIDIA driver: models run on the CPU")
         return
     runs = f", runs CUDA up to {'.'.join(map(str, machine.driver_cuda))}" if machine.driver_cuda else ""
     yield Check("card", "driver", "ok", f"NVIDIA {machine.driver}{runs}")
@@ -51,13 +51,13 @@ def _cuda(machine: Machine) -> Checks:
 
 
 def _no_card(machine: Machine) -> Check:
-    """There is a driver, and yet torch sees nothing."""
-    advice = "See what nvidia-smi says, and $CUDA_VISIBLE_DEVICES"
+    """The driver is installed, but torch finds no card."""
+    advice = "Check the output of nvidia-smi, and $CUDA_VISIBLE_DEVICES"
     if machine.cuda_build is None:
         advice = "Install torch with CUDA: https://pytorch.org/get-started/locally/"
     elif machine.driver_cuda and machine.driver_cuda[0] < int(machine.cuda_build.split(".")[0]):
         advice = f"Update the driver, or install a torch for CUDA {machine.driver_cuda[0]}"
-    return Check("card", "cards", "warning", "there is a driver, and torch sees no card", advice)
+    return Check("card", "cards", "warning", "the driver is installed, but torch finds no card", advice)
 
 
 def _card(card: Card) -> Check:
@@ -68,19 +68,19 @@ def _card(card: Card) -> Check:
     name = f"cuda:{card.index}"
     if card.capability < _LEAST_CAPABILITY:
         return Check(
-            "card", name, "warning", detail, "The fast kernels need 7.5; the plain one or the CPU is used"
+            "card", name, "warning", detail, "The fast kernels need 7.5; lowmem uses plain torch or the CPU"
         )
     if card.free < card.total // 2:
-        return Check("card", name, "warning", detail, "Close what else uses it to run a better quantization")
+        return Check(
+            "card", name, "warning", detail, "Close other programs that use it, to run a better version"
+        )
     return Check("card", name, "ok", detail)
 
 
 def _compilers(machine: Machine) -> Checks:
     if not machine.cards:
         return
-    advice = (
-        "Marlin and ExLlamaV2 are built with it on first use: install the CUDA toolkit; Triton works without"
-    )
+    advice = "Marlin and ExLlamaV2 are compiled with it: install the CUDA toolkit; Triton works without"
     if machine.nvcc:
         yield Check("card", "nvcc", "ok", machine.nvcc)
     else:
@@ -89,7 +89,7 @@ def _compilers(machine: Machine) -> Checks:
         yield Check("card", "C compiler", "ok", machine.compiler)
     else:
         yield Check("card", "C compiler", "warning", "not found", "Triton needs one: install gcc or clang")
-    for name in ("triton", "gptqmodel", "optimum"):
+    for name in ("triton", "gptqmodel"):
         version = machine.versions.get(name)
         if version:
             yield Check("card", name, "ok", version)
@@ -98,18 +98,18 @@ def _compilers(machine: Machine) -> Checks:
 
 
 def _host(machine: Machine) -> Checks:
-    flags = ", ".join(sorted(machine.flags)) or "none of those that matter"
+    flags = ", ".join(sorted(machine.flags)) or "no vector extensions that lowmem uses"
     if machine.flags & {"avx2", "avx512f"} or "x86" not in machine.platform:
         yield Check("host", "CPU", "ok", f"{machine.cpu}: {flags}")
     else:
-        yield Check("host", "CPU", "warning", f"{machine.cpu}: {flags}", "Without AVX2 a CPU answers slowly")
+        yield Check("host", "CPU", "warning", f"{machine.cpu}: {flags}", "Answers are slow without AVX2")
     memory = f"{format_bytes(machine.memory_available)} free of {format_bytes(machine.memory_total)}"
     if machine.limit is not None and machine.limit < machine.memory_total:
         memory += f", limited to {format_bytes(machine.limit)} by the container"
     yield Check("host", "memory", "ok", memory)
     disk = f"{machine.cache}, {format_bytes(machine.disk_free)} free"
     if machine.disk_free < _LEAST_DISK:
-        advice = "Conversions need more: see lowmem list and lowmem rm, or set $LOWMEM_CACHE"
+        advice = "Conversions need more: remove some with lowmem rm, or set $LOWMEM_CACHE"
         yield Check("host", "cache", "warning", disk, advice)
     else:
         yield Check("host", "cache", "ok", disk)

@@ -1,7 +1,7 @@
-"""The checks of a card on the embedded model: what tests marked `gpu` run, and the doctor for the user.
+"""The checks of a card on the embedded model, for the doctor and for the tests marked `gpu`.
 
-Each takes the device, returns what it found in a line, and raises RuntimeError when that is not right. On a
-CPU they compare it with itself, which is how they are tested.
+Each returns its result in a line, and raises RuntimeError on failure. On a CPU they compare it with itself,
+which is how they are tested.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PROMPT = "def fibonacci(n):\n"
 def gpu_checks(device: torch.device, dtype: torch.dtype) -> Checks:
     """Loading, memory, every kernel in a whole model, compiled decode, bitsandbytes: on `device`."""
     area = f"a model on {device}"
-    report = "Report it, with this output"
+    report = "Please report it, with this output"
     yield guarded(area, "greedy tokens", lambda: same_tokens_as_cpu(device), report)
     yield guarded(area, "memory", lambda: memory_is_accounted(device), report, "warning")
     yield guarded(area, "compiled decode", lambda: decode_works(area, device, dtype), report, "warning")
@@ -47,13 +47,13 @@ def gpu_checks(device: torch.device, dtype: torch.dtype) -> Checks:
             area,
             f"bitsandbytes {method}",
             lambda m=method: bnb_in_model(m, device, dtype),  # type: ignore[misc]
-            "Convert the model instead of quantizing it while it loads",
+            "Convert the model instead",
             "warning",
         )
 
 
 def same_tokens_as_cpu(device: torch.device) -> str:
-    """The embedded model from disk to greedy tokens in float32, on the device and on the CPU."""
+    """Compare greedy tokens in float32 on the device with those on the CPU."""
     there = load(_tiny(), device=device, dtype=torch.float32)
     here = load(_tiny(), device="cpu", dtype=torch.float32)
     ours, theirs = _greedy(there), _greedy(here)
@@ -64,9 +64,9 @@ def same_tokens_as_cpu(device: torch.device) -> str:
 
 
 def memory_is_accounted(device: torch.device) -> str:
-    """What a load takes on the device, by torch's own count, is what its weights are."""
+    """Compare the memory that a load takes on the card with the size of the weights."""
     if device.type != "cuda":
-        return "counted on a card alone"
+        return "not tried: only a card counts its memory"
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -77,23 +77,21 @@ def memory_is_accounted(device: torch.device) -> str:
     slack = 512 * sum(1 for _ in [*loaded.model.parameters(), *loaded.model.buffers()])
     if not loaded.weight_bytes <= taken <= loaded.weight_bytes + slack:
         weights = format_bytes(loaded.weight_bytes)
-        raise RuntimeError(f"{format_bytes(taken)} are taken for {weights} of weights")
+        raise RuntimeError(f"{format_bytes(taken)} are allocated for {weights} of weights")
     return f"{format_bytes(taken)} for the weights, {format_bytes(peak)} at the peak of loading"
 
 
 def decode_works(area: str, device: torch.device, dtype: torch.dtype) -> Check | str:
-    """Tokens of captured decode are those of eager decode; a refusal is a warning that says why."""
+    """Compare compiled decode with eager decode. Returns a warning where it is not possible."""
     loaded = load(_tiny(), device=device, dtype=dtype)
     layers = len(decoder_layers(loaded.model, loaded.model.config)[1])
     cache = KVCache(layers, _CONTEXT)
-    # torch.compile's eager backend takes the same way where there is no card.
+    # On a CPU, torch.compile's eager backend runs the same code.
     backend = CUDA_GRAPH if device.type == "cuda" else "eager"
     try:
         decode = CompiledDecode(loaded.model, cache, backend=backend)
     except CompileRefused as refused:
-        return Check(
-            area, "compiled decode", "warning", refused.reason, "Decode stays eager, which is slower"
-        )
+        return Check(area, "compiled decode", "warning", refused.reason, "Decode stays eager and is slower")
     prompt = torch.tensor([_prompt(loaded)], device=device)
     eager_cache, worst = KVCache(layers, _CONTEXT), 0.0
     with torch.inference_mode():
@@ -111,7 +109,7 @@ def decode_works(area: str, device: torch.device, dtype: torch.dtype) -> Check |
 
 
 def kernel_in_model(bits: int, device: torch.device, dtype: torch.dtype) -> str:
-    """The embedded model rounded to `bits`: its logits with the device's kernel and with the reference."""
+    """Compare logits of the embedded model at `bits` with the device's kernel and with the reference."""
     loaded = load(_tiny(), device=device, dtype=dtype)
     pack_model(loaded, bits)
     ids = torch.tensor([_prompt(loaded)], device=device)
@@ -127,7 +125,7 @@ def kernel_in_model(bits: int, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def bnb_in_model(method: bnb.Method, device: torch.device, dtype: torch.dtype) -> str:
-    """The embedded model quantized while it loads must prefer the tokens that the 16-bit model prefers."""
+    """Compare the most likely tokens of the model quantized by bitsandbytes with the 16-bit model's."""
     dense = load(_tiny(), device=device, dtype=dtype)
     packed = load(_tiny(), device=device, dtype=dtype, on_the_fly=method)
     ids = torch.tensor([_prompt(dense)], device=device)
@@ -136,12 +134,12 @@ def bnb_in_model(method: bnb.Method, device: torch.device, dtype: torch.dtype) -
         got = packed.model(input_ids=ids).logits[0].argmax(-1)
     share = float((right == got).float().mean())
     if share < 0.6:
-        raise RuntimeError(f"only {share:.0%} of the likeliest tokens are those of the 16-bit model")
-    return f"{share:.0%} of the likeliest tokens are those of the 16-bit model"
+        raise RuntimeError(f"only {share:.0%} of the most likely tokens equal those of the 16-bit model")
+    return f"{share:.0%} of the most likely tokens equal those of the 16-bit model"
 
 
 def pack_model(loaded: LoadedModel, bits: int) -> None:
-    """Round the decoder layers' linears to nearest, symmetric, in groups of 128, in the model itself."""
+    """Replace the decoder layers' linears by symmetric round-to-nearest ones, in groups of 128."""
     _, layers = decoder_layers(loaded.model, loaded.model.config)
     for layer in layers:
         modules = dict(layer.named_modules())
@@ -188,5 +186,5 @@ def _prompt(loaded: LoadedModel) -> list[int]:
 
 
 def _tiny() -> Path:
-    """The folder of the embedded model."""
+    """Folder of the embedded model."""
     return Path(str(files("lowmem") / "data" / "tiny-starchat"))

@@ -1,4 +1,4 @@
-"""Tiny multiplications: every kernel that could be used on a device, against what it must compute."""
+"""Small products with every kernel of a device, compared with float64."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.trial import SampleLinear, sample_linear
 
-_GROUP_SIZE = 128  # that of most checkpoints
-# Relative errors of one linear: int8 rounds weights and activations to 256 levels, NF4 weights to 16.
+_GROUP_SIZE = 128  # of most checkpoints
+# Relative error of a linear: int8 rounds weights and activations to 256 levels, NF4 weights to 16.
 _BNB_TOLERANCES: dict[bnb.Method, float] = {"int8": 0.03, "nf4": 0.15}
 
 
@@ -34,16 +34,13 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> Checks:
             area,
             f"bitsandbytes {method}",
             lambda method=method: bnb_works(method, device, dtype),  # type: ignore[misc]
-            "A 16-bit model cannot be quantized while it loads: convert it, or install bitsandbytes again",
+            "int8 and NF4 are not available: convert models instead, or install bitsandbytes again",
             "warning",
         )
 
 
 def reference_works(device: torch.device) -> str:
-    """Our plain kernel against float64 arithmetic, at every width, negative scales included.
-
-    Raises RuntimeError when it differs.
-    """
+    """Compare the reference kernel with float64 at every width. Raises RuntimeError when it differs."""
     worst = 0.0
     for bits in BITS:
         for sym in (True, False):
@@ -59,9 +56,9 @@ def reference_works(device: torch.device) -> str:
 
 
 def native_works(area: str) -> Check | str:
-    """Our own kernels for the CPU against float64 arithmetic: every width, for one row, a few, and a prefill.
+    """Compare lowmem's C kernels with float64: every width, for one row, a few rows and a prefill.
 
-    Raises RuntimeError when they differ; a machine that has none is a warning with what to do.
+    Raises RuntimeError when they differ. Returns a warning where they are not compiled.
     """
     if not native.available():
         missing, _, advice = native.why_not().partition(": ")
@@ -76,7 +73,7 @@ def native_works(area: str) -> Check | str:
                 worst = max(worst, _error(native_linear.linear(packed, rows), linear, rows))
     if not worst < 1e-5:
         raise RuntimeError(f"{native.isa_name()}: differs from float64 by {worst:.1g}")
-    threads = "torch's" if native.threads_are_torchs() else "their own"
+    threads = "torch's" if native.threads_are_torchs() else "own"
     return (
         f"{native.isa_name()}, {torch.get_num_threads()} threads, {threads}; 8, 4, 3 and 2 bits: "
         f"equal to float64 arithmetic within {worst:.0e}"
@@ -84,7 +81,7 @@ def native_works(area: str) -> Check | str:
 
 
 def _error(got: torch.Tensor, linear: SampleLinear, rows: torch.Tensor) -> float:
-    """Relative, in the 2-norm, from rows times the weight in float64."""
+    """Relative error in the 2-norm, against rows @ weight in float64."""
     groups = linear.g_idx.cpu().long()
     zeros = unpack_zeros(linear.qzeros.cpu(), linear.bits).double()[groups]
     weight = (unpack_rows(linear.qweight.cpu(), linear.bits) - zeros) * linear.scales.cpu().double()[groups]
@@ -94,19 +91,19 @@ def _error(got: torch.Tensor, linear: SampleLinear, rows: torch.Tensor) -> float
 
 
 def chosen(area: str, bits: int, device: torch.device, dtype: torch.dtype) -> Check:
-    """Which kernel `lowmem run` uses for a width, and why not another."""
+    """The kernel that `lowmem run` uses for a width, and why better ones are not used."""
     format = LinearFormat(bits, _GROUP_SIZE)
     choice = dispatch.choose_kernel(device, format, dtype)
     why = "; ".join(f"not {over}" for over in choice.passed_over)
     detail = f"{choice.name}, {choice.reason}" + (f" ({why})" if why else "")
     if device.type == "cuda" and choice.name == dispatch.REFERENCE:
-        advice = "It works, slowly: see the lines on nvcc, the C compiler and gptqmodel"
+        advice = "It works, but slowly: see the lines on nvcc, the C compiler and gptqmodel"
         return Check(area, f"{bits}-bit GPTQ", "warning", detail, advice)
     return Check(area, f"{bits}-bit GPTQ", "ok", detail)
 
 
 def bnb_works(method: bnb.Method, device: torch.device, dtype: torch.dtype) -> str:
-    """A linear that bitsandbytes quantizes, against the dense one. Raises RuntimeError when it differs."""
+    """Compare a linear of bitsandbytes with the dense one. Raises RuntimeError when it differs."""
     generator = torch.Generator().manual_seed(0)
     dense = nn.Linear(256, 128)
     with torch.no_grad():

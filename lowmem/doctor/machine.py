@@ -1,4 +1,4 @@
-"""The facts of this machine, looked up once: what the doctor's first lines are made of."""
+"""What this machine has: software, cards, CPU, memory and disk."""
 
 from __future__ import annotations
 
@@ -11,53 +11,63 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("torch", "transformers", "optimum", "gptqmodel", "bitsandbytes", "triton")
+PACKAGES = ("torch", "transformers", "gptqmodel", "bitsandbytes", "triton")
 CPU_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile")
 
 
 @dataclass(frozen=True)
 class Card:
-    """A CUDA card as torch sees it; total and free in bytes; capability (major, minor)."""
+    """A CUDA card as torch sees it."""
 
     index: int
     name: str
     capability: tuple[int, int]
+    """Compute capability (major, minor)."""
     total: int
+    """Bytes of memory."""
     free: int
+    """Bytes of free memory."""
     bfloat16: bool
+    """Whether it multiplies bfloat16 in hardware."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found.
-
-    versions: of the packages that are installed. torch_error: why torch cannot be imported, or nothing.
-    cuda_build: the CUDA that torch was built for, None without. driver: its version as text, None without a
-    driver; driver_cuda: the newest CUDA (major, minor) that it can run. nvcc, compiler: paths, or None.
-    flags: those of CPU_FLAGS that the CPU has. limit: the container's memory limit, None without one.
-    """
+    """What `look` found. None stands for what is absent."""
 
     python: str
+    """Its version."""
     platform: str
     versions: dict[str, str]
+    """Of the installed packages among PACKAGES."""
     torch_error: str
+    """Why torch cannot be imported, or empty."""
     cuda_build: str | None
+    """The CUDA version that torch was built for."""
     driver: str | None
+    """Version of the NVIDIA driver."""
     driver_cuda: tuple[int, int] | None
+    """The newest CUDA version (major, minor) that the driver supports."""
     cards: tuple[Card, ...]
     nvcc: str | None
+    """Path of CUDA's compiler."""
     compiler: str | None
+    """Path of the C compiler."""
     cpu: str
     flags: frozenset[str]
+    """Flags of the CPU among CPU_FLAGS."""
     memory_total: int
     memory_available: int
     limit: int | None
+    """Memory limit of the container, in bytes."""
     cache: Path
+    """lowmem's cache folder."""
     disk_free: int
+    """Bytes free on the cache's disk."""
 
 
 def look() -> Machine:
-    """Look. What cannot be found out is left empty; imports torch, if it can be."""
+    """Examine the machine. Imports torch if possible; leaves empty what cannot be determined."""
     import psutil
 
     from lowmem.checkpoint.cache import cache_root
@@ -89,7 +99,7 @@ def look() -> Machine:
 
 
 def find_nvcc() -> str | None:
-    """CUDA's compiler, where PyTorch's extensions look for it."""
+    """The path of nvcc, searched where PyTorch searches for it when it builds extensions."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(variable)
         if home and (found := shutil.which("nvcc", path=str(Path(home) / "bin"))):
@@ -98,16 +108,16 @@ def find_nvcc() -> str | None:
 
 
 def find_compiler() -> str | None:
-    """The C compiler that Triton would use; None without torch, which then needs none."""
+    """The C compiler that Triton would use; None if lowmem's kernels cannot be imported."""
     try:
         from lowmem.kernels.gptqmodel import compiler
-    except Exception:  # a broken torch has its own line
+    except Exception:  # reported as torch_error
         return None
     return compiler()
 
 
 def _torch_side() -> tuple[str, str | None, tuple[Card, ...]]:
-    """(why torch cannot be imported, its CUDA build, the cards that it sees)."""
+    """(torch_error, cuda_build, cards) of Machine."""
     from lowmem.checkpoint.files.reading import one_line
 
     try:
@@ -131,7 +141,7 @@ def _torch_side() -> tuple[str, str | None, tuple[Card, ...]]:
                         torch.cuda.is_bf16_supported(including_emulation=False),
                     )
                 )
-    except Exception as error:  # a broken installation fails in its own way
+    except Exception as error:  # a broken installation may raise anything
         return f"{type(error).__name__}: {one_line(error)}", None, ()
     return "", build, tuple(cards)
 
@@ -145,7 +155,7 @@ def _versions() -> dict[str, str]:
 
 
 def _driver_version() -> str | None:
-    """From the kernel module on Linux; else that the driver's library is there."""
+    """The version from the kernel module on Linux; elsewhere only whether the library is installed."""
     with contextlib.suppress(OSError):
         words = Path("/proc/driver/nvidia/version").read_text().split()
         version = next((word for word in words if word[:1].isdigit() and "." in word), None)
@@ -180,5 +190,5 @@ def _memory_limit() -> int | None:
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
             limit = int(Path(file).read_text())
-            return limit if limit < 1 << 60 else None  # without a limit the old file holds a huge number
+            return limit if limit < 1 << 60 else None  # cgroup v1 has a huge number for no limit
     return None

@@ -1,4 +1,4 @@
-"""One line of the doctor's report, and how a check that breaks becomes one."""
+"""A line of the report, and checks that fail turned into one."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["ok", "warning", "missing"]
+Status = Literal["ok", "warning", "missing", "skipped"]
+"""missing: a requirement is absent or fails. warning: works, but slower or with less. skipped: not tried."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What was looked at and found.
-
-    status: "ok"; "warning", it works but slower or with less; "missing", something that is needed is not
-    there or does not work. advice: what to do about it.
-    """
+    """A check and its result."""
 
     area: str
+    """The part of the machine, such as "card" or "kernels on cpu"."""
     name: str
     status: Status
     detail: str
+    """What was found."""
     advice: str = ""
+    """What to do about it."""
 
     def __str__(self) -> str:
         advice = f". {self.advice}" if self.advice else ""
@@ -35,20 +35,20 @@ def guarded(
     advice: str = "",
     status: Status = "missing",
 ) -> Check:
-    """What `look` finds; a text is "ok". A failure of any kind is a line of `status` with `advice`."""
+    """The result of `look`; a text means "ok". Any exception becomes a Check with `status` and `advice`."""
     from lowmem.checkpoint.files.reading import one_line
 
     try:
         found = look()
-    except Exception as error:  # the doctor is called when things are broken, so everything may fail
+    except Exception as error:  # on a broken installation anything may be raised
         return Check(area, name, status, f"{type(error).__name__}: {one_line(error)}", advice)
     return found if isinstance(found, Check) else Check(area, name, "ok", found)
 
 
 def passed(checks: list[Check]) -> bool:
-    """Everything that is needed works."""
+    """Whether no requirement is missing."""
     return all(check.status != "missing" for check in checks)
 
 
 Checks = Iterator[Check]
-"""What a part of the report gives, a line when it is found."""
+"""Checks in the order of the report, each yielded as soon as it is done."""

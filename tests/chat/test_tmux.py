@@ -116,7 +116,7 @@ def test_a_chat(tmux: Tmux) -> None:
     run = f"{sys.executable} -m lowmem run {model} --temperature 0 --max-new-tokens"
     tmux.wait("shell>")
     tmux.type(f"{run} 8000 --no-speculation; echo left with $?")
-    assert "MiB of weights" in tmux.wait(ready)
+    tmux.wait(lambda text: "MiB of weights" in text and ready(text))
 
     # An answer grows, is stopped in the middle, and the chat goes on.
     tmux.type("Write a function that sorts a list.")
@@ -148,7 +148,7 @@ def test_a_chat(tmux: Tmux) -> None:
     tmux.type("/reset")
     tmux.wait("forgotten: 2 exchanges")
     tmux.type("/context")
-    tmux.wait("nothing is said yet")
+    tmux.wait("the conversation is empty")
     tmux.type("/load talk.json")
     tmux.wait("loaded: 2 exchanges")
     tmux.type("/undo")
@@ -165,7 +165,7 @@ def test_a_chat(tmux: Tmux) -> None:
 
     # A second run remembers what was typed in the first.
     tmux.type(f"{run} 8; echo left with $?")
-    tmux.wait(ready)
+    tmux.wait(lambda text: "MiB of weights" in text and ready(text))
     tmux.keys("Up")
     tmux.wait("> /stats")
     tmux.keys("C-c")
@@ -182,6 +182,68 @@ def test_a_chat(tmux: Tmux) -> None:
     shell = psutil.Process(int(tmux("display-message", "-p", "#{pane_pid}")))
     shell.children()[0].terminate()
     tmux.wait("left with 143")
+    assert_restored(tmux)
+
+
+SLOW = """
+import sys, time
+
+class Slow:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            time.sleep(2)
+
+sys.meta_path.insert(0, Slow())
+"""
+
+
+def start_slowly(tmux: Tmux, model: Path) -> None:
+    """Type `lowmem run` with an import of torch that takes two seconds more; wait for the prompt."""
+    (tmux.folder / "sitecustomize.py").write_text(SLOW)
+    tmux.wait("shell>")
+    paths = f"PYTHONPATH={tmux.folder}:{REPO}"
+    command = f"{sys.executable} -m lowmem run {model} --temperature 0 --max-new-tokens 4"
+    tmux.type(f"clear; {paths} {command}; echo left with $?")
+    tmux.wait(lambda text: "\n>" in text and "loading" in text)
+
+
+def test_a_message_is_typed_while_the_model_loads(tmux: Tmux) -> None:
+    start_slowly(tmux, TINY_STARCHAT)
+    tmux("send-keys", "-l", "typed early")
+    assert "loading" in tmux.wait("> typed early") and "MiB of weights" not in tmux.text()
+    tmux.keys("Enter")
+    assert "MiB of weights" not in tmux.wait(lambda text: "loading" in text.rpartition("typed early")[2])
+    text = tmux.wait(answered(1))
+    assert text.index("> typed early") < text.index("MiB of weights") < text.index("TTFT")
+    assert "loading" not in text
+    tmux.keys("C-d")
+    tmux.wait("left with 0")
+    assert_restored(tmux)
+
+
+@pytest.mark.parametrize(
+    ("keys", "code"),
+    [("C-c", 130), ("C-d", 0), ("/exit Enter", 0), ("hello Enter C-c", 130)],
+)
+def test_loading_can_be_left(tmux: Tmux, keys: str, code: int) -> None:
+    start_slowly(tmux, TINY_STARCHAT)
+    for key in keys.split():
+        tmux.keys(key)
+        time.sleep(0.2)
+    text = tmux.wait("left with")
+    assert f"left with {code}" in text and "Traceback" not in text and "MiB of weights" not in text
+    assert ("interrupted" in text) == (code == 130)
+    assert_restored(tmux)
+
+
+def test_a_failed_load_is_one_line(tmux: Tmux) -> None:
+    model = shutil.copytree(TINY_STARCHAT, tmux.folder / "model")
+    (model / "tokenizer.json").write_text("{}")
+    start_slowly(tmux, model)
+    tmux("send-keys", "-l", "half a mess")
+    text = tmux.wait("left with 2")
+    assert text.count("lowmem run: ") == 1 and "Traceback" not in text
     assert_restored(tmux)
 
 
