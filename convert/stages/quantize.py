@@ -137,7 +137,7 @@ class RestoreGroup(Stage):
     def leave(self, sizes: LayerSizes) -> None:
         sizes.hessians -= self.group[0].in_features ** 2 * FLOAT32
         sizes.lacking.pop(self.group[0].name, None)
-        if not self.keep_outputs:
+        if self.restore and not self.keep_outputs:
             sizes.dense += self._weights(sizes)
 
 
