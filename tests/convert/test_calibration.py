@@ -59,8 +59,8 @@ def test_builtin_records_are_whole(builtin):
         assert record["license"] in PERMISSIVE
 
 
-def test_builtin_is_enough_for_128_rows_of_512_at_four_characters_a_token(builtin):
-    """StarCoder's vocabulary takes about 4 characters a token on code; 4.2 is on the safe side."""
+def test_builtin_is_enough_for_128_rows_of_512_at_four_characters_per_token(builtin):
+    """StarCoder's vocabulary needs about 4 characters per token of code; 4.2 leaves a margin."""
     size = {kind: sum(len(content(r)) for r in builtin if r["kind"] == kind) for kind in ("text", "dialogue")}
     assert sum(size.values()) >= 2 * 128 * 512 * 4.2  # twice, so that a seed has something to draw from
     assert 0.4 <= size["dialogue"] / sum(size.values()) <= 0.65
@@ -81,9 +81,9 @@ def test_builtin_has_many_languages(builtin):
 
 
 def test_builtin_is_not_the_evaluation_text(builtin):
-    """No run of five lines, no long sentence of the held-out text that quality is measured on.
+    """It shares no run of five lines and no long sentence with the held-out text that quality is measured on.
 
-    Counted here in its own way, not by the maker's code.
+    The count is independent of the code that made the text.
     """
     heldout = (TINY / "heldout.txt").read_text("utf-8")
     pairs = json.loads((TINY / "dialogues_heldout.json").read_text("utf-8"))
@@ -107,13 +107,13 @@ def test_builtin_is_not_the_evaluation_text(builtin):
         assert not sentences(content(record)) & held_sentences, record["source"]
 
 
-def test_builtin_names_nobody_and_forges_nothing(builtin):
+def test_builtin_has_no_names_and_no_special_tokens(builtin):
     for record in builtin:
         assert not re.search(r"[\w.+-]+@[\w-]+\.\w", content(record)), record["source"]
         assert not re.search(r"<\|\w+\|>|\bGPL\b|copyright", content(record), re.I), record["source"]
 
 
-def test_builtin_licences_are_all_there(builtin):
+def test_builtin_licences_are_complete(builtin):
     notices = (DATA / "calibration" / "LICENSES.txt").read_text("utf-8")
     for record in builtin:
         owner = next((line for line in notices.splitlines() if line.endswith(f"({record['license']})")
@@ -123,7 +123,7 @@ def test_builtin_licences_are_all_there(builtin):
         assert re.search(rf"^={{9,}}\n{re.escape(licence)}\n={{9,}}\n\n.{{60}}", notices, re.M | re.S)
 
 
-def test_builtin_is_drawn_in_twelve_languages_and_half_dialogue(tokenizer, dialogue):
+def test_builtin_rows_have_twelve_languages_and_are_half_dialogue(tokenizer, dialogue):
     rows = load_rows(CalibrationSpec(), tokenizer, dialogue, 4096)
     assert rows.tokens.shape == (128, 512) and rows.tokens.dtype == torch.int64
     begun = rows.tokens[:, 0] == dialogue.system_id
@@ -155,7 +155,7 @@ def test_builtin_is_enough_for_a_vocabulary_of_49152():
 # --- drawing ----------------------------------------------------------------------------------------------
 
 
-def test_rows_depend_on_the_seed_and_on_nothing_else(tokenizer, dialogue):
+def test_rows_depend_on_the_seed_only(tokenizer, dialogue):
     import random
 
     spec = CalibrationSpec(rows=6, row_length=64)
@@ -176,7 +176,7 @@ lists_of_documents = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3
 @given(documents=lists_of_documents, length=st.integers(2, 20), rows=st.integers(0, 12),
        separator=st.sampled_from([0, None]))  # fmt: skip
 def test_packing_loses_no_token(documents, length, rows, separator):
-    """Rows, tails and what was not taken together are the documents; each row begins with a document."""
+    """Rows, tails and unread documents add up to the input; each row begins with a document."""
     unread = iter(documents)
     made, tails = pack_from_starts(unread, separator, length, rows)
     rest = list(unread)
@@ -201,7 +201,7 @@ def test_cutting_follows_the_stream(documents, length, rows, separator):
 
 
 @given(text=st.text(alphabet="ab\n", max_size=400), size=st.integers(1, 50))
-def test_stretches_are_the_text(text, size):
+def test_stretches_join_to_the_text(text, size):
     pieces = stretches(text, size)
     assert "".join(pieces) == text
     assert all(size <= len(piece) <= 2 * size for piece in pieces[:-1]) and len(pieces[-1]) <= 2 * size
@@ -217,7 +217,7 @@ def test_a_long_text_file_is_drawn_from_everywhere(tmp_path, tokenizer):
     assert rows.description.startswith("the file numbers.txt: 32 rows of 64 tokens, no dialogues")
 
 
-def test_dialogues_fill_all_rows_where_there_is_nothing_else(tmp_path, tokenizer, dialogue):
+def test_dialogues_fill_all_rows_without_other_text(tmp_path, tokenizer, dialogue):
     path = tmp_path / "d.jsonl"
     pair = {"prompt": "How do I sort a list?", "response": "Use `sorted(values)`. " * 6}
     path.write_text("\n".join(json.dumps(pair) for _ in range(30)))
@@ -327,7 +327,7 @@ def test_a_folder_is_not_a_source(tmp_path):
         read_documents(str(tmp_path))
 
 
-def test_too_few_tokens_says_how_many_rows_would_do(tmp_path, tokenizer, dialogue):
+def test_too_few_tokens_names_the_possible_number_of_rows(tmp_path, tokenizer, dialogue):
     path = tmp_path / "a.txt"
     path.write_text("word " * 200)
     with pytest.raises(CalibrationError, match="--rows ") as caught:
@@ -338,13 +338,13 @@ def test_too_few_tokens_says_how_many_rows_would_do(tmp_path, tokenizer, dialogu
         load_rows(CalibrationSpec(str(path), rows=rows + 1, row_length=16), tokenizer, dialogue, 4096)
 
 
-def test_a_foreign_tokenizer_is_noticed(tokenizer, dialogue):
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, dialogue):
     with pytest.raises(CalibrationError, match="the model has 4000"):
         load_rows(CalibrationSpec(rows=4, row_length=64), tokenizer, dialogue, 4000)
 
 
 @pytest.mark.parametrize(("rows", "length"), [(0, 512), (-1, 512), (8, 1)])
-def test_no_rows_are_no_calibration(rows, length):
+def test_zero_rows_are_refused(rows, length):
     with pytest.raises(CalibrationError):
         CalibrationSpec(rows=rows, row_length=length)
 
@@ -397,8 +397,8 @@ def test_oasst_follows_the_best_english_reply():
 
 @settings(max_examples=60)
 @given(edges=st.lists(st.tuples(st.integers(0, 5), st.one_of(st.none(), st.integers(0, 5))), max_size=12))
-def test_oasst_ends_on_any_rows(edges):
-    """Doubled ids and parents in a circle end, and every dialogue alternates."""
+def test_oasst_terminates_on_any_rows(edges):
+    """Duplicate ids and cyclic parents terminate, and every dialogue alternates."""
     rows = [
         message(name, parent, ("prompter", "assistant")[i % 2], "t") for i, (name, parent) in enumerate(edges)
     ]
@@ -408,7 +408,7 @@ def test_oasst_ends_on_any_rows(edges):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A stand-in for the hub: name → rows, or an exception to raise."""
+    """A fake hub: name → rows, or an exception to raise."""
     answers: dict[str, object] = {}
 
     def load_dataset(name, split, streaming):
@@ -425,7 +425,7 @@ def hub(monkeypatch):
     return answers
 
 
-def test_hub_data_sets_come_as_dialogues(hub):
+def test_hub_data_sets_become_dialogues(hub):
     hub["OpenAssistant/oasst1"] = OASST
     hub["databricks/databricks-dolly-15k"] = [
         {"instruction": "Sort?", "context": "", "response": "sorted(x)", "category": "open_qa"}
@@ -439,14 +439,14 @@ def test_hub_data_sets_come_as_dialogues(hub):
 @pytest.mark.parametrize(
     "error", [ConnectionError("no route\nmore"), ValueError("Unknown split"), OSError("x")]
 )
-def test_no_network_is_one_clear_line(hub, error):
+def test_a_missing_network_gives_one_clear_line(hub, error):
     hub["OpenAssistant/oasst1"] = error
     with pytest.raises(CalibrationError, match="OpenAssistant/oasst1 cannot be read") as caught:
         read_documents("oasst1")
     assert "builtin" in caught.value.hint and "\n" not in str(caught.value)
 
 
-def test_without_datasets_installed_the_line_says_so(monkeypatch):
+def test_a_missing_datasets_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(CalibrationError, match="datasets is not installed"):
         read_documents("dolly")

@@ -41,15 +41,16 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_the_loaded_result_computes_what_its_integers_say(family, bits, tmp_path):
-    """transformers' own model with every linear replaced by the dequantized weight gives the same
-    logits as the checkpoint after a save and a load; at 8 bits those of the source, nearly.
+def test_the_loaded_result_matches_its_dequantized_integers(family, bits, tmp_path):
+    """The loaded checkpoint has the logits of transformers' model with dequantized weights; at 8 bits they are
+    close to the source's.
 
-    Biases and norms inside the layers are tuned, so the oracle takes them from the file too; at 4 bits they
-    are not tuned, and are the source's."""
+    At 4 bits biases and norms are the source's; otherwise they are tuned, and the oracle reads them from the
+    file.
+    """
     model = tiny_model(family)
     source = save_source(model, tmp_path / "source")
-    # The file stores what is not quantized in float16; so must the oracle.
+    # The file stores unquantized tensors in float16, so the oracle does too.
     steps = 0 if bits == 4 else 8
     quick_convert(source, tmp_path / "out", QuantConfig(bits=bits, group_size=32, tune_steps=steps))
     loaded = load(tmp_path / "out", dtype=torch.float32)
@@ -71,7 +72,7 @@ def test_the_loaded_result_computes_what_its_integers_say(family, bits, tmp_path
 
 
 def test_starchat_alphas_layout_converts_and_runs(tmp_path):
-    """Pickle shards with an index, a duplicated head, 49156 tokens, float16: to an answer."""
+    """Pickle shards with an index, a duplicated head, 49156 tokens, float16."""
     source = starchat_replica(tmp_path / "starchat")
     out = tmp_path / "out"
     quick_convert(source, out, QuantConfig(bits=4, group_size=32), rows=4)
@@ -101,7 +102,7 @@ def test_starchat_alphas_layout_converts_and_runs(tmp_path):
 
 
 def test_stop_tokens_of_the_source_are_kept(tmp_path):
-    """Llama 3 lists its stop tokens in generation_config.json alone; the turn's end comes first."""
+    """Llama 3 lists its stop tokens only in generation_config.json; the end of a turn comes first."""
     source = save_source(tiny_model("llama"), tmp_path / "source")
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.6}))
     quick_convert(source, tmp_path / "out", rows=4)
@@ -160,7 +161,7 @@ def test_shards_have_an_index_and_hold_the_same_tensors(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes_of_the_source(dtype, tmp_path):
-    """What is not quantized keeps its 16 bits; float32 becomes float16."""
+    """Unquantized tensors keep their 16-bit dtype; float32 becomes float16."""
     source = save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "source", dtype=dtype)
     quick_convert(source, tmp_path / "out", rows=4)
     stored = read_header(tmp_path / "out" / "model.safetensors").tensors["transformer.wte.weight"].dtype
@@ -275,15 +276,15 @@ def test_a_dead_input_is_logged_by_linear(tmp_path):
     assert "1 inputs never used" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_group_size_falls_back_where_none_was_named(tmp_path):
-    """96 inputs: 128 and 64 do not divide, 32 does. A named size would be refused instead."""
+def test_the_default_group_size_falls_back(tmp_path):
+    """32 divides 96 inputs, 128 and 64 do not. A size chosen by the user would be refused instead."""
     source = save_source(tiny_model("gpt_bigcode_mqa", hidden=96, heads=3), tmp_path / "source")
     quick_convert(source, tmp_path / "out", QuantConfig(), rows=4)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["group_size"] == 32
 
 
-def test_the_card_tells_every_linear_and_the_recipe(tmp_path):
+def test_the_card_lists_every_linear_and_the_recipe(tmp_path):
     source = save_source(tiny_model("llama"), tmp_path / "source")
     summary = quick_convert(source, tmp_path / "out", QuantConfig(bits=3, group_size=32), rows=4)
     card = (tmp_path / "out" / "README.md").read_text()

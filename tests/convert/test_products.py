@@ -1,4 +1,4 @@
-"""Matrix products of the conversion: every instruction set computes what torch does."""
+"""Matrix products of the conversion: every instruction set agrees with torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ needs_library = pytest.mark.skipif(products.name(CPU) == "torch", reason="the li
 
 
 def instruction_sets() -> list[str]:
-    """Those that this CPU has, the best first."""
+    """The instruction sets of this CPU, the best first."""
     if products.name(CPU) == "torch":
         return []
     best = products.name(CPU)
@@ -40,7 +40,7 @@ def isa(request) -> str:
 
 
 def matrix(rows: int, columns: int, seed: int, *, turned: bool, dtype: torch.dtype) -> torch.Tensor:
-    """[rows, columns]; turned: it lies transposed. A part of a larger matrix either way."""
+    """[rows, columns], a part of a larger matrix; turned: stored transposed."""
     generator = torch.Generator().manual_seed(seed)
     shape = (columns, rows) if turned else (rows, columns)
     whole = torch.randn(shape[0] + 2, shape[1] + 3, generator=generator)
@@ -59,7 +59,7 @@ SHAPES = [(1, 1, 1), (13, 33, 3), (12, 32, 1024), (200, 129, 1031), (97, 4200, 3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_product_is_added_whatever_way_the_factors_lie(isa, shape, dtype, rounded, turned):
+def test_the_product_is_added_for_any_layout_of_the_factors(isa, shape, dtype, rounded, turned):
     m, n, k = shape
     a = matrix(m, k, 1, turned=turned, dtype=dtype)
     b = matrix(k, n, 2, turned=not turned, dtype=torch.float32)
@@ -73,7 +73,7 @@ def test_the_product_is_added_whatever_way_the_factors_lie(isa, shape, dtype, ro
     expected[:m, :n] += -0.5 * left @ right
     found = add_product(into, a, b, alpha=-0.5, rounded=rounded)
     assert found is into
-    # What lies beside the result is untouched; the sums are exact but for float32.
+    # Memory beside the result is untouched; the sums are exact up to float32.
     torch.testing.assert_close(whole.double(), expected, atol=1e-6 * k**0.5 + 2e-6, rtol=2e-6 * k**0.5)
 
 
@@ -106,8 +106,8 @@ def test_the_number_of_threads_changes_no_bit(isa):
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
 
 
-def test_products_of_bfloat16_lose_nothing(isa):
-    """A Hessian of bfloat16 activations is as exact as one in float32: to sums of 512, and not to 8 bits."""
+def test_products_of_bfloat16_are_exact(isa):
+    """A Hessian of bfloat16 activations is as exact as one in float32."""
     x = matrix(512, 96, 4, turned=False, dtype=torch.bfloat16)
     exact = x.double().T @ x.double()
     size = x.double().norm(dim=0)
@@ -134,7 +134,7 @@ def test_permuting_is_indexing(n, seed):
     assert torch.equal(square, expected)
 
 
-def test_what_is_no_permutation_is_refused():
+def test_an_invalid_permutation_is_refused():
     if products.name(CPU) != "torch":
         with pytest.raises(ValueError, match="permutation"):
             products.permute(torch.zeros(3, 3), torch.tensor([0, 0, 2]))

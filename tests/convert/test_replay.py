@@ -59,7 +59,7 @@ def test_no_linear_computes_a_row_twice(kind, tmp_path):
     assert max(without.values()) > 2 * len(after)
 
 
-def test_what_a_killed_run_left_is_not_read(tmp_path):
+def test_files_of_a_killed_run_are_not_read(tmp_path):
     (tmp_path / "replay-output-a").write_bytes(b"half a file")
     (tmp_path / "replay-input-a").write_bytes(b"half a file")
     replay = Replay(tmp_path, 8)
@@ -81,7 +81,7 @@ def test_what_a_killed_run_left_is_not_read(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_files_of_a_conversion_are_gone(tmp_path):
+def test_a_conversion_leaves_no_replay_files(tmp_path):
     source = save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "source")
     quick_convert(source, tmp_path / "out", QuantConfig(bits=4, group_size=32))
     assert not [p for p in (tmp_path / "out").iterdir() if "replay" in p.name or "target" in p.name]

@@ -70,7 +70,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(least, source, spawner, t
         while not out.exists():
             process = start(spawner, source, out)
             wait_for_work(process)
-            # Enough kills: let it end now.
+            # Enough kills: let it finish.
             process.join(random_moment.uniform(0, 1.2 * duration) if kills < least else None)
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
@@ -79,7 +79,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(least, source, spawner, t
                 moments.add(moment(out))
             else:
                 assert process.exitcode == 0
-        # A kill may have fallen between the last renames: the same command ends that too.
+        # A kill between the last renames: the same command finishes the job.
         process = start(spawner, source, out) if ConversionJob(out).folder.exists() else None
         if process is not None:
             process.join()
@@ -90,7 +90,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(least, source, spawner, t
 
 
 def wait_for_work(process) -> None:
-    """Until the process holds its job's lock (the kernel lists it): what comes before is start-up."""
+    """Wait until the process holds its job's lock, which ends its start-up."""
     while process.is_alive():
         locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
         if any(fields[1] == "FLOCK" and fields[4] == str(process.pid) for fields in locks):
@@ -99,7 +99,7 @@ def wait_for_work(process) -> None:
 
 
 def moment(out: Path) -> str:
-    """Where a killed conversion stood."""
+    """The progress of a killed conversion."""
     folder = ConversionJob(out).folder
     if not folder.is_dir():
         return "before or after the work"
@@ -110,7 +110,7 @@ def moment(out: Path) -> str:
 
 
 class Interrupted(BaseException):
-    """Stands for whatever stops a process."""
+    """Simulates anything that stops a process."""
 
 
 def interrupt_after(layers: int):
@@ -141,9 +141,8 @@ def begin(source: Path, out: Path, config: QuantConfig, layers: int = 2) -> None
         )
 
 
-def test_killed_while_the_finished_job_is_cleared_away(source, whole, tmp_path, monkeypatch):
-    """Once the job's folder lost job.json before the rest of it: the same command then said that OUT
-    exists, with OUT whole and a useless folder beside it."""
+def test_killed_while_the_finished_job_is_removed(source, whole, tmp_path, monkeypatch):
+    """A job folder without job.json made the same command refuse the finished OUT, so it is renamed first."""
     import lowmem.convert.job as job_module
 
     out = tmp_path / "out"
@@ -158,13 +157,13 @@ def test_killed_while_the_finished_job_is_cleared_away(source, whole, tmp_path, 
             quick_convert(source, out, shards())
     assert digest_of(out) == whole
     assert not ConversionJob(out).folder.exists()
-    # What is left has another name, and goes with the next conversion into the same place.
+    # The renamed remainder is removed by the next conversion into the same folder.
     options = ConvertOptions(device="cpu", compute_dtype="float32", force=True)
     quick_convert(source, out, shards(), options=options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calibration.txt", "out"]
 
 
-def test_finished_layers_are_not_done_again(source, whole, tmp_path, monkeypatch):
+def test_finished_layers_are_not_converted_again(source, whole, tmp_path, monkeypatch):
     out = tmp_path / "out"
     begin(source, out, shards(), layers=3)
     import lowmem.convert.pipeline as pipeline
@@ -182,7 +181,7 @@ def test_finished_layers_are_not_done_again(source, whole, tmp_path, monkeypatch
     assert digest_of(out) == whole
 
 
-def test_rubbish_of_an_unfinished_layer_is_written_again(source, whole, tmp_path):
+def test_files_of_an_unfinished_layer_are_written_again(source, whole, tmp_path):
     out = tmp_path / "out"
     begin(source, out, shards(), layers=2)
     job = ConversionJob(out)
@@ -219,7 +218,7 @@ def test_a_changed_calibration_is_refused_by_name(source, tmp_path):
 
 
 def test_a_changed_source_is_refused_by_name(source, tmp_path):
-    """Same shapes, other weights: noticed by what the shards hold, not by their names or times."""
+    """Equal shapes, different weights: the shards' contents differ, not their names or times."""
     out = tmp_path / "out"
     begin(source, out, shards())
     other = save_source(tiny_model("gpt_bigcode_mqa", layers=4, hidden=64, seed=9), tmp_path / "other")
@@ -227,7 +226,7 @@ def test_a_changed_source_is_refused_by_name(source, tmp_path):
         quick_convert(other, out, shards())
 
 
-def test_force_drops_another_job(source, tmp_path):
+def test_force_discards_another_job(source, tmp_path):
     out = tmp_path / "out"
     begin(source, out, QuantConfig(bits=8, group_size=32))
     options = ConvertOptions(device="cpu", compute_dtype="float32", force=True)
@@ -236,7 +235,7 @@ def test_force_drops_another_job(source, tmp_path):
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 4
 
 
-def test_force_replaces_only_what_lowmem_wrote(source, whole, tmp_path):
+def test_force_replaces_only_checkpoints_of_lowmem(source, whole, tmp_path):
     precious = tmp_path / "out"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
@@ -258,8 +257,8 @@ def test_two_processes_do_not_share_a_job(source, tmp_path):
         quick_convert(source, out, shards())
 
 
-def test_a_full_disk_leaves_a_job_that_goes_on(source, whole, tmp_path):
-    """A real failing write: the kernel refuses to let files grow past a limit."""
+def test_a_full_disk_leaves_a_job_that_resumes(source, whole, tmp_path):
+    """Writes fail for real: the kernel limits the size of files."""
     import resource
 
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Rounding inside a column block: grids chosen by what GPTQ leaves, in torch and in the library."""
+"""Rounding inside a column block, in torch and in the C library."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_reported_error_is_exact_and_less_than_gptqs(config):
 
 
 def one_group(passes: int, bits: int = 3, width: int = 64, out: int = 16, sym: bool = True):
-    """One group that is the whole weight: its rule, R, W^T, and what `round_block` made of them."""
+    """One group that is the whole weight: its rule, R, W^T, and the results of `round_block`."""
     hessian = damped(hessian_of(correlated(300, width)), 0.01)
     r = factor_in_place(hessian.clone(), 1e-9).matrix
     weight = weight_of(width, out)
@@ -58,14 +58,14 @@ def one_group(passes: int, bits: int = 3, width: int = 64, out: int = 16, sym: b
 
 
 @pytest.mark.parametrize("sym", [True, False])
-def test_every_pass_leaves_no_output_worse(sym):
+def test_no_pass_makes_an_output_worse(sym):
     left = [one_group(passes, sym=sym)[4].square().sum(0) for passes in (1, 2, 4, 8)]
     for before, after in itertools.pairwise(left):
         assert bool((after <= before + 1e-12).all())
     assert float(left[-1].sum()) < float(left[0].sum())
 
 
-def test_no_single_integer_could_do_better_after_enough_passes():
+def test_after_enough_passes_no_single_integer_can_improve():
     rule, r, _, _, residual, codes, scales, _ = one_group(60)
     metric, pull = r @ r.T, r @ residual
     for sign in (-1, 1):
@@ -76,7 +76,7 @@ def test_no_single_integer_could_do_better_after_enough_passes():
 
 
 def test_the_scale_is_fitted_to_its_integers():
-    """No neighbour that float16 has would leave less."""
+    """Neither neighbouring float16 scale has less error."""
     _, r, weight, _, residual, codes, scales, zeros = one_group(6)
     z = codes.double() - zeros
     for direction in (-1, 1):
@@ -96,7 +96,7 @@ BLOCKS = [
 
 
 def native_block(rule: Rule, search: bool = True):
-    """A block in float32, what goes in and what `round_block` makes of it."""
+    """A block in float32: its inputs and the results of `round_block`."""
     size = rule.width * max(1, 128 // rule.width)
     out = 150  # no whole number of slabs
     factor = factor_in_place(hessian_of(correlated(600, size)).float(), 0.01).matrix
@@ -114,19 +114,19 @@ def native_block(rule: Rule, search: bool = True):
 @needs_library
 @pytest.mark.parametrize("rule", BLOCKS, ids=str)
 @pytest.mark.parametrize("search", [True, False])
-def test_the_library_does_what_torch_does(isa, rule, search):  # noqa: F811
+def test_the_library_agrees_with_torch(isa, rule, search):  # noqa: F811
     rule, factor, weight, asked, error, residual, codes, scales, zeros = native_block(rule, search)
     r, width = factor.triu().double(), len(codes) // len(scales)
     rows = torch.arange(len(codes)) // width
     values = (codes.double() - zeros.double()[rows]) * scales.double()[rows]
-    # What it says of itself is true.
+    # The reported values are consistent.
     torch.testing.assert_close(error.double(), weight.double() - values, atol=2e-6, rtol=1e-5)
     left = r.T @ (weight.double() - values) + asked.double()
     torch.testing.assert_close(residual.double(), left, atol=2e-4, rtol=1e-3)
     assert torch.equal(scales.half().float(), scales)
     assert int(codes.max()) <= rule.maxq
     assert bool(((zeros >= 1) & (zeros <= rule.maxq) & (zeros == zeros.round())).all())
-    # And it is what float64 in torch comes to, but for ties that fall the other way.
+    # They agree with float64 in torch, except for ties.
     expected_error, expected = weight.double(), asked.double()
     expected_codes = torch.zeros_like(codes)
     other_scales, other_zeros = scales.double(), zeros.double()
@@ -152,8 +152,8 @@ def test_threads_change_no_bit_of_a_block(isa):  # noqa: F811
 
 
 @needs_library
-def test_zeros_and_wild_columns_are_rounded(isa):  # noqa: F811
-    """A weight of zeros, of one value, and one that float16's scales cannot reach."""
+def test_zeros_and_extreme_columns_are_rounded(isa):  # noqa: F811
+    """Weights of zeros, of one value, and too large for float16 scales."""
     rule = Rule(4, True, 32, 2)
     r = torch.eye(32)
     error = torch.randn(32, 5)
@@ -170,8 +170,8 @@ def test_zeros_and_wild_columns_are_rounded(isa):  # noqa: F811
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group", [32, -1])
-def test_what_is_lacking_is_the_regression_of_it_on_the_input(act_order, group):
-    """Rounding W with d wanted beside it is rounding the W that comes closest to W x + d."""
+def test_a_wanted_change_is_regressed_on_the_input(act_order, group):
+    """Rounding W with d wanted equals rounding the weight whose output is closest to W x + d."""
     n, out = 96, 40
     generator = torch.Generator().manual_seed(17)
     x, d = correlated(500, n), 0.2 * torch.randn(500, out, dtype=torch.float64, generator=generator)
@@ -184,14 +184,14 @@ def test_what_is_lacking_is_the_regression_of_it_on_the_input(act_order, group):
     if group == -1:  # its grid is that of W itself
         assert found.squared_error < 1.2 * expected.squared_error
         return
-    # An output is the same in every code, but for one whose two grids are a tie: about one in forty.
+    # All codes of an output are equal, except where two grids tie: about one output in forty.
     same = (found.codes == expected.codes).double().mean(0) > 0.99
     assert float(same.double().mean()) > 0.9
     left = (x @ (moved - dequantized(found, n))).square().sum(1).mean()
     assert found.squared_error == pytest.approx(float(left), rel=1e-6)
 
 
-def test_weights_in_bfloat16_give_what_the_same_weights_in_float32_do():
+def test_bfloat16_weights_give_the_result_of_the_same_weights_in_float32():
     n, out = 2176, 40  # more than two far blocks
     hessian = hessian_of(correlated(3000, n)).float()
     weight = weight_of(n, out).bfloat16()
@@ -204,7 +204,7 @@ def test_weights_in_bfloat16_give_what_the_same_weights_in_float32_do():
 
 
 class _HostReads(TorchDispatchMode):
-    """Counts what waits for a device: a value that the host asks for."""
+    """Counts operations that wait for the device: values that the host reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,8 +219,8 @@ class _HostReads(TorchDispatchMode):
 @pytest.mark.parametrize("group", [32, 128, -1])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("passes", [0, 1])
-def test_nothing_waits_for_the_device_in_the_column_loop(group, sym, passes):
-    """The host asks for one value of a linear, its error, however many columns there are."""
+def test_the_column_loop_never_waits_for_the_device(group, sym, passes):
+    """The host reads one value per linear, its error, for any number of columns."""
     config = QuantConfig(bits=4, group_size=group, sym=sym, passes=passes)
     for n in (128, 384):
         prepared = prepare(hessian_of(correlated(500, n)), config)

@@ -1,4 +1,4 @@
-"""A model streamed layer by layer gives what transformers gives with all of it in memory."""
+"""A model streamed layer by layer gives the results of transformers with the model in memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def streamed_logits(folder: Path, work: Path, dtype: torch.dtype, on_the_fly: An
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_is_transformers_own(tmp_path, kind):
+def test_float32_equals_transformers(tmp_path, kind):
     save_source(tiny_model(kind), tmp_path / "model", shards=2)
     expected = transformers_logits(tmp_path / "model", torch.float32)
     found = streamed_logits(tmp_path / "model", tmp_path / "work", torch.float32)
@@ -55,7 +55,7 @@ def test_float32_is_transformers_own(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["gpt_bigcode_mqa", "gpt_bigcode_mha", "llama"])
-def test_bfloat16_is_transformers_own_to_its_rounding(tmp_path, kind):
+def test_bfloat16_equals_transformers_up_to_rounding(tmp_path, kind):
     save_source(tiny_model(kind), tmp_path / "model", format="bin")
     exact = transformers_logits(tmp_path / "model", torch.float32)
     expected = transformers_logits(tmp_path / "model", torch.bfloat16).float()
@@ -70,8 +70,8 @@ def test_bfloat16_is_transformers_own_to_its_rounding(tmp_path, kind):
     ("bits", "options"),
     [(8, {}), (4, {"v2": True}), (3, {"act_order_seed": 3}), (2, {}), (4, {"group_size": -1})],
 )
-def test_any_gptq_folder_is_what_the_loader_makes_of_it(tmp_path, bits, options):
-    """Asymmetric zero-points, both formats, columns out of order; and the dequantized oracle agrees."""
+def test_a_gptq_folder_gives_the_loaders_results(tmp_path, bits, options):
+    """Asymmetric zero-points, both formats, permuted columns; and the dequantized oracle agrees."""
     oracle = write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "q", bits=bits, **options)
     found = streamed_logits(tmp_path / "q", tmp_path / "work", torch.float32)
     torch.testing.assert_close(found, loaded_logits(tmp_path / "q", torch.float32), rtol=0, atol=5e-5)
@@ -82,7 +82,7 @@ def test_any_gptq_folder_is_what_the_loader_makes_of_it(tmp_path, bits, options)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["int8", "nf4"])
-def test_bitsandbytes_is_what_the_loader_makes_of_it(tmp_path, method, dtype):
+def test_bitsandbytes_gives_the_loaders_results(tmp_path, method, dtype):
     save_source(tiny_model("llama"), tmp_path / "model")
     expected = loaded_logits(tmp_path / "model", dtype, method)
     found = streamed_logits(tmp_path / "model", tmp_path / "work", dtype, method)
@@ -91,7 +91,7 @@ def test_bitsandbytes_is_what_the_loader_makes_of_it(tmp_path, method, dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_what_a_family_does_to_its_logits_is_done(tmp_path):
+def test_scaled_logits_of_a_family_are_kept(tmp_path):
     """Granite divides its logits, and scales its embedding and its residuals."""
     from transformers import AutoModelForCausalLM, GraniteConfig
 
@@ -107,8 +107,8 @@ def test_what_a_family_does_to_its_logits_is_done(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_what_stands_right_of_a_row_changes_nothing_in_it(tmp_path):
-    """Rows of several lengths are filled up on the right: a causal model does not look there."""
+def test_padding_on_the_right_changes_nothing(tmp_path):
+    """Rows of different lengths are padded on the right, where a causal model does not look."""
     save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "model")
     model = StreamedModel(open_any(tmp_path / "model"), torch.float32)
     filled = ROWS.clone()
@@ -131,10 +131,10 @@ def test_the_head_of_a_loaded_model_is_the_models_own(tmp_path):
 
 
 class Stopped(Exception):
-    """In the place of Ctrl-C."""
+    """Simulates Ctrl-C."""
 
 
-def test_an_interrupted_pass_goes_on_after_its_last_layer(tmp_path):
+def test_an_interrupted_pass_resumes_after_its_last_layer(tmp_path):
     save_source(tiny_model("llama", layers=4), tmp_path / "model")
     model = StreamedModel(open_any(tmp_path / "model"), torch.float32)
     expected = model.last_hidden(ROWS, tmp_path / "whole").read(0, 5)
@@ -166,7 +166,7 @@ def test_leftovers_of_another_pass_are_not_used(tmp_path):
     (tmp_path / "work" / "hidden-9").write_bytes(b"of a later layer")
     states = model.last_hidden(ROWS, tmp_path / "work", lambda done, count: seen.append(done))
     assert seen[0] == 0 and torch.equal(states.read(0, 5), expected)
-    # The same rows, but the file is half of what it should be.
+    # The same rows, but half of the file is missing.
     file = tmp_path / "work" / "hidden-3"
     file.write_bytes(file.read_bytes()[:100])
     seen.clear()
@@ -188,7 +188,7 @@ StreamedModel(open_any(sys.argv[1]), torch.float32).last_hidden(rows, Path(sys.a
 """
 
 
-def test_a_killed_pass_goes_on_too(tmp_path):
+def test_a_killed_pass_resumes(tmp_path):
     save_source(tiny_model("llama", layers=6), tmp_path / "model")
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "model"), str(tmp_path / "work")],
@@ -256,7 +256,7 @@ with model.head() as logits:
 
 
 def peaks(tmp_path: Path, layers: int, hidden: int, heads: int) -> tuple[int, int]:
-    """(most bytes resident, bytes of all layers in float32) of a StarChat-shaped model's pass."""
+    """(peak resident bytes, bytes of all layers in float32) of a pass of a StarChat-shaped model."""
     from lowmem.benchmarks.common.processes import run_process
 
     dimensions = Dimensions(layers, hidden, heads, positions=512)
@@ -267,7 +267,7 @@ def peaks(tmp_path: Path, layers: int, hidden: int, heads: int) -> tuple[int, in
 
 
 def check_flat(tmp_path: Path, hidden: int, heads: int) -> None:
-    """Eight layers take no more than two, but for noise of up to 40 MiB a run."""
+    """Eight layers take no more than two, up to 40 MiB of noise."""
     two, _ = peaks(tmp_path, 2, hidden, heads)
     eight, weights = peaks(tmp_path, 8, hidden, heads)
     assert eight - two < weights * 6 / 8 / 2, (two, eight, weights)

@@ -11,7 +11,7 @@ from tests.helpers import save_source, starchat_replica, tiny_model
 
 
 @pytest.mark.parametrize("layout", ["safetensors", "bin"])
-def test_the_bytes_that_are_asked_for_are_the_tensors(layout, tmp_path):
+def test_the_requested_bytes_are_the_tensors(layout, tmp_path):
     if layout == "bin":
         folder = starchat_replica(tmp_path / "source")
     else:
@@ -32,7 +32,7 @@ def test_the_bytes_that_are_asked_for_are_the_tensors(layout, tmp_path):
         assert not thread.is_alive()
 
 
-def test_a_file_that_has_gone_stops_nothing(tmp_path):
+def test_a_missing_file_is_ignored(tmp_path):
     folder = save_source(tiny_model("llama"), tmp_path / "source")
     source = open_source(str(folder))
     names = list(source.infos)
