@@ -42,8 +42,9 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_the_loaded_result_matches_its_dequantized_integers(family, bits, tmp_path):
-    """The loaded checkpoint has the logits of transformers' model with dequantized weights; at 8 bits they are
-    close to the source's.
+    """The loaded checkpoint has the logits of transformers' model with dequantized weights.
+
+    At 8 bits they are close to the source's.
 
     At 4 bits biases and norms are the source's; otherwise they are tuned, and the oracle reads them from the
     file.

@@ -47,8 +47,8 @@ def loss(weight_t: torch.Tensor, q: torch.Tensor, hessian: torch.Tensor) -> floa
 def naive_gptq(weight_t: torch.Tensor, hessian: torch.Tensor, config: QuantConfig) -> torch.Tensor:
     """The published algorithm in its simplest form, [in, out].
 
-    Cholesky, inverse, Cholesky; then column by column, each error is corrected in all later columns. The grid of
-    a group is found at its first column.
+    Cholesky, inverse, Cholesky; then column by column, each error is corrected in all later columns. The grid
+    of a group is found at its first column.
     """
     n = weight_t.shape[0]
     order = column_order(hessian.diagonal(), config)
