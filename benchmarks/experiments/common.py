@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -48,9 +49,29 @@ def origin_here(name: str, words: Sequence[str], source: str, digest: str = "") 
     return dataclasses.replace(origin_of((), source, digest), command=typed_command(name, words))
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = True) -> str:
-    """A Markdown table. numbers: align all columns but the first to the right."""
-    lines = [heads, ["---", *["---:" if numbers else "---"] * (len(heads) - 1)], *rows]
+def write(record: Any, file: Path) -> None:
+    """Write a record, a dataclass, as JSON. Raises OutputError."""
+    record_file.write_file(file, (rows(record_file.to_json(record)) + "\n").encode())
+
+
+def rows(data: Any, indent: str = "") -> str:
+    """JSON with one row to a line: what is short, and every list of plain values, takes one line."""
+    text = json.dumps(data)
+    flat = isinstance(data, (list, tuple)) and not any(isinstance(x, (dict, list, tuple)) for x in data)
+    if len(indent) + len(text) <= 110 or flat or not isinstance(data, (dict, list, tuple)):
+        return text
+    inner = indent + " "
+    if isinstance(data, dict):
+        lines = [f"{json.dumps(key)}: {rows(value, inner)}" for key, value in data.items()]
+    else:
+        lines = [rows(value, inner) for value in data]
+    first, last = "{}" if isinstance(data, dict) else "[]"
+    return f"{first}\n{inner}" + f",\n{inner}".join(lines) + f"\n{indent}{last}"
+
+
+def table(heads: Sequence[str], cells: Iterable[Sequence[str]], numbers: bool = True) -> str:
+    """A Markdown table. cells: of each row. numbers: align all columns but the first to the right."""
+    lines = [heads, ["---", *["---:" if numbers else "---"] * (len(heads) - 1)], *cells]
     return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
@@ -113,7 +134,7 @@ class Experiment:
         try:
             record = self.read(args.out) if args.show else measure()
             if keep and not args.show:
-                record_file.write(record, args.out)
+                write(record, args.out)
         except LowmemError as error:
             say(f"error: {error}")
             return 2

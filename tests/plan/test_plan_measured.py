@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lowmem.benchmarks.experiments.full_size import memory
+from lowmem.benchmarks.experiments.full_size import peak_memory as memory
 from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
 from lowmem.benchmarks.experiments.starchat.random_weights import write_packed, write_source
 

@@ -1,31 +1,28 @@
 """The whole project at StarChat Alpha's real size, on this machine: 15.5 billion made-up weights.
 
-    python -m lowmem.benchmarks.experiments.full_size.command --work DIR          every step that DIR has no figures of yet
-    python -m lowmem.benchmarks.experiments.full_size.command --work DIR --only convert-4
-    python -m lowmem.benchmarks.experiments.full_size.command --show              the committed measurement as a report
+    python -m lowmem.benchmarks.experiments.full_size --work DIR    every step that DIR has no figures of
+    python -m lowmem.benchmarks.experiments.full_size --work DIR --only convert-4
+    python -m lowmem.benchmarks.experiments.full_size --show        the committed measurement as a report
 
-The checkpoint is made (lowmem.benchmarks.experiments.full_size.make_starchat_shaped), converted to 4 bits over all of its layers and to 8
-bits over the first three, verified, planned, run, timed and measured against the unquantized model. Each step
-is a command of its own whose memory and disk are watched; DIR keeps its output, so an interrupted series goes
-on where it was when the same is typed again, and so does an interrupted conversion. DIR needs 42 GB.
-
-What this cannot show is in the report (full_size_report.py): the weights are nobody's.
+The checkpoint is made (`starchat`), converted to 4 bits over all of its layers and to 8 bits over the first
+three, verified, planned, run, timed and measured against the unquantized model. Each step is a command of its
+own whose memory and disk are watched. DIR keeps its output, so the same command resumes an interrupted series
+and an interrupted conversion. DIR needs 42 GB.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lowmem.benchmarks.common.processes import ROOT, Usage, attempt
-from lowmem.benchmarks.common.record_file import read, write
+from lowmem.benchmarks.common.processes import ROOT, attempt
+from lowmem.benchmarks.experiments.common import Experiment, say, write
 from lowmem.benchmarks.experiments.full_size.record import (
     EIGHT,
     FEW,
@@ -42,38 +39,31 @@ from lowmem.benchmarks.experiments.full_size.report import REPORT, markdown
 from lowmem.errors import LowmemError
 
 DISK_SECONDS = 1.0
-"""Between two looks at how much of the disk a step takes."""
+"""Between two looks at the disk."""
 PROMPT = "How do I sort a list in Python?"
+FULL_SIZE = Experiment("full_size", FullSize, RESULTS, markdown)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command; arguments that name a folder of --work are its names alone."""
+    """A command; its arguments name folders of --work without their path."""
 
     name: str
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    """Folders of --work that have to be there."""
+    """Folders of --work that must exist."""
 
 
 def _lowmem(words: str, *more: str) -> tuple[str, ...]:
     return ("-m", "lowmem", *words.split(), *more)
 
 
-# 16 rows of calibration text: 8192 tokens.
+MAKE = ("-m", "lowmem.benchmarks.experiments.starchat")
+# 16 rows of calibration text are 8192 tokens.
 STEPS = (
-    Step("make", ("-m", "lowmem.benchmarks.experiments.full_size.make_starchat_shaped", SOURCE)),
+    Step("make", (*MAKE, SOURCE)),
     Step("convert-4", _lowmem(f"convert {SOURCE} {FOUR} --bits 4 --rows 16 --json"), (SOURCE,)),
-    Step(
-        "make-few",
-        (
-            "-m",
-            "lowmem.benchmarks.experiments.full_size.make_starchat_shaped",
-            FEW,
-            "--layers",
-            str(FEW_LAYERS),
-        ),
-    ),
+    Step("make-few", (*MAKE, FEW, "--layers", str(FEW_LAYERS))),
     Step("convert-8", _lowmem(f"convert {FEW} {EIGHT} --bits 8 --rows 16 --json"), (FEW,)),
     Step("verify", _lowmem(f"verify {FOUR} --json"), (FOUR,)),
     Step("plan", _lowmem(f"plan {FOUR} --device cpu --json"), (FOUR,)),
@@ -103,11 +93,10 @@ STEPS = (
 )
 
 
-def run_step(step: Step, work: Path, say: Callable[[str], None]) -> int:
-    """Run one step to its end or its interruption, and note what it took; its exit code.
+def run_step(step: Step, work: Path) -> int:
+    """Run one step to its end or its interruption, and record what it took; its exit code.
 
-    A step that was interrupted has a number of runs: logs/NAME.1, .2 and so on, each with its figures beside
-    its output.
+    The runs of a step are logs/NAME.1.log, .2.log and so on, each with its figures in a .json beside it.
     """
     for name in step.needs:
         if not (work / name).is_dir():
@@ -118,9 +107,9 @@ def run_step(step: Step, work: Path, say: Callable[[str], None]) -> int:
     log = logs / f"{step.name}.{number}.log"
     folders = {SOURCE, FOUR, FEW, EIGHT}
     command = [sys.executable, *(str(work / a) if a in folders else a for a in step.command)]
-    disk = _Disk(work)
-    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    say(f"{step.name}: python {shlex.join(step.command)}")
+    shown = f"python {shlex.join(step.command)}"
+    disk, date = _Disk(work), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    say(f"{step.name}: {shown}")
     usage, code = attempt(
         command,
         log,
@@ -129,19 +118,13 @@ def run_step(step: Step, work: Path, say: Callable[[str], None]) -> int:
         sample=disk.look,
     )
     disk.look(at_once=True)  # a step may be shorter than the time between two looks
-    note(log.with_suffix(".json"), step, usage, code, disk.most, date)
+    write(Run(step.name, shown, date, code, disk_bytes=disk.most, **asdict(usage)), log.with_suffix(".json"))
     say(f"    exit code {code}, {usage.wall_seconds:.0f} s, {usage.peak_bytes / 2**30:.2f} GiB")
     return code
 
 
-def note(file: Path, step: Step, usage: Usage, code: int, disk: int, date: str) -> None:
-    """Write the figures of a run beside its output."""
-    run = Run(step.name, "python " + shlex.join(step.command), date, code, disk_bytes=disk, **asdict(usage))
-    write(run, file)
-
-
 class _Disk:
-    """The most that a folder has grown by since the start: blocks on the disk, not lengths of files."""
+    """The most that a folder has grown by since the start, in blocks on the disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._at, self.most = folder, 0.0, 0
@@ -160,57 +143,50 @@ class _Disk:
                 try:
                     total += os.lstat(os.path.join(folder, name)).st_blocks * 512
                 except OSError:
-                    continue  # renamed or gone meanwhile
+                    continue  # renamed or removed meanwhile
         return total
 
 
 def done(step: Step, work: Path) -> bool:
-    """Whether a run of the step has ended well."""
-    runs = sorted((work / "logs").glob(f"{step.name}.*.json"))
+    """Whether a run of the step has succeeded."""
+    runs = (work / "logs").glob(f"{step.name}.*.json")
     return any(json.loads(file.read_bytes())["exit_code"] == 0 for file in runs)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is left, write the record and the report; the exit code."""
-    names = ", ".join(step.name for step in STEPS)
-    parser = argparse.ArgumentParser(
-        prog="python -m lowmem.benchmarks.experiments.full_size.command", description=__doc__
-    )
-    parser.add_argument("--work", type=Path, metavar="DIR", help="42 GB of checkpoints, and the figures")
-    parser.add_argument("--only", metavar="LIST", help=f"steps, parted by commas: {names}")
-    parser.add_argument("--show", action="store_true", help="print the committed report")
-    args = parser.parse_args(argv)
-    try:
-        if args.show:
-            print(
-                markdown(
-                    read(FullSize, RESULTS, "lowmem.benchmarks.experiments.full_size.command --work DIR")
-                ),
-                end="",
-            )
-            return 0
-        if args.work is None:
-            parser.error("--work DIR is wanted")
-        wanted = args.only.split(",") if args.only else [step.name for step in STEPS]
-        if unknown := set(wanted) - {step.name for step in STEPS}:
-            parser.error(f"--only {sorted(unknown)[0]} is no step; they are {names}")
-        work = args.work.expanduser().absolute()
-        for step in STEPS:
-            if step.name in wanted and not done(step, work):
-                code = run_step(step, work, lambda line: print(line, flush=True))
-                if code:
-                    tail = sorted((work / "logs").glob(f"{step.name}.*.err"))[-1].read_text().splitlines()
-                    print(*tail[-3:], sep="\n", file=sys.stderr)
-                    return 2
-        if all(done(step, work) for step in STEPS):
-            record = collect(work)
-            write(record, RESULTS)
-            REPORT.write_text(markdown(record), encoding="utf-8")
-            print(f"wrote {RESULTS.relative_to(ROOT)} and {REPORT.relative_to(ROOT)}")
-    except LowmemError as error:
-        print(f"full_size: {error}", file=sys.stderr)
-        return 2
+def run_steps(work: Path, wanted: Sequence[str]) -> int:
+    """Run the wanted steps that are not done; after the last, write record and report. The exit code."""
+    for step in STEPS:
+        if step.name in wanted and not done(step, work) and run_step(step, work):
+            tail = sorted((work / "logs").glob(f"{step.name}.*.err"))[-1].read_text().splitlines()
+            say("\n".join(tail[-3:]))
+            return 2
+    if all(done(step, work) for step in STEPS):
+        record = collect(work)
+        write(record, RESULTS)
+        REPORT.write_text(markdown(record) + "\n", encoding="utf-8")
+        print(f"wrote {RESULTS.relative_to(ROOT)} and {REPORT.relative_to(ROOT)}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; the exit code."""
+    names = [step.name for step in STEPS]
+    parser = FULL_SIZE.parser(__doc__)
+    parser.add_argument("--work", type=Path, metavar="DIR", help="42 GB of checkpoints, and the figures")
+    parser.add_argument("--only", metavar="LIST", help=f"steps, with commas: {', '.join(names)} (all)")
+    args = parser.parse_args(argv)
+    wanted = args.only.split(",") if args.only else names
+    if unknown := set(wanted) - set(names):
+        parser.error(f"--only {min(unknown)} is not a step; they are {', '.join(names)}")
+    if args.show:
+        return FULL_SIZE.run(args, lambda: None)
+    if args.work is None:
+        parser.error("--work DIR is required")
+    try:
+        return run_steps(args.work.expanduser().absolute(), wanted)
+    except LowmemError as error:
+        say(f"error: {error}")
+        return 2
 
 
 if __name__ == "__main__":

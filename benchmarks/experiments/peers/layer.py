@@ -250,7 +250,9 @@ def errors(work: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
             found[name].append({"output": missed / energy(output), "added": missed / energy(output - hidden)})
         hidden = output
         empty(layer)
-    return {name: {"linears": list(map(list, linears[name].items())), "layers": found[name]} for name in names}
+    return {
+        name: {"linears": list(map(list, linears[name].items())), "layers": found[name]} for name in names
+    }
 
 
 def measure(args: argparse.Namespace, words: Sequence[str], work: Path) -> LayerRecord:

@@ -1,4 +1,4 @@
-"""One prompt, answered greedily by every form of a model: `python -m lowmem.benchmarks.experiments.data.answers MODEL`.
+"""One prompt, answered greedily by every form of a model: `python -m lowmem.benchmarks.experiments.answers MODEL`.
 
 Markdown: a line on each form (its weights, tokens and tokens/s), and its answer.
 """
