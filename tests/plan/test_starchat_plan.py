@@ -1,4 +1,4 @@
-"""StarChat Alpha's plan: the published figures, the golden file, and the README's table."""
+"""StarChat Alpha's plan: the published figures, the golden file, and the table in docs/run.md."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_plan_of_the_real_layout_is_the_golden_one(plans: dict[str, Plan]) -> No
     assert starchat_plan.golden(plans) == golden
 
 
-def test_the_readme_has_this_table(plans: dict[str, Plan]) -> None:
-    assert starchat_plan.markdown(plans) in (REPO / "README.md").read_text(encoding="utf-8")
+def test_the_guide_has_this_table(plans: dict[str, Plan]) -> None:
+    assert starchat_plan.markdown(plans) in (REPO / "docs" / "run.md").read_text(encoding="utf-8")
 
 
 def test_the_command_says_the_same_and_loads_no_torch(plans: dict[str, Plan], tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ TITLES = {
 }
 LIMITS = """\
 This shows that every step works at the real size on a machine that cannot hold the model, what it takes
-there, and that memory and disk stay within what the plan promised. The weights are made up, so the divergences and
-errors below say nothing about a trained model (see README, "Quality", for those). No GPU was available:
+there, and that memory and disk are what the plan promised. The weights are made up, so the divergences and
+errors below say nothing about a trained model (docs/measurements.md has those). No GPU was available:
 nothing here is a GPU's figure. `lowmem doctor` runs the same checks on a GPU: every kernel against the
 reference, a CUDA graph's decode step against the eager one, and the memory that is really free."""
 

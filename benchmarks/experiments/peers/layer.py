@@ -193,12 +193,12 @@ def errors(work: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     from lowmem.kernels.reference import dequantize
     from lowmem.models.architecture import build_model, decoder_layers, inspect
     from lowmem.streaming.layer_calls import catch_calls, embed
-    from lowmem.streaming.weights import Weights, empty, put
+    from lowmem.streaming.weights import ModelWeights, empty, put
 
     tokens = torch.tensor(json.loads((work / "about.json").read_bytes())["heldout"])
     source = open_source(str(work / "source"))
     arch = inspect(source.config())
-    weights = Weights(source, arch)
+    weights = ModelWeights(source, arch)
     cpu = torch.device("cpu")
     model = build_model(source.config(), torch.float32, buffers=True)
     weights.fill(model, "", arch.outside_before_layers(), torch.float32, cpu)

@@ -1,6 +1,6 @@
 """What StarChat Alpha needs on consumer cards and on CPUs.
 
-    python -m lowmem.benchmarks.experiments.starchat.plan            the README's table
+    python -m lowmem.benchmarks.experiments.starchat.plan            the table in docs/run.md
     python -m lowmem.benchmarks.experiments.starchat.plan --write    and the golden file of a test
 
 The published checkpoint and its converted versions are header-only replicas: real names, shapes and sizes
@@ -72,7 +72,7 @@ def markdown(found: dict[str, Plan]) -> str:
         cells = (f"{size / GIB:.2f}" for size in sizes)
         lines.append((name, plan.chosen.candidate.label, *cells, f"{plan.chosen.longest:,}"))
     heads = ("free memory", "runs", "weights", f"KV cache, {CONTEXT} tokens", "workspace", "own context",
-             "in all", "longest context")  # fmt: skip
+             "total", "longest context")  # fmt: skip
     return table(heads, lines)
 
 
