@@ -1,7 +1,7 @@
-"""`lowmem demo`: the whole job on the embedded model, which is real and trained, in a few minutes.
+"""`lowmem demo`: convert the embedded model, run it and measure it, in a few minutes.
 
-Convert to 8 and 4 bits, say what each needs, answer a prompt with each, and measure size, quality and
-speed against bf16.
+The model is real and trained. It is converted to 8 and 4 bits; each version answers a prompt, and is compared
+with the unquantized model in size, quality and speed.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lowmem.benchmarks.quality.in_memory import Comparison, Quality
+    from lowmem.benchmarks.common.records import TextQuality
+    from lowmem.benchmarks.report.document import Table
 
 PROMPT = "Write a Python function get_name. Return the name of this object."
 BITS = (8, 4)
+TEXT_ROWS = 24
+"""Rows of 512 tokens of held-out code that quality is measured on."""
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the demo's table; sizes in bytes."""
+class Run:
+    """One version as it answered."""
 
-    name: str
-    weights: int
-    kv_cache: int
-    quality: Quality
+    label: str
+    weight_bytes: int
+    kv_cache_bytes: int
     tokens_per_second: float
+    kernel: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", metavar="DIR", help="keep the converted checkpoints in this folder")
     parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows (%(default)s)")
     parser.add_argument(
-        "--new-tokens", type=int, default=64, metavar="N", help="of each answer (%(default)s)"
+        "--new-tokens", type=int, default=64, metavar="N", help="tokens of each answer (%(default)s)"
     )
 
 
 def embedded_model() -> Path:
-    """The folder of tiny-starchat inside the installed package."""
+    """The folder of tiny-starchat in the installed package."""
     from importlib.resources import files
 
     return Path(str(files("lowmem") / "data" / "tiny-starchat"))
@@ -59,108 +63,112 @@ def run(args: argparse.Namespace) -> int:
     try:
         keep.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{keep} cannot be made: {error.strerror}", "Choose another folder") from error
+        raise OutputError(f"{keep} cannot be created: {error.strerror}", "Choose another folder") from error
     _demo(keep, args.rows, args.new_tokens)
-    print(f"The checkpoints are in {keep}: lowmem run {keep / '4bit'}")
+    print(f"The checkpoints are in {keep}. Chat with one: lowmem run {keep / '4bit'}")
     return 0
 
 
 def _demo(folder: Path, rows: int, new_tokens: int) -> None:
-    from lowmem.benchmarks.quality.in_memory import Comparison, log_probabilities, text_rows
+    from lowmem.benchmarks.report.terminal import print_tables
+
+    source = embedded_model()
+    folders = {bits: _converted(source, folder / f"{bits}bit", bits, rows) for bits in BITS}
+    runs = [_answer(source, "dense", new_tokens), *(_answer(f, "gptq", new_tokens) for f in folders.values())]
+    _say("Comparing next-token distributions on held-out code")
+    found = _quality(source, tuple(map(str, folders.values())))
+    cells = tuple(_cells(run, runs[0], found[run.label]) for run in runs)
+    tokens = next(iter(found.values())).tokens
+    print_tables([_table(cells, tokens)], NOTES)
+
+
+def _converted(source: Path, out: Path, bits: int, rows: int) -> Path:
     from lowmem.convert.calibration import CalibrationSpec
     from lowmem.convert.pipeline import convert
     from lowmem.convert.progress import make_reporter
 
     from lowmem.config import QuantConfig
-    from lowmem.loading.loader import load
 
-    source = embedded_model()
-    candidates = [("bf16 source", source)]
-    for bits in BITS:
-        _say(f"Converting {source.name} to {bits} bits")
-        out = folder / f"{bits}bit"
-        if not out.exists():
-            convert(
-                source,
-                out,
-                QuantConfig(bits=bits),
-                calibration=CalibrationSpec(rows=rows),
-                reporter=make_reporter(quiet=False, as_json=False),
-            )
-        candidates.append((f"GPTQ {bits}-bit g128", out))
-    _say("Loading the reference, in float32")
-    import torch
-
-    reference = load(source, dtype=torch.float32)
-    text = (source / "heldout.txt").read_text(encoding="utf-8")
-    tokens = text_rows(reference.tokenizer, text)
-    comparison = Comparison(log_probabilities(reference.model, tokens), tokens)
-    del reference
-    table = [_measure(name, path, comparison, new_tokens) for name, path in candidates]
-    _print_table(table, int(tokens.numel()))
+    _say(f"Converting {source.name} to {bits} bits")
+    if not out.exists():
+        reporter = make_reporter(quiet=False, as_json=False)
+        convert(
+            source, out, QuantConfig(bits=bits), calibration=CalibrationSpec(rows=rows), reporter=reporter
+        )
+    return out
 
 
-def _measure(name: str, path: Path, comparison: Comparison, new_tokens: int) -> Row:
-    """Answer the prompt, and compare: in bf16 as a user runs it, so the arithmetic's noise is in it."""
-    import torch
-    from lowmem.benchmarks.quality.in_memory import log_probabilities
-
+def _answer(path: Path, method: str, new_tokens: int) -> Run:
+    """Answer the prompt with one version, as `lowmem run` would."""
     from lowmem.config import SamplingParams
-    from lowmem.loading.loader import load
+    from lowmem.loading.opening import load_option
     from lowmem.plan.request import ModelRequest, plan_for
     from lowmem.session import Session
 
-    need = plan_for(ModelRequest(str(path), device="cpu", method=None if name.startswith("GPTQ") else "dense"))
-    loaded = load(path)
-    weights, kv_cache = need.chosen.need.weights, need.chosen.need.kv_cache
-    _say(f"{name} answers {PROMPT!r}")
-    params = SamplingParams(max_new_tokens=new_tokens, temperature=0)
+    request = ModelRequest(str(path), device="cpu", method=method)
+    plan = plan_for(request)
+    loaded = load_option(plan.chosen, plan, request)
+    _say(f"{loaded.label} answers {PROMPT!r}")
     session = Session(loaded)
     session.complete(PROMPT, SamplingParams(max_new_tokens=2, temperature=0))  # warm-up
-    answer = session.complete(PROMPT, params)
+    session.engine.settle()
+    answer = session.complete(PROMPT, SamplingParams(max_new_tokens=new_tokens, temperature=0))
     print(answer.text.strip(), flush=True)
-    del loaded, session
-    exact = load(path, dtype=torch.float32)
-    quality = comparison.measure(log_probabilities(exact.model, comparison.rows))
-    return Row(name, weights, kv_cache, quality, answer.tokens_per_second)
+    need = plan.chosen.need
+    return Run(loaded.label, need.weights, need.kv_cache, answer.tokens_per_second, loaded.kernel)
+
+
+def _quality(source: Path, folders: tuple[str, ...]) -> dict[str, TextQuality]:
+    """Label → quality on held-out code, of the converted folders and of the source in bfloat16."""
+    from lowmem.benchmarks.common.lineup import LineupRequest, line_up
+    from lowmem.benchmarks.common.output import Output
+    from lowmem.benchmarks.common.progress import make_progress
+    from lowmem.benchmarks.quality.measure import Settings, measure
+
+    lineup = line_up(LineupRequest(folders, reference=str(source)))
+    settings = Settings(("code",), rows=TEXT_ROWS, greedy=False, record=False, cache=False)
+    progress = make_progress(quiet=False)
+    try:
+        with tempfile.TemporaryDirectory(prefix="lowmem-demo-") as records:
+            record = measure(lineup, settings, Output(Path(records)), sys.argv[1:], progress)
+    finally:
+        progress.close()
+    return {subject.subject.label: subject.texts[0] for subject in record.subjects}
 
 
 def _say(text: str) -> None:
     print(f"\n# {text}", file=sys.stderr, flush=True)
 
 
-def _print_table(table: list[Row], tokens: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
+NOTES = (
+    "KL divergence and perplexity of 8 and 4 bits are computed in float32, so they show quantization alone. "
+    "Those of bfloat16 show the rounding of its arithmetic.",
+    "Decode reads all weights for every token, so fewer bits are faster; on a model as small as this, other "
+    "work takes most of the time.",
+)
 
-    view: Any = Table(title=f"tiny-starchat against bf16, over {tokens:,} tokens of held-out code")
-    view.add_column("checkpoint")
-    for column in (
-        "weights MiB",
-        "KV cache MiB",
-        "of bf16",
-        "KL divergence",
-        "same top-1",
-        "perplexity",
-        "tokens/s",
-    ):
-        view.add_column(column, justify="right")
-    first = table[0]
-    for row in table:
-        view.add_row(
-            row.name,
-            f"{row.weights / (1 << 20):.2f}",
-            f"{row.kv_cache / (1 << 20):.2f}",
-            f"{row.weights / first.weights:.0%}",
-            f"{row.quality.kld:.6f}",
-            f"{row.quality.same_top1:.2%}",
-            f"{row.quality.ppl:.3f}",
-            f"{row.tokens_per_second:.1f}",
-        )
-    console = Console()
-    # A pipe has no width of its own; the table must not be folded to 80 columns there.
-    Console(width=None if console.is_terminal else 120).print(view)
-    print(
-        "KL divergence and perplexity are computed in float32, so they show the quantization alone. "
-        "The linears run in plain torch so far: packed kernels are to come, and tokens/s with them."
+
+def _cells(run: Run, dense: Run, quality: TextQuality) -> tuple[str, ...]:
+    return (
+        run.label,
+        f"{run.weight_bytes / _MIB:.2f}",
+        f"{run.kv_cache_bytes / _MIB:.2f}",
+        f"{run.weight_bytes / dense.weight_bytes:.0%}",
+        f"{quality.kld.mean:.6f}",
+        f"{quality.same_top1:.2%}",
+        f"{quality.ppl:.3f}",
+        f"{run.tokens_per_second:.1f}",
+        run.kernel,
     )
+
+
+def _table(cells: tuple[tuple[str, ...], ...], tokens: int) -> Table:
+    from lowmem.benchmarks.report.document import Column, Table
+
+    names = ("weights MiB", "KV cache MiB", "of bfloat16", "KL divergence", "same top token", "perplexity")
+    columns = (
+        Column("version", number=False),
+        *map(Column, (*names, "tokens/s")),
+        Column("kernel", number=False),
+    )
+    return Table(f"tiny-starchat on {tokens:,} tokens of held-out code", columns, cells)

@@ -1,25 +1,26 @@
-"""The exceptions of lowmem.
+"""What can go wrong, in the user's words.
 
-A `LowmemError` is a mistake or a limit that the user can act on. The command line prints it in one line and
-exits with 2. Any other exception is a bug and keeps its traceback.
+Every error that a user can cause or mend is a `LowmemError`: one line that says what is wrong, and
+one that says what to do next. The command line prints them and exits with 2. Anything else is a bug
+of ours and keeps its traceback.
 """
 
 MAX_MESSAGE = 4000
-"""Characters of the longest message."""
+"""Characters of one."""
 
 
 def printable(text: str) -> str:
-    """The text in one line, without control characters: they are escaped as in a Python string."""
+    """One line of text that a terminal shows and does not obey: what cannot be shown as Python spells it."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    half = MAX_MESSAGE // 2  # the problem often follows a long name
+    half = MAX_MESSAGE // 2  # what is wrong is often said behind a name
     return text if len(text) <= MAX_MESSAGE else f"{text[: half - 1]}…{text[-half:]}"
 
 
 class LowmemError(Exception):
     """A mistake or a limit that the user can act on.
 
-    message: the problem, with the file, tensor or option at fault. hint: the next step.
+    `message` names the file, tensor or option at fault; `hint` says what to type or change next.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -28,20 +29,20 @@ class LowmemError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """One line that is safe to print: names from files are escaped."""
+        """One line, whatever names a file brought along: nothing in it steers a terminal."""
         return printable(f"{self.message}. {self.hint}" if self.hint else self.message)
 
 
 class SourceError(LowmemError):
-    """The checkpoint is missing, damaged, or of a kind that lowmem cannot read."""
+    """The checkpoint to read is missing, damaged, or not one that can be converted."""
 
 
 class ArchitectureError(LowmemError):
-    """The model is not a stack of decoder layers with plain linears."""
+    """The model's structure is not one of decoder layers made of plain linears."""
 
 
 class RecipeError(LowmemError):
-    """A setting is impossible, or differs from that of the conversion in progress."""
+    """The asked quantization is impossible, or differs from that of the job in progress."""
 
 
 class CalibrationError(LowmemError):
@@ -49,19 +50,19 @@ class CalibrationError(LowmemError):
 
 
 class MemoryBudgetError(LowmemError):
-    """The work does not fit in the available memory."""
+    """The work would not fit the memory that it may use."""
 
 
 class OutOfMemoryError(MemoryBudgetError, MemoryError):
-    """An allocation failed. Also a `MemoryError`, so that a smaller version is tried."""
+    """Memory that was asked for cannot be had: a `MemoryError` too, so that a smaller form may be tried."""
 
 
 class OutputError(LowmemError):
-    """The output cannot be written: the folder exists, the disk is full, or permission is missing."""
+    """The result cannot be written: the folder exists, the disk is full, no permission."""
 
 
 class VerifyError(LowmemError):
-    """A converted checkpoint is damaged; the message names the file and the tensor."""
+    """A converted checkpoint is damaged; `message` names the file and the tensor."""
 
 
 class InvalidRequestError(LowmemError):

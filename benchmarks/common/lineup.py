@@ -1,4 +1,4 @@
-"""What is measured against what: the models that a user names → the reference and the forms beside it.
+"""The models that a user names → the versions to measure, and the unquantized model that they came from.
 
 Only headers and configs are read here.
 """
@@ -20,106 +20,120 @@ if TYPE_CHECKING:
     from lowmem.plan.candidates import Candidate
 
 LABELS = {"int8": "int8", "nf4": "NF4"}
-"""What reports call bitsandbytes' methods."""
-FORMS = ("dense", "float32", "bfloat16", "float16", "int8", "nf4", "gptq")
-"""What --forms knows, beside widths such as "4-bit" or "4-bit g128"."""
+"""Names of bitsandbytes' methods in reports."""
+VERSIONS = ("dense", "float32", "bfloat16", "float16", "int8", "nf4", "gptq")
+"""Values of --versions, beside labels such as "4-bit" or "4-bit g128"."""
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """One form to be measured. candidate: its folder or file, its form and its shape."""
+    """One version to measure."""
 
     subject: Subject
     candidate: Candidate
+    """Where it is, how it is loaded, and its shape."""
 
 
 @dataclass(frozen=True)
 class Lineup:
-    """source: the unquantized model that all entrants are forms of, for `open_source`. entrants: in the
-    order of quality that the planner expects, and of the models as given."""
+    """All versions to measure."""
 
     source: str
+    """The unquantized model that all versions were made from, for `open_source`."""
     entrants: tuple[Entrant, ...]
+    """Best expected quality first."""
+
+
+@dataclass(frozen=True)
+class LineupRequest:
+    """What a user wants to measure."""
+
+    models: tuple[str, ...]
+    """Folders, weight files, hub ids, or names from `lowmem list`. At most one is unquantized: it stands for
+    all of its versions on this machine. A GPTQ folder stands for itself."""
+    reference: str | None = None
+    """The unquantized model, if none of `models` is. By default the one that a GPTQ folder's report names."""
+    versions: tuple[str, ...] = ()
+    """Measure only these: VERSIONS or labels. Empty for all."""
+    dtype: str | None = None
+    """Of activations, as `lowmem run --dtype`."""
+    cuda: bool = False
+    reference_needed: bool = True
+    """False if GPTQ folders may be measured without their source; the first folder then is the source."""
 
 
 def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare MODEL…, --reference and --forms: what `line_up` takes."""
+    """Declare MODEL…, --reference and --versions."""
     parser.add_argument(
         "models",
         metavar="MODEL",
         nargs="+",
-        help="an unquantized model with all of its forms here (as stored, bitsandbytes' int8 and NF4, "
-        "converted ones), or GPTQ folders of any maker",
+        help="an unquantized model, measured with all of its versions on this machine (as published, "
+        "bitsandbytes' int8 and NF4, converted), or GPTQ folders",
     )
     parser.add_argument(
         "--reference",
         metavar="SOURCE",
-        help="the unquantized model that GPTQ folders were made of (what their report names)",
+        help="the unquantized model that GPTQ folders were converted from (the one that their report names)",
     )
     parser.add_argument(
+        "--versions",
         "--forms",
-        type=lambda text: text.split(","),
+        dest="versions",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
         metavar="LIST",
-        help=f"only these, parted by commas: {', '.join(FORMS)}, or labels such as 4-bit (all)",
+        help=f"measure only these, separated by commas: {', '.join(VERSIONS)}, or labels such as 4-bit (all)",
     )
 
 
-def line_up(
-    models: Sequence[str],
-    *,
-    reference: str | None = None,
-    forms: Sequence[str] | None = None,
-    dtype: str | None = None,
-    cuda: bool = False,
-    reference_needed: bool = True,
-) -> Lineup:
-    """Find the forms to be measured, and the unquantized model that they are forms of.
+def lineup_of(
+    args: argparse.Namespace, *, cuda: bool, dtype: str | None = None, reference_needed: bool = True
+) -> LineupRequest:
+    """The request on a command line."""
+    return LineupRequest(tuple(args.models), args.reference, args.versions, dtype, cuda, reference_needed)
 
-    models: folders, weight files, hub ids or names from `lowmem list`. One of them may be unquantized and
-    then brings every form of it on this machine; a GPTQ folder brings itself. reference: the unquantized
-    model where none is among them; else what the first folder's lowmem-report.json names, if that is here.
-    reference_needed: False where GPTQ folders whose source is gone can be measured alone; the first of them
-    then is the source. forms: see FORMS; None or nothing is all. dtype: of activations, as `lowmem run
-    --dtype`. Raises SourceError or InvalidRequestError saying what to type.
-    """
+
+def line_up(request: LineupRequest) -> Lineup:
+    """Find the versions to measure and their source. Raises SourceError or InvalidRequestError."""
     from lowmem.plan.candidates import find_candidates, ranked
 
     found: list[Candidate] = []
     source: tuple[str, Candidate] | None = None
-    for model in models:
-        candidates = find_candidates(model, cuda=cuda, dtype=dtype)
+    for model in request.models:
+        candidates = find_candidates(model, cuda=request.cuda, dtype=request.dtype)
         dense = next((c for c in candidates if c.form.method == "dense"), None)
         if dense is not None:
-            if source is not None and not _same_place(source[1].path, dense.path):
+            if source is not None and source[1].path.resolve() != dense.path.resolve():
                 raise InvalidRequestError(
                     f"{source[0]} and {model} are both unquantized", "Measure one model at a time"
                 )
             source = (_name(model, dense), dense)
         found += candidates
-    own = source
-    if reference is not None:
-        source = _unquantized(reference, cuda)
+    named = source[0] if source else request.models[0]
+    if request.reference is not None:
+        source = _unquantized(request.reference, request.cuda)
     elif source is None:
         try:
-            source = _reported(found, cuda)
+            source = _reported(found, request.cuda)
         except SourceError:
-            if reference_needed:
+            if request.reference_needed:
                 raise
             source = (str(found[0].path), found[0])
     found = _distinct(ranked(found))
     for candidate in found:
         _check_same_model(candidate, source[1], source[0])
-    wanted = _wanted(found, forms)
-    entrants = tuple(_entrants(wanted))
+    entrants = tuple(_entrants(_wanted(found, request.versions)))
     if not entrants:
-        there = ", ".join(dict.fromkeys(_label(c) for c in found))
-        what = f"none of {own[0] if own else models[0]}'s forms is one of {','.join(forms or ())}"
-        raise InvalidRequestError(what, f"There are {there}")
+        raise InvalidRequestError(
+            f"{named} has no version {','.join(request.versions)}",
+            f"Available are {', '.join(dict.fromkeys(map(_label, found)))}",
+        )
     return Lineup(source[0], entrants)
 
 
 def _name(model: str, dense: Candidate) -> str:
-    """What to open the unquantized model by: the hub id as typed, or its path."""
+    """The name to open an unquantized model by: the hub id as typed, or its path."""
     from lowmem.checkpoint.files.reading import is_hub_id
 
     return model if is_hub_id(model) and not Path(model).expanduser().exists() else str(dense.path)
@@ -132,13 +146,13 @@ def _unquantized(reference: str, cuda: bool) -> tuple[str, Candidate]:
         if candidate.form.method == "dense":
             return _name(reference, candidate), candidate
     raise SourceError(
-        f"{reference} is quantized: nothing can be measured against it",
-        "Give the unquantized original: --reference SOURCE",
+        f"{reference} is quantized and cannot be the reference",
+        "Name the unquantized model with --reference SOURCE",
     )
 
 
 def _reported(found: Iterable[Candidate], cuda: bool) -> tuple[str, Candidate]:
-    """The unquantized model that a folder's own report, or lowmem's cache, says it was made of."""
+    """The source that a folder's report or lowmem's cache names. Raises SourceError if it is not here."""
     from lowmem.checkpoint import cache
 
     origins = {entry.path.resolve(): entry.source for entry in cache.entries()}
@@ -154,10 +168,9 @@ def _reported(found: Iterable[Candidate], cuda: bool) -> tuple[str, Candidate]:
                 return _unquantized(place, cuda)
             except LowmemError:
                 continue
-    what = f"the unquantized {named} that it was made of" if named else "what the checkpoint was made of"
     raise SourceError(
-        f"{what} is not known to be on this machine, and there is nothing to measure against",
-        "Give the unquantized model with --reference SOURCE",
+        f"the reference, the unquantized model {named or 'of this checkpoint'}, was not found here",
+        "Name it with --reference SOURCE",
     )
 
 
@@ -173,7 +186,7 @@ def _base_model(folder: Path) -> str:
 
 
 def _check_same_model(candidate: Candidate, reference: Candidate, name: str) -> None:
-    """SourceError unless both are the same layers over the same vocabulary."""
+    """Raise SourceError unless layers, widths and vocabulary are the same."""
     one, other = candidate.shape, reference.shape
     parts: tuple[tuple[str, object, object], ...] = (
         ("decoder layers", one.layers, other.layers),
@@ -183,51 +196,46 @@ def _check_same_model(candidate: Candidate, reference: Candidate, name: str) -> 
     )
     for what, found, expected in parts:
         if found != expected:
-            counts = f"{found} {what}, not {expected}" if isinstance(found, int) else f"other {what}"
+            counts = f"{found} {what}, not {expected}" if isinstance(found, int) else f"different {what}"
             raise SourceError(
-                f"{candidate.path} is not a form of {name}: it has {counts}",
-                "Give the model that it was made of with --reference SOURCE",
+                f"{candidate.path} was not converted from {name}: it has {counts}",
+                "Name its unquantized model with --reference SOURCE",
             )
 
 
-def _wanted(found: list[Candidate], forms: Sequence[str] | None) -> list[Candidate]:
-    asked = [form.strip().lower() for form in forms or () if form.strip()]
-    for form in asked:
-        if form not in FORMS and not form[:1].isdigit():
+def _wanted(found: list[Candidate], versions: Sequence[str]) -> list[Candidate]:
+    asked = {version.strip().lower() for version in versions if version.strip()}
+    for version in asked:
+        if version not in VERSIONS and not version[:1].isdigit():
             raise InvalidRequestError(
-                f"--forms {form} is not known", f"Known are {', '.join(FORMS)}, 4-bit …"
+                f"--versions {version} is not known", f"Use {', '.join(VERSIONS)}, or a label such as 4-bit"
             )
-    return [c for c in found if not asked or any(_is_form(c, form) for form in asked)]
+    return [c for c in found if not asked or asked & _names(c)]
 
 
-def _is_form(candidate: Candidate, form: str) -> bool:
+def _names(candidate: Candidate) -> set[str]:
+    """The values of --versions that choose it."""
     names = {candidate.form.method, _label(candidate).lower()}
-    if candidate.shape.format is not None:
-        names.add(f"{candidate.bits}-bit")
-    return form in names
+    return names if candidate.shape.format is None else names | {f"{candidate.bits}-bit"}
 
 
 def _distinct(found: Iterable[Candidate]) -> list[Candidate]:
-    """Each form of each place once, in the order given."""
+    """Each version at each place once, in the order given."""
     kept: dict[tuple[Path, object], Candidate] = {}
     for candidate in found:
         kept.setdefault((candidate.path.resolve(), candidate.form), candidate)
     return list(kept.values())
 
 
-def _same_place(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
-
-
 def _label(candidate: Candidate) -> str:
-    """What reports call it: "4-bit g128", "bfloat16", "int8", "NF4"."""
+    """`4-bit g128`, `bfloat16`, `int8`, `NF4`."""
     if candidate.shape.format is not None:
         return candidate.shape.format.label
     return LABELS.get(candidate.form.method, candidate.form.dtype)
 
 
 def _entrants(found: Sequence[Candidate]) -> list[Entrant]:
-    """The candidates as entrants; what is called alike gets as much of its path as tells it apart."""
+    """Entrants with unique labels: equal ones get as much of their path as tells them apart."""
     labels = [_label(c) for c in found]
     ways: tuple[Callable[[Path], str], ...] = (
         lambda path: path.name,
@@ -243,14 +251,14 @@ def _entrants(found: Sequence[Candidate]) -> list[Entrant]:
     return [Entrant(subject_of(c, label), c) for label, c in zip(labels, found, strict=True)]
 
 
-def _as_seen_from_here(path: Path) -> str:
-    """A path below the working folder by what lies below it: a record is read on other machines, too."""
+def _relative(path: Path) -> str:
+    """A path relative to the working folder if it is below it: records are read on other machines."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def subject_of(candidate: Candidate, label: str) -> Subject:
-    """A candidate as records name it, with its sizes from headers."""
+    """A candidate in a record, with its sizes from headers."""
     from lowmem.plan.memory import weights_bytes
 
     shape, form = candidate.shape, candidate.form
@@ -265,7 +273,7 @@ def subject_of(candidate: Candidate, label: str) -> Subject:
         label=label,
         method=form.method,
         dtype=form.dtype,
-        path=_as_seen_from_here(candidate.path),
+        path=_relative(candidate.path),
         bits_per_weight=8 * nbytes / max(1, count),
         weight_bytes=weights_bytes(shape, form),
     )

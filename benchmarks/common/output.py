@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lowmem.benchmarks.common.record_file import FILES, FOLDER, to_json
 from lowmem.benchmarks.common.records import HumanEvalRecord, LatencyRecord, QualityRecord
+
 from lowmem.checkpoint.files.lock import take
 from lowmem.checkpoint.files.whole import DiskFullError, refusals, require_room
 from lowmem.errors import OutputError

@@ -1,4 +1,4 @@
-"""Measured processes: what a command takes, and on what machine."""
+"""Processes that are measured, and the machine that they run on."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+"""The checkout, for experiments that run from one."""
 SAMPLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process took: seconds and bytes.
-
-    peak_bytes: the most that was resident, mapped files included. peak_anonymous_bytes: the most of it that
-    no file backs, sampled; the kernel cannot drop that.
-    """
+    """Time and memory of a process."""
 
     wall_seconds: float
     cpu_seconds: float
     peak_bytes: int
+    """Peak resident memory, mapped files included."""
     peak_anonymous_bytes: int
+    """Peak of the part that no file backs and that Linux cannot drop, sampled."""
     load_average_before: float
 
 
 def run_process(command: Sequence[str], log: Path) -> Usage:
-    """Run a command to its end, its output to `log`, and watch its memory. SystemExit if it fails."""
+    """Run a command with its output in `log`, and watch its memory. Raises SystemExit if it fails."""
     usage, code = attempt(command, log)
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
@@ -49,16 +48,13 @@ def attempt(
     environment: Mapping[str, str] | None = None,
     sample: Callable[[], None] | None = None,
 ) -> tuple[Usage, int]:
-    """Run a command to its end and watch its memory: what it took, and its exit code, negative for a signal.
+    """Run a command in the folder of `log` and watch its memory: (usage, exit code or negative signal).
 
-    log: gets its output, and its standard error unless `errors` does. environment: beside our own. sample:
-    called every SAMPLE_SECONDS.
+    log: for its output, and its standard error if `errors` is None. environment: added to this process's.
+    sample: called every SAMPLE_SECONDS.
     """
-    own = {**os.environ, **(environment or {})}
-    own["CUDA_VISIBLE_DEVICES"] = ""  # the CPU's figures, on machines with a card too
-    own["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # GPTQModel's own default, but never the one worker with which it cannot load.
-    own.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, ((os.cpu_count() or 1) + 1) // 2)))
+    own = _environment(environment or {})
+    own["CUDA_VISIBLE_DEVICES"] = ""  # figures are of the CPU on machines with a card, too
     load, peak, anonymous = os.getloadavg()[0], 0, 0
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
@@ -82,7 +78,7 @@ def attempt(
     process.returncode = os.waitstatus_to_exitcode(status)
     wall = time.perf_counter() - started
     cpu = usage.ru_utime + usage.ru_stime
-    # ru_maxrss counts this process's own memory at the fork too, so the high-water mark goes before it.
+    # ru_maxrss includes this process's own memory at the fork, so the high-water mark is preferred.
     found = Usage(round(wall, 2), round(cpu, 2), peak or usage.ru_maxrss * 1024, anonymous, round(load, 2))
     return found, process.returncode
 
@@ -90,17 +86,18 @@ def attempt(
 def converse(
     module: str, message: str, hear: Callable[[str], None], log: Path, environment: dict[str, str]
 ) -> int:
-    """Run `python -m module` with `message` on its standard input; its exit code, negative for a signal.
+    """Run `python -m module` with `message` on standard input; its exit code, negative for a signal.
 
-    hear: called with each line of its standard output, as it comes. log: gets its standard error.
-    environment: beside our own. The process leads a group of its own, which Ctrl-C at the terminal does not
-    reach; the group is killed when anything is raised here, KeyboardInterrupt too, and when its leader ends.
+    hear: called with each line of its standard output. log: for its standard error. environment: added to
+    this process's. The process runs in the folder of `log`, so modules in the user's folder are not imported.
+    It leads a process group that Ctrl-C in the terminal does not reach; the group is killed when its leader
+    ends, and on any exception here, KeyboardInterrupt included.
     """
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with log.open("wb") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", module],
-            env={**os.environ, "PYTHONPATH": path, **environment},
+            env=_environment(environment),
+            cwd=log.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -110,12 +107,12 @@ def converse(
         )
         try:
             assert process.stdin is not None and process.stdout is not None
-            with contextlib.suppress(BrokenPipeError):  # it died before it read: its exit code tells
+            with contextlib.suppress(BrokenPipeError):  # it ended before it read; the exit code says why
                 process.stdin.write(message)
                 process.stdin.close()
             for line in process.stdout:
                 hear(line)
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its id stays its own until the kill
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # keeps its id reserved until the kill
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -123,8 +120,15 @@ def converse(
         return code
 
 
+def _environment(added: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `added`."""
+    # GPTQModel's own default, but at least two workers: it cannot load with one.
+    workers = str(max(2, ((os.cpu_count() or 1) + 1) // 2))
+    return {"GPTQMODEL_CPU_WORKERS": workers, **os.environ, **added}
+
+
 def resident(pid: int) -> dict[str, int]:
-    """The memory lines of /proc/PID/status in bytes; empty when the process has gone."""
+    """The memory lines of /proc/PID/status in bytes; empty if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -51,7 +51,7 @@ class MadeWith:
     """The code behind the figures of one version; see `lowmem.benchmarks.common.currency`."""
 
     kernel: str
-    """What multiplied the linears; "" if they were dequantized instead."""
+    """What multiplied the linears; "" if they were dequantized, or if it is unknown."""
     kernel_contract: int
     """Version of lowmem's C kernels; 0 if another kernel ran."""
     recipe: int

@@ -1,8 +1,9 @@
 """Generated code, run where it can do no harm; whether it solves a problem is decided out of its reach.
 
-Each check starts two bare interpreters (`python -I -S`), both walled in by `lowmem.benchmarks.humaneval.lockdown` before they run
-anything: one runs the answer, the other the problem's tests, which call the answer's function through pipes
-(`lowmem.benchmarks.humaneval.sandbox_child`). This process only waits, counts and kills. What stands, and what does not:
+Each check starts two bare interpreters (`python -I -S`), both walled in by
+`lowmem.benchmarks.humaneval.lockdown` before they run anything: one runs the answer, the other the problem's
+tests, which call the answer's function through pipes (`lowmem.benchmarks.humaneval.sandbox_child`). This
+process only waits, counts and kills. What stands, and what does not:
 
 - No process or thread can be started, so there is nothing but the process itself to kill, and nothing
   survives it; no signal, no ptrace, no socket of any kind.

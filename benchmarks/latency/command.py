@@ -1,26 +1,73 @@
-"""`lowmem bench latency`: load, prefill and decode of every form, beside what the machine allows."""
+"""`lowmem bench latency`: load, prefill and decode of every version, beside what the machine allows."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.benchmarks.common.lineup import Lineup, add_lineup_arguments
-from lowmem.benchmarks.common.record_file import FOLDER
+from lowmem.benchmarks.common.lineup import Lineup, LineupRequest, add_lineup_arguments, line_up, lineup_of
+from lowmem.benchmarks.common.output import Output, add_output_arguments, exclusive, output_of, print_json
+from lowmem.benchmarks.common.record_file import to_json, write_record
+from lowmem.benchmarks.common.records import LatencyRecord, Origin
 
 from lowmem.commands.answering import INTERRUPTED, note
 from lowmem.commands.plan_options import DTYPES
 from lowmem.errors import InvalidRequestError, MemoryBudgetError
 
 if TYPE_CHECKING:
-    from lowmem.benchmarks.common.records import Origin
+    from lowmem.benchmarks.common.progress import Progress
     from lowmem.benchmarks.latency.machine_state import Before
-    from lowmem.benchmarks.latency.measure import Entry, Lengths
-    from lowmem.benchmarks.latency.rounds import Found, Watcher
-    from lowmem.benchmarks.latency.worker import Visit
+    from lowmem.benchmarks.latency.planning import PlannedVersion
+    from lowmem.benchmarks.latency.rounds import Rounds
+    from lowmem.benchmarks.latency.tasks import Lengths, Timings, TimingTask
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """What to time, and where."""
+
+    lineup: LineupRequest
+    prompts: tuple[int, ...] | None
+    """Prompt lengths in tokens; None takes the defaults."""
+    contexts: tuple[int, ...] | None
+    """Context lengths in tokens; None takes the defaults."""
+    new_tokens: int
+    rounds: int
+    threads: int
+    """CPU threads; 0 leaves the number to torch."""
+    device: str
+    """As torch names it."""
+    limit: str
+    """Memory that a version may use, as typed with --ram or --vram; "" for all free memory."""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> LatencySettings:
+        """Check the command line. Raises InvalidRequestError for options that contradict each other."""
+        from lowmem.plan.request import find_card
+
+        if args.rounds < 1 or args.threads < 0:
+            raise InvalidRequestError("--rounds and --threads must be positive", "Use 1 or more")
+        card = find_card(args.device)
+        if card is None and args.vram:
+            raise InvalidRequestError("--vram needs a card, and versions run on the CPU", "Use --ram SIZE")
+        if card is not None and args.ram:
+            raise InvalidRequestError(f"--ram is for the CPU, and versions run on {card}", "Use --vram SIZE")
+        dtype = None if args.dtype == "auto" else args.dtype
+        # Timing needs no reference, so a converted folder whose source is gone can be measured.
+        return cls(
+            lineup_of(args, cuda=card is not None, dtype=dtype, reference_needed=False),
+            args.prompts,
+            args.contexts,
+            args.new_tokens,
+            args.rounds,
+            args.threads,
+            str(card or "cpu"),
+            args.vram or args.ram or "",
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,203 +75,192 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_lineup_arguments(parser)
     what = parser.add_argument_group("what is timed")
     what.add_argument(
-        "--prompts", type=_numbers, metavar="LIST", help="tokens of a prompt to be read (32,128,512,2048)"
+        "--prompts", type=_numbers, metavar="LIST", help="prompt lengths in tokens (32,128,512,2048)"
     )
     what.add_argument(
-        "--contexts",
-        type=_numbers,
-        metavar="LIST",
-        help="tokens before those that are decoded (128,1024,4096)",
+        "--contexts", type=_numbers, metavar="LIST", help="context lengths in tokens (128,1024,4096)"
     )
     what.add_argument(
-        "--new-tokens", type=int, default=64, metavar="N", help="decode so many at each context (%(default)s)"
+        "--new-tokens", type=int, default=64, metavar="N", help="tokens to decode per context (%(default)s)"
     )
     what.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="measure every form so many times (%(default)s)"
+        "--rounds", type=int, default=3, metavar="N", help="times to measure every version (%(default)s)"
     )
-    what.add_argument("--threads", type=int, default=0, metavar="N", help="of the CPU (as torch chooses)")
+    what.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (the number that torch chooses)"
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    where.add_argument("--dtype", choices=DTYPES, default="auto", help="of the activations (%(default)s)")
-    where.add_argument("--ram", metavar="SIZE", help="the most of the host's memory that a form may need")
-    where.add_argument("--vram", metavar="SIZE", help="the most of the card's memory that a form may need")
-    parser.add_argument("--fresh", action="store_true", help="forget what an interrupted run has measured")
-    parser.add_argument("--out", type=Path, default=Path(FOLDER), metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the record")
-    parser.add_argument("--quiet", action="store_true", help="say nothing while it runs")
+    where.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of activations (%(default)s)")
+    where.add_argument("--ram", metavar="SIZE", help="most host memory that a version may use")
+    where.add_argument("--vram", metavar="SIZE", help="most card memory that a version may use")
+    add_output_arguments(parser, LatencyRecord)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write `latency.json` and show it; 130 after Ctrl-C, with the record of the whole rounds."""
+    """Measure, write `latency.json` and print it.
+
+    Exit code 0, or 130 after Ctrl-C; the record then has the complete rounds.
+    """
     from lowmem.benchmarks.common.origin import origin_of
-    from lowmem.benchmarks.common.output import exclusive
-    from lowmem.benchmarks.latency.machine_state import look_before
-    from lowmem.benchmarks.latency.measure import choose_lengths
+    from lowmem.benchmarks.latency import machine_state
+    from lowmem.benchmarks.latency.planning import choose_lengths
 
-    device = _device(args)
-    lineup = _line_up(args, cuda=device != "cpu")
+    settings, output = LatencySettings.of(args), output_of(args)
+    lineup = line_up(settings.lineup)
     positions = lineup.entrants[0].candidate.shape.positions
-    lengths = choose_lengths(args.prompts, args.contexts, args.new_tokens, positions)
-    origin = origin_of(sys.argv[1:], lineup.source, _digest(lineup), device)
-    before = look_before(origin.load_average)
-    with exclusive(args.out, "latency"):
-        return _record(args, lineup, lengths, origin, device, before)
-
-
-def _record(
-    args: argparse.Namespace, lineup: Lineup, lengths: Lengths, origin: Origin, device: str, before: Before
-) -> int:
-    """All rounds, into the record; the exit code."""
-    from lowmem.benchmarks.common.record_file import to_json, write_record
-    from lowmem.benchmarks.latency.machine_state import swap_warning
-    from lowmem.benchmarks.latency.measure import make_record
-    from lowmem.benchmarks.latency.rounds import Found
-    from lowmem.benchmarks.latency.view import make_watcher, print_record
-
-    found, watcher = Found(), make_watcher(quiet=args.quiet)
-    for warning in before.warnings:
-        watcher.line(warning)
-    try:
-        entries, probe = _plan(args, lineup, lengths, device, watcher)
-        stopped = _measure(args, entries, origin, device, watcher, found)
-    finally:
-        watcher.close()
-    warnings = [*before.warnings, *lengths.notes, swap_warning(before)]
-    if stopped:
-        done = found.whole_rounds()
-        note(f"stopped with {done} of {args.rounds} rounds whole; the same command goes on from here")
-        if not done:
-            return INTERRUPTED
-        warnings.append(f"Interrupted: {done} of {args.rounds} rounds were measured")
-    record = make_record(origin, entries, found.whole(), found.failures, probe, [w for w in warnings if w])
-    file = write_record(record, args.out)
-    if args.json:
-        print(json.dumps(to_json(record)))
-    else:
-        print_record(record)
-    if not args.quiet:
-        note(f"wrote {file}")
-    return INTERRUPTED if stopped else 0
-
-
-def _device(args: argparse.Namespace) -> str:
-    """What runs, as torch names it; InvalidRequestError for options that do not go with it."""
-    from lowmem.plan.request import find_card
-
-    if args.rounds < 1 or args.threads < 0:
-        raise InvalidRequestError("--rounds and --threads are counts", "Give 1 or more")
-    card = find_card(args.device)
-    if card is None and args.vram:
-        raise InvalidRequestError("there is no card here for --vram to be of", "Use --ram SIZE on the CPU")
-    if card is not None and args.ram:
-        raise InvalidRequestError(f"everything runs on {card}, and --ram is not of it", "Use --vram SIZE")
-    return "cpu" if card is None else str(card)
-
-
-def _line_up(args: argparse.Namespace, *, cuda: bool) -> Lineup:
-    """Times need no reference: GPTQ folders whose source is gone are measured alone."""
-    from lowmem.benchmarks.common.lineup import line_up
-
-    return line_up(
-        args.models,
-        reference=args.reference,
-        forms=args.forms,
-        dtype=None if args.dtype == "auto" else args.dtype,
-        cuda=cuda,
-        reference_needed=False,
-    )
+    lengths = choose_lengths(settings.prompts, settings.contexts, settings.new_tokens, positions)
+    origin = origin_of(sys.argv[1:], lineup.source, _digest(lineup), settings.device)
+    before = machine_state.look_before(origin.load_average)
+    with exclusive(output.folder, "latency"):
+        return _Measurement(settings, output, origin).run(lineup, lengths, before)
 
 
 def _digest(lineup: Lineup) -> str:
-    """The fingerprint of the source, or of the converted folder that runs without one."""
-    from lowmem.checkpoint.files.shards import read_shards
+    """The fingerprint of the source, or of the converted folder that is measured without one."""
     from lowmem.checkpoint.source.open import open_source
-    from lowmem.checkpoint.source.safetensors import SafetensorsSource
+    from lowmem.streaming.dense_source import open_any
 
     candidate = lineup.entrants[0].candidate
     if candidate.form.method == "gptq" and str(candidate.path) == lineup.source:
-        tensors = read_shards(candidate.path).tensors
-        return SafetensorsSource(candidate.path, lineup.source, tensors).fingerprint()
+        return str(open_any(candidate.path).fingerprint())
     return open_source(lineup.source, offline=True).fingerprint()
 
 
-def _plan(
-    args: argparse.Namespace, lineup: Lineup, lengths: Lengths, device: str, watcher: Watcher
-) -> tuple[list[Entry], Visit]:
-    """Look at the machine first, in a process of its own: what each form may take, and its ceilings."""
-    from lowmem.benchmarks.latency.measure import Entry, Place, enter, probe_dtype
-    from lowmem.benchmarks.latency.roofline import SECONDS
-    from lowmem.benchmarks.latency.rounds import run_job
-    from lowmem.benchmarks.latency.view import ceiling_lines
-    from lowmem.benchmarks.latency.worker import Job
+@dataclass(frozen=True)
+class _Measurement:
+    settings: LatencySettings
+    output: Output
+    origin: Origin
 
-    from lowmem.plan import device as machine
-    from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT
-    from lowmem.text.units import format_bytes
+    def run(self, lineup: Lineup, lengths: Lengths, before: Before) -> int:
+        """All rounds, into the record; the exit code."""
+        from lowmem.benchmarks.common.progress import make_progress
+        from lowmem.benchmarks.latency.machine_state import swap_warning
+        from lowmem.benchmarks.latency.summary import make_record
 
-    entries = [Entry(entrant, lengths, 0) for entrant in lineup.entrants]
-    dtype = probe_dtype(entries)
-    watcher.began("the machine alone", 0, 1, None)
-    largest = max(entry.own_bytes for entry in entries)
-    probe = run_job(Job("", "", dtype, device, 0, (), (), 0, largest, SECONDS), args.threads, watcher.step)
-    if isinstance(probe, str):
-        raise MemoryBudgetError(f"not even the machine's own rates could be measured on {device}: {probe}")
-    if limit := args.vram or args.ram:
-        free = machine.parse_bytes(limit, "--vram" if args.vram else "--ram")
-        said = f"{'--vram' if args.vram else '--ram'} allows {format_bytes(free)}"
-        own = CUDA_CONTEXT if args.vram else HOST_CONTEXT
-    else:
-        free = machine.host_memory_available() if device == "cpu" else probe.free_bytes
-        said = f"{format_bytes(free)} are free"
-        own = HOST_CONTEXT if device == "cpu" else 0  # a card's own context has been taken off already
-    place = Place(device, free, said, own, machine.packs_nf4())
-    entries = [enter(entrant, lengths, place) for entrant in lineup.entrants]
-    for line in ceiling_lines(entries, probe, dtype):
-        watcher.line(line)
-    return entries, probe
+        progress, stopped = make_progress(self.output.quiet), False
+        for warning in before.warnings:
+            progress.note(warning)
+        try:
+            machine, probe = self._probe(lineup, progress)
+            planned = self._plan(lineup, lengths, probe)
+            for line in self._ceilings(planned, machine, probe):
+                progress.note(line)
+            rounds = self._rounds(planned, machine, progress)
+            try:
+                rounds.run()
+                rounds.work.remove()
+            except KeyboardInterrupt:
+                stopped = True
+        finally:
+            progress.close()
+        warnings = [*before.warnings, *lengths.notes, swap_warning(before)]
+        if stopped:
+            complete = f"{rounds.whole()} of {self.settings.rounds} rounds"
+            note(f"stopped after {complete}; the same command resumes")
+            if not rounds.whole():
+                return INTERRUPTED
+            warnings.append(f"interrupted after {complete}")
+        record = make_record(self.origin, rounds, probe, [w for w in warnings if w])
+        file = write_record(record, self.output.folder)
+        if self.output.json:
+            print_json(record)
+        else:
+            _print(record)
+        if not self.output.quiet:
+            note(f"wrote {file}")
+        return INTERRUPTED if stopped else 0
 
+    def _probe(self, lineup: Lineup, progress: Progress) -> tuple[TimingTask, Timings]:
+        """Measure the machine alone, in a process of its own: the task, and what it found."""
+        from lowmem.benchmarks.latency import rounds
+        from lowmem.benchmarks.latency.planning import PlannedVersion, usual_dtype
+        from lowmem.benchmarks.latency.roofline import SECONDS
+        from lowmem.benchmarks.latency.tasks import Lengths, TimingTask
 
-def _measure(
-    args: argparse.Namespace,
-    entries: list[Entry],
-    origin: Origin,
-    device: str,
-    watcher: Watcher,
-    found: Found,
-) -> bool:
-    """All rounds; whether Ctrl-C ended them early."""
-    from lowmem.benchmarks.common.record_file import to_json
-    from lowmem.benchmarks.latency.roofline import SECONDS
-    from lowmem.benchmarks.latency.rounds import WORK_FILE, WorkFile, job_of, run_job, run_rounds
+        versions = [PlannedVersion(entrant, Lengths((), (), 0), 0) for entrant in lineup.entrants]
+        largest = max(one.own_bytes for one in versions)
+        device, threads = self.settings.device, self.settings.threads
+        task = TimingTask(device, usual_dtype(versions), largest, threads, SECONDS)
+        found = rounds.run_task(task, lambda step: progress.update(0, 1, step))
+        if isinstance(found, str):
+            raise MemoryBudgetError(f"the machine's own rates could not be measured on {device}: {found}")
+        return task, found
 
-    jobs = {entry.label: job_of(entry, device, SECONDS) for entry in entries}
-    key = {
-        "versions": origin.versions,
-        "machine": to_json(origin.machine),
-        "digest": origin.source_digest,
-        "jobs": {label: to_json(job) for label, job in jobs.items()},
-        "files": {entry.label: _files(entry.entrant.candidate.path) for entry in entries},
-        "threads": args.threads,
-    }
-    work = WorkFile(args.out / WORK_FILE, key)
-    try:
-        run_rounds(
-            entries,
-            args.rounds,
-            work,
-            lambda entry, step: run_job(jobs[entry.label], args.threads, step),
-            watcher,
-            found,
-            fresh=args.fresh,
+    def _plan(self, lineup: Lineup, lengths: Lengths, probe: Timings) -> list[PlannedVersion]:
+        """What each version can run in the memory that it may use."""
+        from lowmem.benchmarks.latency.planning import Budget, plan_version
+
+        from lowmem.plan import device
+        from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT
+        from lowmem.text.units import format_bytes
+
+        cpu = self.settings.device == "cpu"
+        if limit := self.settings.limit:
+            option = "--ram" if cpu else "--vram"
+            free, own = device.parse_bytes(limit, option), HOST_CONTEXT if cpu else CUDA_CONTEXT
+            reason = f"{option} allows {format_bytes(free)}"
+        else:
+            free = device.host_memory_available() if cpu else probe.free_bytes
+            own = HOST_CONTEXT if cpu else 0  # the card's own context is in use already
+            reason = f"{format_bytes(free)} are free"
+        budget = Budget(self.settings.device, free, reason, own, device.packs_nf4())
+        return [plan_version(entrant, lengths, budget) for entrant in lineup.entrants]
+
+    def _ceilings(self, planned: Sequence[PlannedVersion], machine: TimingTask, probe: Timings) -> list[str]:
+        """What the machine allows, before anything is timed."""
+        from lowmem.benchmarks.report.numbers import plural
+
+        rates = probe.rates[0]
+        first = (
+            f"roofline: {rates.read / 1e9:.1f} GB/s of memory bandwidth, {rates.matmul / 1e9:,.0f} GFLOP/s "
+            f"in {machine.dtype}, {plural(probe.threads, 'thread')}"
         )
-    except KeyboardInterrupt:
-        return True
-    work.remove()
-    return False
+        return [first, *(one.describe(rates) for one in planned)]
+
+    def _rounds(self, planned: list[PlannedVersion], machine: TimingTask, progress: Progress) -> Rounds:
+        from lowmem.benchmarks.common.work_file import WorkFile, digest_of
+        from lowmem.benchmarks.latency import rounds
+        from lowmem.benchmarks.latency.tasks import Timings
+
+        tasks = {one.label: one.task(machine) for one in planned}
+        key = {
+            "versions": self.origin.versions,
+            "machine": to_json(self.origin.machine),
+            "digest": self.origin.source_digest,
+            "tasks": {label: to_json(task) for label, task in tasks.items()},
+            "files": {one.label: _files(one.entrant.candidate.path) for one in planned},
+        }
+        file = self.output.folder / rounds.WORK_FILE
+        work = WorkFile(file, Timings, digest_of(key), rounds.KEPT_SECONDS)
+        if self.output.fresh:
+            work.remove()
+        return rounds.Rounds(
+            planned,
+            self.settings.rounds,
+            work,
+            lambda one, step: rounds.run_task(tasks[one.label], step),
+            progress,
+        )
+
+
+def _print(record: LatencyRecord) -> None:
+    from lowmem.benchmarks.report.latency_sections import (
+        decode_table,
+        memory_table,
+        prefill_table,
+        roofline_text,
+    )
+    from lowmem.benchmarks.report.terminal import print_tables
+
+    tables = [prefill_table(record), decode_table(record), memory_table(record)]
+    notes = [roofline_text(record), *(f"! {warning}" for warning in record.warnings)]
+    print_tables([table for table in tables if table.rows], notes)
 
 
 def _files(path: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a form's files: what shows that it was converted anew."""
+    """(name, size, time) of a version's files, which change when it is converted again."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [(file.name, file.stat()) for file in files if file.is_file()]
     return [(name, found.st_size, found.st_mtime_ns) for name, found in stats]
@@ -234,4 +270,4 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 128,1024") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 128,1024") from None

@@ -1,7 +1,7 @@
-"""Energy where the machine tells it: the processor's RAPL counters, or a card's through NVML.
+"""Energy counters: RAPL for the processor, NVML for a card.
 
-Both count joules since some moment, of the whole package or card, idle draw included. Linux shows RAPL to
-root alone on most machines; where a counter cannot be read there is no figure, and no guess.
+Both count the energy of the whole package or card, idle power included. On most machines only root can read
+RAPL. If a counter cannot be read, no energy is reported.
 """
 
 from __future__ import annotations
@@ -22,42 +22,44 @@ class Meter(Protocol):
     """A counter of energy."""
 
     def read(self) -> tuple[int, ...]:
-        """The counters as they are now. Raises OSError where they cannot be read any more."""
+        """The counters now. Raises OSError if they can no longer be read."""
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
-        """What was used between two readings."""
+        """Energy between two readings."""
 
 
 @dataclass(frozen=True)
 class Zone:
-    """A RAPL zone: its counter in microjoules, which begins again from 0 past `largest`."""
+    """A RAPL zone."""
 
     file: Path
+    """Of its counter, in microjoules."""
     largest: int
+    """After this value the counter wraps around to 0."""
 
 
 @dataclass(frozen=True)
 class HostMeter:
-    """The processor's packages, and memory where it is counted apart."""
+    """The processor's packages, and memory if it has its own counter."""
 
     zones: tuple[Zone, ...]
 
     def read(self) -> tuple[int, ...]:
-        """One counter a zone, microjoules."""
+        """Microjoules of each zone."""
         try:
             return tuple(int(zone.file.read_text()) for zone in self.zones)
         except ValueError as error:
-            raise OSError(f"no number in a RAPL counter: {error}") from error
+            raise OSError(f"a RAPL counter is not a number: {error}") from error
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
-        """The sum over zones; a counter that has begun anew once is accounted for."""
+        """The sum over zones; one wrap-around of a counter is accounted for."""
         pairs = zip(self.zones, before, after, strict=True)
         return sum((end - start) % (zone.largest + 1) for zone, start, end in pairs) / 1e6
 
 
 @dataclass(frozen=True)
 class CardMeter:
-    """A card's own total, which NVML keeps in millijoules since the driver was loaded."""
+    """A card's total in millijoules since the driver was loaded, from NVML."""
 
     library: Any
     handle: Any
@@ -66,7 +68,7 @@ class CardMeter:
         """The total."""
         total = ctypes.c_ulonglong()
         if status := self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle, ctypes.byref(total)):
-            raise OSError(f"NVML refuses to tell the energy: {status}")
+            raise OSError(f"NVML cannot read the energy counter: error {status}")
         return (total.value,)
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
@@ -75,7 +77,7 @@ class CardMeter:
 
 
 def find_meter(device: torch.device) -> Meter | None:
-    """The meter of what computes: the card, or the processor. None where nothing tells."""
+    """The energy counter of the device; None if there is none that can be read."""
     meter = host_meter() if device.type == "cpu" else _card_meter(device)
     try:
         return meter if meter and meter.read() else None
@@ -84,9 +86,9 @@ def find_meter(device: torch.device) -> Meter | None:
 
 
 def host_meter(root: Path = POWERCAP) -> HostMeter | None:
-    """The RAPL zones under `root`: packages, and the memory zones inside of them.
+    """The RAPL zones under `root`: packages, and memory.
 
-    A package's cores are part of its own count; `psys`, the whole platform, counts packages again.
+    Zones of cores are part of their package, and `psys` counts packages again, so both are left out.
     """
     zones = []
     try:

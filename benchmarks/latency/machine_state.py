@@ -1,4 +1,4 @@
-"""What makes times untrustworthy on this machine, in the user's words: load, battery, governor, swapping."""
+"""What makes times untrustworthy on this machine: load, battery, CPU governor, swapping."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from lowmem.text.units import format_bytes
 
 CPUFREQ = Path("/sys/devices/system/cpu")
 BUSY = 0.3
-"""Of a core, taken by one other process."""
-_OWN_SPEED = ("intel_pstate", "amd-pstate-epp")  # "powersave" is these drivers' name for as fast as needed
+"""Share of a core that makes another process worth a warning."""
+_OWN_SPEED = ("intel_pstate", "amd-pstate-epp")  # their "powersave" still allows full speed
 _SWAPPED = 16 << 20
 _NAMED = 3  # of busy processes
 
 
 @dataclass(frozen=True)
 class Before:
-    """The machine before anything began. swapped: bytes moved to and from swap since it started."""
+    """The machine before the measurement."""
 
     warnings: tuple[str, ...]
     swapped: int
+    """Bytes swapped since boot."""
 
 
 def look_before(load_average: float, seconds: float = 0.5) -> Before:
-    """Look around for so many seconds. load_average: of one minute."""
+    """Watch other processes for `seconds`. load_average: of one minute."""
     cores = len(os.sched_getaffinity(0))
     lines = [load_warning(load_average, cores), _battery(), governor_warning()]
     lines += busy_warnings(*_processor_times(seconds), seconds)
@@ -37,22 +38,22 @@ def look_before(load_average: float, seconds: float = 0.5) -> Before:
 
 
 def swap_warning(before: Before) -> str:
-    """What was swapped since; empty for next to nothing."""
+    """A warning if memory was swapped since `before`, else ""."""
     moved = _swapped() - before.swapped
     if moved < _SWAPPED:
         return ""
-    return f"{format_bytes(moved)} went to or from swap while this ran: those times are the disk's"
+    return f"{format_bytes(moved)} were swapped during the measurement: some times are the disk's"
 
 
 def load_warning(load: float, cores: int) -> str:
-    """Of a machine that others used already."""
+    """A warning if the machine was busy, else ""."""
     if load <= cores / 2:
         return ""
-    return f"The machine was busy before anything began: load average {load:.2f} on {cores} cores"
+    return f"the machine was busy before the measurement: load average {load:.2f} on {cores} cores"
 
 
 def governor_warning(root: Path = CPUFREQ) -> str:
-    """Of cores that are told to stay slow."""
+    """A warning if the CPU governor keeps cores slow, else ""."""
     slow = 0
     for folder in root.glob("cpu[0-9]*/cpufreq"):
         try:
@@ -61,7 +62,7 @@ def governor_warning(root: Path = CPUFREQ) -> str:
         except OSError:
             continue
         slow += governor == "powersave" and driver not in _OWN_SPEED
-    return f"The powersave governor keeps {slow} cores slow: try cpupower frequency-set -g performance" * (
+    return f"the powersave governor keeps {slow} cores slow: try cpupower frequency-set -g performance" * (
         slow > 0
     )
 
@@ -69,11 +70,11 @@ def governor_warning(root: Path = CPUFREQ) -> str:
 def busy_warnings(
     before: Mapping[tuple[int, str], float], after: Mapping[tuple[int, str], float], seconds: float
 ) -> list[str]:
-    """Processes, as (id, name) → CPU seconds, that took much of a core in between."""
+    """Warnings about other processes that used much of a core. before, after: (id, name) → CPU seconds."""
     shares = {key: (after[key] - before[key]) / seconds for key in before.keys() & after.keys()}
     busy = sorted((share, key) for key, share in shares.items() if share > BUSY)
     most = busy[: -_NAMED - 1 : -1]
-    return [f"{name} (process {pid}) took {share:.0%} of a core" for share, (pid, name) in most]
+    return [f"{name} (process {pid}) used {share:.0%} of a core" for share, (pid, name) in most]
 
 
 def _processor_times(
@@ -85,7 +86,7 @@ def _processor_times(
 
 
 def _times() -> dict[tuple[int, str], float]:
-    """(id, name) → CPU seconds of every other process that lets itself be seen."""
+    """(id, name) → CPU seconds of every other visible process."""
     found = {}
     for process in psutil.process_iter(["pid", "name", "cpu_times"]):
         used = process.info["cpu_times"]
@@ -99,7 +100,7 @@ def _battery() -> str:
     battery = getattr(psutil, "sensors_battery", lambda: None)()
     if battery is None or battery.power_plugged is not False:
         return ""
-    return "The machine runs on its battery, which makes it slower"
+    return "the machine runs on battery, which makes it slower"
 
 
 def _swapped() -> int:

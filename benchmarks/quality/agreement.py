@@ -1,8 +1,8 @@
-"""How long a form's greedy answer is the unquantized model's own.
+"""How long a version's greedy answer stays equal to the unquantized model's.
 
-The form answers some prompts as it runs; then one streamed pass of the unquantized model over prompts and
-answers (teacher forcing) says which token it would have put at every place. Up to the first that differs, the
-two answers are the same: that is exact, though the unquantized model generates nothing.
+The version answers some prompts. Then one streamed pass of the unquantized model over prompts and answers
+(teacher forcing) gives the token that it would have chosen at every position. Up to the first difference the
+two answers are equal: this is exact, although the unquantized model generates nothing.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ BEGINNINGS = (
 
 
 def encode_prompts(loaded: LoadedModel) -> list[list[int]]:
-    """Token ids of the built-in prompts: instructions where there is a dialogue, else beginnings of code."""
+    """Token ids of the built-in prompts: instructions for a chat model, else beginnings of code."""
     from lowmem.session import Session
 
     chat = loaded.dialogue is not None or bool(loaded.tokenizer.chat_template)
-    session = Session(loaded, context=1, speculate=False)  # for its templates only
+    session = Session(loaded, context=1, speculate=False)  # only for its templates
     return [session.encode(text) for text in (INSTRUCTIONS if chat else BEGINNINGS)]
 
 
 def greedy_answers(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], new_tokens: int = NEW_TOKENS
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, as ids, its end token included."""
+    """Token ids of the greedy continuation of each prompt, end token included."""
     from lowmem.generate.engine import Engine
 
     context = max(map(len, prompts)) + new_tokens
@@ -71,9 +71,9 @@ def equal_tokens(
     folder: Path,
     progress: Progress | None = None,
 ) -> tuple[int, ...]:
-    """Of each answer, how many tokens the reference would have put there as well, up to the first other one.
+    """For each answer, the number of tokens before the first that the reference would not have chosen.
 
-    Shorter rows are filled up on the right, which a causal model does not see. folder: of the pass.
+    Rows are padded on the right, which a causal model does not see. folder: for the pass.
     """
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     rows = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.int64)
@@ -82,7 +82,7 @@ def equal_tokens(
     found = []
     with reference.passed(rows, folder, progress) as states, reference.head() as logits:
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            # The token at place i is chosen at place i - 1.
+            # The token at position i is chosen at position i - 1.
             places = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
             best = logits(states.read(row, row + 1)[0, places]).argmax(-1).tolist()
             found.append(_common(best, answer))
@@ -90,7 +90,7 @@ def equal_tokens(
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=True))
     return next((place for place, (a, b) in pairs if a != b), len(other))
 
@@ -102,7 +102,7 @@ def agreement(
     progress: Progress | None = None,
     new_tokens: int = NEW_TOKENS,
 ) -> GreedyAgreement | None:
-    """The whole measurement for one loaded form; None where the model has no positions for the prompts."""
+    """Measure one loaded version; None if the model's positions are too few for the prompts."""
     config: Any = loaded.model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     prompts = [ids for ids in encode_prompts(loaded) if len(ids) + new_tokens <= positions]

@@ -1,18 +1,18 @@
-"""How far one model's next-token distributions are from another's: figures of each token, and their summary.
+"""The divergence between two models: figures of each token, and their summary.
 
-Everything is computed in float64 from the logits, a few tokens at a time: the whole of tokens × vocabulary is
-never held. P is the reference's distribution, Q the other's.
+Everything is computed in float64 from logits, a few tokens at a time. P is the reference's distribution, Q
+the other model's.
 
 - KL divergence, at every position: sum over the vocabulary of p (log p - log q), in nats.
-- same top-1, at every position: both put the same token first.
-- perplexity, over predicted tokens (all of a row but its first): exp of the mean of -log q(right token).
-- Δp, over predicted tokens: q(right) - p(right).
+- same top-1, at every position: both have the same most likely token.
+- perplexity, over predicted tokens (all of a row but its first): exp of the mean of -log q(correct token).
+- Δp, over predicted tokens: q(correct) - p(correct).
 
-Standard errors take the rows as the independent samples (tokens of one row are correlated, rows of one text
-much less): the standard deviation of the row means over the root of the number of rows. With a single row the
-tokens are taken as independent, which understates it. The ratio of perplexities is exp of the mean difference
-of the two losses, token by token, so what both find hard cancels; its error is the ratio times that mean's
-(the delta method).
+Standard errors treat rows as independent samples, because tokens of one row are correlated: the standard
+deviation of the row means over the root of the number of rows. With a single row, tokens are treated as
+independent, which underestimates the error. The ratio of perplexities is exp of the mean difference of the
+two losses, token by token, so difficulty common to both cancels; its error is the ratio times the error of
+that mean (the delta method).
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ import torch
 from lowmem.benchmarks.common.records import Bucket, Spread, TextQuality
 
 EDGES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
-"""Of the buckets of the reference's largest probability; the last one holds its upper edge too."""
+"""Edges of the buckets of the reference's largest probability; the last bucket includes its upper edge."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Figures of each token, [rows, row_length] in float64, or bool.
-
-    loss, reference_loss: -log probability of the token that follows, and change: of its probability; these
-    three are [rows, row_length - 1]. confidence: the reference's largest probability.
-    """
+    """Figures of each token: float64 or bool, [rows, row_length]."""
 
     kld: np.ndarray
     same_top1: np.ndarray
     confidence: np.ndarray
+    """The reference's largest probability."""
     loss: np.ndarray
+    """-log probability of the following token, [rows, row_length - 1]."""
     reference_loss: np.ndarray
+    """The reference's, [rows, row_length - 1]."""
     change: np.ndarray
+    """Δp, [rows, row_length - 1]."""
 
 
 def compare(rows: torch.Tensor, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Tokens:
-    """Compare logits of all positions of token rows [rows, row_length].
+    """Compare the logits at all positions of token rows [rows, row_length].
 
-    pairs: (reference's, other's) logits [some tokens, vocabulary] of the positions in order, row after row.
-    Raises ValueError where they do not cover the rows, or are not finite.
+    pairs: (reference's, other's) logits [some tokens, vocabulary], row after row. Raises ValueError if they
+    do not cover the rows, or are not finite.
     """
     length = rows.shape[1]
-    following = torch.roll(rows, -1, 1).reshape(-1)  # of a row's last token, any: it is not used
+    following = torch.roll(rows, -1, 1).reshape(-1)  # the value for a row's last token is not used
     found: dict[str, list[torch.Tensor]] = {}
     start = 0
     for reference, other in pairs:
@@ -62,7 +62,7 @@ def compare(rows: torch.Tensor, pairs: Iterable[tuple[torch.Tensor, torch.Tensor
             found.setdefault(name, []).append(values)
         start = end
     if start != rows.numel():
-        raise ValueError(f"logits of {start} tokens for {rows.numel()}")
+        raise ValueError(f"{start} logits for {rows.numel()} tokens")
     whole = {name: torch.cat(parts).view(-1, length).numpy() for name, parts in found.items()}
     if unusable := [name for name, figures in whole.items() if not np.isfinite(figures).all()]:
         raise ValueError(f"{unusable[0]} is not finite")
@@ -80,7 +80,7 @@ def _of_part(
     right_p, right_q = p.gather(-1, right)[:, 0], q.gather(-1, right)[:, 0]
     best, first = p.max(-1)
     weight = p.exp()
-    # A probability that underflows to 0 in the reference adds nothing, whatever the other's logarithm is.
+    # A probability of the reference that underflows to 0 contributes nothing.
     terms = torch.where(weight > 0, weight * (p - q), 0.0)
     return {
         "kld": terms.sum(-1),
@@ -93,7 +93,7 @@ def _of_part(
 
 
 def summarize(text: str, tokens: Tokens) -> TextQuality:
-    """The figures of one text as a record."""
+    """The summary of one text."""
     difference = tokens.loss - tokens.reference_loss
     ratio = math.exp(difference.mean())
     same = tokens.same_top1.astype(np.float64)
@@ -113,7 +113,7 @@ def summarize(text: str, tokens: Tokens) -> TextQuality:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of values [rows, tokens]: from the rows' means, or from the values of a single row."""
+    """Standard error of the mean of values [rows, tokens]: from row means, or the values of a single row."""
     samples = values.mean(1) if values.shape[0] > 1 else values[0]
     if len(samples) < 2:
         return 0.0
@@ -121,7 +121,7 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def spread(values: np.ndarray) -> Spread:
-    """Of values [rows, tokens]: quantiles are of all values, interpolated linearly."""
+    """Mean and quantiles of values [rows, tokens]; quantiles are interpolated linearly."""
     median, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99))
     return Spread(
         float(values.mean()),

@@ -1,7 +1,7 @@
-"""A measured divergence beside a converted folder's digests: what the planner ranks forms by.
+"""A measured divergence in the manifest of a converted folder; the planner ranks versions by it.
 
-It goes into the manifest, which is one file: in the report it would change the digest that the manifest has
-of it, and a process that is killed between the two would leave a folder that looks damaged.
+The manifest has digests of all other files, so it is the only file that can change alone: a process that is
+killed between two changes would leave a folder that looks damaged.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from lowmem.plan.candidates import MEASURED, REPORT_FILE
 
 
 def write_kld(folder: Path, kld: float, what: str) -> str:
-    """Put `kld` into the manifest of `folder`.
+    """Write `kld` into the manifest of `folder`, if lowmem converted it and the manifest is intact.
 
-    what: of which text, in words. Only a folder that lowmem converted, with a sound manifest, is touched, and
-    no link is followed (a hub's cache holds its files as links). Nothing is written where the same is there
-    already. Returns a line for the user where it could not be written, else "".
+    what: the text that it was measured on. Links are not followed: a hub cache's files are links. Returns why
+    it could not be written, or "".
     """
     report, manifest = folder / REPORT_FILE, folder / MANIFEST_FILE
     if not report.is_file() or not manifest.is_file() or report.is_symlink() or manifest.is_symlink():
@@ -32,14 +31,14 @@ def write_kld(folder: Path, kld: float, what: str) -> str:
         if digests is None or REPORT_FILE not in digests:
             return ""
         if digest_file(report) != digests[REPORT_FILE]:
-            return f"{folder} is not what its manifest says, and left alone: see lowmem verify {folder}"
+            return f"{folder} does not match its manifest and is left unchanged: run lowmem verify {folder}"
         measured = {"kld": kld, "kld_of": what}
         if found.get(MEASURED) == measured:
             return ""
         if not os.access(folder, os.W_OK):
-            return f"{folder} cannot be written: it does not get the measured divergence"
+            return f"{folder} cannot be written, so the divergence is not recorded in it"
         text = json.dumps({**found, MEASURED: measured}, indent=1) + "\n"
         write_whole(manifest, [text.encode()])
     except LowmemError as error:
-        return f"{folder} does not get the measured divergence: {error.message}"
+        return f"the divergence is not recorded in {folder}: {error.message}"
     return ""

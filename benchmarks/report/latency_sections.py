@@ -78,6 +78,26 @@ def decode_section(record: LatencyRecord) -> Section:
         f"for the ceiling. {SAME_FIGURES}",
         lambda figure: rows(figure, panels, "tokens per second", legend),
     )
+    text = (
+        "Each new token reads all weights once. The ceiling is the rate at which the machine reads as many "
+        "bytes as a token needs; a small model is read from caches.",
+        roofline_text(record),
+    )
+    return Section("decode", title, text, (decode_table(record),), plot)
+
+
+def roofline_text(record: LatencyRecord) -> str:
+    """What the machine could do, in one sentence."""
+    roof = record.roofline
+    flops = rate(roof.matmul_flops_per_second.median, "FLOP")
+    return (
+        f"The machine read memory at {spread(roof.read_bytes_per_second, 1e-9)} GB/s and multiplied matrices "
+        f"at {flops} in {roof.matmul_dtype}, with {plural(record.threads, 'thread')}."
+    )
+
+
+def decode_table(record: LatencyRecord) -> Table:
+    """Decode of every version after every context."""
     energy = any(d.joules_per_token is not None for s in record.subjects for d in s.decode)
     columns = (
         _VERSION,
@@ -109,14 +129,7 @@ def decode_section(record: LatencyRecord) -> Section:
                     s.kernel,
                 )
             )
-    roof = record.roofline
-    text = (
-        "Each new token reads all weights once. During the measurement the machine read memory at "
-        f"{spread(roof.read_bytes_per_second, 1e-9)} GB/s and multiplied matrices at "
-        f"{rate(roof.matmul_flops_per_second.median, 'FLOP')} in {roof.matmul_dtype}. The ceiling is the "
-        "rate at which it reads as many bytes as a token needs; a small model is read from caches.",
-    )
-    return Section("decode", title, text, (Table("Decode", columns, tuple(cells)),), plot)
+    return Table("Decode", columns, tuple(cells))
 
 
 def _decode_row(s: SubjectLatency, d: DecodeLatency) -> Row:
@@ -199,6 +212,15 @@ def prefill_section(record: LatencyRecord, styles: Mapping[str, Style]) -> Secti
         f"{SAME_FIGURES}",
         lambda figure: lines(figure, series, ticks, names, log=False),
     )
+    text = (
+        "How fast a prompt is processed before the first new token. Vertical bars reach from the slowest "
+        "round to the fastest.",
+    )
+    return Section("prefill", title, text, (prefill_table(record),), plot)
+
+
+def prefill_table(record: LatencyRecord) -> Table:
+    """Prefill of every version and prompt length."""
     columns = (
         _VERSION,
         Column("Prompt", "Tokens of the prompt."),
@@ -216,14 +238,10 @@ def prefill_section(record: LatencyRecord, styles: Mapping[str, Style]) -> Secti
             percent(p.share),
             spread(p.ttft, 1000),
         )
-        for s in found
+        for s in record.subjects
         for p in s.prefill
     )
-    text = (
-        "How fast a prompt is processed before the first new token. Vertical bars reach from the slowest "
-        "round to the fastest.",
-    )
-    return Section("prefill", title, text, (Table("Prefill", columns, cells),), plot)
+    return Table("Prefill", columns, cells)
 
 
 def _log_length(tokens: int) -> float:
@@ -244,6 +262,13 @@ def memory_section(record: LatencyRecord) -> Section:
         f"For each version, the planned memory as an outline and the measured peak as a bar. {SAME_FIGURES}",
         lambda figure: rows(figure, [panel], name, legend),
     )
+    text = ("The planner's prediction before loading, and the measured peak.",)
+    return Section("memory", title, text, (memory_table(record),), plot)
+
+
+def memory_table(record: LatencyRecord) -> Table:
+    """Planned and measured memory of every version, and its load time."""
+    device = any(s.peak_device_bytes for s in record.subjects)
     columns = (
         _VERSION,
         Column("Weights", "Of the whole model in memory."),
@@ -267,8 +292,7 @@ def memory_section(record: LatencyRecord) -> Section:
     )
     if all(s.fits for s in record.subjects):
         columns, cells = columns[:-1], tuple(row[:-1] for row in cells)
-    text = ("The planner's prediction before loading, and the measured peak.",)
-    return Section("memory", title, text, (Table("Memory and load time", columns, cells),), plot)
+    return Table("Memory and load time", columns, cells)
 
 
 def _largest(subjects: Sequence[SubjectLatency]) -> int:

@@ -126,8 +126,13 @@ def quality_section(record: QualityRecord, styles: Mapping[str, Style]) -> Secti
                 "mean KL divergence (nats), logarithmic",
             ),
         )
-    tables = [_overview(record), *(text_table(record, text, folded=len(texts) > 1) for text in texts)]
-    return Section("quality", title, tuple(lead), tuple(tables), plot)
+    return Section("quality", title, tuple(lead), quality_tables(record), plot)
+
+
+def quality_tables(record: QualityRecord) -> tuple[Table, ...]:
+    """Every version over all texts together, then on each text."""
+    texts = dict.fromkeys(t.text for s in record.subjects for t in s.texts)
+    return (_overview(record), *(text_table(record, text, folded=len(texts) > 1) for text in texts))
 
 
 def _overview(record: QualityRecord) -> Table:
@@ -271,17 +276,6 @@ def humaneval_sections(record: HumanEvalRecord) -> list[Section]:
     """The share of HumanEval's problems that each version solves."""
     if not record.subjects:
         return []
-    outcomes = sorted({a.outcome for s in record.subjects for a in s.attempts} - {"passed"})
-    columns = (
-        _VERSION,
-        Column("pass@1", "Share of problems solved by one answer, ± its standard error over problems."),
-        Column("Problems"),
-        Column("Answers each", "Answers generated for a problem."),
-        Column("Temperature", "0 is greedy."),
-        Column("passed", "Answers that passed the problem's tests."),
-        *(Column(outcome) for outcome in outcomes),
-    )
-    table = Table("Problems solved", columns, tuple(_humaneval_row(s, outcomes) for s in record.subjects))
     title = "HumanEval"
     bars = Panel("", tuple(_humaneval_bar(s) for s in record.subjects))
     plot = draw(
@@ -295,7 +289,23 @@ def humaneval_sections(record: HumanEvalRecord) -> list[Section]:
         "Python functions written from their docstrings and run against the problem's own tests in a "
         "sandbox. Versions whose standard errors overlap cannot be told apart.",
     )
-    return [Section("humaneval", title, text, (table,), plot)]
+    return [Section("humaneval", title, text, (humaneval_table(record),), plot)]
+
+
+def humaneval_table(record: HumanEvalRecord) -> Table:
+    """Problems solved by every version, and how the other answers ended."""
+    outcomes = sorted({a.outcome for s in record.subjects for a in s.attempts} - {"passed"})
+    columns = (
+        _VERSION,
+        Column("pass@1", "Share of problems solved by one answer, ± its standard error over problems."),
+        Column("Problems"),
+        Column("Answers each", "Answers generated for a problem."),
+        Column("Temperature", "0 is greedy."),
+        Column("passed", "Answers that passed the problem's tests."),
+        *(Column(outcome) for outcome in outcomes),
+    )
+    rows = tuple(_humaneval_row(s, outcomes) for s in record.subjects)
+    return Table("Problems solved", columns, rows)
 
 
 def _humaneval_row(s: SubjectHumanEval, outcomes: Sequence[str]) -> tuple[str, ...]:

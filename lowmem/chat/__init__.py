@@ -1,1 +1,1 @@
-"""The chat of `lowmem run` in a terminal."""
+"""The terminal chat: what is typed, what is shown, what is kept."""

@@ -1,4 +1,4 @@
-"""Text of a model or a file, made safe for a terminal."""
+"""What a model or a file says is data: nothing of it may steer the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ __all__ = ["clean", "one_line"]
 
 
 def one_line(text: str, limit: int = 60) -> str:
-    """The beginning of a text on one line, without control characters."""
+    """A text's first words on one line, for messages about it."""
     line = " ".join(clean(text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -37,9 +37,9 @@ def examine(machine: Machine, *, quick: bool = False, refresh: bool = False, onl
 
 def host_line(refresh: bool) -> str:
     """The memory bandwidth of the host, and when it was measured."""
-    from lowmem.plan.bandwidth import host_bandwidth
+    from lowmem.plan.bandwidth import host_measurement
 
-    found = host_bandwidth(refresh)
+    found = host_measurement(refresh)
     return f"{found.bytes_per_second / 1e9:.1f} GB/s, read by all cores, measured {found.date}"
 
 

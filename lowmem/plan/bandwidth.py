@@ -1,7 +1,7 @@
-"""Memory bandwidth, measured. It bounds decode, since every token reads all weights once.
+"""How fast memory is read here, measured: what bounds decode, since a token reads all weights once.
 
-The host's is measured with numpy in threads, without torch, and stored in lowmem's cache folder for this CPU
-and number of cores. A card's is measured anew each time.
+The host's is measured with numpy in threads, which needs no torch, and kept in lowmem's cache folder for this
+CPU and number of cores. A card's is measured when a device is given.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,69 +19,65 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.checkpoint.cache import cache_root
-from lowmem.checkpoint.files.whole import write_json
-from lowmem.errors import OutputError
-from lowmem.plan.device import host_memory_available
-
 if TYPE_CHECKING:
     import torch
 
 MACHINE_FILE = "machine.json"
-_SECONDS = 0.25  # of passes over the buffer; the best pass counts, since other programs interfere
+_SECONDS = 0.25  # of passes over the buffer: neighbours come and go, and the best pass is taken
 _LEAST_BUFFER, _MOST_BUFFER = 128 << 20, 512 << 20
 _CARD_BUFFER = 256 << 20
-_PLAUSIBLE = (1e8, 1e14)  # bytes per second; a stored value outside is ignored
+_PLAUSIBLE = (1e8, 1e14)  # bytes a second: anything else in the file is damage
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measured memory bandwidth."""
+    """bytes_per_second read by all cores together; machine: what it was measured on; date: when."""
 
     bytes_per_second: float
-    """Read by all cores together."""
     machine: str
-    """See `machine_name`."""
     date: str
-    """ISO 8601."""
 
 
-def host_bandwidth(refresh: bool = False, *, folder: Path | None = None) -> Measured:
-    """The memory bandwidth of the host: stored by an earlier run, or measured now.
+def host_bandwidth(refresh: bool = False, *, folder: Path | None = None) -> float:
+    """Bytes a second that all cores together read from memory: kept from before, or measured now.
 
-    refresh: measure again. folder: of the stored value, by default lowmem's cache folder.
+    refresh: measure in any case. folder: where it is kept, lowmem's cache folder unless given; one that
+    cannot be written only means measuring again next time.
     """
-    file = (folder if folder is not None else cache_root()) / MACHINE_FILE
+    return host_measurement(refresh, folder=folder).bytes_per_second
+
+
+def host_measurement(refresh: bool = False, *, folder: Path | None = None) -> Measured:
+    """As `host_bandwidth`, with the machine and the date."""
+    file = (folder if folder is not None else _cache_folder()) / MACHINE_FILE
     machine = machine_name()
-    stored = None if refresh else _read(file)
-    if stored is not None and stored.machine == machine:
-        return stored
+    kept = None if refresh else _read(file)
+    if kept is not None and kept.machine == machine:
+        return kept
     measured = Measured(measure_host(), machine, datetime.date.today().isoformat())
-    with contextlib.suppress(OSError, OutputError):  # a read-only folder: the next run measures again
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"host_bandwidth": vars(measured)})
+    _write(file, measured)
     return measured
 
 
 def measure_host() -> float:
-    """Bytes per second: the best of several passes of all cores over a buffer larger than the caches."""
+    """Bytes a second, of the best of several passes of all cores over a buffer that no cache holds."""
     import numpy
 
     threads = len(usable_cores())
     part = _buffer_bytes() // threads // 8
     with ThreadPoolExecutor(threads) as pool:
-        # Each thread fills its own part, which the system then places near its core.
+        # Each thread fills its own part, which lies near its core then; unfilled pages would all be one.
         parts = list(pool.map(lambda _: numpy.full(part, 1, dtype=numpy.int64), range(threads)))
 
         def one_pass() -> None:
-            list(pool.map(numpy.max, parts))  # vectorized, and releases the GIL
+            list(pool.map(numpy.max, parts))  # vectorized, and without the interpreter's lock
 
         seconds = _best(one_pass, _SECONDS)
     return threads * part * 8 / seconds
 
 
 def card_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy within a card's memory, reads and writes counted together."""
+    """Bytes a second that a card moves within its memory: reads and writes of a copy, counted together."""
     import torch
 
     def wait() -> None:
@@ -92,7 +89,7 @@ def card_bandwidth(device: torch.device) -> float:
         count = min(count, int(torch.cuda.mem_get_info(device)[0]) // 8)
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copies = 8  # in a row, to hide the time of launching them
+    copies = 8  # in a row, so that launching them costs nothing beside them
 
     def one_pass() -> None:
         for _ in range(copies):
@@ -104,7 +101,7 @@ def card_bandwidth(device: torch.device) -> float:
 
 
 def machine_name() -> str:
-    """The CPU's model and the number of cores that this process may use."""
+    """The CPU's model and the cores that this process may use: what the figure belongs to."""
     model = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
         model = next(
@@ -122,7 +119,9 @@ def usable_cores() -> set[int]:
 
 
 def _buffer_bytes() -> int:
-    """Four times the last-level cache, within bounds, and at most an eighth of the free memory."""
+    """Four times the last cache, within bounds, and not more than an eighth of the free memory."""
+    from lowmem.plan.device import host_memory_available
+
     cache = 0
     with contextlib.suppress(OSError, ValueError):
         text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text().strip()
@@ -132,7 +131,7 @@ def _buffer_bytes() -> int:
 
 
 def _best(one_pass: Callable[[], None], seconds: float) -> float:
-    """The shortest of at least three passes in `seconds`, after one to warm up."""
+    """The shortest time of passes for `seconds`, of three at least; the first only warms up."""
     one_pass()
     start, best, count = time.perf_counter(), float("inf"), 0
     while count < 3 or time.perf_counter() - start < seconds:
@@ -144,10 +143,26 @@ def _best(one_pass: Callable[[], None], seconds: float) -> float:
 
 
 def _read(file: Path) -> Measured | None:
-    """The stored value, or None if it is missing or damaged."""
+    """What is kept, or None for what is not there or damaged."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))["host_bandwidth"]
-        stored = Measured(float(data["bytes_per_second"]), str(data["machine"]), str(data["date"]))
+        kept = Measured(float(data["bytes_per_second"]), str(data["machine"]), str(data["date"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return stored if _PLAUSIBLE[0] < stored.bytes_per_second < _PLAUSIBLE[1] else None
+    return kept if _PLAUSIBLE[0] < kept.bytes_per_second < _PLAUSIBLE[1] else None
+
+
+def _write(file: Path, measured: Measured) -> None:
+    data = {"host_bandwidth": vars(measured)}
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=MACHINE_FILE)
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(data, indent=2) + "\n")
+        os.replace(name, file)
+
+
+def _cache_folder() -> Path:
+    from lowmem.checkpoint.cache import cache_root
+
+    return cache_root()

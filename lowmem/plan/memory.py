@@ -1,7 +1,7 @@
 """Bytes that a model needs to run: pure integers, from its shape.
 
 Weights and KV cache are exact. The workspace is what a prefill chunk, the sampler and the kernels hold beside
-them; each term says what it is. `python -m lowmem.benchmarks.experiments.full_size.peak_memory` compares it all with what processes take.
+them; each term says what it is. `python -m lowmem.benchmarks.experiments.full_size.memory` compares it all with what processes take.
 """
 
 from __future__ import annotations

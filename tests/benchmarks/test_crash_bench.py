@@ -9,21 +9,21 @@ import pytest
 import torch
 from lowmem.benchmarks.common import output
 from lowmem.benchmarks.common.records import Attempt
-from lowmem.benchmarks.humaneval.measure import WorkFile as Attempts
-from lowmem.benchmarks.latency.rounds import WorkFile
+from lowmem.benchmarks.common.work_file import WorkFile
 from lowmem.benchmarks.quality import measure as quality_module
-from lowmem.benchmarks.quality import reference as reference_module
+from lowmem.benchmarks.quality import reference_states as reference_module
 from lowmem.benchmarks.quality.measure import Settings
-from lowmem.benchmarks.quality.reference import cache_folder, disk_needed, reference_states
+from lowmem.benchmarks.quality.reference_states import cache_folder, disk_needed, reference_states
 from lowmem.benchmarks.quality.texts import Text, digest_of
 
 from lowmem.checkpoint.files import whole as whole_file
 from lowmem.errors import OutputError
 from lowmem.streaming.dense_source import open_any
 from lowmem.streaming.forward import StreamedModel
-from tests.benchmarks.latency_helpers import visit
 from tests.benchmarks.test_quality import SETTINGS, Heard, folder, run  # noqa: F401  (a fixture)
 from tests.helpers import save_source, tiny_model
+
+ATTEMPT = Attempt("HumanEval/0", 0, True, "passed", "", "x")
 
 
 class Killed(BaseException):
@@ -97,61 +97,40 @@ def test_a_measurement_that_has_no_room_is_refused_before_it(folder, monkeypatch
 
 
 def test_what_is_left_of_other_settings_is_never_taken_for_this_measurement(folder, monkeypatch):  # noqa: F811
-    """The record and what it was measured with are two files. Killed between them, a record of 2 rows lay
-    beside settings that say 3, and the next measurement with 3 took its figures as they were."""
-    run(folder, "model", forms=["int8"])
+    """A record of 2 rows, left by a process that was killed after it wrote its record, is replaced."""
+    run(folder, "model", versions=("int8",))
     two = Settings(**{**vars(SETTINGS), "rows": 2})
-    write = quality_module.write_json
 
-    def killed(path, value):
-        if value["subjects"]:
-            raise Killed
-        write(path, value)
+    def killed(*_):
+        raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(quality_module, "write_json", killed)
+        patch.setattr(quality_module, "_record_divergence", killed)
         with pytest.raises(Killed):
-            run(folder, "model", forms=["int8"], settings=two)
+            run(folder, "model", versions=("int8",), settings=two)
     heard = Heard()
-    record = run(folder, "model", forms=["int8"], heard=heard)
-    assert heard.begun[1:] == ["bfloat16", "int8"]
+    record = run(folder, "model", versions=("int8",), heard=heard)
+    assert heard.begun[1:] == [], "the results of 3 rows are kept beside those of 2"
     assert {t.tokens for s in record.subjects for t in s.texts} == {3 * 40}
 
 
-def test_what_is_measured_survives_a_kill_while_a_work_file_is_begun(tmp_path, monkeypatch):
-    """A resumed run first wrote an empty work file, and then what it had read, visit by visit. It also noted
-    the present as their time, so that visits of another day never became too old."""
+def test_a_result_does_not_become_younger_with_every_run(tmp_path):
     now = [1000.0]
-    work = WorkFile(tmp_path / "work.jsonl", {"key": 1}, lambda: now[0])
-    work.begin({})
-    for number in range(3):
-        work.add(number, "form", visit())
-    replace = os.replace
 
-    def killed(one, other):
-        replace(one, other)
-        raise Killed
+    def work() -> WorkFile[Attempt]:
+        return WorkFile(tmp_path / "work.jsonl", Attempt, "key", 24 * 3600, lambda: now[0])
 
-    again = WorkFile(tmp_path / "work.jsonl", {"key": 1}, lambda: now[0])
+    work().add(("task", 0), ATTEMPT, 1.0)
     now[0] += 23 * 3600
-    kept = again.read()
-    assert len(kept) == 3
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
-        with pytest.raises(Killed):
-            again.begin(kept)
-    assert WorkFile(tmp_path / "work.jsonl", {"key": 1}, lambda: now[0]).read() == kept
+    assert work().read() == {("task", 0): (ATTEMPT, 1.0)}
     now[0] += 2 * 3600
-    assert WorkFile(tmp_path / "work.jsonl", {"key": 1}, lambda: now[0]).read() == {}
+    assert work().read() == {}
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    """/dev/full takes no byte. These came as tracebacks."""
-    work = WorkFile(Path("/dev/full"), {"key": 1})
+def test_a_full_disk_is_one_line():
+    """/dev/full takes no byte."""
     with pytest.raises(OutputError, match="the disk is full"):
-        work.add(0, "form", visit())
-    with pytest.raises(OutputError, match="the disk is full"):
-        Attempts(Path("/dev/full")).add("key", Attempt("HumanEval/0", 0, True, "passed", "", "x"), 1.0)
+        WorkFile(Path("/dev/full"), Attempt, "key").add(("task", 0), ATTEMPT, 1.0)
 
 
 def test_two_measurements_of_a_kind_do_not_share_a_folder(tmp_path):

@@ -13,21 +13,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lowmem.benchmarks.common.progress import Progress
 from lowmem.benchmarks.common.record_file import read_record
 from lowmem.benchmarks.common.records import Attempt, HumanEvalRecord, Subject
 from lowmem.benchmarks.humaneval import command as humaneval_command
 from lowmem.benchmarks.humaneval import measure as humaneval
 from lowmem.benchmarks.humaneval.measure import (
     STOPS,
-    Listener,
+    Evaluation,
     Problem,
     Settings,
-    WorkFile,
     ask,
     is_chat,
-    key_of,
     load_problems,
-    measure_subject,
     pass_at_1,
     program_of,
     seed_of,
@@ -163,23 +161,15 @@ ANSWERS = {
 }
 
 
-def measure(session, work, *, settings=None, key="key", problems=PROBLEMS, listener=None):
-    return measure_subject(
-        SUBJECT,
-        problems,
-        settings or Settings(),
-        open_session=lambda: session,
-        work=work,
-        key=key,
-        limits=LIMITS,
-        listener=listener,
-    )
+def measure(session, file, *, settings=None, progress=None):
+    evaluation = Evaluation(PROBLEMS, settings or Settings(), file, LIMITS, progress or Progress())
+    return evaluation.measure(SUBJECT, evaluation.work(SUBJECT, "digest", "cpu"), lambda: session)
 
 
 @contained
 def test_passes_are_counted(tmp_path):
     session = ByHeart(ANSWERS)
-    found = measure(session, WorkFile(tmp_path / "work.jsonl"))
+    found = measure(session, tmp_path / "work.jsonl")
     assert [a.passed for a in found.attempts] == [True, False, False, True]
     assert [a.completion for a in found.attempts] == list(ANSWERS.values())
     assert (found.problems, found.samples, found.pass_at_1) == (4, 1, 0.5)
@@ -193,68 +183,49 @@ def test_passes_are_counted(tmp_path):
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     """Only what is missing is asked; the result is that of a run without an interruption."""
     settings = Settings(samples=2, temperature=0.5)
-    whole = measure(ByHeart(ANSWERS), WorkFile(tmp_path / "whole.jsonl"), settings=settings)
-    work = WorkFile(tmp_path / "work.jsonl")
+    whole = measure(ByHeart(ANSWERS), tmp_path / "whole.jsonl", settings=settings)
+    work = tmp_path / "work.jsonl"
     with pytest.raises(KeyboardInterrupt):
         measure(ByHeart(ANSWERS, interrupt_at=5), work, settings=settings)
-    with work.file.open("ab") as file:
+    with work.open("ab") as file:
         file.write(b'{"key": "key", "seconds": 1.0, "attem')  # as a power cut leaves it
     began = []
 
-    class Told(Listener):
-        def began(self, label, done, count):
-            began.append((label, done, count))
+    class Told(Progress):
+        def begin(self, title):
+            began.append(title)
 
     session = ByHeart(ANSWERS)
-    found = measure(session, work, settings=settings, listener=Told())
-    assert began == [("4-bit g128", 5, 8)] and len(session.asked) == 3
+    found = measure(session, work, settings=settings, progress=Told())
+    assert began == ["4-bit g128: 8 attempts, 5 of them from an earlier run"] and len(session.asked) == 3
     assert replace(found, seconds=0) == replace(whole, seconds=0)
-    assert len(work.read("key")) == 8
-
-    def never():
-        raise AssertionError("nothing is missing, and no model is loaded")
-
-    again = measure_subject(SUBJECT, PROBLEMS, settings, open_session=never, work=work, key="key")
-    assert again == found
+    assert measure(None, work, settings=settings) == found, "nothing is missing, so no model is loaded"
 
 
-def test_attempts_of_other_settings_do_not_count(tmp_path):
-    work = WorkFile(tmp_path / "folder" / "work.jsonl")
-    attempt = Attempt("HumanEval/1", 0, True, "passed", "", "x = 'ü'\n")
-    work.add("one", attempt, 1.5)
-    assert work.read("one") == {("HumanEval/1", 0): (attempt, 1.5)} and work.read("other") == {}
-    for line in ("[]", '{"key": "one", "attempt": {"task": 1}, "seconds": 1}', "\x00", '{"key": "one"}'):
-        with work.file.open("a") as file:
-            file.write(line + "\n")
-    assert len(work.read("one")) == 1
-    work.remove()
-    assert work.read("one") == {}
+def test_the_key_holds_all_that_matters(tmp_path):
+    def key(subject=SUBJECT, digest="digest", device="cpu", settings=Settings(), limits=LIMITS):  # noqa: B008
+        return Evaluation([], settings, tmp_path / "w", limits).work(subject, digest, device).key
 
-
-def test_the_key_holds_all_that_matters():
     greedy, sampled = Settings(), Settings(temperature=0.2, samples=4)
     keys = {
-        key_of(*arguments)
+        key(**changes, **({} if "settings" in changes else {"settings": settings}))
         for settings in (greedy, sampled)
-        for arguments in (
-            (SUBJECT, "digest", "cpu", settings, LIMITS),
-            (SUBJECT, "other", "cpu", settings, LIMITS),
-            (replace(SUBJECT, method="nf4"), "digest", "cpu", settings, LIMITS),
-            (replace(SUBJECT, dtype="float32"), "digest", "cpu", settings, LIMITS),
-            (SUBJECT, "digest", "cuda:0", settings, LIMITS),
-            (SUBJECT, "digest", "cpu", replace(settings, max_new_tokens=7), LIMITS),
-            (SUBJECT, "digest", "cpu", replace(settings, prompting="plain"), LIMITS),
-            (SUBJECT, "digest", "cpu", settings, replace(LIMITS, cpu_seconds=1)),
+        for changes in (
+            {},
+            {"digest": "other"},
+            {"subject": replace(SUBJECT, method="nf4")},
+            {"subject": replace(SUBJECT, dtype="float32")},
+            {"device": "cuda:0"},
+            {"settings": replace(settings, max_new_tokens=7)},
+            {"settings": replace(settings, prompting="plain")},
+            {"limits": replace(LIMITS, cpu_seconds=1)},
         )
     }
     assert len(keys) == 16
-
-    def key(settings):
-        return key_of(SUBJECT, "digest", "cpu", settings, LIMITS)
-
-    assert key(greedy) == key(replace(greedy, seed=5, top_p=0.5))
-    assert key(sampled) == key(replace(sampled, samples=9))
-    assert len({key(sampled), key(replace(sampled, seed=5)), key(replace(sampled, top_p=0.5))}) == 3
+    assert key(settings=greedy) == key(settings=replace(greedy, seed=5, top_p=0.5))
+    assert key(settings=sampled) == key(settings=replace(sampled, samples=9))
+    sampled_keys = {key(settings=replace(sampled, **change)) for change in ({}, {"seed": 5}, {"top_p": 0.5})}
+    assert len(sampled_keys) == 3
 
 
 def test_each_sample_has_its_own_seed():
@@ -309,7 +280,7 @@ def command(*words: str) -> int:
 
 
 def test_nothing_is_run_without_being_allowed(monkeypatch):
-    monkeypatch.setattr(humaneval, "measure_subject", None)
+    monkeypatch.setattr(humaneval, "Evaluation", None)
     with pytest.raises(InvalidRequestError, match="add --allow-code-execution") as caught:
         command(str(TINY_STARCHAT))
     assert "\n" not in str(caught.value)
@@ -341,7 +312,7 @@ def test_the_problems_may_be_missing(monkeypatch):
 def test_a_real_model_is_measured(tmp_path, capsys, monkeypatch):
     """The embedded model, a few tokens: record, table, resume, and Ctrl-C in between."""
     monkeypatch.setattr(sys, "argv", ["lowmem", "bench", "humaneval", "tiny"])
-    words = [str(TINY_STARCHAT), "--allow-code-execution", "--forms", "bfloat16", "--max-new-tokens", "12"]
+    words = [str(TINY_STARCHAT), "--allow-code-execution", "--versions", "bfloat16", "--max-new-tokens", "12"]
     words += ["--limit", "2", "--out", str(tmp_path)]
     assert command(*words, "--json", "--quiet") == 0
     shown = capsys.readouterr()
@@ -364,12 +335,12 @@ def test_a_real_model_is_measured(tmp_path, capsys, monkeypatch):
     assert command(*words[:-4], "--limit", "4", "--out", str(tmp_path)) == 130
     shown = capsys.readouterr()
     assert (
-        "4 attempts, 2 of them from an earlier run" in shown.err and "the same command goes on" in shown.err
+        "4 attempts, 2 of them from an earlier run" in shown.err and "the same command resumes" in shown.err
     )
     assert read_record(HumanEvalRecord, tmp_path) is None
     monkeypatch.setattr(humaneval, "ask", real)
     assert command(*words[:-4], "--limit", "4", "--out", str(tmp_path)) == 0
     shown = capsys.readouterr()
-    assert "3 of them" in shown.err and "HumanEval: 4 problems, greedy" in shown.out
+    assert "3 of them" in shown.err and "Problems solved" in shown.out and "greedy" in shown.out
     again = read_record(HumanEvalRecord, tmp_path)
     assert again is not None and again.subjects[0].attempts[:2] == one.attempts

@@ -1,5 +1,5 @@
 """`lowmem bench latency`: what is timed, at which lengths, and what the record says of it. No test
-compares a time with a number: clocks are the tests' own."""
+compares a real time with a number: the tests bring their own clocks."""
 
 from __future__ import annotations
 
@@ -12,55 +12,47 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from lowmem.benchmarks.common.lineup import Lineup, line_up
+from lowmem.benchmarks.common.lineup import Lineup, LineupRequest, line_up
 from lowmem.benchmarks.common.origin import origin_of
 from lowmem.benchmarks.common.record_file import from_json, to_json
 from lowmem.benchmarks.common.records import LatencyRecord
-from lowmem.benchmarks.latency import worker as latency_worker
-from lowmem.benchmarks.latency.measure import (
+from lowmem.benchmarks.latency import command as latency_command
+from lowmem.benchmarks.latency import timing
+from lowmem.benchmarks.latency.planning import (
     CONTEXTS,
     PROMPTS,
-    Entry,
-    Place,
+    Budget,
+    PlannedVersion,
     choose_lengths,
-    drift_of,
-    enter,
-    make_record,
-    order,
-    quantile,
-    repeated,
-    roofline_of,
+    plan_version,
 )
 from lowmem.benchmarks.latency.roofline import Rates, decode_ceiling, prefill_ceiling
-from lowmem.benchmarks.latency.rounds import job_of
-from lowmem.benchmarks.latency.view import print_record
-from lowmem.benchmarks.latency.worker import Visit, time_engine, token_ids
+from lowmem.benchmarks.latency.rounds import Rounds, order
+from lowmem.benchmarks.latency.summary import drift_of, make_record, repeated, roofline_of
+from lowmem.benchmarks.latency.tasks import Lengths, Timings, TimingTask
+from lowmem.benchmarks.latency.timing import EngineTimer, token_ids
 
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels import dispatch
 from lowmem.kernels.native import library as native
 from lowmem.plan.memory import need_on_device
-from tests.benchmarks.latency_helpers import JOB, LENGTHS, visit, write_model
+from tests.benchmarks.latency_helpers import LENGTHS, TASK, timings, write_model
 
 
 @pytest.fixture(scope="module")
 def lineup(tmp_path_factory: pytest.TempPathFactory) -> Lineup:
-    return line_up([str(write_model(tmp_path_factory.mktemp("latency")))])
+    return line_up(LineupRequest((str(write_model(tmp_path_factory.mktemp("latency"))),)))
+
+
+MACHINE = TimingTask("cpu", "bfloat16", 0)
 
 
 @pytest.fixture
-def entries(lineup: Lineup) -> list[Entry]:
-    return [Entry(entrant, LENGTHS, 1 << 20) for entrant in lineup.entrants]
+def entries(lineup: Lineup) -> list[PlannedVersion]:
+    return [PlannedVersion(entrant, LENGTHS, 1 << 20) for entrant in lineup.entrants]
 
 
 # --- figures ---------------------------------------------------------------------------------------------
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40), st.floats(0, 1))
-def test_quantiles_are_numpys(values: list[float], share: float) -> None:
-    assert quantile(values, share) == pytest.approx(numpy.quantile(values, share), rel=1e-9, abs=1e-6)
 
 
 def test_repeated_keeps_the_rounds_in_order() -> None:
@@ -100,8 +92,8 @@ def test_what_was_asked_for_and_does_not_fit_is_told() -> None:
     found = choose_lengths((500, 10, 10), (190, 193, 5, 300), 64, 256)
     assert found.prompts == (10,) and found.contexts == (5, 190)
     assert len(found.notes) == 2
-    assert found.notes[0].startswith("contexts 193, 300 are left out: with 64 new tokens")
-    assert "256 positions" in found.notes[0] and found.notes[1].startswith("prompt 500 is left out")
+    assert found.notes[0].startswith("left out contexts 193, 300: longer")
+    assert "256 positions" in found.notes[0] and found.notes[1].startswith("left out prompt 500: ")
 
 
 @pytest.mark.parametrize(
@@ -120,8 +112,8 @@ def test_a_form_that_does_not_fit_says_how_much_it_needs(lineup: Lineup) -> None
     need = need_on_device(
         entrant.candidate.shape, entrant.candidate.form, 9, cuda=False, own_context=100 << 20
     ).total
-    place = Place("cpu", need - 1, "1.00 MiB are free", 100 << 20)
-    refused = enter(entrant, LENGTHS, place)
+    budget = Budget("cpu", need - 1, "1.00 MiB are free", 100 << 20)
+    refused = plan_version(entrant, LENGTHS, budget)
     assert refused.needed_bytes == need and "1.00 MiB are free" in refused.reason
     assert f"needs {need / 2**20:.0f} MiB" in refused.reason
 
@@ -130,9 +122,9 @@ def test_lengths_that_do_not_fit_the_memory_are_left_out(lineup: Lineup) -> None
     """With bytes for 9 tokens, contexts of 6 and 3 new tokens fit, and 20 do not."""
     entrant = lineup.entrants[0]
     need = need_on_device(entrant.candidate.shape, entrant.candidate.form, 9, cuda=False).total
-    entry = enter(entrant, LENGTHS, Place("cpu", need, "", 0))
+    entry = plan_version(entrant, LENGTHS, Budget("cpu", need, "", 0))
     assert entry.lengths.contexts == (6,) and entry.lengths.prompts == (4, 8) and not entry.reason
-    assert entry.needed_bytes == need and "1 lengths do not fit" in entry.lengths.notes[0]
+    assert entry.needed_bytes == need and "1 of the lengths need too much memory" in entry.lengths.notes[0]
 
 
 # --- what is timed ---------------------------------------------------------------------------------------
@@ -185,15 +177,8 @@ def test_what_the_clock_says() -> None:
     engine = FakeEngine()
     steps: list[str] = []
     waited: list[float] = []
-    prompts, decodes = time_engine(
-        engine,
-        JOB,
-        token_ids(40, 1000),
-        steps.append,
-        finish=lambda: waited.append(engine.now),
-        meter=FakeMeter(engine),
-        clock=engine.clock,
-    )
+    timer = EngineTimer(engine, lambda: waited.append(engine.now), FakeMeter(engine), engine.clock)
+    prompts, decodes = timer.time(TASK.lengths, token_ids(40, 1000), steps.append)
     assert [(p.tokens, pytest.approx(p.ttft)) for p in prompts] == [(10, 0.1), (20, 0.2)]
     for decode, context in zip(decodes, (5, 30), strict=True):
         assert decode.context == context
@@ -213,8 +198,8 @@ def test_too_few_tokens_are_no_measurement() -> None:
         def generate(self, prompt: Sequence[int], params: Any) -> Iterator[int]:
             return iter([7])
 
-    with pytest.raises(RuntimeError, match="1 tokens came, and 3 were"):
-        time_engine(Short(), JOB, token_ids(40, 1000), lambda text: None)
+    with pytest.raises(RuntimeError, match="1 of 3 tokens"):
+        EngineTimer(Short()).time(TASK.lengths, token_ids(40, 1000), lambda text: None)
 
 
 def test_a_prompt_may_fill_the_context() -> None:
@@ -222,11 +207,11 @@ def test_a_prompt_may_fill_the_context() -> None:
 
     class Bounded(FakeEngine):
         def generate(self, prompt: Sequence[int], params: Any) -> Iterator[int]:
-            room = job.context - len(prompt) + 1
+            room = lengths.context - len(prompt) + 1
             return islice(super().generate(prompt, params), room)
 
-    job = replace(JOB, prompts=(8, 40), contexts=(6,), new_tokens=2, context=40)
-    prompts, decodes = time_engine(Bounded(), job, token_ids(40, 1000), lambda text: None)
+    lengths = Lengths((8, 40), (6,), 2)
+    prompts, decodes = EngineTimer(Bounded()).time(lengths, token_ids(40, 1000), lambda text: None)
     assert [p.tokens for p in prompts] == [8, 40]
     assert [(d.context, len(d.gaps)) for d in decodes] == [(6, 1)]
 
@@ -237,27 +222,29 @@ def test_token_ids_are_in_the_vocabulary() -> None:
 
 
 @pytest.mark.parametrize("label", ["bfloat16", "4-bit g32"])
-def test_a_real_visit(label: str, entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_task(label: str, entries: list[PlannedVersion], monkeypatch: pytest.MonkeyPatch) -> None:
     """The worker's own code on a real model, here in this process; the model's stop ids end nothing."""
     entry = next(e for e in entries if e.label == label)
     monkeypatch.setattr("lowmem.benchmarks.latency.roofline.LARGE_READ", 8 << 20)
     monkeypatch.setattr("lowmem.benchmarks.latency.roofline._CPU_SIZES", (64,))
-    found = latency_worker.measure(job_of(entry, "cpu", 0.0), lambda step: None)
+    found = timing.measure(entry.task(replace(MACHINE, seconds=0.0)), lambda step: None)
     assert found.threads == 1 and len(found.rates) in (1, 2) and found.load_seconds > 0
     assert [p.tokens for p in found.prompts] == [4, 8] and all(p.ttft > 0 for p in found.prompts)
     assert [(d.context, len(d.gaps)) for d in found.decodes] == [(6, 2), (20, 2)]
     assert found.peak_host_bytes >= entry.entrant.subject.weight_bytes and found.peak_device_bytes == 0
     packed = dispatch.native_name() if native.available() else dispatch.REFERENCE
     assert found.kernel == ("torch" if label == "bfloat16" else packed)
-    assert from_json(Visit, json.loads(json.dumps(to_json(found)))) == found
+    assert from_json(Timings, json.loads(json.dumps(to_json(found)))) == found
 
 
 @pytest.mark.gpu
-def test_a_real_visit_on_a_card(lineup: Lineup) -> None:
+def test_a_real_task_on_a_card(lineup: Lineup) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA card")
-    entry = Entry(line_up([lineup.source], forms=["dense"], cuda=True).entrants[0], LENGTHS, 0)
-    found = latency_worker.measure(job_of(entry, "cuda:0", 0.05), lambda step: None)
+    entry = PlannedVersion(
+        line_up(LineupRequest((lineup.source,), versions=("dense",), cuda=True)).entrants[0], LENGTHS, 0
+    )
+    found = timing.measure(entry.task(TimingTask("cuda:0", "bfloat16", 0)), lambda step: None)
     assert found.peak_device_bytes >= entry.entrant.subject.weight_bytes
     assert [len(d.gaps) for d in found.decodes] == [2, 2]
 
@@ -265,16 +252,23 @@ def test_a_real_visit_on_a_card(lineup: Lineup) -> None:
 # --- the record ------------------------------------------------------------------------------------------
 
 
-def record_of(entries: list[Entry], visits: dict[str, list[Visit]], **options: Any) -> LatencyRecord:
+def record_of(
+    planned: list[PlannedVersion],
+    found: dict[str, list[Timings]],
+    failures: dict[str, str] | None = None,
+    warnings: tuple[str, ...] = (),
+    probe: Timings | None = None,
+) -> LatencyRecord:
     origin = origin_of(["bench", "latency", "m"], "m", "0")
-    values: dict[str, Any] = {"failures": {}, "warnings": [], "probe": visit(), **options}
-    return make_record(origin, entries, visits, values["failures"], values["probe"], values["warnings"])
+    work: Any = None
+    rounds = Rounds(planned, 3, work, lambda one, step: "", timings=found, failures=failures or {})
+    return make_record(origin, rounds, probe or timings(), warnings)
 
 
-def test_medians_quantiles_and_shares(entries: list[Entry]) -> None:
+def test_medians_quantiles_and_shares(entries: list[PlannedVersion]) -> None:
     entry = entries[0]
     found = record_of(
-        [entry], {entry.label: [visit(1.0, joules=6.0), visit(4.0, joules=3.0), visit(2.0, joules=9.0)]}
+        [entry], {entry.label: [timings(1.0, joules=6.0), timings(4.0, joules=3.0), timings(2.0, joules=9.0)]}
     )
     subject = found.subjects[0]
     candidate = entry.entrant.candidate
@@ -295,32 +289,32 @@ def test_medians_quantiles_and_shares(entries: list[Entry]) -> None:
     assert decode.joules_per_token == pytest.approx(2.0)  # the median of 6, 3 and 9 over three tokens
 
 
-def test_energy_is_told_for_all_rounds_or_not_at_all(entries: list[Entry]) -> None:
+def test_energy_is_told_for_all_rounds_or_not_at_all(entries: list[PlannedVersion]) -> None:
     entry = entries[0]
-    found = record_of([entry], {entry.label: [visit(joules=6.0), visit()]})
+    found = record_of([entry], {entry.label: [timings(joules=6.0), timings()]})
     assert found.subjects[0].decode[0].joules_per_token is None
 
 
-def test_drift_and_caches_are_remarked(entries: list[Entry]) -> None:
+def test_drift_and_caches_are_remarked(entries: list[PlannedVersion]) -> None:
     """Two rounds, of which the first read 40 and the second 50 GB/s beside both forms."""
-    visits = {e.label: [visit(read=40e9), visit(read=50e9)] for e in entries[:2]}
+    visits = {e.label: [timings(read=40e9), timings(read=50e9)] for e in entries[:2]}
     found = record_of(entries[:2], visits)
     assert found.roofline.read_bytes_per_second.values == (40e9, 50e9)
-    assert found.drift == pytest.approx(0.25) and "25% faster" in found.warnings[0]
+    assert found.drift == pytest.approx(0.25) and "changed by 25%" in found.warnings[0]
     assert any("caches" in line and "180.0 GB/s" in line for line in found.warnings)
-    calm = record_of(entries[:1], {entries[0].label: [visit(read=40e9), visit(read=43e9)]})
+    calm = record_of(entries[:1], {entries[0].label: [timings(read=40e9), timings(read=43e9)]})
     assert not any("changed" in line for line in calm.warnings)
 
 
-def test_a_share_above_the_ceiling_is_remarked(entries: list[Entry]) -> None:
+def test_a_share_above_the_ceiling_is_remarked(entries: list[PlannedVersion]) -> None:
     entry = entries[0]
-    found = record_of([entry], {entry.label: [visit(speed=1e9)]})
+    found = record_of([entry], {entry.label: [timings(speed=1e9)]})
     assert found.subjects[0].decode[0].share > 1 and any("of a ceiling" in w for w in found.warnings)
 
 
 def test_the_rate_of_products_is_of_one_dtype() -> None:
-    fast = replace(visit(), rates=(Rates(1.0, 1.0, 90.0),))
-    slow = replace(visit(), rates=(Rates(3.0, 1.0, 10.0),))
+    fast = replace(timings(), rates=(Rates(1.0, 1.0, 90.0),))
+    slow = replace(timings(), rates=(Rates(3.0, 1.0, 10.0),))
     found = roofline_of(
         {"a": [fast], "b": [fast], "c": [slow]}, {"a": "bfloat16", "b": "bfloat16", "c": "float32"}
     )
@@ -328,11 +322,11 @@ def test_the_rate_of_products_is_of_one_dtype() -> None:
     assert found.read_bytes_per_second.values == (1.0,)
 
 
-def test_forms_that_do_not_fit_or_fail_are_in_the_record(entries: list[Entry]) -> None:
+def test_forms_that_do_not_fit_or_fail_are_in_the_record(entries: list[PlannedVersion]) -> None:
     first, second, third = entries[:3]
     second = replace(second, reason="needs 30 GiB, and 20 GiB are free", needed_bytes=30 << 30)
     found = record_of(
-        [first, second, third], {first.label: [visit()]}, failures={third.label: "exit code 137"}
+        [first, second, third], {first.label: [timings()]}, failures={third.label: "exit code 137"}
     )
     assert [s.fits for s in found.subjects] == [True, False, False]
     assert found.subjects[1].reason == second.reason and found.subjects[1].needed_bytes == 30 << 30
@@ -340,19 +334,18 @@ def test_forms_that_do_not_fit_or_fail_are_in_the_record(entries: list[Entry]) -
     assert from_json(LatencyRecord, json.loads(json.dumps(to_json(found)))) == found
 
 
-def test_where_nothing_fits_the_machine_is_still_told(entries: list[Entry]) -> None:
-    found = record_of([replace(entries[0], reason="too large")], {}, probe=visit(read=7e9))
+def test_where_nothing_fits_the_machine_is_still_told(entries: list[PlannedVersion]) -> None:
+    found = record_of([replace(entries[0], reason="too large")], {}, probe=timings(read=7e9))
     assert found.rounds == 0 and found.roofline.read_bytes_per_second.median == 7e9
     assert not found.subjects[0].fits
 
 
-def test_the_table(entries: list[Entry], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tables(entries: list[PlannedVersion], capsys: pytest.CaptureFixture[str]) -> None:
     first, second = entries[:2]
     second = replace(second, reason="needs 30 GiB, and 20 GiB are free")
-    print_record(record_of([first, second], {first.label: [visit()]}, warnings=["[b]busy[/b]"]))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Roofline: 1.0 GB/s of reads") and max(map(len, lines)) <= 100
-    text = "\n".join(lines)
-    assert "not measured: needs 30 GiB, and 20 GiB are free" in text and "! [b]busy[/b]" in text
-    row = next(line for line in lines if line.startswith(first.label) and " 1.00 " in line)
-    assert row.split()[-3:-1] == ["40.0", "100"]  # TTFT of 4 tokens in ms, tokens/s
+    latency_command._print(record_of([first, second], {first.label: [timings()]}, warnings=("[b]busy[/b]",)))
+    text = capsys.readouterr().out
+    assert "read memory at 1.00 GB/s" in text and max(map(len, text.splitlines())) <= 160
+    assert "needs 30 GiB, and 20 GiB are free" in text and "! [b]busy[/b]" in text
+    rows = [line.split() for line in text.splitlines() if line.split()[:1] == [first.label]]
+    assert rows[0][1:3] == ["4", "100"] and rows[0][-1] == "40.0"  # prompt, tokens/s, TTFT in ms

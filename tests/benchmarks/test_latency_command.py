@@ -13,10 +13,10 @@ from lowmem.benchmarks.common.records import LatencyRecord
 from lowmem.benchmarks.latency import command as latency_command
 from lowmem.benchmarks.latency import machine_state
 from lowmem.benchmarks.latency import rounds as latency_rounds
-from lowmem.benchmarks.latency.worker import Job, Visit
+from lowmem.benchmarks.latency.tasks import Timings, TimingTask
 
 from lowmem.errors import LowmemError, OutputError
-from tests.benchmarks.latency_helpers import visit, write_model
+from tests.benchmarks.latency_helpers import timings, write_model
 from tests.helpers import tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
@@ -42,7 +42,7 @@ def test_a_real_run(
     monkeypatch.setattr("lowmem.benchmarks.latency.roofline.SECONDS", 0.01)
     words = [
         str(model),
-        "--forms",
+        "--versions",
         "dense",
         "--rounds",
         "1",
@@ -82,19 +82,19 @@ def test_a_real_run(
 
 @pytest.fixture
 def fake_jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Processes that find what `visit` says; the list has their paths, and `stop` at its end interrupts."""
+    """Processes that find what `timings` says; the list has their paths, and `stop` at its end interrupts."""
     jobs: list[str] = []
 
-    def run(job: Job, threads: int, step: Any) -> Visit:
+    def run(task: TimingTask, step: Any) -> Timings:
         if jobs and jobs[-1] == "stop":
             jobs.pop()
             raise KeyboardInterrupt
-        jobs.append(job.path and job.method)
+        jobs.append(task.path and task.method)
         if len(jobs) == 7:
             jobs.append("stop")
-        return visit()
+        return timings()
 
-    monkeypatch.setattr(latency_rounds, "run_job", run)
+    monkeypatch.setattr(latency_rounds, "run_task", run)
     monkeypatch.setattr(machine_state, "look_before", lambda load: machine_state.Before(("It is busy",), 0))
     return jobs
 
@@ -105,12 +105,10 @@ def test_the_record_of_an_interrupted_run(
     """Four forms: a look at the machine, a round, two more forms, Ctrl-C. Then the same command goes on."""
     words = [str(model), "--rounds", "2", "--out", str(tmp_path), *SHORT]
     assert command(*words) == 130
-    assert "stopped with 1 of 2 rounds whole" in capsys.readouterr().err
+    assert "stopped after 1 of 2 rounds" in capsys.readouterr().err
     record = read_record(LatencyRecord, tmp_path)
     assert record is not None and record.rounds == 1 and len(record.subjects) == 4
-    assert (
-        record.warnings[0] == "It is busy" and "Interrupted: 1 of 2 rounds were measured" in record.warnings
-    )
+    assert record.warnings[0] == "It is busy" and "interrupted after 1 of 2 rounds" in record.warnings
     assert (tmp_path / latency_rounds.WORK_FILE).exists()
     del fake_jobs[:]
     assert command(*words) == 0
@@ -167,4 +165,4 @@ def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path, fake_jobs:
 def test_no_list_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("m", "--prompts", "12,x")
-    assert "no list of numbers" in capsys.readouterr().err
+    assert "not a list of numbers" in capsys.readouterr().err

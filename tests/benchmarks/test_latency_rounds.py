@@ -9,145 +9,149 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lowmem.benchmarks.common.lineup import Lineup, line_up
+from lowmem.benchmarks.common.lineup import Lineup, LineupRequest, line_up
 from lowmem.benchmarks.common.processes import converse
+from lowmem.benchmarks.common.progress import Progress, make_progress
+from lowmem.benchmarks.common.work_file import WorkFile, digest_of
 from lowmem.benchmarks.latency import rounds as latency_rounds
-from lowmem.benchmarks.latency.measure import (
-    Entry,
-)
-from lowmem.benchmarks.latency.rounds import Found, Watcher, WorkFile, run_job, run_rounds
-from lowmem.benchmarks.latency.view import make_watcher
-from lowmem.benchmarks.latency.worker import Visit
+from lowmem.benchmarks.latency.planning import PlannedVersion
+from lowmem.benchmarks.latency.rounds import KEPT_SECONDS, Rounds, run_task
+from lowmem.benchmarks.latency.tasks import Timings, TimingTask
 
-from tests.benchmarks.latency_helpers import JOB, LENGTHS, visit, write_model
+from tests.benchmarks.latency_helpers import LENGTHS, TASK, timings, write_model
 
 
 @pytest.fixture(scope="module")
 def lineup(tmp_path_factory: pytest.TempPathFactory) -> Lineup:
-    return line_up([str(write_model(tmp_path_factory.mktemp("latency")))])
+    return line_up(LineupRequest((str(write_model(tmp_path_factory.mktemp("latency"))),)))
 
 
 @pytest.fixture
-def entries(lineup: Lineup) -> list[Entry]:
-    return [Entry(entrant, LENGTHS, 1 << 20) for entrant in lineup.entrants]
+def entries(lineup: Lineup) -> list[PlannedVersion]:
+    return [PlannedVersion(entrant, LENGTHS, 1 << 20) for entrant in lineup.entrants]
 
 
 # --- rounds ----------------------------------------------------------------------------------------------
 
 
-def kept_in(folder: Path, **key: Any) -> WorkFile:
-    return WorkFile(folder / "work.jsonl", {"key": 1, **key})
+def kept_in(folder: Path, key: str = "key") -> WorkFile[Timings]:
+    return WorkFile(folder / "work.jsonl", Timings, key, KEPT_SECONDS)
 
 
-def test_rounds_are_interleaved(entries: list[Entry], tmp_path: Path) -> None:
+def test_rounds_are_interleaved(entries: list[PlannedVersion], tmp_path: Path) -> None:
     seen: list[str] = []
-    found = Found()
 
-    def measure(entry: Entry, step: Any) -> Visit:
+    def measure(entry: PlannedVersion, step: Any) -> Timings:
         seen.append(entry.label)
-        return visit()
+        return timings()
 
     entries[1] = replace(entries[1], reason="too large")
-    run_rounds(entries, 3, kept_in(tmp_path), measure, Watcher(), found)
+    rounds = Rounds(entries, 3, kept_in(tmp_path), measure)
+    rounds.run()
     a, b, c = (e.label for e in entries if not e.reason)
     assert seen == [a, b, c, b, c, a, c, a, b]
-    assert {label: len(visits) for label, visits in found.visits.items()} == {a: 3, b: 3, c: 3}
+    assert {label: len(found) for label, found in rounds.timings.items()} == {a: 3, b: 3, c: 3}
 
 
-def test_the_time_left_is_what_forms_took_before(
-    entries: list[Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_time_left_is_what_versions_took_before(
+    entries: list[PlannedVersion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two forms of 10 and 30 seconds, two rounds: unknown, then three as long as the first, then as known."""
+    """Two versions of 100 and 300 s, two rounds: unknown, then three as long as the first, then as known."""
     now = [0.0]
     monkeypatch.setattr(latency_rounds.time, "monotonic", lambda: now[0])
-    left: list[float | None] = []
+    shown: list[str] = []
 
-    class Listener(Watcher):
-        def began(self, title: str, done: int, total: int, seconds: float | None) -> None:
-            left.append(seconds)
+    class Shown(Progress):
+        def update(self, done: int, total: int, text: str = "") -> None:
+            shown.append(f"{done}/{total} {text.partition('about ')[2]}")
 
-    def measure(entry: Entry, step: Any) -> Visit:
-        now[0] += 10 if entry is entries[0] else 30
-        return visit()
+    def measure(entry: PlannedVersion, step: Any) -> Timings:
+        step("load")
+        now[0] += 100 if entry is entries[0] else 300
+        return timings()
 
-    run_rounds(entries[:2], 2, kept_in(tmp_path), measure, Listener(), Found())
-    assert left == [None, 10 + 10 + 10, 30 + 10, 10]
+    Rounds(entries[:2], 2, kept_in(tmp_path), measure, Shown()).run()
+    assert shown == ["0/4 ", "1/4 5 min 00 s left", "2/4 6 min 40 s left", "3/4 1 min 40 s left"]
 
 
-def test_lines_for_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    watcher = make_watcher(quiet=False)
-    watcher.began("round 1/1  NF4", 0, 1, None)
-    watcher.ended("round 1/1  NF4", visit())
-    watcher.ended("round 1/1  int8", "exit code 137")
-    make_watcher(quiet=True).line("nothing")
+def test_lines_for_a_pipe(
+    entries: list[PlannedVersion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(entry: PlannedVersion, step: Any) -> Timings | str:
+        return timings() if entry is entries[0] else "exit code 137"
+
+    Rounds(entries[:2], 1, kept_in(tmp_path), measure, make_progress(quiet=False)).run()
+    make_progress(quiet=True).note("nothing")
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.splitlines() == [
-        "round 1/1  NF4: load 1.00 s, prefill of 8: 100 tokens/s, decode at 20: 5.0 tokens/s",
-        "round 1/1  int8: exit code 137",
+        f"round 1/1  {entries[0].label}: load 1.00 s, prefill of 8: 100 tokens/s, decode at 20: 5.0 tokens/s",
+        f"round 1/1  {entries[1].label}: exit code 137",
     ]
 
 
-def test_a_form_that_fails_ends_nothing_else(entries: list[Entry], tmp_path: Path) -> None:
+def test_a_version_that_fails_ends_nothing_else(entries: list[PlannedVersion], tmp_path: Path) -> None:
     """It fails in the second round: it is not tried again, and its first round does not count."""
     bad = entries[1].label
     count = {entry.label: 0 for entry in entries}
 
-    def measure(entry: Entry, step: Any) -> Visit | str:
+    def measure(entry: PlannedVersion, step: Any) -> Timings | str:
         count[entry.label] += 1
-        return "exit code 137" if entry.label == bad and count[bad] == 2 else visit()
+        return "exit code 137" if entry.label == bad and count[bad] == 2 else timings()
 
-    found = Found()
-    run_rounds(entries, 3, kept_in(tmp_path), measure, Watcher(), found)
-    assert found.failures == {bad: "exit code 137"} and bad not in found.visits and count[bad] == 2
-    assert found.whole_rounds() == 3 and len(found.visits) == len(entries) - 1
+    rounds = Rounds(entries, 3, kept_in(tmp_path), measure)
+    rounds.run()
+    assert rounds.failures == {bad: "exit code 137"} and bad not in rounds.timings and count[bad] == 2
+    assert rounds.whole() == 3 and len(rounds.timings) == len(entries) - 1
 
 
 def stop_after(limit: int, seen: list[str]) -> Any:
-    def measure(entry: Entry, step: Any) -> Visit:
+    def measure(entry: PlannedVersion, step: Any) -> Timings:
         if len(seen) == limit:
             raise KeyboardInterrupt
         seen.append(entry.label)
-        return visit(speed=len(seen))
+        return timings(speed=len(seen))
 
     return measure
 
 
-def test_an_interrupt_keeps_what_is_done(entries: list[Entry], tmp_path: Path) -> None:
+def test_an_interrupt_keeps_what_is_done(entries: list[PlannedVersion], tmp_path: Path) -> None:
     seen: list[str] = []
-    found = Found()
+    first = Rounds(entries, 3, kept_in(tmp_path), stop_after(6, seen))
     with pytest.raises(KeyboardInterrupt):
-        run_rounds(entries, 3, kept_in(tmp_path), stop_after(6, seen), Watcher(), found)
-    assert found.whole_rounds() == 1 and {len(v) for v in found.whole().values()} == {1}
-    later, again = Found(), []
-    run_rounds(entries, 3, kept_in(tmp_path), stop_after(99, again), Watcher(), later)
-    assert len(again) == 3 * len(entries) - 6 and later.whole_rounds() == 3
-    for label, visits in found.visits.items():
-        assert later.visits[label][: len(visits)] == visits
+        first.run()
+    assert first.whole() == 1 and {len(found) for found in first.results().values()} == {1}
+    again: list[str] = []
+    later = Rounds(entries, 3, kept_in(tmp_path), stop_after(99, again))
+    later.run()
+    assert len(again) == 3 * len(entries) - 6 and later.whole() == 3
+    for label, found in first.timings.items():
+        assert later.timings[label][: len(found)] == found
 
 
-def test_what_does_not_agree_is_measured_again(entries: list[Entry], tmp_path: Path) -> None:
-    def measured(work: WorkFile, **options: Any) -> int:
+def test_results_of_another_measurement_or_of_another_day_are_not_used(
+    entries: list[PlannedVersion], tmp_path: Path
+) -> None:
+    def measured(work: WorkFile[Timings]) -> int:
         seen: list[str] = []
-        run_rounds(entries[:1], 1, work, stop_after(9, seen), Watcher(), Found(), **options)
+        Rounds(entries[:1], 1, work, stop_after(9, seen)).run()
         return len(seen)
 
-    assert measured(kept_in(tmp_path)) == 1
-    assert measured(kept_in(tmp_path)) == 0
-    assert measured(kept_in(tmp_path), fresh=True) == 1
-    assert measured(kept_in(tmp_path, digest="another")) == 1
-    assert measured(kept_in(tmp_path)) == 1, "the file was of the other one"
-    old = WorkFile(tmp_path / "work.jsonl", {"key": 1}, lambda: time.time() + 86401)
-    assert measured(old) == 1
+    assert [measured(kept_in(tmp_path)), measured(kept_in(tmp_path))] == [1, 0]
+    assert measured(kept_in(tmp_path, "another")) == 1
+    assert measured(kept_in(tmp_path)) == 0, "the other one's results do no harm"
+    assert measured(replace(kept_in(tmp_path), clock=lambda: time.time() + KEPT_SECONDS + 1)) == 1
+    assert digest_of({"a": 1}) == digest_of({"a": 1}) != digest_of({"a": 2})
 
 
-@pytest.mark.parametrize(
-    "damage", ["", "{", "[]", '{"key": 1}\n{"round": 0', '{"key": 1}\n{"round": 0, "time": 0}']
-)
-def test_a_damaged_work_file_counts_as_none(damage: str, entries: list[Entry], tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["", "{", "[]", "\x00", '{"key": "key"}', '{"key": "key", "time": 0}'])
+def test_damaged_lines_of_a_work_file_are_skipped(
+    damage: str, entries: list[PlannedVersion], tmp_path: Path
+) -> None:
     (tmp_path / "work.jsonl").write_text(damage)
-    seen: list[str] = []
-    run_rounds(entries[:1], 1, kept_in(tmp_path), stop_after(9, seen), Watcher(), Found())
-    assert len(seen) == 1
+    for expected in (1, 0):
+        seen: list[str] = []
+        Rounds(entries[:1], 1, kept_in(tmp_path), stop_after(9, seen)).run()
+        assert len(seen) == expected
 
 
 # --- processes -------------------------------------------------------------------------------------------
@@ -160,7 +164,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def put(body: str) -> None:
         (tmp_path / "lowmem_fake_worker.py").write_text(f"import os, signal, sys, time\n{body}\n")
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        monkeypatch.setattr(latency_rounds, "WORKER", "lowmem_fake_worker")
+        monkeypatch.setattr(latency_rounds, "PROCESS", "lowmem_fake_worker")
 
     return put
 
@@ -168,30 +172,30 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("os.kill(os.getpid(), signal.SIGKILL)", "memory ran out (exit code 137)"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed with exit code 139: it said nothing"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "because memory ran out (exit code 137)"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "failed with exit code 139: no message"),
         (
             "raise ValueError('no\\x1b[31m such thing')",
             "failed with exit code 1: ValueError: no?[31m such thing",
         ),
         ('print(\'{"failure": "memory ran out: 3 GiB"}\'); sys.exit(1)', "memory ran out: 3 GiB"),
-        ("sys.exit(0)", "failed with exit code 0: it said nothing"),
+        ("sys.exit(0)", "failed with exit code 0: no message"),
     ],
 )
 def test_a_process_that_dies_says_why(body: str, expected: str, worker: Any) -> None:
     worker(body)
-    found = run_job(JOB, 0, lambda step: None)
+    found = run_task(TASK, lambda step: None)
     assert isinstance(found, str) and expected in found and "\x1b" not in found
 
 
-def test_the_job_reaches_the_process(worker: Any) -> None:
+def test_the_task_reaches_the_process(worker: Any) -> None:
     worker(
-        "import json\njob = json.load(sys.stdin)\n"
+        "import json\ntask = json.load(sys.stdin)\n"
         "print(json.dumps({'step': os.environ['OMP_NUM_THREADS'] + os.environ['CUDA_VISIBLE_DEVICES']}))\n"
-        "print(json.dumps({'failure': job['path']}))"
+        "print(json.dumps({'failure': task['path']}))"
     )
     steps: list[str] = []
-    assert run_job(JOB, 3, steps.append) == "m" and steps == ["3"]
+    assert run_task(replace(TASK, threads=3), steps.append) == "m" and steps == ["3"]
 
 
 @pytest.mark.slow
@@ -207,12 +211,24 @@ def test_the_job_reaches_the_process(worker: Any) -> None:
 def test_what_the_worker_raises(error: str, expected: str, worker: Any) -> None:
     """And what libraries print to standard output is not taken for what the worker tells."""
     worker(
-        "from lowmem.benchmarks.latency import worker as latency_worker\nfrom lowmem.errors import SourceError\n"
-        "def measure(job, tell):\n    print('noise')\n    os.write(1, b'noise')\n"
+        "from lowmem.benchmarks.latency import timing\nfrom lowmem.errors import SourceError\n"
+        "def measure(task, tell):\n    print('noise')\n    os.write(1, b'noise')\n"
         f"    raise {error}\n"
-        "latency_worker.measure = measure\nsys.exit(latency_worker.main())"
+        "timing.measure = measure\nsys.exit(timing.main())"
     )
-    assert run_job(JOB, 0, lambda step: None) == expected
+    assert run_task(TASK, lambda step: None) == expected
+
+
+def test_modules_in_the_users_folder_are_not_imported(
+    entries: list[PlannedVersion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is started by `python -m`, which would look there first."""
+    for name in ("convert", "bench", "benchmarks", "lowmem", "random_name", "torch", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    task = TimingTask("cpu", "float32", 1 << 20, threads=1, seconds=0.01)
+    found = run_task(task, lambda step: None)
+    assert isinstance(found, Timings) and found.threads == 1 and not found.kernel
 
 
 def test_an_interrupt_kills_the_whole_group(worker: Any, tmp_path: Path) -> None:
@@ -229,7 +245,7 @@ def test_an_interrupt_kills_the_whole_group(worker: Any, tmp_path: Path) -> None
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        converse(latency_rounds.WORKER, "", hear, tmp_path / "log", {})
+        converse(latency_rounds.PROCESS, "", hear, tmp_path / "log", {})
     assert len(pids) == 2
     for _ in range(100):
         if not any(alive(pid) for pid in pids):

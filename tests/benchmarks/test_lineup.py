@@ -1,4 +1,4 @@
-"""Which forms are measured, and against what."""
+"""Which versions are measured, and against which reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from lowmem.benchmarks.common.lineup import line_up
+from lowmem.benchmarks.common.lineup import Lineup, LineupRequest, line_up
 
 from lowmem.errors import InvalidRequestError, SourceError
 from tests.helpers import save_source, tiny_model
@@ -26,12 +26,16 @@ def models(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "m"
 
 
+def lined_up(*models: str, versions=(), reference: str | None = None) -> Lineup:
+    return line_up(LineupRequest(models, reference, tuple(versions)))
+
+
 def labels(lineup) -> list[str]:
     return [entrant.subject.label for entrant in lineup.entrants]
 
 
-def test_an_unquantized_model_brings_its_forms(models):
-    lineup = line_up([str(models / "model")])
+def test_an_unquantized_model_brings_its_versions(models):
+    lineup = lined_up(str(models / "model"))
     assert lineup.source == str(models / "model")
     assert labels(lineup) == [
         "float32", "bfloat16", "8-bit g32", "int8", "4-bit g32 (one)", "4-bit g32 (two)", "NF4"
@@ -39,13 +43,13 @@ def test_an_unquantized_model_brings_its_forms(models):
 
 
 def test_a_folder_brings_itself_and_its_report_names_the_reference(models):
-    lineup = line_up([str(models / "two"), str(models / "three")])
+    lineup = lined_up(str(models / "two"), str(models / "three"))
     assert lineup.source == str(models / "model")
     assert labels(lineup) == ["8-bit g32", "4-bit g32"]
 
 
 def test_sizes_are_those_of_the_files(models):
-    lineup = line_up([str(models / "model"), str(models / "one")], forms=["bfloat16", "4-bit", "int8"])
+    lineup = lined_up(str(models / "model"), str(models / "one"), versions=["bfloat16", "4-bit", "int8"])
     found = {entrant.subject.label: entrant.subject for entrant in lineup.entrants}
     assert found["bfloat16"].bits_per_weight == 16
     model = tiny_model("llama")
@@ -60,41 +64,41 @@ def test_sizes_are_those_of_the_files(models):
     assert found["int8"].bits_per_weight == pytest.approx(8 + 32 * sum(p.shape[0] for p in linears) / count)
 
 
-def test_a_form_given_twice_is_measured_once(models):
-    assert labels(line_up([str(models / "model"), str(models / "three")], forms=["8-bit"])) == ["8-bit g32"]
+def test_a_version_given_twice_is_measured_once(models):
+    assert labels(lined_up(str(models / "model"), str(models / "three"), versions=["8-bit"])) == ["8-bit g32"]
 
 
 def test_what_a_folder_was_made_of_must_be_known(models):
     shutil.move(models / "model", models.parent / "elsewhere")
     with pytest.raises(SourceError, match="--reference SOURCE"):
-        line_up([str(models / "one")])
-    lineup = line_up([str(models / "one")], reference=str(models.parent / "elsewhere"))
+        lined_up(str(models / "one"))
+    lineup = lined_up(str(models / "one"), reference=str(models.parent / "elsewhere"))
     assert lineup.source == str(models.parent / "elsewhere") and labels(lineup) == ["4-bit g32"]
 
 
 def test_two_models_and_quantized_references_are_refused(models):
     save_source(tiny_model("llama", layers=3), models.parent / "other")
     with pytest.raises(InvalidRequestError, match="both unquantized"):
-        line_up([str(models / "model"), str(models.parent / "other")])
+        lined_up(str(models / "model"), str(models.parent / "other"))
     with pytest.raises(SourceError, match="2 decoder layers, not 3"):
-        line_up([str(models / "one")], reference=str(models.parent / "other"))
+        lined_up(str(models / "one"), reference=str(models.parent / "other"))
     with pytest.raises(SourceError, match="is quantized"):
-        line_up([str(models / "one")], reference=str(models / "two"))
+        lined_up(str(models / "one"), reference=str(models / "two"))
     with pytest.raises(SourceError, match="does not exist"):
-        line_up([str(models / "none")])
+        lined_up(str(models / "none"))
 
 
-def test_forms_that_are_not_known_or_not_there(models):
-    with pytest.raises(InvalidRequestError, match="--forms int9"):
-        line_up([str(models / "model")], forms=["int9"])
-    with pytest.raises(InvalidRequestError, match="There are float32"):
-        line_up([str(models / "model")], forms=["3-bit"])
+def test_versions_that_are_not_known_or_not_there(models):
+    with pytest.raises(InvalidRequestError, match="--versions int9"):
+        lined_up(str(models / "model"), versions=["int9"])
+    with pytest.raises(InvalidRequestError, match="Available are float32"):
+        lined_up(str(models / "model"), versions=["3-bit"])
 
 
 def test_records_hold_no_path_of_the_machine_where_a_relative_one_will_do(tmp_path, monkeypatch):
     source = save_source(tiny_model("llama"), tmp_path / "here" / "model")
     monkeypatch.chdir(tmp_path / "here")
     for model in ("model", str(source)):
-        assert {entrant.subject.path for entrant in line_up([model]).entrants} == {"model"}
+        assert {entrant.subject.path for entrant in lined_up(model).entrants} == {"model"}
     monkeypatch.chdir(source)
-    assert line_up([str(source)]).entrants[0].subject.path == "."
+    assert lined_up(str(source)).entrants[0].subject.path == "."

@@ -1,4 +1,4 @@
-"""What a benchmark says of the machine that it runs on."""
+"""Warnings about the machine that a benchmark runs on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_load_governor_and_busy_processes(tmp_path: Path) -> None:
     assert machine_state.governor_warning(tmp_path / "none") == ""
     before = {(1, "idle"): 5.0, (2, "make"): 1.0, (3, "gone"): 0.0}
     after = {(1, "idle"): 5.01, (2, "make"): 1.4, (4, "new"): 9.0}
-    assert machine_state.busy_warnings(before, after, 0.5) == ["make (process 2) took 80% of a core"]
+    assert machine_state.busy_warnings(before, after, 0.5) == ["make (process 2) used 80% of a core"]
 
 
 def test_swapping_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,7 +35,7 @@ def test_swapping_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine_state.swap_warning(before) == ""
     moved = before.swapped + (64 << 20)
     monkeypatch.setattr(machine_state, "_swapped", lambda: moved)
-    assert machine_state.swap_warning(before).startswith("64 MiB went to or from swap")
+    assert machine_state.swap_warning(before).startswith("64 MiB were swapped")
 
 
 def test_a_busy_process_is_seen() -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lowmem.benchmarks.common.output import Output
+from lowmem.benchmarks.common.progress import Progress
 from lowmem.benchmarks.common.record_file import read_record
 from lowmem.benchmarks.common.records import QualityRecord
 from lowmem.benchmarks.quality import command as quality_command
 from lowmem.benchmarks.quality.agreement import equal_tokens, greedy_answers
-from lowmem.benchmarks.quality.measure import Listener, Settings, measure
+from lowmem.benchmarks.quality.measure import Settings, measure
 from lowmem.benchmarks.quality.texts import read_texts
 
 from lowmem.checkpoint.manifest import write_manifest
@@ -44,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path / "m"
 
 
-class Heard(Listener):
+class Heard(Progress):
     """Keeps what it hears."""
 
     def __init__(self) -> None:
@@ -54,17 +56,23 @@ class Heard(Listener):
     def note(self, line: str) -> None:
         self.notes.append(line)
 
-    def begins(self, what: str) -> None:
-        self.begun.append(what)
+    def begin(self, title: str) -> None:
+        self.begun.append(title)
 
 
 def run(
-    folder: Path, *models: str, settings: Settings = SETTINGS, forms=None, heard: Any = None
+    folder: Path,
+    *models: str,
+    settings: Settings = SETTINGS,
+    versions: tuple[str, ...] = (),
+    heard: Progress | None = None,
+    fresh: bool = False,
 ) -> QualityRecord:
-    from lowmem.benchmarks.common.lineup import line_up
+    from lowmem.benchmarks.common.lineup import LineupRequest, line_up
 
-    lineup = line_up([str(folder / name) for name in models], forms=forms)
-    return measure(lineup, settings, folder / "out", ["bench", "quality"], heard or Listener())
+    lineup = line_up(LineupRequest(tuple(str(folder / name) for name in models), versions=versions))
+    output = Output(folder / "out", fresh=fresh)
+    return measure(lineup, settings, output, ["bench", "quality"], heard or Progress())
 
 
 def log_probabilities(model: Any, rows: torch.Tensor) -> np.ndarray:
@@ -81,7 +89,7 @@ def by_label(record: QualityRecord) -> dict[str, dict[str, Any]]:
     return {s.subject.label: {text.text: text for text in s.texts} for s in record.subjects}
 
 
-def test_every_form_against_whole_logits(folder):
+def test_every_version_against_whole_logits(folder):
     """The noise floor, bitsandbytes and GPTQ: KL divergence, perplexity and the rest from plain numpy."""
     from transformers import AutoModelForCausalLM
 
@@ -124,7 +132,7 @@ def test_every_form_against_whole_logits(folder):
 
 def test_the_unquantized_model_in_the_references_arithmetic_is_the_reference(folder):
     save_source(tiny_model("llama"), folder / "exact")
-    record = run(folder, "exact", forms=["float32"])
+    record = run(folder, "exact", versions=("float32",))
     quality = by_label(record)["float32"]["code"]
     assert quality.kld.max < 1e-9 and quality.same_top1 == 1 and quality.ppl_ratio == pytest.approx(1)
     assert [s.subject.label for s in record.subjects if s.noise_floor] == ["bfloat16"]
@@ -176,9 +184,9 @@ def test_folders_are_left_alone_when_asked_or_damaged(folder):
 
 def test_an_interrupted_measurement_goes_on(folder):
     class Interrupted(Heard):
-        def begins(self, what: str) -> None:
-            super().begins(what)
-            if what == "4-bit g32":
+        def begin(self, title: str) -> None:
+            super().begin(title)
+            if title == "4-bit g32":
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -190,14 +198,14 @@ def test_an_interrupted_measurement_goes_on(folder):
     assert [b for b in heard.begun if "reference" not in b] == ["4-bit g32", "NF4", "2-bit g32"]
     assert record.subjects[1] == there.subjects[1] and len(record.subjects) == 5
     assert read_record(QualityRecord, folder / "out") == record
-    # Another form only: what is there stays. Other tokens, or --force: everything anew.
+    # Another version only: the others stay. Other tokens, or --fresh: everything again.
     heard = Heard()
-    assert len(run(folder, "model", forms=["int8"], heard=heard).subjects) == 5 and len(heard.begun) == 1
+    assert len(run(folder, "model", versions=("int8",), heard=heard).subjects) == 5 and len(heard.begun) == 1
     heard = Heard()
-    run(folder, "model", forms=["int8"], heard=heard, settings=Settings(**{**vars(SETTINGS), "rows": 2}))
+    run(folder, "model", versions=("int8",), heard=heard, settings=Settings(**{**vars(SETTINGS), "rows": 2}))
     assert heard.begun[1:] == ["bfloat16", "int8"]
     heard = Heard()
-    run(folder, "model", forms=["int8"], heard=heard, settings=Settings(**{**vars(SETTINGS), "force": True}))
+    run(folder, "model", versions=("int8",), heard=heard, fresh=True)
     assert heard.begun[1:] == ["bfloat16", "int8"]
 
 
@@ -233,15 +241,14 @@ def test_greedy_answers_are_equal_as_far_as_the_references_own(folder):
 
 def test_greedy_answers_are_in_the_record_or_a_note_says_why_not(folder, monkeypatch):
     settings = Settings(**{**vars(SETTINGS), "greedy": True, "texts": ("code",)})
-    record = run(folder, "model", settings=settings, forms=["4-bit"])
+    record = run(folder, "model", settings=settings, versions=("4-bit",))
     for subject in record.subjects:
         assert subject.greedy is not None and len(subject.greedy.equal_tokens) == 8
         assert max(subject.greedy.answer_tokens) <= subject.greedy.limit == 64
     monkeypatch.setattr("lowmem.plan.device.host_memory_available", lambda: 0)
     monkeypatch.setattr("lowmem.plan.device.host_memory_private", lambda: 1 << 20)
     heard = Heard()
-    again = Settings(**{**vars(settings), "force": True})
-    record = run(folder, "model", settings=again, forms=["4-bit"], heard=heard)
+    record = run(folder, "model", settings=settings, versions=("4-bit",), heard=heard, fresh=True)
     assert all(subject.greedy is None for subject in record.subjects)
     assert any("does not fit" in line for line in heard.notes)
 
@@ -254,12 +261,13 @@ def command(capsys, *words: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+SMALL = ("--texts", "code", "--rows", "2", "--row-length", "32", "--no-greedy")
+
+
 def test_the_command_prints_a_table_or_the_record(folder, capsys):
-    words = [str(folder / "model"), "--forms", "4-bit,nf4", "--texts", "code", "--rows", "2", "--row-length",
-    "32",
-             "--no-greedy", "--out", str(folder / "here")]  # fmt: skip
+    words = [str(folder / "model"), "--versions", "4-bit,nf4", *SMALL, "--out", str(folder / "here")]
     code, out, err = command(capsys, *words)
-    assert code == 0 and "4-bit g32" in out and "NF4" in out and "noise floor" in out
+    assert code == 0 and "4-bit g32" in out and "NF4" in out and "the noise floor" in out
     assert "measuring 4-bit g32" in err
     code, out, err = command(capsys, *words, "--json", "--quiet")
     assert json.loads(out) == json.loads((folder / "here" / "quality.json").read_text()) and not err
@@ -267,9 +275,8 @@ def test_the_command_prints_a_table_or_the_record(folder, capsys):
 
 
 def test_no_cache_leaves_nothing_behind(folder, capsys, tmp_path):
-    command(capsys, str(folder / "model"), "--forms", "nf4", "--texts", "code", "--rows", "2", "--row-length",
-    "32",
-            "--no-greedy", "--no-cache", "--out", str(folder / "here"))  # fmt: skip
+    words = ["--versions", "nf4", *SMALL, "--no-cache", "--out", str(folder / "here")]
+    command(capsys, str(folder / "model"), *words)
     assert not (tmp_path / "cache").exists()
 
 
@@ -283,7 +290,11 @@ def test_what_users_get_wrong(folder, capsys, tmp_path):
         ([model, "--text", str(empty), "--row-length", "40"], InvalidRequestError, "empty"),
         ([model, "--texts", "poems", "--row-length", "40"], InvalidRequestError, "no built-in text"),
         ([model, "--row-length", "9999999"], InvalidRequestError, "positions"),
-        ([str(folder / "model-4bit"), "--reference", str(tmp_path / "other")], SourceError, "not a form of"),
+        (
+            [str(folder / "model-4bit"), "--reference", str(tmp_path / "other")],
+            SourceError,
+            "was not converted from",
+        ),
     ):
         with pytest.raises(kind, match=says):
             command(capsys, *words, *out)

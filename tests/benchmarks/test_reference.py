@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.benchmarks.quality.reference import cache_folder, reference_states
+from lowmem.benchmarks.quality.reference_states import cache_folder, reference_states
 from lowmem.benchmarks.quality.texts import Text, digest_of
 
 from lowmem.checkpoint import cache

@@ -318,10 +318,7 @@ def test_the_story_is_of_the_record(report):
     assert report.story[0].startswith("4-bit g128 takes 26 % of the memory of bfloat16 (105 MiB of 402 MiB).")
     assert "25 × the noise floor" in report.story[0]
     assert "decodes 231 tokens per second, 71 % of what this machine allows" in report.story[1]
-    assert (
-        report.story[2]
-        == "bfloat16 decodes 60.4 tokens per second, so 4-bit g128 is 3.8 times as fast."
-    )
+    assert report.story[2] == "bfloat16 decodes 60.4 tokens per second, so 4-bit g128 is 3.8 times as fast."
     assert [tile.figure for tile in report.tiles] == ["26 %", "0.0033", "231", "11.6 %"]
 
 

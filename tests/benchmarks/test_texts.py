@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem.benchmarks.experiments.data.prose import DATA, calibration_texts, shingles
+from lowmem.benchmarks.experiments.data.make_prose import DATA, calibration_texts, shingles
 from lowmem.benchmarks.quality.texts import BUILT_IN, humaneval_problems, read_texts
 
 from lowmem.checkpoint.source.open import open_source
@@ -74,13 +74,13 @@ def test_a_file_of_the_users(tokenizer, tmp_path: Path):
     file.write_text("a few words of text\n" * 40)
     (text,) = read(tokenizer, files=[file], rows=24, row_length=50)
     assert text.name == "notes.txt" and 1 <= len(text.rows) < 24
-    assert "rows of 50 tokens, not 24" in text.notes[0]
+    assert "of 24 rows of 50 tokens" in text.notes[0]
     again = read(tokenizer, files=[file, file], rows=1, row_length=50)
     assert [text.name for text in again] == ["notes.txt", "notes.txt (2)"]
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b"", "empty"), (b" \n", "empty"), (b"three words only", "one row needs"),
+    ("content", "says"), [(b"", "empty"), (b" \n", "empty"), (b"three words only", "fewer than one row"),
                           (b"\xff\xfe\x00", "UTF-8")]
 )  # fmt: skip
 def test_files_that_are_no_text(tokenizer, tmp_path: Path, content: bytes, says: str):
@@ -103,7 +103,7 @@ def test_requests_that_mean_nothing(tokenizer, tmp_path: Path):
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tokenizer):
-    with pytest.raises(InvalidRequestError, match="do not belong"):
+    with pytest.raises(InvalidRequestError, match="tokenizer files of this checkpoint"):
         read_texts(["code"], [], tokenizer, 100, rows=2, row_length=64)
 
 

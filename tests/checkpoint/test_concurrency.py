@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lowmem.benchmarks.experiments.endurance.scenarios import Material, make_material, tree
+from lowmem.benchmarks.experiments.endurance.crash_scenarios import Material, make_material, tree
 from lowmem.benchmarks.experiments.endurance.faults import Child, Fault, Outcome
 
 from lowmem.checkpoint import cache
@@ -120,8 +120,8 @@ def test_two_benches_share_a_record_or_a_reference(lowmem, material, tmp_path):
     finally:
         ended_well(first)
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [
+        "quality-results.jsonl",
         "quality.json",
-        "quality.settings.json",
     ]
     kept = tree(tmp_path / "cache")
     assert lowmem(*bench(material, tmp_path, "two")).code == 0

@@ -267,29 +267,32 @@ def _replace_times(root: Path) -> None:
     from lowmem.benchmarks.latency import machine_state
     from lowmem.benchmarks.latency import rounds as latency_rounds
     from lowmem.benchmarks.latency.roofline import Rates
-    from lowmem.benchmarks.latency.worker import DecodeTime, Job, PromptTime, Visit
+    from lowmem.benchmarks.latency.tasks import DecodeTime, PromptTime, Timings, TimingTask
 
-    def run_job(job: Job, threads: int, step: Any) -> Visit:
+    def run_task(task: TimingTask, step: Any) -> Timings:
         rates = Rates(1e9, 4e9, 1e10)
-        visit = Visit(
+        found = Timings(
             1,
             (rates, rates),
             1 << 30,
             "torch",
             1.0,
-            tuple(PromptTime(count, count / 100) for count in job.prompts),
-            tuple(DecodeTime(count, (0.1,) * (job.new_tokens - 1), None) for count in job.contexts),
+            tuple(PromptTime(count, count / 100) for count in task.lengths.prompts),
+            tuple(
+                DecodeTime(count, (0.1,) * (task.lengths.new_tokens - 1), None)
+                for count in task.lengths.contexts
+            ),
             1 << 29,
             0,
         )
-        if job.path:
+        if task.path:
             handle = os.open(marks_of(root), os.O_WRONLY | os.O_APPEND)
-            os.write(handle, f"{job.method}\n".encode())
+            os.write(handle, f"{task.method}\n".encode())
             os.close(handle)
-        return visit
+        return found
 
     def look_before(load_average: float, seconds: float = 0.0) -> machine_state.Before:
         return machine_state.Before((), 0)
 
-    latency_rounds.run_job = run_job
+    latency_rounds.run_task = run_task
     machine_state.look_before = look_before

@@ -1,20 +1,26 @@
-"""The steps of `peers` that run in lowmem's own interpreter, each in a process of its own.
+"""What `lowmem.benchmarks.experiments.peers.command` does in lowmem's own interpreter, each in a process of its own.
 
 prepare     token rows for every converter, texts, the reference's logits, llama.cpp's importance matrix
-gptqmodel   one conversion with GPTQModel, with its defaults
+gptqmodel   one conversion with GPTQModel, its own defaults
 gguf        the source as GGUF
-shape       StarChat Alpha's dimensions with made-up weights: lowmem's versions, and the source for GGUF
-measure     one version against the reference's logits: statistics, stored bits and bytes
+shape       StarChat Alpha's dimensions with made-up weights, in lowmem's forms and as GGUF's source
+measure     one form against the reference's logits: statistics, stored bits and bytes
+serve       one form, timed in turns with the others (see peers_worker)
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lowmem.benchmarks.experiments.peers.worker import Round, Started, prompt_of, serve, timed
+
+from lowmem.errors import LowmemError
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +33,11 @@ GPTQMODEL_SETTINGS = (
 )  # fmt: skip
 
 
-# --- once for all versions ----------------------------------------------------------------------------------
+# --- once for all forms -------------------------------------------------------------------------------------
 
 
 def prepare(source: str, work: Path, importance: bool) -> None:
-    """Write what all versions share to `work`; prepared.json describes it."""
+    """Write what all forms share into `work`, and prepared.json, which says what it is."""
     import numpy as np
     import torch
     from lowmem.benchmarks.experiments.peers.to_gguf import ARCHITECTURES
@@ -69,8 +75,8 @@ def prepare(source: str, work: Path, importance: bool) -> None:
 
 def make_shaped(layers: int, work: Path) -> None:
     """StarChat Alpha's dimensions: source/ and packed-BITS/ in `work`, and prepared.json (without texts)."""
-    from lowmem.benchmarks.experiments.starchat.dimensions import WIDTHS, Dimensions
-    from lowmem.benchmarks.experiments.starchat.random_weights import write_packed, write_source
+    from lowmem.benchmarks.experiments.full_size.shaped import Dimensions, write_packed, write_source
+    from lowmem.benchmarks.experiments.peers.forms import WIDTHS
 
     dimensions = Dimensions(layers)
     write_source(work / "source", dimensions)
@@ -109,16 +115,17 @@ def _save_logits(file: Path, model: Any, rows: torch.Tensor, vocabulary: int) ->
 
 
 def mean_square_inputs(model: Any, rows: torch.Tensor) -> dict[str, Any]:
-    """The mean squared input of each linear, as llama.cpp's own tool (llama-imatrix) collects it.
-
-    Returns float32 [inputs] by llama.cpp's name of the linear's weight; the mean is over all tokens.
-    """
-    from lowmem.benchmarks.experiments.peers.to_gguf import name_map
+    """float32 [inputs] of each linear of the decoder layers, by llama.cpp's name of its weight: the mean over
+    all tokens of the squared input, which is what llama.cpp's own tool (llama-imatrix) collects."""
+    import gguf
+    from lowmem.benchmarks.experiments.peers.to_gguf import ARCHITECTURES
     from torch import nn
 
     from lowmem.models.architecture import decoder_layers
 
-    names = name_map(model.config)
+    architecture = ARCHITECTURES[model.config.model_type]
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
     layers_name, layers = decoder_layers(model, model.config)
     sums: dict[str, torch.Tensor] = {}
     handles = []
@@ -139,44 +146,29 @@ def mean_square_inputs(model: Any, rows: torch.Tensor) -> dict[str, Any]:
     return {name: (total / rows.numel()).float().numpy() for name, total in sums.items()}
 
 
-# --- one version --------------------------------------------------------------------------------------------
+# --- one form -----------------------------------------------------------------------------------------------
 
 
-def convert_with_gptqmodel(args: argparse.Namespace) -> dict[str, object]:
-    """Convert with GPTQModel, its own defaults, on the token rows of tokens.json: settings and seconds."""
+def convert_with_gptqmodel(
+    source: str, tokens: Path, out: Path, bits: int, group_size: int
+) -> dict[str, object]:
+    """Convert with GPTQModel, its own defaults, on the token rows in `tokens`; its settings."""
     from importlib.metadata import version
-
-    marks = {"": time.perf_counter()}
-
-    def mark(phase: str) -> None:
-        marks[phase] = time.perf_counter()
 
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    mark("import")
-    rows = json.loads((args.work / "tokens.json").read_bytes())
-    config = QuantizeConfig(bits=args.bits, group_size=args.group_size)
-    model = GPTQModel.load(args.source, config)
-    mark("load")
-    dtype = str(getattr(model.model, "dtype", None)).removeprefix("torch.")
-    model.quantize(
-        [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=ROWS_AT_A_TIME
-    )
-    mark("quantize")
-    model.save(str(args.path))
-    mark("save")
+    rows = json.loads(tokens.read_bytes())
+    config = QuantizeConfig(bits=bits, group_size=group_size)
+    model = GPTQModel.load(source, config)
+    model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=4)
+    model.save(str(out))
     settings = {name: _plain(getattr(config, name)) for name in GPTQMODEL_SETTINGS if hasattr(config, name)}
-    settings |= {"compute_dtype": dtype, "rows_at_a_time": ROWS_AT_A_TIME}
-    seconds = {n: round(end - begin, 3) for (n, end), begin in zip([*marks.items()][1:], marks.values())}  # noqa: B905
-    return {"settings": settings, "seconds": seconds, "versions": {"gptqmodel": version("gptqmodel")}}
+    return {"settings": settings, "versions": {"gptqmodel": version("gptqmodel")}}
 
 
 def measure(work: Path, method: str, path: Path, source: str) -> dict[str, Any]:
-    """One version on every text, and its size.
-
-    method: dense (computed in the source's dtype), gptq, int8, nf4 (computed in float32), or gguf (whose
-    logits are in files beside it).
-    """
+    """One form on every text, and its size. method: dense, gptq, int8, nf4 (all computed in float32, but for
+    dense: in the dtype that the source stores), or gguf (whose logits lie beside it already)."""
     import numpy as np
     import torch
     from lowmem.benchmarks.common.record_file import to_json
@@ -213,7 +205,7 @@ def _parts(logits: Any) -> Iterator[torch.Tensor]:
 
 
 def packed_bits_per_weight(folder: Path) -> float:
-    """Stored bits per weight of the packed linears, from headers."""
+    """All stored bits of the packed linears over their weights, off the headers."""
     from lowmem.checkpoint.source.safetensors import read_header
 
     config = json.loads((folder / "config.json").read_bytes())["quantization_config"]
@@ -228,9 +220,9 @@ def packed_bits_per_weight(folder: Path) -> float:
 
 
 def stored_size(method: str, path: Path, source: str, model: Any = None) -> tuple[float, int]:
-    """(stored bits per weight of the decoder layers' linears, stored bytes of the whole model).
+    """(all stored bits of the decoder layers' linears over their weights, stored bytes of the whole model).
 
-    From headers; for int8 and nf4, which are not stored, from the loaded `model`.
+    Off headers; of int8 and nf4, which are stored nowhere, off the loaded `model`.
     """
     from lowmem.checkpoint.headers.gguf import read_gguf_header
     from lowmem.checkpoint.source.open import open_source, resolve_names
@@ -259,23 +251,66 @@ def stored_size(method: str, path: Path, source: str, model: Any = None) -> tupl
     return 8 * after / weights, whole - before + after
 
 
+# --- speed --------------------------------------------------------------------------------------------------
+
+
+def open_runtime(
+    method: str, path: Path, threads: int, prompt_tokens: int, new_tokens: int, most_seconds: float
+) -> tuple[Started, Callable[[], Round]]:
+    """For `serve`. method: dense, gptq (lowmem's own kernels), gptqmodel (its kernels), int8 or nf4."""
+    import torch
+
+    from lowmem.config import SamplingParams
+    from lowmem.generate.engine import Engine
+    from lowmem.kernels import trial as cuda
+    from lowmem.loading.loader import load
+
+    torch.set_num_threads(threads)
+    start = time.perf_counter()
+    context = prompt_tokens + new_tokens + 1
+    on_the_fly: Any = method if method in ("int8", "nf4") else None
+    loaded = load(path, on_the_fly=on_the_fly, context=context)
+    kernel = loaded.kernel
+    if method == "gptqmodel":
+        if loaded.format is None:
+            raise LowmemError(f"{path} is not quantized")
+        device, format = torch.device("cpu"), loaded.format.default
+        candidates = cuda.gptqmodel_candidates(format, device, loaded.dtype)
+        kernel = cuda.replace_linears(loaded.model, format, device, loaded.dtype, candidates).name
+    seconds = time.perf_counter() - start
+    engine = Engine(loaded.model, context=context, speculate=False)
+    prompt = prompt_of(prompt_tokens, int(loaded.model.get_input_embeddings().weight.shape[0]))
+    params = SamplingParams(max_new_tokens=new_tokens + 1, temperature=0)
+
+    def run_round() -> Round:
+        engine.reset()
+        return timed(engine.generate(prompt, params), most_seconds)
+
+    return Started(f"{kernel}, {str(loaded.dtype).removeprefix('torch.')}", seconds), run_round
+
+
 def _plain(value: Any) -> Any:
     """A setting as JSON has it."""
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
-def main() -> int:
-    """One step; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=("prepare", "gguf", "shape", "gptqmodel", "measure"))
-    parser.add_argument("source", help="a model's folder; for shape the number of layers")
-    for option in ("--work", "--path", "--report"):
-        parser.add_argument(option, type=Path)
+def main(argv: Sequence[str] | None = None) -> int:
+    """One step."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("step", choices=("prepare", "gguf", "shape", "gptqmodel", "measure", "serve"))
+    parser.add_argument("source", help="a model's folder, or for shape the number of layers")
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--path", type=Path)
     parser.add_argument("--method")
+    parser.add_argument("--report", type=Path)
     parser.add_argument("--importance", action="store_true")
     parser.add_argument("--bits", type=int)
     parser.add_argument("--group-size", type=int)
-    args = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--most-seconds", type=float, default=20)
+    args = parser.parse_args(argv)
     if args.step == "prepare":
         prepare(args.source, args.work, args.importance)
     elif args.step == "gguf":
@@ -285,11 +320,19 @@ def main() -> int:
     elif args.step == "shape":
         make_shaped(int(args.source), args.work)
     elif args.step == "gptqmodel":
-        args.report.write_text(json.dumps(convert_with_gptqmodel(args)))
-    else:
+        tokens = args.work / "tokens.json"
+        report = convert_with_gptqmodel(args.source, tokens, args.path, args.bits, args.group_size)
+        args.report.write_text(json.dumps(report))
+    elif args.step == "measure":
         args.report.write_text(json.dumps(measure(args.work, args.method, args.path, args.source)))
+    else:
+        return serve(
+            lambda: open_runtime(
+                args.method, args.path, args.threads, args.prompt_tokens, args.new_tokens, args.most_seconds
+            )
+        )
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -32,7 +32,7 @@ def activation_bits(bits: int) -> int:
 
     12 bits take three products of bytes for two inputs, where 16 take four and 8 take two (LM_PAIRED of
     csrc/lowmem.h). To the KL divergence of tiny-starchat on code 12 add 0.04 % at 4 bits; 8 add 8 % there,
-    1.6 % at 3 bits, 0.3 % at 2, and many times what there is at 8 (`python -m lowmem.benchmarks.experiments.activation_bits`).
+    1.6 % at 3 bits, 0.3 % at 2, and many times what there is at 8 (`python -m lowmem.benchmarks.experiments.data.activations`).
     """
     return {8: 16, 4: 12}.get(bits, 8)
 

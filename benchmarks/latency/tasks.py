@@ -1,0 +1,95 @@
+"""What a timing process is told, and what it answers. Both cross a pipe as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowmem.benchmarks.latency.roofline import SECONDS, Rates
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Token counts to time, rising."""
+
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    new_tokens: int
+    """Decoded after each context."""
+    notes: tuple[str, ...] = ()
+    """What was left out of the lengths that were asked for, and why."""
+
+    @property
+    def context(self) -> int:
+        """Tokens that the KV cache must hold."""
+        decoded = max(self.contexts) + self.new_tokens if self.contexts else 0
+        return max(decoded, max(self.prompts, default=0))
+
+
+@dataclass(frozen=True)
+class TimingTask:
+    """What one process measures: the machine, and one version of a model if `path` is given."""
+
+    device: str
+    """As torch names it."""
+    dtype: str
+    """Of the activations, and of the machine's matrix products."""
+    own_bytes: int
+    """Bytes of weights that a token reads."""
+    threads: int = 0
+    """CPU threads; 0 leaves the number to torch."""
+    seconds: float = SECONDS
+    """For one figure of the roofline."""
+    path: str = ""
+    method: str = "dense"
+    lengths: Lengths = Lengths((), (), 0)
+
+
+@dataclass(frozen=True)
+class PromptTime:
+    """Seconds from request to first token, for a prompt of `tokens`."""
+
+    tokens: int
+    ttft: float
+
+
+@dataclass(frozen=True)
+class DecodeTime:
+    """Decode after a context of `context` tokens."""
+
+    context: int
+    gaps: tuple[float, ...]
+    """Seconds between tokens: one fewer than new tokens."""
+    joules: float | None
+    """Energy of all new tokens; None if the machine does not report energy."""
+
+    @property
+    def tpot(self) -> float:
+        """(end - first token) / (n - 1)."""
+        return sum(self.gaps) / len(self.gaps)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What one process found. Without a version in the task, only the machine's figures."""
+
+    threads: int
+    """That torch used."""
+    rates: tuple[Rates, ...]
+    """Of the machine: before the load, and after all."""
+    free_bytes: int
+    """Free memory of the device before the load."""
+    kernel: str = ""
+    load_seconds: float = 0.0
+    prompts: tuple[PromptTime, ...] = ()
+    decodes: tuple[DecodeTime, ...] = ()
+    peak_host_bytes: int = 0
+    peak_device_bytes: int = 0
+
+    def describe(self) -> str:
+        """One line: load, and the longest prompt and context."""
+        prompt, decode = self.prompts[-1], self.decodes[-1]
+        return (
+            f"load {self.load_seconds:.2f} s, prefill of {prompt.tokens}: "
+            f"{prompt.tokens / prompt.ttft:,.0f} tokens/s, "
+            f"decode at {decode.context}: {1 / decode.tpot:,.1f} tokens/s"
+        )
