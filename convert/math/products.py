@@ -11,28 +11,14 @@ import ctypes
 
 import torch
 
+from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 
 COLUMN_BLOCK = 1024
 """Columns of an upper triangle that torch computes at a time."""
 FACTOR_BLOCK = 8192
 """Length of k in one product of torch."""
-_TYPES = {torch.float32: 0, torch.bfloat16: 2}
-"""LM_F32 and LM_BF16 of csrc/lowmem.h."""
-
-
-class _GemmArguments(ctypes.Structure):
-    """`lm_gemm` of csrc/gemm.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("m", "n", "k")),
-        *((name, ctypes.c_void_p) for name in ("a", "b")),
-        *((name, ctypes.c_int64) for name in ("a_row", "a_column", "b_row", "b_column")),
-        ("c", ctypes.c_void_p),
-        ("c_row", ctypes.c_int64),
-        ("alpha", ctypes.c_float),
-        *((name, ctypes.c_int32) for name in ("a_type", "b_type", "upper", "bf16")),
-    )
+_TYPES = {torch.float32: header.F32, torch.bfloat16: header.BF16}
 
 
 def name(device: torch.device) -> str:
@@ -69,7 +55,7 @@ def add_product(
         return into
     if into.dtype == torch.float32 and into.stride(1) == 1 and ours(into, a, b):
         _check(into, a, b)
-        arguments = _GemmArguments(
+        arguments = header.LmGemm(
             into.shape[0], into.shape[1], a.shape[1], a.data_ptr(), b.data_ptr(), *a.stride(), *b.stride(),
             into.data_ptr(), into.stride(0), alpha, _TYPES[a.dtype], _TYPES[b.dtype], upper, rounded,
         )  # fmt: skip

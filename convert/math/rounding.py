@@ -28,10 +28,11 @@ import torch
 from lowmem.convert.math import products
 from lowmem.convert.math.grid import Grid, find_grid, grid_of_range, quantize_to, range_of, ranges, storable
 
+from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 
-WIDEST = 256
-"""Columns of the widest group whose ranges are compared after GPTQ; LM_ROUND_MOST of the C library."""
+WIDEST = header.ROUND_MOST
+"""Columns of the widest group whose ranges are compared after GPTQ."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,6 @@ class Rule:
     def maxq(self) -> int:
         """The largest stored integer."""
         return (1 << self.bits) - 1
-
-
-class _RoundArguments(ctypes.Structure):
-    """`lm_round` of csrc/gemm_round.h."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("columns", "width", "out")),
-        *((name, ctypes.c_void_p) for name in ("error", "residual", "r", "codes", "scales", "zeros")),
-        *((f"{name}_row", ctypes.c_int64) for name in ("error", "residual", "r", "codes", "grid")),
-        ("ranges", ctypes.c_float * 16),
-        *((name, ctypes.c_int32) for name in ("ranges_count", "maxq", "sym", "search", "passes")),
-    )
 
 
 @dataclass(frozen=True)
@@ -189,10 +178,10 @@ def _round_natively(rule: Rule, block: Block) -> None:
         raise ValueError("rows must be contiguous, and r square")
     search = 0 if not rule.search else 2 if rule.passes else 1
     tried = ranges(rule.bits)
-    arguments = _RoundArguments(
+    arguments = header.LmRound(
         columns, width, out, error.data_ptr(), residual.data_ptr(), r.data_ptr(), codes.data_ptr(),
         scales.data_ptr(), zeros.data_ptr(), error.stride(0), residual.stride(0), r.stride(0),
-        codes.stride(0), scales.stride(0), (ctypes.c_float * 16)(*tried), len(tried), rule.maxq,
+        codes.stride(0), scales.stride(0), (ctypes.c_float * header.RANGES_MOST)(*tried), len(tried), rule.maxq,
         rule.sym, search, rule.passes,
     )  # fmt: skip
     with native.running() as library:

@@ -1,4 +1,4 @@
-"""A decode step of transformers' GPTBigCode on the CPU, in one call of our own library (csrc/step.c).
+"""A decode step of transformers' GPTBigCode on the CPU, in one call of our own library (csrc/step/step.c).
 
 Between the kernels of an eager step lie hundreds of calls from Python, and torch's attention takes five times
 as long at 8192 tokens. Here the threads walk through all layers by themselves: the linears as the model has
@@ -21,16 +21,20 @@ from torch import nn
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.generate.cache import KVCache
 from lowmem.kernels import dispatch
+from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
-from lowmem.kernels.native import linear as native_linear
+from lowmem.kernels.native.header import LmLayer, LmModel, LmNorm, LmWeight
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead
 
-MOST_ROWS = native_linear.FEW_ROWS
+MOST_ROWS = header.DECODE_ROWS
 """Rows of a step, at most: a token and the draft behind it. Of more, none would come out as it does alone."""
 _HEAD_UNIT = 16  # a head's size is a multiple of it
-# transformers' names → LM_GELU, LM_GELU_TANH. gelu_new and gelu_fast are the same formula.
-_ACTIVATIONS = {"gelu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
+# By transformers' names. gelu_new and gelu_fast are the same formula.
+_ACTIVATIONS = {
+    "gelu": header.GELU,
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), header.GELU_TANH),
+}
 
 
 # Relative, in the 2-norm of the logits. Eager steps round to bfloat16 after every operation, ours hardly
@@ -45,58 +49,6 @@ class StepRefused(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-
-
-class _Weight(ctypes.Structure):
-    """`lm_weight` of csrc/step.h."""
-
-    _fields_ = (("packed", ctypes.c_void_p), ("dense", ctypes.c_void_p), ("planes", ctypes.c_int64))
-
-
-class _Norm(ctypes.Structure):
-    """`lm_norm`."""
-
-    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
-
-
-class _Layer(ctypes.Structure):
-    """`lm_layer`."""
-
-    _fields_ = (
-        ("ln_1", _Norm),
-        ("ln_2", _Norm),
-        ("c_attn", _Weight),
-        ("attn_proj", _Weight),
-        ("c_fc", _Weight),
-        ("mlp_proj", _Weight),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-    )
-
-
-class _Model(ctypes.Structure):
-    """`lm_model`."""
-
-    _fields_ = (
-        ("layers", ctypes.c_int64),
-        ("embd", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("inner", ctypes.c_int64),
-        ("vocab", ctypes.c_int64),
-        ("capacity", ctypes.c_int64),
-        ("multi_query", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("epsilon", ctypes.c_float),
-        ("scaling", ctypes.c_float),
-        ("wte_type", ctypes.c_int16),
-        ("wpe_type", ctypes.c_int16),
-        ("wte", ctypes.c_void_p),
-        ("wpe", ctypes.c_void_p),
-        ("ln_f", _Norm),
-        ("head", _Weight),
-        ("layer", ctypes.POINTER(_Layer)),
-    )
 
 
 class NativeStep:
@@ -143,10 +95,10 @@ class NativeStep:
         self._cache.advance(rows)
         return logits
 
-    def _build(self, model: Any, embd: int) -> _Model:
+    def _build(self, model: Any, embd: int) -> LmModel:
         body, config = model.transformer, model.config
         attention = body.h[0].attn
-        layers = (_Layer * len(body.h))()
+        layers = (LmLayer * len(body.h))()
         for layer, block, (keys, values) in zip(layers, body.h, self._buffers, strict=True):
             layer.ln_1, layer.ln_2 = self._norm(block.ln_1, embd), self._norm(block.ln_2, embd)
             width = embd + 2 * attention.kv_heads * attention.head_dim
@@ -157,7 +109,7 @@ class NativeStep:
             shape = (1, attention.kv_heads, self._cache.capacity, attention.head_dim)
             layer.keys, layer.values = self._tensor(keys, shape), self._tensor(values, shape)
         self._keep.append(layers)
-        return _Model(
+        return LmModel(
             layers=len(body.h),
             embd=embd,
             heads=attention.num_heads,
@@ -200,12 +152,12 @@ class NativeStep:
         """The address of an embedding's weight."""
         return self._tensor(table.weight, shape, _stored_dtype(table))
 
-    def _norm(self, norm: nn.Module, embd: int) -> _Norm:
+    def _norm(self, norm: nn.Module, embd: int) -> LmNorm:
         if type(norm) is not nn.LayerNorm:
             raise StepRefused(f"a norm is {type(norm).__name__}")
-        return _Norm(self._tensor(norm.weight, (embd,)), self._tensor(norm.bias, (embd,)))
+        return LmNorm(self._tensor(norm.weight, (embd,)), self._tensor(norm.bias, (embd,)))
 
-    def _weight(self, linear: Any, inputs: int, outputs: int) -> _Weight:
+    def _weight(self, linear: Any, inputs: int, outputs: int) -> LmWeight:
         if isinstance(linear, QuantLinear):
             packed = linear.packed
             if packed is None or linear.order is not None:
@@ -213,17 +165,17 @@ class NativeStep:
             if (packed.in_features, packed.out_features) != (inputs, outputs):
                 raise StepRefused(f"a packed linear of {packed.in_features} to {packed.out_features}")
             self._keep.append(packed)
-            return _Weight(packed.address, None, packed.planes)
+            return LmWeight(packed.address, None, packed.planes)
         if type(linear) not in (nn.Linear, StoredHead):
             raise StepRefused(f"a linear is {type(linear).__name__}")
         dtype = _stored_dtype(linear)
         weight = self._tensor(linear.weight, (outputs, inputs), dtype)
         bias = None if linear.bias is None else self._tensor(linear.bias, (outputs,))
-        dense = native_linear.LmDense(
+        dense = header.LmDense(
             inputs, outputs, weight, bias, native.TYPES[torch.bfloat16], native.TYPES[dtype]
         )
         self._keep.append(dense)
-        return _Weight(None, ctypes.addressof(dense), 0)
+        return LmWeight(None, ctypes.addressof(dense), 0)
 
 
 def _stored_dtype(module: nn.Module) -> torch.dtype:

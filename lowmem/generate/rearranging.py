@@ -1,7 +1,7 @@
 """Packed weights into the order in which memory is read fastest, while nobody waits and between tokens.
 
 A model answers as soon as its files are mapped, in GPTQ's own order, whose rows lie pages apart: read at two
-thirds of the memory's pace. The same words in panels are read at all of it (csrc/panels.c), but to copy them
+thirds of the memory's pace. The same words in panels are read at all of it (csrc/linear/tiled.c), but to copy them
 all first would hold the first token back by longer than it takes itself. So it is done while somebody types
 or no request has come, and where an answer is wanted before, every token is followed by some of that work,
 for as long as the token took, until all is done.
@@ -42,7 +42,7 @@ class Rearranging:
             self._left.clear()
             return
         try:
-            linear.use_panels()
+            linear.use_tiled_layout()
         except Exception as error:
             self._left.clear()
             if not is_out_of_memory(error):

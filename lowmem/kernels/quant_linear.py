@@ -97,10 +97,10 @@ class QuantLinear(nn.Module):
 
     @property
     def in_file_order(self) -> bool:
-        """Whether `use_panels` has something to do."""
-        return self.packed is not None and not self.packed.struct.panels and is_mapped(self.qweight)
+        """Whether `use_tiled_layout` has something to do."""
+        return self.packed is not None and not self.packed.struct.tiled and is_mapped(self.qweight)
 
-    def use_panels(self) -> bool:
+    def use_tiled_layout(self) -> bool:
         """Once native: have the kernels read a copy of the weight in their own order; whether they do now.
 
         Only where qweight is mapped from its file: its pages go as the copy comes, and are read again should
@@ -108,7 +108,7 @@ class QuantLinear(nn.Module):
         """
         if self.packed is None or not self.in_file_order:
             return False
-        self.packed.to_panels()
+        self.packed.to_tiled()
         forget_pages(self.qweight)
         return True
 

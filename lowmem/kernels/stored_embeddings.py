@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lowmem.kernels import dispatch
+from lowmem.kernels.native import header
 from lowmem.kernels.native import linear as native_linear
 
 _CAST_WEIGHTS = 1 << 21  # of a head at a time, for more rows than our own kernels take: 12 MiB of copies
@@ -51,8 +52,8 @@ class StoredHead(nn.Linear):
         self.register_parameter("bias", linear.bias)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """x [..., in] → [..., out]; for native_linear.FEW_ROWS or fewer nothing is rounded but the result."""
-        if input.numel() <= native_linear.FEW_ROWS * self.in_features and native_linear.takes_dense(
+        """x [..., in] → [..., out]; for header.DECODE_ROWS or fewer nothing is rounded but the result."""
+        if input.numel() <= header.DECODE_ROWS * self.in_features and native_linear.takes_dense(
             input, self.weight, self.bias
         ):
             return native_linear.dense_linear(input, self.weight, self.bias)

@@ -10,33 +10,22 @@ from lowmem.convert.math import products
 from lowmem.convert.math.products import add_product
 
 from lowmem.kernels.native import library as native
+from tests.kernels.native_oracle import ISAS, using
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(products.name(CPU) == "torch", reason="the library is not compiled")
 
 
-def instruction_sets() -> list[str]:
-    """The instruction sets of this CPU, the best first."""
-    if products.name(CPU) == "torch":
-        return []
-    best = products.name(CPU)
-    names = ("AVX-512 BF16", "AVX-512", "AVX2", "portable C")
-    found = [name for name in names if native.library().lm_gemm_use(name.encode())]
-    native.library().lm_gemm_use(best.encode())
-    return found
-
-
-@pytest.fixture(params=instruction_sets() or ["torch"])
+@pytest.fixture(params=ISAS)
 def isa(request) -> str:
-    """Every instruction set in turn."""
-    if request.param == "torch":
+    """The kernels of every instruction set in turn, by their name."""
+    if not native.available():
         yield "torch"
         return
-    best = products.name(CPU)
-    assert native.library().lm_gemm_use(request.param.encode())
-    assert products.name(CPU) == request.param
-    yield request.param
-    native.library().lm_gemm_use(best.encode())
+    with using(request.param) as can:
+        if not can:
+            pytest.skip(f"this CPU has no {request.param}")
+        yield products.name(CPU)
 
 
 def matrix(rows: int, columns: int, seed: int, *, turned: bool, dtype: torch.dtype) -> torch.Tensor:

@@ -226,9 +226,3 @@ assert os.waitpid(child, 0)[1] == 0
 def test_a_forked_child_gets_threads_of_its_own() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60, env=environment)
-
-
-def test_the_modules_constants_are_the_librarys() -> None:
-    folder = Path(native_step.__file__).parent.parent / "kernels" / "csrc"
-    assert f"LM_STEP_ROWS = {MOST_ROWS} " in (folder / "step.h").read_text()
-    assert f"#define LM_FEW {native_linear.FEW_ROWS} " in (folder / "lowmem.h").read_text()

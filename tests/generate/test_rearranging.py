@@ -44,8 +44,8 @@ def linears(loaded: LoadedModel) -> Iterator[QuantLinear]:
     return (m for m in loaded.model.modules() if isinstance(m, QuantLinear))
 
 
-def in_panels(loaded: LoadedModel) -> list[bool]:
-    return [m.packed is not None and bool(m.packed.struct.panels) for m in linears(loaded)]
+def in_tiles(loaded: LoadedModel) -> list[bool]:
+    return [m.packed is not None and bool(m.packed.struct.tiled) for m in linears(loaded)]
 
 
 def test_every_mapped_linear_is_rearranged_and_computes_the_same_bits(loaded: LoadedModel) -> None:
@@ -55,10 +55,10 @@ def test_every_mapped_linear_is_rearranged_and_computes_the_same_bits(loaded: Lo
     with torch.inference_mode():
         before = loaded.model(input_ids=ids).logits
         work.go_on(0.0)
-        assert len(work) == len(in_panels(loaded))
+        assert len(work) == len(in_tiles(loaded))
         work.finish()
         after = loaded.model(input_ids=ids).logits
-    assert not work and all(in_panels(loaded))
+    assert not work and all(in_tiles(loaded))
     assert torch.equal(before, after)
     assert not Rearranging(loaded.model)
 
@@ -77,7 +77,7 @@ def test_short_memory_leaves_everything_as_it_is(
     monkeypatch.setattr(rearranging, "host_memory_available", lambda: 1 << 20)
     work = Rearranging(loaded.model)
     work.finish()
-    assert not work and not any(in_panels(loaded))
+    assert not work and not any(in_tiles(loaded))
 
 
 def test_memory_that_ran_out_meanwhile_ends_it_and_a_fault_is_told(
@@ -88,14 +88,14 @@ def test_memory_that_ran_out_meanwhile_ends_it_and_a_fault_is_told(
         def fail(linear: QuantLinear, error: Exception = error) -> bool:
             raise error
 
-        monkeypatch.setattr(QuantLinear, "use_panels", fail)
+        monkeypatch.setattr(QuantLinear, "use_tiled_layout", fail)
         work = Rearranging(loaded.model)
         if isinstance(error, ValueError):
             with pytest.raises(ValueError, match="x"), work.meanwhile():
                 pass
         else:
             work.one()
-        assert not work and not any(in_panels(loaded))
+        assert not work and not any(in_tiles(loaded))
 
 
 def test_it_goes_on_while_somebody_types_and_stops_with_that(
@@ -105,23 +105,23 @@ def test_it_goes_on_while_somebody_types_and_stops_with_that(
     work = Rearranging(loaded.model)
     count = len(work)
     begun, typed = threading.Event(), threading.Event()
-    use_panels = QuantLinear.use_panels
+    use_tiled_layout = QuantLinear.use_tiled_layout
 
     def slowly(linear: QuantLinear) -> bool:
         begun.set()
         assert typed.wait(60)
-        return use_panels(linear)
+        return use_tiled_layout(linear)
 
-    monkeypatch.setattr(QuantLinear, "use_panels", slowly)
+    monkeypatch.setattr(QuantLinear, "use_tiled_layout", slowly)
     with pytest.raises(KeyboardInterrupt), work.meanwhile():
         assert begun.wait(60)
         threading.Timer(0.2, typed.set).start()
         raise KeyboardInterrupt  # Ctrl-C at the prompt
-    assert len(work) == count - 1 == count - sum(in_panels(loaded))
+    assert len(work) == count - 1 == count - sum(in_tiles(loaded))
     with work.meanwhile():
         while work:
             time.sleep(0.01)
-    assert all(in_panels(loaded))
+    assert all(in_tiles(loaded))
     with work.meanwhile():
         assert not any(t.name.startswith("rearranging") for t in threading.enumerate())
 
@@ -138,7 +138,7 @@ def test_a_chat_has_all_done_while_the_first_question_is_typed(folder: Path) -> 
     console, _ = terminal_console()
     assert session.engine.unsettled
     assert Chat(session, console, Reader(), params=SamplingParams()).run() == 0
-    assert all(in_panels(session.loaded))
+    assert all(in_tiles(session.loaded))
 
 
 def test_an_answer_rearranges_the_model_and_is_the_same(folder: Path) -> None:
@@ -150,7 +150,7 @@ def test_an_answer_rearranges_the_model_and_is_the_same(folder: Path) -> None:
         engine = Engine(loaded.model, context=64)
         if first:
             engine.settle()
-            assert all(in_panels(loaded))
+            assert all(in_tiles(loaded))
         answers.append([token.id for token in engine.generate(prompt, params)])
-        assert all(in_panels(loaded))
+        assert all(in_tiles(loaded))
     assert answers[0] == answers[1]

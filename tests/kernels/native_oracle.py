@@ -1,6 +1,6 @@
-"""The rule of lowmem/kernels/csrc/lowmem.h in numpy, to the last bit, and the library without its dispatch.
+"""The rule of csrc/linear/linear.h in numpy, to the last bit, and direct calls of the library.
 
-Integer sums are exact in float64 (below 2^53); every other step is one operation in float32, as `fma32` is.
+Integer sums are exact in float64 (below 2^53); every other step is one float32 operation or `fma32`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 from lowmem.checkpoint.packing import pack_rows
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
+from lowmem.kernels.native.header import PAIRED, LmDense, LmMatrix, LmPacked
 
-ISAS = ("portable C", "AVX2", "AVX-512 VNNI")
-PAIRED = 4
-"""LM_PAIRED: a plane and a half."""
+ISAS = native.isa_names() if native.available() else ("portable C",)
+"""Every instruction set of the library; this CPU may lack some."""
 LIMITS = {1: 127, 2: 32639, 3: 8355711, PAIRED: 30448}
-"""L of so many planes."""
+"""L by the number of planes."""
 
 
 def fma32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """float32 a * b + c, rounded once.
 
-    The product of two float32 is exact in float64. The sum is rounded there to odd (its last bit set where
-    anything was cut off), which a second rounding to float32 cannot tell from the exact sum.
+    The product of two float32 is exact in float64. The sum is rounded there to odd (its last bit is set if
+    anything was cut off); rounding that to float32 gives the same as rounding the exact sum.
     """
     product, c = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + c
@@ -80,7 +80,7 @@ def random_weight(
     scales: torch.dtype = torch.float16,
     seed: int = 0,
 ) -> Weight:
-    """All integers, zero-points and signs alike; group -1 is one group."""
+    """Integers, zero-points and scales at random; group -1 is one group."""
     rng = torch.Generator().manual_seed(seed)
     group = inputs if group == -1 else group
     shape = (inputs // group, outputs)
@@ -95,7 +95,7 @@ def random_weight(
 
 
 def kernel_group(group: int) -> int:
-    """The group in which activations become integers."""
+    """The group in which activations are quantized."""
     return group if group <= 256 else next(width for width in (256, 128, 64, 32) if group % width == 0)
 
 
@@ -111,7 +111,7 @@ def quantized(x: np.ndarray, planes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired(q: np.ndarray) -> np.ndarray:
-    """int64 [rows, inputs] as LM_PAIRED holds them; two upper digits and one lower must make each pair."""
+    """int64 [rows, inputs] in LM_PAIRED's form; two upper digits and a shared lower one must make each pair."""
     even, odd = q[:, ::2], (q[:, 1::2] + 8) // 16 * 16
     rest = odd // 16 % 16
     even = rest + (even - rest + 8) // 16 * 16
@@ -122,7 +122,7 @@ def paired(q: np.ndarray) -> np.ndarray:
 
 
 def rule(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
-    """What lowmem.h says that the product is: float32 [rows, out], for finite x [rows, in]."""
+    """The product by the rule of linear.h: float32 [rows, out], for finite x [rows, in]."""
     values = x.float().numpy()
     scales = weight.scales.float().numpy()
     integers = weight.q.numpy().astype(np.float64)
@@ -158,7 +158,7 @@ def rule(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def using(isa: str) -> Iterator[bool]:
-    """The library with that instruction set, then as it was before; False where the CPU has it not."""
+    """Select an instruction set for a while; False if the CPU lacks it."""
     library, before = native.library(), native.isa_name()
     can = bool(library.lm_use_isa(isa.encode()))
     try:
@@ -167,33 +167,30 @@ def using(isa: str) -> Iterator[bool]:
         library.lm_use_isa(before.encode())
 
 
-def call(
-    weight: native_linear.Packed | native_linear.LmPacked,
-    x: int,
-    kind: torch.dtype,
-    rows: int,
-    planes: int,
-    out: int,
-    out_kind: torch.dtype,
-) -> None:
-    """lm_linear on addresses."""
-    address = weight.address if isinstance(weight, native_linear.Packed) else ctypes.addressof(weight)
+def call(struct: LmPacked, x: LmMatrix, planes: int, y: LmMatrix) -> None:
+    """lm_linear."""
     with native.running() as library:
-        space = native.workspace(library.lm_linear_workspace(address, rows, planes))
-        library.lm_linear(address, x, native.TYPES[kind], rows, planes, out, native.TYPES[out_kind], space)
+        space = native.workspace(library.lm_linear_workspace(ctypes.byref(struct), x.rows, planes))
+        library.lm_linear(ctypes.byref(struct), ctypes.byref(x), planes, ctypes.byref(y), space)
+
+
+def matrix(address: int, rows: int, columns: int, dtype: torch.dtype) -> LmMatrix:
+    """A matrix without gaps."""
+    return LmMatrix(address, rows, columns, native.TYPES[dtype])
 
 
 def multiply(
     packed: native_linear.Packed, x: torch.Tensor, planes: int, out: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """x [rows, in] times the weight with so many planes, as `out`."""
-    result = torch.full((x.shape[0], packed.out_features), -77.0, dtype=out)
-    call(packed, x.data_ptr(), x.dtype, x.shape[0], planes, result.data_ptr(), out)
+    rows, result = x.shape[0], torch.full((x.shape[0], packed.out_features), -77.0, dtype=out)
+    source = matrix(x.data_ptr(), rows, packed.in_features, x.dtype)
+    call(packed.struct, source, planes, matrix(result.data_ptr(), rows, packed.out_features, out))
     return result
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """The same bits, but for which NaN it is."""
+    """Whether all bits are equal; any NaN equals any other."""
     kind = torch.int32 if a.dtype is torch.float32 else torch.int16
     return a.dtype is b.dtype and bool(((a.view(kind) == b.view(kind)) | (a.isnan() & b.isnan())).all())
 
@@ -201,7 +198,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def dense(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """lm_dense_linear: x [rows, in] times a bfloat16 weight [out, in], in x's dtype."""
     outputs, inputs = weight.shape
-    struct = native_linear.LmDense(
+    struct = LmDense(
         inputs,
         outputs,
         weight.data_ptr(),
@@ -214,34 +211,23 @@ def dense(weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = Non
     return result
 
 
-def dense_call(struct: native_linear.LmDense, x: int, kind: torch.dtype, rows: int, out: int) -> None:
+def dense_call(struct: LmDense, x: int, dtype: torch.dtype, rows: int, out: int) -> None:
     """lm_dense_linear on addresses."""
-    pointer, number = ctypes.c_void_p, ctypes.c_int
+    source, result = matrix(x, rows, struct.inputs, dtype), matrix(out, rows, struct.outputs, dtype)
     with native.running() as library:
-        library.lm_dense_linear.restype = None
-        library.lm_dense_linear.argtypes = (
-            pointer,
-            pointer,
-            number,
-            ctypes.c_int64,
-            pointer,
-            number,
-            pointer,
-        )
-        space = native.workspace(4 * rows * (struct.in_features + struct.out_features))
-        kind_number = native.TYPES[kind]
-        library.lm_dense_linear(ctypes.addressof(struct), x, kind_number, rows, out, kind_number, space)
+        space = native.workspace(4 * rows * (struct.inputs + struct.outputs))
+        library.lm_dense_linear(ctypes.byref(struct), ctypes.byref(source), ctypes.byref(result), space)
 
 
 class Fenced:
-    """Memory that ends where a page begins that may not be touched."""
+    """Memory that ends at a page without access."""
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._maps: list[mmap.mmap] = []
 
     def copy(self, tensor: torch.Tensor) -> int:
-        """The address of the tensor's bytes, its last one before the fence."""
+        """Copy a tensor, its last byte before the fence; the address of the copy."""
         size = tensor.numel() * tensor.itemsize
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         room = mmap.mmap(-1, whole + mmap.PAGESIZE)
@@ -254,7 +240,7 @@ class Fenced:
 
 
 def run_fenced() -> None:
-    """Every kernel on tensors that end at a fence: a crash where one reads past it. For its own process."""
+    """Run every kernel on tensors that end at a fence: reading past it crashes. For a process of its own."""
     torch.set_num_threads(1)
     for isa in ISAS:
         with using(isa) as can:
@@ -263,7 +249,7 @@ def run_fenced() -> None:
                     for outputs in (8, 24, 40, 129, 200):
                         _run_fenced_packed(bits, outputs)
                 _run_fenced_dense()
-        print(isa, "stayed inside" if can else "not here")
+        print(isa, "stayed inside" if can else "not supported")
 
 
 def _run_fenced_packed(bits: int, outputs: int) -> None:
@@ -273,7 +259,7 @@ def _run_fenced_packed(bits: int, outputs: int) -> None:
         for rows, planes in ((1, 1), (3, 2), (2, 3), (35, 2), (3, PAIRED), (35, PAIRED)):
             fenced = Fenced()
             x = torch.randn(rows, 64).to(kind)
-            struct = native_linear.LmPacked(
+            struct = LmPacked(
                 bits,
                 32,
                 64,
@@ -286,7 +272,8 @@ def _run_fenced_packed(bits: int, outputs: int) -> None:
                 native.TYPES[kind],
             )
             out = fenced.copy(torch.zeros(rows, outputs, dtype=kind))
-            call(struct, fenced.copy(x), kind, rows, planes, out, kind)
+            source = matrix(fenced.copy(x), rows, 64, kind)
+            call(struct, source, planes, matrix(out, rows, outputs, kind))
 
 
 def _run_fenced_dense() -> None:
@@ -294,7 +281,7 @@ def _run_fenced_dense() -> None:
         for rows in (1, 2, 3, 4, 5, 8, 11):
             fenced = Fenced()
             weight, bias = torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).half()
-            struct = native_linear.LmDense(
+            struct = LmDense(
                 inputs,
                 outputs,
                 fenced.copy(weight),

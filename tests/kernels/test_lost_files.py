@@ -86,7 +86,7 @@ def test_weights_that_are_cut_short_while_a_model_runs(tmp_path: Path) -> None:
     out, err = child.communicate("go on\n", timeout=120)
     assert child.returncode == 2 and out == ""
     last = err.splitlines()[-1]  # behind what torch says while it is imported here
-    assert last.startswith("lowmem run: a file of the model cannot be read any more") and err.endswith("\n")
+    assert last.startswith("lowmem run: a file of the model can no longer be read") and err.endswith("\n")
     assert "Traceback" not in err and err.count("lowmem run:") == 1
 
 

@@ -20,10 +20,10 @@ from lowmem.config import BITS
 from lowmem.kernels import reference
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
+from lowmem.kernels.native.header import PAIRED
 from tests.kernels.native_oracle import (
     ISAS,
     LIMITS,
-    PAIRED,
     Weight,
     dense,
     fma32,

@@ -26,6 +26,7 @@ from lowmem.doctor import kernels as doctor
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels import dispatch, torch_ops
 from lowmem.kernels import trial as cuda
+from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.quant_linear import QuantLinear
@@ -127,7 +128,7 @@ def test_any_linear_is_float64s(
 def test_16_bit_activations_become_fewer_only_where_it_is_free_or_asked_for(bits: int) -> None:
     linear = quant_linear(256, 96, bits, 64)
     x = torch.randn(
-        2 * native_linear.FEW_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)
+        2 * header.DECODE_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)
     ).bfloat16()
     results = {}
     for asked in (None, *native_linear.ACTIVATION_BITS):
@@ -181,36 +182,36 @@ def test_a_row_has_the_same_bits_alone_and_among_many_on_any_threads() -> None:
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("outputs", [32, 64, 160])
 @pytest.mark.parametrize("bits", BITS)
-def test_panels_change_no_bit(bits: int, outputs: int, sym: bool) -> None:
-    """Also a last panel that is not full, and for a struct whose address somebody else holds."""
+def test_the_tiled_layout_changes_no_bit(bits: int, outputs: int, sym: bool) -> None:
+    """Also with a last tile that is not full, and for another holder of the struct's address."""
     linear = quant_linear(256, outputs, bits, 64, sym=sym)
     linear.use_native()
     rows = torch.randn(33, 256)
     right = [linear(rows[:count]) for count in (1, 33)]
     packed = linear.packed
-    assert packed is not None and not linear.use_panels(), (
+    assert packed is not None and not linear.use_tiled_layout(), (
         "its tensors are in memory: that would be two copies"
     )
     address = packed.address
-    packed.to_panels()
-    packed.to_panels()
-    linear.qweight.zero_()  # it is read no longer
-    assert packed.address == address and packed.struct.panels == 1
+    packed.to_tiled()
+    packed.to_tiled()
+    linear.qweight.zero_()  # it is no longer read
+    assert packed.address == address and packed.struct.tiled == 1
     assert all(torch.equal(linear(rows[: len(y)]), y) for y in right)
 
 
 @needs_native
-def test_panels_of_a_mapped_weight(tmp_path: Path) -> None:
+def test_a_mapped_weight_takes_the_tiled_layout(tmp_path: Path) -> None:
     linear = quant_linear(256, 96)
     save_file({"qweight": linear.qweight}, tmp_path / "w.safetensors")
     mapped = MappedFiles().tensor(read_header(tmp_path / "w.safetensors"), "qweight")
     assert mapped is not None
     linear.qweight = mapped
     weight, rows = linear.dequantize(), torch.randn(3, 256)
-    assert not linear.use_panels(), "not native yet"
+    assert not linear.use_tiled_layout(), "not native yet"
     linear.use_native()
     right = linear(rows)
-    assert linear.use_panels() and torch.equal(linear(rows), right)
+    assert linear.use_tiled_layout() and torch.equal(linear(rows), right)
     assert torch.equal(linear.dequantize(), weight)  # from the file again
 
 
@@ -353,6 +354,7 @@ def test_the_threads_are_torchs_own() -> None:
     """A process has one team of OpenMP threads, whoever asks for them."""
     code = """
 import os, torch
+from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 from tests.kernels.test_native_linear import quant_linear
 torch.set_num_threads(3)

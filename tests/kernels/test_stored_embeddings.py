@@ -15,6 +15,7 @@ from lowmem.config import SamplingParams
 from lowmem.generate.engine import Engine
 from lowmem.generate.native_step import checked_step, why_not
 from lowmem.kernels.native import library as native
+from lowmem.kernels.native import header
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 from lowmem.loading.loader import load
@@ -159,7 +160,7 @@ def test_prefill_is_nearer_to_the_stored_model_than_a_cast(
     got, before = model(ids, logits_to_keep=rows).logits, cast(ids, logits_to_keep=rows).logits
     assert got.dtype is BF16 and got.shape == exact.shape
     error, error_before = ((y.float() - exact).norm() / exact.norm() for y in (got, before))
-    if rows <= native_linear.FEW_ROWS:
+    if rows <= header.DECODE_ROWS:
         # Only the logits themselves are rounded: nothing is nearer in bfloat16.
         assert ((got.float() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-6).all()
         assert error < 0.8 * error_before

@@ -1,4 +1,4 @@
-"""The kernels in C with AddressSanitizer and UBSan: the library, and a program that tries it.
+"""Build the C kernels with AddressSanitizer and UBSan: the library, and a program that fuzzes it.
 
     python -m tests.sanitizers.build FOLDER            the library (`_native.so`) and `fuzz` in FOLDER
     FOLDER/fuzz SEED ROUNDS                            random shapes and values through every kernel
@@ -18,25 +18,24 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "lowmem" / "kernels" / "csrc"
-SLOW_TO_COMPILE = ("few_avx512.c", "many_avx512.c")
-"""Take as long as all others together; these kernels are left out of a `quick` build."""
-LEFT_OUT = "AVX-512 VNNI"
-"""What has no kernels then."""
+SLOW_TO_COMPILE = ("avx512_decode.c", "avx512_prefill.c")
+"""These take as long as all others together. A `quick` build leaves them out, and `fuzz` skips instruction sets that use
+them."""
 _CHECKS = "-fsanitize=address,undefined,float-cast-overflow"
 _FLAGS = (
     *("-g1", "-std=c11", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread"),
     *("-fno-sanitize-recover=all", "-fno-omit-frame-pointer"),
 )
 _STUB = """\
-#include "lowmem.h"
+#include "linear/kernels.h"
 #if defined(__x86_64__)
-const lm_isa lm_avx512 = {.name = "AVX-512 VNNI"};
+const lm_linear_kernels lm_linear_avx512 = {0};
 #endif
 """
 
 
 def compiler() -> str | None:
-    """A C compiler that has both sanitizers, or None."""
+    """A C compiler with both sanitizers, or None."""
     found = shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
     if found is None:
         return None
@@ -50,25 +49,25 @@ def compiler() -> str | None:
 
 
 def build(folder: Path, *, quick: bool = False) -> Path:
-    """Compile all into `folder`; the program. A minute and a half, or ten seconds when `quick`.
+    """Compile into `folder` in 90 seconds, or 10 if `quick`; returns the path of `fuzz`.
 
-    quick: without optimization and without AVX-512's packed kernels, and no library. Raises RuntimeError with
-    what the compiler says.
+    quick: without optimization, the packed AVX-512 kernels and the library. Raises RuntimeError with the
+    compiler's output.
     """
     cc = compiler()
     if cc is None:
-        raise RuntimeError("there is no C compiler with AddressSanitizer")
+        raise RuntimeError("no C compiler with AddressSanitizer was found")
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [path for path in sorted(SOURCES.glob("*.c")) if not (quick and path.name in SLOW_TO_COMPILE)]
+    sources = [path for path in sorted(SOURCES.rglob("*.c")) if not (quick and path.name in SLOW_TO_COMPILE)]
     if quick:
         (folder / "stub.c").write_text(_STUB)
         sources.append(folder / "stub.c")
-    sources.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest first
+    sources.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest ones first
     sources.append(HERE / "fuzz.c")
     level = "-O0" if quick else "-O1"
 
     def compiled(source: Path) -> Path:
-        result = folder / f"{source.stem}.o"
+        result = folder / f"{source.parent.name}-{source.stem}.o"
         _call([cc, "-c", level, *_FLAGS, _CHECKS, f"-I{SOURCES}", str(source), "-o", str(result)])
         return result
 
@@ -76,21 +75,21 @@ def build(folder: Path, *, quick: bool = False) -> Path:
         objects = [str(path) for path in pool.map(compiled, sources)]
     libraries = ["-lm", "-ldl", "-pthread"]
     if not quick:
-        kernels = [name for name in objects if Path(name).name != "fuzz.o"]
+        kernels = [name for name in objects if not name.endswith("-fuzz.o")]
         _call([cc, "-shared", _CHECKS, *kernels, "-o", str(folder / "_native.so"), *libraries])
     _call([cc, _CHECKS, *objects, "-o", str(folder / "fuzz"), *libraries])
     return folder / "fuzz"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For a Python that loads the library of `folder` through the plugin: the sanitizers come first."""
+    """The environment of a Python that loads the library of `folder` through the plugin."""
     cc = compiler() or "gcc"
     runtime = [_output([cc, f"-print-file-name=lib{name}.so"]) for name in ("asan", "ubsan")]
     return {
         **os.environ,
         "LD_PRELOAD": ":".join(runtime),
         "LOWMEM_SANITIZED": str(folder / "_native.so"),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own objects live to the end
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python never frees some objects
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
     }

@@ -1,9 +1,9 @@
-/* The kernels on random shapes and values, for a build with sanitizers (build.py): what they touch beside their tensors ends
- * the program, and so does any bit in which instruction sets, threads or layouts differ where lowmem.h says that they
- * may not. Usage: fuzz SEED ROUNDS [NAME OF AN INSTRUCTION SET THAT IS NOT IN THIS BUILD].
+/* Run the kernels on random shapes and values, in a build with sanitizers (build.py). The program fails at any access outside
+ * a tensor, and at any bit that differs between instruction sets, threads or layouts although the headers promise equality.
+ * Usage: fuzz SEED ROUNDS. A seed is reproducible.
  *
- * The same seed does the same. Every tensor ends where its memory ends: at a red zone of AddressSanitizer, or at a page
- * that may not be touched, which also stops vector instructions that no sanitizer sees. */
+ * Every tensor ends where its memory ends: at a red zone of AddressSanitizer, or at a page without access, which also stops
+ * vector instructions that sanitizers do not see. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
@@ -12,11 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "elementwise.h"
-#include "gemm.h"
-#include "gemm_round.h"
-#include "lowmem.h"
-#include "step.h"
+#include "isa.h"
 
 /* ---- numbers ------------------------------------------------------------------------------------------------- */
 
@@ -47,13 +43,13 @@ static float normal(void)
 
 typedef struct {
     char *start;
-    size_t bytes; /* of a map; 0: of malloc */
+    size_t bytes; /* of a map; 0: from malloc */
 } piece;
 
 static piece pieces[4096];
 static int used;
 
-/* Exactly so many bytes, aligned to `unit` and to nothing more. */
+/* Exactly so many bytes, aligned to `unit` only. */
 static void *exactly(size_t bytes, size_t unit)
 {
     const int way = (int)between(0, 3);
@@ -69,7 +65,7 @@ static void *exactly(size_t bytes, size_t unit)
     *p = (piece){mmap(NULL, whole + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), whole + 2 * page};
     if (p->start == MAP_FAILED || (whole && mprotect(p->start + page, whole, PROT_READ | PROT_WRITE)))
         abort();
-    return way == 2 ? p->start + page + whole - bytes : p->start + page; /* a fence behind, or before */
+    return way == 2 ? p->start + page + whole - bytes : p->start + page; /* a fence after, or before */
 }
 
 static void forget(void)
@@ -112,7 +108,7 @@ static void put(void *values, int type, int64_t at, float value)
         memcpy((char *)values + 2 * at, &half, 2);
 }
 
-/* Numbers around 0; `wild`: any bits, so also NaN, infinity and denormals. */
+/* Numbers around 0. wild: any bits, including NaN, infinity and denormals. */
 static void *numbers(int64_t count, int type, float spread, int wild)
 {
     if (wild)
@@ -123,7 +119,7 @@ static void *numbers(int64_t count, int type, float spread, int wild)
     return values;
 }
 
-/* ---- what has to be equal ------------------------------------------------------------------------------------ */
+/* ---- comparing ---------------------------------------------------------------------------------------------- */
 
 static const char *what = "";
 
@@ -152,17 +148,14 @@ static void expect_same(const char *between_what, const void *a, const void *b, 
     }
 }
 
-static const char *missing; /* an instruction set whose kernels were not compiled */
-static const char *const isas[] = {"portable C", "AVX2", "AVX-512 VNNI"};
-enum { ISAS = sizeof isas / sizeof *isas };
-
-static int use_isa(int i) { return (!missing || strcmp(missing, isas[i])) && lm_use_isa(isas[i]); }
+/* Select an instruction set of the table. Returns 0 if the CPU lacks it or a quick build has no kernels of it. */
+static int use_isa(int i) { return lm_use_isa(lm_isa_at(i)) && lm_isa_selected()->linear->decode; }
 
 /* ---- linears ------------------------------------------------------------------------------------------------- */
 
 static lm_packed random_packed(int64_t in, int64_t group, int64_t out, int wild)
 {
-    lm_packed w = {.bits = (int32_t)ONE_OF(8, 4, 3, 2), .group = (int32_t)group, .in = in, .out = out,
+    lm_packed w = {.bits = (int32_t)ONE_OF(8, 4, 3, 2), .group = (int32_t)group, .inputs = in, .outputs = out,
                    .scales_type = (int32_t)between(0, 2), .bias_type = (int32_t)between(0, 2)};
     const int64_t rows = in / 32 * w.bits, groups = in / group;
     w.qweight = any_bits((size_t)(rows * out) * 4, 4);
@@ -176,10 +169,9 @@ static lm_packed random_packed(int64_t in, int64_t group, int64_t out, int wild)
     return w;
 }
 
-static void multiply(const lm_packed *w, const void *x, int x_type, int64_t rows, int planes, void *out, int out_type)
+static void multiply(const lm_packed *w, const lm_matrix *x, int planes, const lm_matrix *y)
 {
-    void *space = exactly(lm_linear_workspace(w, rows, planes), 1);
-    lm_linear(w, x, x_type, rows, planes, out, out_type, space);
+    lm_linear(w, x, planes, y, exactly(lm_linear_workspace(w, x->rows, planes), 1));
 }
 
 static void packed(void)
@@ -190,35 +182,35 @@ static void packed(void)
     const int64_t rows = one_in(40) ? between(505, 530) : one_in(3) ? between(33, 50) : between(1, 33);
     const int wild = one_in(6), x_type = (int)between(0, 2), out_type = (int)between(0, 2), planes = (int)between(1, LM_PAIRED);
     const lm_packed w = random_packed(in, group, rows > 100 ? between(1, 40) : out, wild);
-    const size_t bytes = (size_t)(rows * w.out) * width_of(out_type);
-    const void *x = numbers(rows * in, x_type, 1, wild);
+    const size_t bytes = (size_t)(rows * w.outputs) * width_of(out_type);
+    const lm_matrix x = {numbers(rows * in, x_type, 1, wild), rows, in, x_type};
     void *first = NULL;
-    for (int i = 0; i < ISAS; i++) {
+    for (int i = 0; lm_isa_at(i); i++) {
         if (!use_isa(i))
             continue;
         lm_set_threads((int)between(1, 4), NULL);
         void *y = exactly(bytes, width_of(out_type));
-        multiply(&w, x, x_type, rows, planes, y, out_type);
+        multiply(&w, &x, planes, &(lm_matrix){y, rows, w.outputs, out_type});
         if (first)
-            expect_same(isas[i], first, y, rows * w.out, out_type);
+            expect_same(lm_isa_at(i), first, y, rows * w.outputs, out_type);
         else
             first = y;
-        const int64_t panels = (w.out + LM_PANEL - 1) / LM_PANEL * LM_PANEL, groups = in / group;
-        uint32_t *words = exactly((size_t)(panels * in / 32 * w.bits) * 4, 4);
-        void *scales = exactly((size_t)(panels * groups) * width_of(w.scales_type), width_of(w.scales_type));
-        uint8_t *zeros = w.zeros ? exactly((size_t)(panels * groups), 1) : NULL;
-        lm_to_panels(&w, words, scales, zeros);
+        const int64_t tiles = (w.outputs + LM_TILE_OUTPUTS - 1) / LM_TILE_OUTPUTS * LM_TILE_OUTPUTS, groups = in / group;
+        uint32_t *words = exactly((size_t)(tiles * in / 32 * w.bits) * 4, 4);
+        void *scales = exactly((size_t)(tiles * groups) * width_of(w.scales_type), width_of(w.scales_type));
+        uint8_t *zeros = w.zeros ? exactly((size_t)(tiles * groups), 1) : NULL;
+        lm_tile_weight(&w, words, scales, zeros);
         lm_packed other = w;
-        other.qweight = words, other.scales = scales, other.zeros = zeros, other.panels = 1;
+        other.qweight = words, other.scales = scales, other.zeros = zeros, other.tiled = 1;
         void *z = exactly(bytes, width_of(out_type));
-        multiply(&other, x, x_type, rows, planes, z, out_type);
-        expect_same("panels", first, z, rows * w.out, out_type);
+        multiply(&other, &x, planes, &(lm_matrix){z, rows, w.outputs, out_type});
+        expect_same("layouts", first, z, rows * w.outputs, out_type);
     }
 }
 
 static lm_dense random_dense(int64_t in, int64_t out)
 {
-    lm_dense w = {.in = in, .out = out, .bias_type = (int32_t)between(0, 2), .weight_type = (int32_t)between(1, 2)};
+    lm_dense w = {.inputs = in, .outputs = out, .bias_type = (int32_t)between(0, 2), .weight_type = (int32_t)between(1, 2)};
     w.weight = numbers(in * out, w.weight_type, 0.1f, one_in(8));
     if (one_in(2))
         w.bias = numbers(out, w.bias_type, 1, 0);
@@ -231,17 +223,18 @@ static void dense(void)
     const int64_t rows = between(1, 12);
     const lm_dense w = random_dense(one_in(20) ? 0 : between(1, 200), one_in(20) ? 0 : between(1, 90));
     const int x_type = (int)between(0, 2), out_type = (int)between(0, 2);
-    const void *x = numbers(rows * w.in, x_type, 1, one_in(8));
-    for (int i = 0; i < ISAS; i++) {
+    void *x = numbers(rows * w.inputs, x_type, 1, one_in(8));
+    for (int i = 0; lm_isa_at(i); i++) {
         if (!use_isa(i))
             continue;
         void *y[2];
-        for (int turn = 0; turn < 2; turn++) { /* on other threads the same bits */
+        for (int turn = 0; turn < 2; turn++) { /* the same bits with any number of threads */
             lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
-            y[turn] = exactly((size_t)(rows * w.out) * width_of(out_type), width_of(out_type));
-            lm_dense_linear(&w, x, x_type, rows, y[turn], out_type, exactly((size_t)(rows * (w.in + w.out)) * 4, 4));
+            y[turn] = exactly((size_t)(rows * w.outputs) * width_of(out_type), width_of(out_type));
+            const lm_matrix from = {x, rows, w.inputs, x_type}, to = {y[turn], rows, w.outputs, out_type};
+            lm_dense_linear(&w, &from, &to, exactly((size_t)(rows * (w.inputs + w.outputs)) * 4, 4));
         }
-        expect_same("threads", y[0], y[1], rows * w.out, out_type);
+        expect_same("threads", y[0], y[1], rows * w.outputs, out_type);
     }
 }
 
@@ -256,15 +249,15 @@ static void attention(void)
     const lm_kv kv = {heads, kv_heads, size, capacity, numbers(kv_heads * capacity * size, LM_BF16, 1, one_in(8)),
                       numbers(kv_heads * capacity * size, LM_BF16, 1, one_in(8))};
     const uint16_t *q = numbers((rows - 1) * q_stride + (heads - 1) * head_stride + size, LM_BF16, 1, one_in(8));
-    for (int i = 0; i < ISAS; i++) {
+    for (int i = 0; lm_isa_at(i); i++) {
         if (!use_isa(i))
             continue;
         uint16_t *y[2];
         for (int turn = 0; turn < 2; turn++) {
             lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
             y[turn] = exactly((size_t)(rows * heads * size) * 2, 2);
-            lm_prompt_attention(&kv, q, q_stride, head_stride, rows, length, 0.25f, y[turn],
-                                exactly(lm_prompt_attention_workspace(&kv, length), 1));
+            const lm_query query = {q, q_stride, head_stride, rows, length, 0.25f};
+            lm_prompt_attention(&kv, &query, y[turn], exactly(lm_prompt_attention_workspace(&kv, length), 1));
         }
         expect_same("threads", y[0], y[1], rows * heads * size, LM_BF16);
     }
@@ -317,7 +310,7 @@ static void step(void)
     int64_t *ids = exactly((size_t)rows * sizeof *ids, sizeof *ids);
     for (int64_t r = 0; r < rows; r++)
         ids[r] = one_in(2) ? vocab - 1 : between(0, vocab - 1);
-    for (int i = 0; i < ISAS; i++) {
+    for (int i = 0; lm_isa_at(i); i++) {
         if (!use_isa(i))
             continue;
         float *logits[2];
@@ -340,9 +333,6 @@ static void step(void)
 
 /* ---- the converter's ----------------------------------------------------------------------------------------- */
 
-static const char *const gemms[] = {"portable C", "AVX2", "AVX-512", "AVX-512 BF16"};
-enum { GEMMS = sizeof gemms / sizeof *gemms };
-
 /* A matrix in either order, with strides of its own. */
 static const void *matrix(int64_t rows, int64_t columns, int type, int64_t *row, int64_t *column)
 {
@@ -361,8 +351,8 @@ static void gemm(void)
     job.a = matrix(m, k, job.a_type, &job.a_row, &job.a_column);
     job.b = matrix(k, n, job.b_type, &job.b_row, &job.b_column);
     const int64_t count = (m - 1) * job.c_row + n;
-    for (int i = 0; i < GEMMS; i++) {
-        if (!lm_gemm_use(gemms[i]))
+    for (int i = 0; lm_isa_at(i); i++) {
+        if (!use_isa(i))
             continue;
         float *c[2];
         for (int turn = 0; turn < 2; turn++) {
@@ -412,8 +402,8 @@ static void rounding(void)
     for (int64_t i = 0; i < n; i++)
         r[i * (n + 1) + i] = 0.5f + (float)between(0, 100) * 0.01f;
     job.r = r;
-    for (int i = 0; i < GEMMS; i++) {
-        if (!lm_gemm_use(gemms[i]))
+    for (int i = 0; lm_isa_at(i); i++) {
+        if (!use_isa(i))
             continue;
         uint8_t *codes[2];
         for (int turn = 0; turn < 2; turn++) {
@@ -443,7 +433,7 @@ static void reading(void)
     const size_t bytes = (size_t)(one_in(4) ? between(1 << 20, (1 << 20) + 5000) : between(0, 3000));
     const unsigned char *memory = any_bits(bytes, 1);
     unsigned char sum[8] = {0};
-    for (size_t i = 0; i < bytes; i++) /* what is no whole word belongs to one; pieces of 1 MiB are whole words */
+    for (size_t i = 0; i < bytes; i++) /* the last word may be partial */
         sum[i % 8] ^= memory[i];
     lm_set_threads((int)between(1, 4), NULL);
     const uint64_t got = lm_read(memory, bytes);
@@ -459,7 +449,6 @@ int main(int count, char **arguments)
         return 2;
     const uint64_t seed = strtoull(arguments[1], NULL, 10);
     const long rounds = strtol(arguments[2], NULL, 10);
-    missing = count > 3 ? arguments[3] : NULL;
     for (size_t kind = 0; kind < sizeof kinds / sizeof *kinds; kind++) {
         for (long round = 0; round < rounds; round++) {
             state = seed * 1000003 + kind * 1009 + (uint64_t)round * 7919;
@@ -469,8 +458,8 @@ int main(int count, char **arguments)
         if (*names[kind])
             printf("%s\n", names[kind]);
     }
-    for (int i = 0; i < ISAS; i++)
+    for (int i = 0; lm_isa_at(i); i++)
         if (use_isa(i))
-            printf("with %s\n", isas[i]);
+            printf("with %s\n", lm_isa_at(i));
     return 0;
 }

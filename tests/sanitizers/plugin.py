@@ -1,4 +1,4 @@
-"""For `pytest -p tests.sanitizers.plugin`: our kernels from the library that $LOWMEM_SANITIZED names."""
+"""For `pytest -p tests.sanitizers.plugin`: load the kernels from the library that $LOWMEM_SANITIZED names."""
 
 from __future__ import annotations
 

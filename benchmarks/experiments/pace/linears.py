@@ -111,7 +111,7 @@ def measure(
         scales = pool.cut((inputs // group, outputs), torch.float16)
         copies.append(native_linear.Packed(qweight, scales, None, None, bits, group))
         if panels:
-            copies[-1].to_panels()
+            copies[-1].to_tiled()
     for rows in all_rows:
         x = torch.randn((rows, inputs)).to(dtype)
         other = _torch_operator(pool, bits, group, inputs, outputs, x) if peers else None

@@ -1,4 +1,4 @@
-/* A page of a mapped file that cannot be read (SIGBUS): one line and an exit code, in place of a crash. */
+/* Report a page of a mapped file that cannot be read (SIGBUS) in one line, instead of crashing. */
 #define _POSIX_C_SOURCE 200809L /* sigaction */
 #include <signal.h>
 #include <string.h>
@@ -11,15 +11,15 @@ static struct {
     char line[4096];
     size_t length;
     int exit_code, has_terminal;
-    struct termios terminal; /* as it was: whoever reads keys may have switched its echo off */
+    struct termios terminal; /* its original state: a line editor may have switched the echo off */
     struct sigaction before;
 } told;
 
-/* Nothing here but what POSIX allows in a signal's handler. */
+/* Only functions that POSIX allows in a signal handler. */
 static void tell(int number, siginfo_t *about, void *context)
 {
     (void)context;
-    if (about->si_code <= 0) { /* sent by a process: it ends this one as ever, once the handler is left */
+    if (about->si_code <= 0) { /* sent by a process: the default action follows when the handler returns */
         signal(number, SIG_DFL);
         raise(number);
         return;

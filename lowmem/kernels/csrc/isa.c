@@ -1,61 +1,72 @@
-/* Which instruction set computes: the best that the CPU has, or the one that was asked for. */
+/* The table of instruction sets, and which one is selected. */
+#include "isa.h"
+
 #include <string.h>
 
-#include "lowmem.h"
+static int always(void) { return 1; }
 
-static const lm_isa *chosen;
-
-static int has(const lm_isa *isa)
-{
 #if defined(__x86_64__)
+#define HAS(feature) __builtin_cpu_supports(feature)
+
+static int has_avx2(void)
+{
     __builtin_cpu_init();
-    if (isa == &lm_avx512)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") &&
-               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("gfni") &&
-               __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (isa == &lm_avx2)
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#endif
-    return isa == &lm_portable;
+    return HAS("avx2") && HAS("fma") && HAS("f16c");
 }
 
-static const lm_isa *const all[] = {
-#if defined(__x86_64__)
-    &lm_avx512, &lm_avx2,
-#endif
-    &lm_portable};
-
-enum { COUNT = sizeof all / sizeof all[0] };
-
-const lm_isa *lm_best_isa(void)
+static int has_avx512(void)
 {
-    for (int i = 0; !chosen && i < COUNT; i++)
-        if (has(all[i]))
-            chosen = all[i];
-    return chosen;
+    return has_avx2() && HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq");
 }
 
-const char *lm_isa_name(void) { return lm_best_isa()->name; }
+static int has_vnni(void) /* Ice Lake, Zen 4 and later */
+{
+    return has_avx512() && HAS("avx512vnni") && HAS("avx512vbmi") && HAS("avx512vbmi2") && HAS("gfni");
+}
+
+static int has_bf16(void) { return has_vnni() && HAS("avx512bf16"); }
+#endif
+
+/* Best first. */
+static const lm_isa table[] = {
+#if defined(__x86_64__)
+    {"AVX-512 BF16", has_bf16, &lm_linear_avx512, &lm_attention_bf16, &lm_gemm_avx512, &lm_gemm_avx512_bf16,
+     lm_round_avx512, &lm_elementwise_avx2, lm_read_avx512},
+    {"AVX-512 VNNI", has_vnni, &lm_linear_avx512, &lm_attention_avx2, &lm_gemm_avx512, &lm_gemm_avx512,
+     lm_round_avx512, &lm_elementwise_avx2, lm_read_avx512},
+    {"AVX-512", has_avx512, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx512, &lm_gemm_avx512,
+     lm_round_avx512, &lm_elementwise_avx2, lm_read_avx512},
+    {"AVX2", has_avx2, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx2, &lm_gemm_avx2,
+     lm_round_avx2, &lm_elementwise_avx2, lm_read_avx2},
+#endif
+    {"portable C", always, &lm_linear_portable, &lm_attention_portable, &lm_gemm_portable, &lm_gemm_portable,
+     lm_round_portable, &lm_elementwise_portable, lm_read_portable},
+};
+
+enum { COUNT = sizeof table / sizeof table[0] };
+
+static const lm_isa *selected;
+
+const lm_isa *lm_isa_selected(void)
+{
+    for (int i = 0; !selected && i < COUNT; i++)
+        if (table[i].supported())
+            selected = &table[i];
+    return selected;
+}
+
+const char *lm_isa_name(void) { return lm_isa_selected()->name; }
+
+const char *lm_isa_at(int index) { return index < COUNT ? table[index].name : NULL; }
 
 int lm_use_isa(const char *name)
 {
     for (int i = 0; i < COUNT; i++)
-        if (!strcmp(all[i]->name, name) && has(all[i])) {
-            chosen = all[i];
+        if (!strcmp(table[i].name, name) && table[i].supported()) {
+            selected = &table[i];
             return 1;
         }
     return 0;
 }
 
 int lm_contract(void) { return LM_CONTRACT; }
-
-int32_t lm_kernel_group(int32_t group)
-{
-    if (group <= 256)
-        return group;
-    for (int32_t width = 256; width > 32; width /= 2)
-        if (group % width == 0)
-            return width;
-    return 32;
-}

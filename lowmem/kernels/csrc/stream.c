@@ -1,29 +1,27 @@
-/* Reading memory as fast as it goes: what every share of the bandwidth is measured against. */
+/* Read memory at full bandwidth: the ceiling against which kernels are measured. */
 #include <string.h>
 
-#include "lowmem.h"
+#include "isa.h"
 
-/* Bytes ahead: of every line, and of one line of each page, to find which takes longer than to read it. */
+/* Prefetch distances in bytes: of every line, and of one line of each page, since a TLB miss takes longer than the read. */
 enum { PIECE = 1 << 20, AHEAD = 4096, PAGE = 4096, PAGES_AHEAD = 16384 };
 
-typedef uint64_t words __attribute__((vector_size(64), aligned(1), may_alias)); /* 512 bits, wherever they lie */
+typedef uint64_t words __attribute__((vector_size(64), aligned(1), may_alias)); /* 512 bits, unaligned */
 
 typedef struct {
     const char *memory;
     size_t bytes;
-    uint64_t all; /* of every thread */
+    uint64_t all; /* the result of all threads */
 } job;
 
-typedef uint64_t (*reader)(const char *from, size_t bytes);
-
-/* 256 bytes at a time into four sums; the tail, less than that, word by word. */
+/* 256 bytes at a time into four sums; the tail word by word. */
 static inline __attribute__((always_inline)) uint64_t read_piece(const char *from, size_t bytes)
 {
     words a = {0}, b = {0}, c = {0}, d = {0};
     size_t i = 0;
     for (; i + 256 <= bytes; i += 256) {
         for (int line = 0; line < 256; line += 64)
-            __builtin_prefetch(from + i + AHEAD + line); /* behind the end it does nothing */
+            __builtin_prefetch(from + i + AHEAD + line); /* past the end it does nothing */
         if (i % PAGE == 0)
             __builtin_prefetch(from + i + PAGES_AHEAD);
         a ^= *(const words *)(from + i);
@@ -43,33 +41,21 @@ static inline __attribute__((always_inline)) uint64_t read_piece(const char *fro
     return sum;
 }
 
-static uint64_t read_portable(const char *from, size_t bytes) { return read_piece(from, bytes); }
+uint64_t lm_read_portable(const char *from, size_t bytes) { return read_piece(from, bytes); }
 
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) static uint64_t read_avx2(const char *from, size_t bytes) { return read_piece(from, bytes); }
+__attribute__((target("avx2"))) uint64_t lm_read_avx2(const char *from, size_t bytes) { return read_piece(from, bytes); }
 
-__attribute__((target("avx512f"))) static uint64_t read_avx512(const char *from, size_t bytes)
+__attribute__((target("avx512f"))) uint64_t lm_read_avx512(const char *from, size_t bytes)
 {
     return read_piece(from, bytes);
 }
 #endif
 
-static reader best_reader(void)
-{
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f"))
-        return read_avx512;
-    if (__builtin_cpu_supports("avx2"))
-        return read_avx2;
-#endif
-    return read_portable;
-}
-
 static void body(void *context, lm_team *team)
 {
     job *j = context;
-    const reader read = best_reader();
+    lm_reader *read = lm_isa_selected()->read;
     uint64_t sum = 0;
     for (int64_t piece; (size_t)(piece = lm_next(team)) * PIECE < j->bytes;) {
         size_t start = (size_t)piece * PIECE;

@@ -1,10 +1,10 @@
-/* A team of threads that all do the same work: torch's own OpenMP threads where they can be had, else a pool.
+/* A team of threads: torch's OpenMP threads where possible, else a pool of our own.
  *
- * Two pools whose threads spin while they wait would take each other's cores. So the threads that torch's operators
- * use are taken here too, through the entry point that compilers call for `#pragma omp parallel`.
+ * Two pools of threads that spin while they wait would compete for the cores. The kernels therefore use the threads of
+ * torch's operators, through the entry point that compilers call for `#pragma omp parallel`.
  */
 #define _GNU_SOURCE /* dladdr */
-#include "lowmem.h"
+#include "threads.h"
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -16,7 +16,7 @@ enum { MOST_THREADS = 512, SPINS = 4000, IDLE_SPINS = 20000 };
 
 #define LINE __attribute__((aligned(64))) /* each counter in a cache line of its own */
 
-/* What the threads of one lm_run share; it lies on the caller's stack. */
+/* What the threads of one lm_run share, on the caller's stack. */
 typedef struct {
     lm_body body;
     void *context;
@@ -29,7 +29,7 @@ typedef struct {
 struct lm_team {
     shared *all;
     int rank;
-    unsigned phase; /* of the barrier, as this thread has seen it */
+    unsigned phase; /* how many barriers this thread has passed */
 };
 
 typedef void (*gomp_parallel_t)(void (*)(void *), void *, unsigned, unsigned);
@@ -48,7 +48,7 @@ static inline void pause_briefly(void)
 #endif
 }
 
-/* One turn of waiting: after a while the core is offered to whoever may hold the thread that is waited for. */
+/* Wait for a moment. After many turns, yield the core: the awaited thread may need it. */
 static inline void wait_a_turn(int *spins)
 {
     if (*spins < SPINS) {
@@ -70,7 +70,7 @@ void lm_barrier(lm_team *team)
     shared *all = team->all;
     unsigned phase = ++team->phase;
     if (atomic_fetch_add_explicit(&all->arrived, 1, memory_order_acq_rel) + 1 == lm_size(team)) {
-        /* All are here, so nobody is counting: both counters start anew before anybody leaves. */
+        /* All threads have arrived, so no thread uses the counters: reset both before any thread leaves. */
         atomic_store_explicit(&all->arrived, 0, memory_order_relaxed);
         atomic_store_explicit(&all->next, 0, memory_order_relaxed);
         atomic_store_explicit(&all->phase, phase, memory_order_release);
@@ -91,28 +91,28 @@ static void take_part(shared *all, int rank)
 static void omp_body(void *data)
 {
     shared *all = data;
-    /* OpenMP may give fewer threads than were asked for, one inside of another parallel region. Each thread writes
-     * the same number before it reads it. */
+    /* OpenMP may start fewer threads than requested, and only one inside another parallel region. Every thread
+     * writes the same number before it reads it. */
     atomic_store_explicit(&all->size, omp_size(), memory_order_relaxed);
     take_part(all, omp_rank());
 }
 
-/* ---- threads of our own -------------------------------------------------------------------------------------- */
+/* ---- the pool of our own -------------------------------------------------------------------------------------- */
 
 static struct {
-    pthread_mutex_t busy; /* held by the one caller that has the pool */
-    pthread_mutex_t lock; /* of `wake` */
+    pthread_mutex_t busy; /* held by the caller that uses the pool */
+    pthread_mutex_t lock; /* guards `wake` */
     pthread_cond_t wake;
     int started;
     shared *job;
-    LINE atomic_ullong ticket; /* number of the job, and in the low 16 bits how many threads take part */
+    LINE atomic_ullong ticket; /* number of the job; the low 16 bits: how many threads take part */
     LINE atomic_int working;
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static void *pool_thread(void *argument)
 {
     int rank = (int)(intptr_t)argument;
-    unsigned long long seen = 0; /* jobs from before this thread began were for lower ranks */
+    unsigned long long seen = 0; /* jobs from before this thread started were for lower ranks */
     for (;;) {
         unsigned long long ticket = seen;
         for (int spins = 0; spins < IDLE_SPINS && ticket == seen; spins++) {
@@ -126,7 +126,7 @@ static void *pool_thread(void *argument)
             pthread_mutex_unlock(&pool.lock);
         }
         seen = ticket;
-        if (rank < (int)(ticket & 0xffff)) { /* or the job is others', and may be over already */
+        if (rank < (int)(ticket & 0xffff)) { /* otherwise the job is for other threads, and may be over already */
             take_part(pool.job, rank);
             atomic_fetch_sub_explicit(&pool.working, 1, memory_order_release);
         }
@@ -134,7 +134,7 @@ static void *pool_thread(void *argument)
     return NULL;
 }
 
-/* A forked child has none of its parent's threads. */
+/* A forked child does not inherit its parent's threads. */
 static void forget_threads(void)
 {
     pthread_mutex_init(&pool.busy, NULL);
@@ -146,13 +146,13 @@ static void forget_threads(void)
 
 static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
 
-/* Bring the pool to `threads` - 1 threads beside the caller; how many take part with it. */
+/* Grow the pool to `threads` - 1 threads beside the caller. Returns the size of the team, caller included. */
 static int start_threads(int threads)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, watch_forks);
     sigset_t all, old;
-    sigfillset(&all); /* signals are for the program's own threads */
+    sigfillset(&all); /* the program's own threads handle signals */
     pthread_sigmask(SIG_SETMASK, &all, &old);
     while (pool.started < threads - 1) {
         pthread_t thread;
@@ -193,14 +193,14 @@ void lm_run(lm_body body, void *context)
         run_on_pool(&all);
         pthread_mutex_unlock(&pool.busy);
     } else {
-        /* Also when the pool is taken, by another caller or by a body around this one: no result depends on the
-         * number of threads. */
+        /* Also if another caller, or a body around this one, uses the pool: no result depends on the number of
+         * threads. */
         atomic_store(&all.size, 1);
         take_part(&all, 0);
     }
 }
 
-/* The function of this name in the library that `address` is in. */
+/* The function of this name in the library that contains `address`. */
 static omp_number_t neighbour(void *address, const char *name)
 {
     Dl_info info;
@@ -210,7 +210,7 @@ static omp_number_t neighbour(void *address, const char *name)
     if (!library)
         return NULL;
     void *symbol = dlsym(library, name);
-    dlclose(library); /* it stays: whoever loaded it has it open */
+    dlclose(library); /* the library stays loaded: torch has it open */
     omp_number_t function = NULL;
     __builtin_memcpy(&function, &symbol, sizeof function);
     return function;

@@ -1,11 +1,25 @@
-/* One number of any of the types that tensors come in, to and from float. */
+/* Single numbers: conversion between float and the types of tensors. */
 #ifndef LOWMEM_TYPES_H
 #define LOWMEM_TYPES_H
 
-#include <stdint.h>
 #include <string.h>
 
 #include "lowmem.h"
+
+enum { LM_ALIGNMENT = 64 }; /* bytes of a cache line: parts of a workspace begin at multiples of it */
+
+static inline int64_t lm_min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline int64_t lm_round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+/* Bytes rounded up to whole cache lines. */
+static inline size_t lm_aligned(size_t bytes) { return (bytes + LM_ALIGNMENT - 1) / LM_ALIGNMENT * LM_ALIGNMENT; }
+
+/* The first cache line inside a workspace, which may begin anywhere. */
+static inline char *lm_align(void *workspace) { return (char *)lm_aligned((size_t)workspace); }
+
+/* Bytes of a number. */
+static inline size_t lm_width(int type) { return type == LM_F32 ? 4 : 2; }
 
 static inline float lm_from_bits(uint32_t bits)
 {
@@ -23,16 +37,16 @@ static inline uint32_t lm_to_bits(float value)
 
 static inline float lm_from_bf16(uint16_t half) { return lm_from_bits((uint32_t)half << 16); }
 
-/* To nearest, ties to even; NaN stays NaN. */
+/* To nearest, ties to even; NaN stays NaN. Without branches, so that compilers vectorize loops. */
 static inline uint16_t lm_to_bf16(float value)
 {
     uint32_t bits = lm_to_bits(value), rounded = bits + 0x7fff + (bits >> 16 & 1);
-    rounded = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded; /* no branch: loops become vectors */
+    rounded = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded;
     return (uint16_t)(rounded >> 16);
 }
 
-/* No branch: loops become vectors. The exponent of a denormal or zero is raised by one more, which gives it the leading 1
- * that it has not, and that is taken off; of infinity and NaN it becomes the highest. */
+/* Without branches, so that compilers vectorize loops. For a denormal or zero, raising the exponent by one more adds the
+ * leading 1 that it lacks; the subtraction removes it again. Infinity and NaN get the highest exponent. */
 static inline float lm_from_f16(uint16_t half)
 {
     const int32_t rest = half & 0x7fff;
@@ -53,7 +67,7 @@ static inline uint16_t lm_to_f16(float value)
         return sign | 0x7c00;
     if (rest >= 0x38800000)
         return (uint16_t)(sign | ((rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13));
-    /* A denormal: adding 0.5 leaves its 2^-24ths, rounded, in the lowest bits. */
+    /* A denormal: adding 0.5 leaves its multiple of 2^-24, rounded, in the lowest bits. */
     return (uint16_t)(sign | (lm_to_bits(lm_from_bits(rest) + 0.5f) - lm_to_bits(0.5f)));
 }
 
@@ -81,23 +95,6 @@ static inline void lm_store(void *values, int type, int64_t at, float value)
     }
     half = type == LM_F16 ? lm_to_f16(value) : lm_to_bf16(value);
     memcpy((char *)values + 2 * at, &half, 2);
-}
-
-/* Where the words of row `row` for output `o` lie, and how far from them those of the next row; the outputs that follow
- * in the same panel lie beside it. */
-static inline int64_t lm_word_stride(const lm_packed *w) { return w->panels ? LM_PANEL : w->out; }
-
-static inline const uint32_t *lm_words(const lm_packed *w, int64_t row, int64_t o)
-{
-    if (!w->panels)
-        return w->qweight + row * w->out + o;
-    return w->qweight + (o / LM_PANEL * (w->in * w->bits / 32) + row) * LM_PANEL + o % LM_PANEL;
-}
-
-/* The same of scales and zeros: the index for output `o` of a group. */
-static inline int64_t lm_group_at(const lm_packed *w, int64_t group, int64_t o)
-{
-    return w->panels ? (o / LM_PANEL * (w->in / w->group) + group) * LM_PANEL + o % LM_PANEL : group * w->out + o;
 }
 
 #endif

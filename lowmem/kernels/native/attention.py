@@ -1,4 +1,4 @@
-"""A prompt's attention by our own kernels (csrc/attention.c): no key is expanded to heads that share it."""
+"""Attention of a prompt by lowmem's own kernels (csrc/attention/). Keys are not expanded to the heads that share them."""
 
 from __future__ import annotations
 
@@ -7,25 +7,13 @@ import ctypes
 import torch
 
 from lowmem.kernels.native import library as native
+from lowmem.kernels.native.header import LmKv, LmQuery
 
-_UNIT = 16  # a head's size is a multiple of it
-
-
-class LmKv(ctypes.Structure):
-    """`lm_kv` of csrc/lowmem.h."""
-
-    _fields_ = (
-        ("heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-        ("capacity", ctypes.c_int64),
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-    )
+_UNIT = 16  # the size of a head is a multiple of this
 
 
 def takes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `prompt_attention` takes these: bfloat16 on the CPU, and no gradient asked for.
+    """Whether `prompt_attention` supports these: bfloat16 on the CPU, without gradients.
 
     query [texts, heads, rows, size], key and value [texts, kv_heads, length, size] with length >= rows.
     """
@@ -47,13 +35,13 @@ def prompt_attention(
 ) -> torch.Tensor:
     """Causal attention of the last rows of each text: row r sees the keys 0..length - rows + r.
 
-    Of what `takes` accepts; keys and values that are no rows of a cache are copied. scaling: of a product of
-    query and key, size ** -0.5 unless given. Gives bfloat16 [texts, rows, heads, size]. Products are of
-    bfloat16 summed in float32 (all float32 without AVX-512 BF16), and a row's result does not depend on the
-    others. Raises ValueError for anything else.
+    scaling: of the product of query and key; the default is size ** -0.5. Returns bfloat16 [texts, rows, heads,
+    size]. Keys and values that are not slices of a cache are copied. With AVX-512 BF16, products are of
+    bfloat16 summed in float32; otherwise everything is float32. A row's result does not depend on the other
+    rows. Raises ValueError for anything that `takes` refuses.
     """
     if not takes(query, key, value):
-        raise ValueError(f"attention of {query.dtype} {list(query.shape)} to {key.dtype} {list(key.shape)}")
+        raise ValueError(f"unsupported attention of {query.dtype} {list(query.shape)} to {key.dtype} {list(key.shape)}")
     texts, heads, rows, size = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     if not _in_rows(key) or key.stride() != value.stride():
@@ -63,16 +51,15 @@ def prompt_attention(
     with native.running() as library:
         for q, k, v, out in zip(query, key, value, result, strict=True):
             kv = LmKv(heads, kv_heads, size, capacity, k.data_ptr(), v.data_ptr())
-            space = native.workspace(library.lm_prompt_attention_workspace(ctypes.addressof(kv), length))
-            library.lm_prompt_attention(
-                ctypes.addressof(kv), q.data_ptr(), q.stride(1), q.stride(0), rows, length,
-                size**-0.5 if scaling is None else scaling, out.data_ptr(), space,
-            )  # fmt: skip
+            scale = size**-0.5 if scaling is None else scaling
+            rows_of = LmQuery(q.data_ptr(), q.stride(1), q.stride(0), rows, length, scale)
+            space = native.workspace(library.lm_prompt_attention_workspace(ctypes.byref(kv), length))
+            library.lm_prompt_attention(ctypes.byref(kv), ctypes.byref(rows_of), out.data_ptr(), space)
     return result
 
 
 def _in_rows(cache: torch.Tensor) -> bool:
-    """Whether each head's [length, size] lies in one piece, a whole number of rows from the next."""
+    """Whether each head's [length, size] is contiguous and a whole number of rows from the next."""
     _, heads, length, size = cache.shape
     if cache.stride(3) != 1 or (length > 1 and cache.stride(2) != size):
         return False

@@ -1,8 +1,7 @@
-"""A file that is cut short, or whose disk goes, while it is mapped: one line in place of a crash.
+"""Report a mapped file that was truncated, or whose disk was removed, in one line instead of crashing.
 
-Weights are read where the system has mapped them from their files. A page that is there no more ends a
-process with SIGBUS, which no Python code sees. So the kernels' library is asked to say something then; this
-module needs no torch, for it is there before anything is read.
+Weights are mapped from their files. Reading a page that is gone ends the process with SIGBUS, which Python code
+cannot handle; the kernels' library can. This module does not import torch, since it is used before anything is read.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 
 
 def library_path() -> Path | None:
-    """The kernels' compiled library, beside this file; None where it was not compiled."""
+    """The compiled library of kernels, beside this file; None if it was not compiled."""
     folder = Path(__file__).parent
     names = (folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in names if path.is_file()), None)
@@ -23,9 +22,10 @@ def library_path() -> Path | None:
 
 @contextlib.contextmanager
 def lost_files_told(line: str, exit_code: int) -> Iterator[None]:
-    """Inside, a page of a mapped file that cannot be read prints `line` to standard error and ends the
-    process with `exit_code`, the terminal as it is now. Nothing where the library is not compiled, or is of
-    another version.
+    """While active, an unreadable page of a mapped file restores the terminal to its present state, prints
+    `line` to standard error and ends the process with `exit_code`.
+
+    Has no effect if the library was not compiled, or is of another version.
     """
     path, tell = library_path(), None
     if path is not None:

@@ -1,0 +1,149 @@
+/* Weights as the AVX2 kernels unpack them, and the tile of outputs that they work on.
+ *
+ * Both 16-bit halves of a GPTQ word hold the same number of fields, so one shift and one mask give a pair of inputs for
+ * eight outputs: inputs j and j + n/2 of n = 4 (8 bits), 8 (4 and 3 bits) or 16 (2 bits) consecutive ones. avx2_digits.c
+ * brings the activations into the same pairs.
+ */
+#ifndef LOWMEM_AVX2_WEIGHTS_H
+#define LOWMEM_AVX2_WEIGHTS_H
+
+#include "avx2.h"
+
+enum { WIDE = 2, BLOCK = 8 * WIDE }; /* vectors of outputs, and outputs, of a register tile */
+enum { WIDEST = 256 };               /* inputs of a group, at most */
+
+/* ---- unpacking ----------------------------------------------------------------------------------------------- */
+
+/* Rows of words that unpack together, the sources that they give, and the pairs of a source. */
+#define UNIT_ROWS(bits) ((bits) == 3 ? 3 : 1)
+#define UNIT_SOURCES(bits) ((bits) == 3 ? 4 : 1)
+#define SOURCE_PAIRS(bits) ((bits) == 8 ? 2 : (bits) == 2 ? 8 : 4)
+#define UNIT_PAIRS(bits) (UNIT_SOURCES(bits) * SOURCE_PAIRS(bits))
+
+INLINE __m256i load_words(const uint32_t *words) { return _mm256_loadu_si256((const void *)words); }
+
+/* Source `index` of a unit, for eight outputs: both halves of each word hold fields of some inputs, from the lowest bit. */
+INLINE __m256i source(int bits, int index, const uint32_t *words, int64_t stride)
+{
+    if (bits != 3)
+        return load_words(words);
+    /* 96 bits are four pieces of eight fields. The upper four of a piece move 4 bits up, into the upper half. */
+    __m256i low, high;
+    if (index == 0) {
+        low = load_words(words);
+        high = _mm256_slli_epi32(low, 4);
+    } else if (index == 1) {
+        __m256i next = load_words(words + stride);
+        low = _mm256_or_si256(_mm256_srli_epi32(load_words(words), 24), _mm256_slli_epi32(next, 8));
+        high = _mm256_slli_epi32(next, 12);
+    } else if (index == 2) {
+        __m256i word = load_words(words + stride);
+        low = _mm256_srli_epi32(word, 16);
+        high = _mm256_or_si256(_mm256_srli_epi32(word, 12), _mm256_slli_epi32(load_words(words + 2 * stride), 20));
+    } else {
+        __m256i word = load_words(words + 2 * stride);
+        low = _mm256_srli_epi32(word, 8);
+        high = _mm256_srli_epi32(word, 4);
+    }
+    return _mm256_blend_epi16(low, high, 0xaa);
+}
+
+/* Pair `index` of a source: two 16-bit integers for each output. */
+INLINE __m256i pair_of(int bits, int index, __m256i source)
+{
+    __m256i pair = index ? _mm256_srli_epi16(source, index * bits) : source;
+    if (bits != 3 && index == SOURCE_PAIRS(bits) - 1) /* the half's highest bits: nothing to mask */
+        return pair;
+    return _mm256_and_si256(pair, _mm256_set1_epi16((short)((1 << bits) - 1)));
+}
+
+INLINE __m256i broadcast(const int16_t *pair)
+{
+    int32_t both;
+    memcpy(&both, pair, 4);
+    return _mm256_set1_epi32(both);
+}
+
+/* ---- tiles --------------------------------------------------------------------------------------------------- */
+
+/* A group of inputs; scale_row: the row of the weight's scales that it belongs to. */
+typedef struct {
+    const lm_packed *w;
+    const lm_input *input;
+    int64_t group, scale_row;
+} lm_group;
+
+static inline lm_group group_of(const lm_piece *p, int64_t group)
+{
+    return (lm_group){p->w, p->input, group, lm_scale_row(p->w, p->input, group)};
+}
+
+static inline const int16_t *digits_of(const lm_group *at, int64_t row)
+{
+    return (const int16_t *)at->input->digits +
+           (at->group * at->input->rows + row) * at->input->group * PARTS(at->input->planes);
+}
+
+/* BLOCK outputs of one group of inputs: in the tensors, or in a `spare`. */
+typedef struct {
+    const uint32_t *words;
+    const void *scales;
+    const uint8_t *zeros; /* NULL: all are 2^(bits-1) */
+    float *y;
+    int64_t word_stride, y_stride;
+    int64_t ahead; /* the prefetch distance in words; may point outside the tensor */
+    int scales_type;
+} block;
+
+/* Memory for the last block if fewer than BLOCK outputs are left, so that nothing past the end is read or written. */
+typedef struct {
+    uint32_t words[WIDEST * 8 / 32 * BLOCK];
+    float scales[BLOCK], y[6 * BLOCK];
+    uint8_t zeros[BLOCK];
+} spare;
+
+static inline block block_of(const lm_group *at, int64_t output, float *y, int64_t y_stride)
+{
+    const lm_packed *w = at->w;
+    const int64_t scale = lm_group_at(w, at->scale_row, output);
+    return (block){.words = lm_words(w, at->group * at->input->group * w->bits / 32, output),
+                   .scales = (const char *)w->scales + (size_t)scale * lm_width(w->scales_type),
+                   .zeros = w->zeros ? w->zeros + scale : NULL,
+                   .y = y,
+                   .word_stride = lm_word_stride(w),
+                   .y_stride = y_stride,
+                   .scales_type = w->scales_type};
+}
+
+/* The first `count` outputs of b, in the spare: scales, zeros and `rows` rows of y. */
+static inline block spare_block(const block *b, int64_t count, int rows, spare *to)
+{
+    memset(to->scales, 0, sizeof to->scales);
+    memset(to->y, 0, sizeof to->y);
+    memset(to->zeros, 0, sizeof to->zeros);
+    for (int64_t o = 0; o < count; o++) {
+        to->scales[o] = lm_load(b->scales, b->scales_type, o);
+        to->zeros[o] = b->zeros ? b->zeros[o] : 0;
+    }
+    for (int r = 0; r < rows; r++)
+        memcpy(to->y + r * BLOCK, b->y + r * b->y_stride, (size_t)count * sizeof(float));
+    return (block){b->words, to->scales, b->zeros ? to->zeros : NULL, to->y, b->word_stride, BLOCK, 0, LM_F32};
+}
+
+/* Copy the words as well. */
+static inline void spare_words(const lm_group *at, block *b, int64_t count, spare *to)
+{
+    memset(to->words, 0, sizeof to->words);
+    for (int64_t i = 0; i < (int64_t)at->input->group * at->w->bits / 32; i++)
+        memcpy(to->words + i * BLOCK, b->words + i * b->word_stride, (size_t)count * sizeof(uint32_t));
+    b->words = to->words;
+    b->word_stride = BLOCK;
+}
+
+static inline void put_back(const block *b, int64_t count, int rows, const spare *from)
+{
+    for (int r = 0; r < rows; r++)
+        memcpy(b->y + r * b->y_stride, from->y + r * BLOCK, (size_t)count * sizeof(float));
+}
+
+#endif

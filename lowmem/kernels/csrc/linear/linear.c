@@ -1,0 +1,145 @@
+/* A packed linear from activations to outputs: quantize the activations, then give pieces of outputs to idle threads. */
+#include "isa.h"
+#include "types.h"
+
+enum { DECODE_KERNEL_ROWS = 2 * LM_DECODE_ROWS, DECODE_COLUMNS = 4096, PREFILL_ROWS = 512 };
+/* The distance of a thread's outputs behind its scratch, not a multiple of a page: else loads from one would wait for
+ * stores to the other. */
+enum { SCRATCH = LM_SCRATCH_BYTES + 33 * LM_ALIGNMENT };
+
+/* A linear on at most PREFILL_ROWS rows; offsets into the workspace: the input's parts, then each thread's own part. */
+typedef struct {
+    const lm_packed *w;
+    int planes;
+    int64_t rows;
+    size_t scales, sums, threads, thread_bytes, bytes;
+} plan;
+
+static size_t thread_bytes(int64_t rows)
+{
+    if (rows <= DECODE_KERNEL_ROWS)
+        return lm_aligned((size_t)(rows * DECODE_COLUMNS) * sizeof(float));
+    return lm_aligned((size_t)(rows * LM_PREFILL_COLUMNS) * sizeof(float)) + SCRATCH;
+}
+
+static plan plan_of(const lm_packed *w, int planes, int64_t rows)
+{
+    /* A pair of 8-bit weights does not fit in a byte. */
+    plan p = {.w = w, .planes = w->bits == 8 && planes == LM_PAIRED ? 2 : planes, .rows = lm_min(rows, PREFILL_ROWS)};
+    const int64_t groups = w->inputs / lm_kernel_group(w->group);
+    p.scales = lm_aligned(lm_isa_selected()->linear->digit_bytes(p.rows, w->inputs, p.planes));
+    p.sums = p.scales + lm_aligned((size_t)(groups * p.rows) * sizeof(float));
+    p.threads = p.sums + lm_aligned((size_t)(3 * groups * p.rows) * sizeof(int32_t));
+    p.thread_bytes = thread_bytes(p.rows);
+    p.bytes = p.threads + (size_t)lm_threads() * p.thread_bytes + LM_ALIGNMENT;
+    return p;
+}
+
+size_t lm_linear_workspace(const lm_packed *w, int64_t rows, int planes) { return plan_of(w, planes, rows).bytes; }
+
+int32_t lm_kernel_group(int32_t group)
+{
+    if (group <= 256)
+        return group;
+    for (int32_t width = 256; width > 32; width /= 2)
+        if (group % width == 0)
+            return width;
+    return 32;
+}
+
+enum { STORED = 256 }; /* columns that are finished at a time */
+
+/* Store a piece's sums plus bias in `y`. */
+static void store(const lm_piece *p, const lm_matrix *y)
+{
+    const lm_packed *w = p->w;
+    for (int64_t first = p->first; first < p->last; first += STORED) {
+        const int64_t columns = lm_min(p->last - first, STORED);
+        float bias[STORED];
+        if (w->bias)
+            for (int64_t o = 0; o < columns; o++)
+                bias[o] = lm_load(w->bias, w->bias_type, first + o);
+        for (int64_t r = 0; r < p->input->rows; r++) {
+            float *from = p->y + r * p->stride + first - p->first;
+            void *to = (char *)y->values + (size_t)(r * y->stride + first) * lm_width(y->type);
+            if (w->bias)
+                for (int64_t o = 0; o < columns; o++)
+                    from[o] += bias[o];
+            if (y->type == LM_F32)
+                memcpy(to, from, (size_t)columns * sizeof(float));
+            else if (y->type == LM_BF16)
+                for (int64_t o = 0; o < columns; o++)
+                    ((uint16_t *)to)[o] = lm_to_bf16(from[o]);
+            else
+                for (int64_t o = 0; o < columns; o++)
+                    ((uint16_t *)to)[o] = lm_to_f16(from[o]);
+        }
+    }
+}
+
+/* One thread's part in a linear on at most PREFILL_ROWS rows. */
+static void multiply(const plan *p, const lm_matrix *x, const lm_matrix *y, char *workspace, lm_team *team)
+{
+    const lm_packed *w = p->w;
+    const lm_linear_kernels *kernels = lm_isa_selected()->linear;
+    lm_input input = {.rows = x->rows, .inputs = w->inputs, .group = lm_kernel_group(w->group), .planes = p->planes,
+                      .bits = w->bits, .digits = workspace, .scales = (float *)(workspace + p->scales),
+                      .sums = (int32_t *)(workspace + p->sums)};
+    int64_t first, last;
+    lm_share(team, w->inputs / input.group, &first, &last);
+    kernels->quantize(x, &input, first, last);
+    lm_barrier(team);
+    char *own = workspace + p->threads + (size_t)lm_rank(team) * p->thread_bytes;
+    const int decode = x->rows <= DECODE_KERNEL_ROWS;
+    /* Wide pieces read memory in long streams; four pieces a thread keep the wait for the last thread short. */
+    const int64_t fair = lm_round_up(w->outputs / (4 * lm_size(team)), LM_TILE_OUTPUTS);
+    int64_t columns = decode ? lm_min(fair, DECODE_COLUMNS) : LM_PREFILL_COLUMNS;
+    if (columns < LM_TILE_OUTPUTS)
+        columns = LM_TILE_OUTPUTS;
+    lm_piece piece = {.w = w, .input = &input, .y = (float *)(decode ? own : own + SCRATCH), .stride = columns, .scratch = own};
+    while ((piece.first = lm_next(team) * columns) < w->outputs) {
+        piece.last = lm_min(piece.first + columns, w->outputs);
+        for (int64_t r = 0; r < x->rows; r++)
+            memset(piece.y + r * columns, 0, (size_t)(piece.last - piece.first) * sizeof(float));
+        if (decode)
+            kernels->decode(&piece);
+        else
+            kernels->prefill(&piece);
+        store(&piece, y);
+    }
+    lm_barrier(team);
+}
+
+static lm_matrix rows_from(const lm_matrix *m, int64_t first, int64_t rows)
+{
+    return (lm_matrix){(char *)m->values + (size_t)(first * m->stride) * lm_width(m->type), rows, m->stride, m->type};
+}
+
+void lm_linear_team(const lm_packed *w, const lm_matrix *x, int planes, const lm_matrix *y, void *workspace, lm_team *team)
+{
+    for (int64_t r = 0; r < x->rows; r += PREFILL_ROWS) {
+        const int64_t rows = lm_min(x->rows - r, PREFILL_ROWS);
+        const plan p = plan_of(w, planes, rows);
+        const lm_matrix from = rows_from(x, r, rows), to = rows_from(y, r, rows);
+        multiply(&p, &from, &to, lm_align(workspace), team);
+    }
+}
+
+typedef struct {
+    const lm_packed *w;
+    const lm_matrix *x, *y;
+    int planes;
+    void *workspace;
+} call;
+
+static void body(void *context, lm_team *team)
+{
+    const call *c = context;
+    lm_linear_team(c->w, c->x, c->planes, c->y, c->workspace, team);
+}
+
+void lm_linear(const lm_packed *w, const lm_matrix *x, int planes, const lm_matrix *y, void *workspace)
+{
+    call c = {w, x, y, planes, workspace};
+    lm_run(body, &c);
+}

@@ -1,0 +1,132 @@
+/* Norms and activations in vectors of 8 floats, with the same bits on every machine: in plain C, and compiled for AVX2. */
+#include "kernels.h"
+#include "types.h"
+
+#include <math.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vector __attribute__((vector_size(32)));
+typedef int32_t integers __attribute__((vector_size(32)));
+typedef uint32_t bits __attribute__((vector_size(32))); /* where sums may wrap */
+typedef float unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+
+enum { WIDTH = 8 };
+
+#define LOAD(from) ((vector) * (const unaligned *)(from))
+#define STORE(to, value) (*(unaligned *)(to) = (unaligned)(value))
+#define ALL(value) ((value) - (vector){0})
+#define SELECT(mask, yes, no) ((vector)(((integers)(yes) & (mask)) | ((integers)(no) & ~(mask))))
+
+/* ---- norm ---------------------------------------------------------------------------------------------------- */
+
+#define TERM(i) (y ? LOAD(x + (i)) + LOAD(y + (i)) : LOAD(x + (i)))
+
+/* Vectors are passed by address: the convention for passing them by value depends on the instruction set. */
+INLINE float sum_of(const vector *x, const vector *y)
+{
+    const vector a = *x + *y;
+    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+}
+
+INLINE void add_norm(const lm_residual *row, int64_t first, int64_t last)
+{
+    const float *x = row->x, *y = row->y;
+    const uint16_t *weight = row->norm->weight, *bias = row->norm->bias;
+    const int64_t size = row->size;
+    float *sum = row->sum, *normal = row->normal;
+    vector a = {0}, b = {0};
+    for (int64_t i = 0; i < size; i += 2 * WIDTH) {
+        a += TERM(i);
+        b += TERM(i + WIDTH);
+    }
+    const float mean = sum_of(&a, &b) / (float)size;
+    a = b = (vector){0};
+    for (int64_t i = 0; i < size; i += 2 * WIDTH) {
+        vector c = TERM(i) - mean, d = TERM(i + WIDTH) - mean;
+        a += c * c;
+        b += d * d;
+    }
+    const float scale = 1 / sqrtf(sum_of(&a, &b) / (float)size + row->epsilon);
+    for (int64_t i = first; i < last; i++) {
+        float value = y ? x[i] + y[i] : x[i];
+        sum[i] = value;
+        normal[i] = (value - mean) * scale * lm_from_bf16(weight[i]) + lm_from_bf16(bias[i]);
+    }
+}
+
+/* ---- activations --------------------------------------------------------------------------------------------- */
+
+/* Replace x by 2^x for x <= 0, to 1e-7; 0 from -126 down. Minimax polynomial on [-1/2, 1/2]. */
+INLINE void exp2_of(vector *x)
+{
+    const vector shift = ALL(0x1.8p23f);
+    const integers none = *x <= -126.0f;
+    const vector whole = *x + shift, f = *x - (whole - shift);
+    vector y = f * 1.5403530393e-4f + 1.3333558146e-3f;
+    y = y * f + 9.6181291076e-3f;
+    y = y * f + 5.5504108665e-2f;
+    y = y * f + 2.4022650696e-1f;
+    y = y * f + 6.9314718056e-1f;
+    y = y * f + 1.0f;
+    *x = (vector)(((bits)y + ((bits)whole << 23)) & ~(bits)none);
+}
+
+/* x Phi(x). erfc as in Abramowitz and Stegun, 7.1.26, of |x|, so that the left tail is accurate. */
+INLINE void gelu(vector *x)
+{
+    const vector z = (vector)((integers)*x & 0x7fffffff) * 0.70710678f, t = 1 / (1 + z * 0.3275911f);
+    vector p = t * 1.061405429f - 1.453152027f, e = z * z * -1.44269504f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    exp2_of(&e);
+    const vector tail = *x * 0.5f * (p * t * e);
+    *x = SELECT(*x > 0, *x - tail, tail);
+}
+
+/* x / (1 + e^-2u), u = sqrt(2 / pi) (x + 0.044715 x^3): 0.5 x (1 + tanh u) without cancellation. */
+INLINE void gelu_tanh(vector *x)
+{
+    const vector u = (*x + *x * *x * *x * 0.044715f) * (2 * 0.79788456f * 1.44269504f);
+    vector e = (vector)((integers)u | INT32_MIN); /* -|2u|, in powers of two */
+    exp2_of(&e);
+    *x = SELECT(u > 0, *x, *x * e) / (1 + e);
+}
+
+INLINE void activate_vector(int activation, vector *x)
+{
+    if (activation == LM_GELU)
+        gelu(x);
+    else
+        gelu_tanh(x);
+}
+
+INLINE void activate(int activation, float *x, int64_t count)
+{
+    for (int64_t i = 0; i < count; i += WIDTH) {
+        const int64_t left = count - i;
+        vector v = {0};
+        if (left >= WIDTH)
+            v = LOAD(x + i);
+        else
+            memcpy(&v, x + i, (size_t)left * sizeof(float));
+        activate_vector(activation, &v);
+        if (left >= WIDTH)
+            STORE(x + i, v);
+        else
+            memcpy(x + i, &v, (size_t)left * sizeof(float));
+    }
+}
+
+/* ---- instruction sets ---------------------------------------------------------------------------------------- */
+
+#define KERNELS(set, target)                                                                                           \
+    target static void add_norm_##set(const lm_residual *row, int64_t first, int64_t last) { add_norm(row, first, last); } \
+    target static void activate_##set(int activation, float *x, int64_t count) { activate(activation, x, count); }    \
+    const lm_elementwise_kernels lm_elementwise_##set = {add_norm_##set, activate_##set};
+
+KERNELS(portable, )
+#if defined(__x86_64__)
+KERNELS(avx2, __attribute__((target("avx2"))))
+#endif

@@ -1,0 +1,28 @@
+/* What an instruction set provides for a decode step beside its products: norms and activations. */
+#ifndef LOWMEM_STEP_KERNELS_H
+#define LOWMEM_STEP_KERNELS_H
+
+#include "step.h"
+
+/* A residual addition and the norm of its result, for one row. */
+typedef struct {
+    const float *x, *y; /* [size]; y may be NULL */
+    int64_t size;       /* a multiple of 16 */
+    const lm_norm *norm;
+    float epsilon;
+    float *sum, *normal; /* results [size]: x + y, which must not be x, and its norm times weight plus bias */
+} lm_residual;
+
+typedef struct {
+    /* Columns first..last-1 of both results. Every call sums the row in the same order. */
+    void (*add_norm)(const lm_residual *row, int64_t first, int64_t last);
+    /* In place, LM_GELU or LM_GELU_TANH. Errors are at most 2e-7 of |x|. */
+    void (*activate)(int activation, float *x, int64_t count);
+} lm_elementwise_kernels;
+
+extern const lm_elementwise_kernels lm_elementwise_portable;
+#if defined(__x86_64__)
+extern const lm_elementwise_kernels lm_elementwise_avx2;
+#endif
+
+#endif
