@@ -1,8 +1,8 @@
 """Compile the CPU kernels (lowmem/kernels/csrc) when lowmem is installed. pyproject.toml has everything else.
 
-The result is a plain shared library, loaded with ctypes; it depends on neither Python nor torch. In a checkout that is
-not installed, `python setup.py build_ext --inplace` builds it. Without a C compiler lowmem installs all the same, and
-multiplies with torch (see lowmem/kernels/dispatch.py).
+The result is a plain shared library, loaded with ctypes; it depends on neither Python nor torch. In a
+checkout that is not installed, `python setup.py build_ext --inplace` builds it. Without a C compiler lowmem
+installs all the same, and multiplies with torch (see lowmem/kernels/dispatch.py).
 """
 
 from __future__ import annotations

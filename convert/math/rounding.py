@@ -181,8 +181,8 @@ def _round_natively(rule: Rule, block: Block) -> None:
     arguments = header.LmRound(
         columns, width, out, error.data_ptr(), residual.data_ptr(), r.data_ptr(), codes.data_ptr(),
         scales.data_ptr(), zeros.data_ptr(), error.stride(0), residual.stride(0), r.stride(0),
-        codes.stride(0), scales.stride(0), (ctypes.c_float * header.RANGES_MOST)(*tried), len(tried), rule.maxq,
-        rule.sym, search, rule.passes,
+        codes.stride(0), scales.stride(0), (ctypes.c_float * header.RANGES_MOST)(*tried), len(tried),
+        rule.maxq, rule.sym, search, rule.passes,
     )  # fmt: skip
     with native.running() as library:
         space = native.workspace(library.lm_round_workspace())

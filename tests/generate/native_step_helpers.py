@@ -14,7 +14,7 @@ from tests.helpers import tiny_model
 from tests.kernels.native_oracle import ISAS
 
 BIGCODE = ["gpt_bigcode_mqa", "gpt_bigcode_mha"]
-# Of attention: with AVX-512 BF16, queries and weights are rounded to bfloat16; otherwise everything is float32.
+# Of attention, which rounds queries and weights to bfloat16 with AVX-512 BF16 only.
 ERRORS = {isa: 0.01 if "BF16" in isa else 2e-5 for isa in ISAS}
 
 

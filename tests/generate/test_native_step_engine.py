@@ -14,13 +14,11 @@ import pytest
 import torch
 
 from lowmem.config import SamplingParams
-from lowmem.generate import native_step
 from lowmem.generate.cache import KVCache
 from lowmem.generate.engine import Engine, Token
 from lowmem.generate.lookup import Pace
-from lowmem.generate.native_step import MOST_ROWS, NativeStep
+from lowmem.generate.native_step import NativeStep
 from lowmem.kernels.native import library as native
-from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import load
 from tests.generate.native_step_helpers import bigcode, random_ids

@@ -111,7 +111,7 @@ def quantized(x: np.ndarray, planes: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired(q: np.ndarray) -> np.ndarray:
-    """int64 [rows, inputs] in LM_PAIRED's form; two upper digits and a shared lower one must make each pair."""
+    """int64 [rows, inputs] in LM_PAIRED's form. A pair must be two upper digits and a lower one."""
     even, odd = q[:, ::2], (q[:, 1::2] + 8) // 16 * 16
     rest = odd // 16 % 16
     even = rest + (even - rest + 8) // 16 * 16

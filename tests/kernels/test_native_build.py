@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowmem.kernels.native import library as native
 from lowmem.kernels.native import header
+from lowmem.kernels.native import library as native
 from tests.helpers import REPO
 
 SOURCES = sorted((REPO / "lowmem" / "kernels" / "csrc").rglob("*.[ch]"))

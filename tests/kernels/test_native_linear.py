@@ -127,9 +127,7 @@ def test_any_linear_is_float64s(
 @pytest.mark.parametrize("bits", BITS)
 def test_16_bit_activations_become_fewer_only_where_it_is_free_or_asked_for(bits: int) -> None:
     linear = quant_linear(256, 96, bits, 64)
-    x = torch.randn(
-        2 * header.DECODE_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)
-    ).bfloat16()
+    x = torch.randn(2 * header.DECODE_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     results = {}
     for asked in (None, *native_linear.ACTIVATION_BITS):
         linear.use_native(activation_bits=asked)

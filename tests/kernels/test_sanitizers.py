@@ -1,8 +1,8 @@
 """The C kernels under AddressSanitizer and UBSan: no access outside a tensor, no undefined behaviour.
 
-Bugs found this way, now fixed: a division by zero for a linear without inputs, a read past the layers of a model
-without layers, overflows for NaN and for masked keys, misaligned reads of keys, and uninitialized integers of the
-converter where no grid had a finite error.
+Bugs found this way, now fixed: a division by zero for a linear without inputs, a read past the layers of a
+model without layers, overflows for NaN and for masked keys, misaligned reads of keys, and uninitialized
+integers of the converter where no grid had a finite error.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from lowmem.checkpoint.source.mapped import is_mapped
 from lowmem.config import SamplingParams
 from lowmem.generate.engine import Engine
 from lowmem.generate.native_step import checked_step, why_not
-from lowmem.kernels.native import library as native
 from lowmem.kernels.native import header
+from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 from lowmem.loading.loader import load

@@ -19,8 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "lowmem" / "kernels" / "csrc"
 SLOW_TO_COMPILE = ("avx512_decode.c", "avx512_prefill.c")
-"""These take as long as all others together. A `quick` build leaves them out, and `fuzz` skips instruction sets that use
-them."""
+"""These take as long as all others together. A `quick` build leaves them out; `fuzz` skips the instruction
+sets that use them."""
 _CHECKS = "-fsanitize=address,undefined,float-cast-overflow"
 _FLAGS = (
     *("-g1", "-std=c11", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread"),

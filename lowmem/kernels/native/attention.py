@@ -1,4 +1,4 @@
-"""Attention of a prompt by lowmem's own kernels (csrc/attention/). Keys are not expanded to the heads that share them."""
+"""Attention of a prompt by lowmem's own kernels (csrc/attention/), without expanding shared keys."""
 
 from __future__ import annotations
 
@@ -35,13 +35,15 @@ def prompt_attention(
 ) -> torch.Tensor:
     """Causal attention of the last rows of each text: row r sees the keys 0..length - rows + r.
 
-    scaling: of the product of query and key; the default is size ** -0.5. Returns bfloat16 [texts, rows, heads,
-    size]. Keys and values that are not slices of a cache are copied. With AVX-512 BF16, products are of
-    bfloat16 summed in float32; otherwise everything is float32. A row's result does not depend on the other
-    rows. Raises ValueError for anything that `takes` refuses.
+    scaling: of the product of query and key; the default is size ** -0.5. Returns bfloat16 [texts, rows,
+    heads, size]. Keys and values that are not slices of a cache are copied. With AVX-512 BF16, products are
+    of bfloat16 summed in float32; otherwise everything is float32. A row's result does not depend on the
+    other rows. Raises ValueError for anything that `takes` refuses.
     """
     if not takes(query, key, value):
-        raise ValueError(f"unsupported attention of {query.dtype} {list(query.shape)} to {key.dtype} {list(key.shape)}")
+        raise ValueError(
+            f"unsupported attention of {query.dtype} {list(query.shape)} to {key.dtype} {list(key.shape)}"
+        )
     texts, heads, rows, size = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
     if not _in_rows(key) or key.stride() != value.stride():

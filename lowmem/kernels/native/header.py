@@ -1,7 +1,8 @@
 """The C interface of csrc/ in Python: constants, structures and functions.
 
-A constant is its C name without LM_; a structure is its C name in camel case. tests/kernels/test_native_header.py
-compares everything here with the headers. After a change there, raise LM_CONTRACT in csrc/lowmem.h and CONTRACT here.
+A constant is its C name without LM_; a structure is its C name in camel case.
+tests/kernels/test_native_header.py compares everything here with the headers. After a change there, raise
+LM_CONTRACT in csrc/lowmem.h and CONTRACT here.
 """
 
 from __future__ import annotations

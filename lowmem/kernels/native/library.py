@@ -1,8 +1,8 @@
 """lowmem's own CPU kernels (csrc/), loaded with ctypes: one library, one workspace, torch's threads.
 
-The library is compiled when lowmem is installed. It reads GPTQ's tensors in place, also mapped from their file,
-and runs on the threads of torch's OpenMP, so that the two do not compete for cores. A row's result depends
-neither on the other rows nor on threads; csrc/linear/linear.h defines it.
+The library is compiled when lowmem is installed. It reads GPTQ's tensors in place, also mapped from their
+file, and runs on the threads of torch's OpenMP, so that the two do not compete for cores. A row's result
+depends neither on the other rows nor on threads; csrc/linear/linear.h defines it.
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ _ORDER_VALUES = 1 << 22  # weights that are unpacked at a time while rows are re
 
 
 def activation_bits(bits: int) -> int:
-    """Bits of the integer that a 16-bit activation becomes, by the weight's width: the fewest that cost no quality.
+    """Bits of a 16-bit activation's integer, by the weight's width: the fewest that cost no quality.
 
-    Two inputs take two products of bytes with 8 bits, three with 12 (LM_PAIRED of csrc/linear/linear.h) and four
-    with 16. To the KL divergence of the 4-bit tiny-starchat on code, 12 bits add 0.04 % and 8 bits 8 %. 8 bits
-    add 1.6 % to the 3-bit and 0.3 % to the 2-bit version, and many times the divergence of the 8-bit version.
-    Measured with `python -m lowmem.benchmarks.experiments.activation_bits`.
+    Two inputs take two products of bytes with 8 bits, three with 12 (LM_PAIRED of csrc/linear/linear.h) and
+    four with 16. To the KL divergence of the 4-bit tiny-starchat on code, 12 bits add 0.04 % and 8 bits 8 %.
+    8 bits add 1.6 % to the 3-bit and 0.3 % to the 2-bit version, and many times its divergence to the 8-bit
+    version. Measured with `python -m lowmem.benchmarks.experiments.activation_bits`.
     """
     return {8: 16, 4: 12}.get(bits, 8)
 
@@ -39,7 +39,9 @@ def activation_bits(bits: int) -> int:
 def planes_of(activation_bits: int) -> int:
     """`planes` of csrc/linear/linear.h for one of ACTIVATION_BITS. Raises ValueError for any other width."""
     if activation_bits not in ACTIVATION_BITS:
-        raise ValueError(f"activations of {activation_bits} bits are not supported, only of {ACTIVATION_BITS}")
+        raise ValueError(
+            f"activations of {activation_bits} bits are not supported, only of {ACTIVATION_BITS}"
+        )
     return _PLANES_BY_BITS[activation_bits]
 
 
@@ -106,9 +108,9 @@ def rows_in_order(qweight: torch.Tensor, bits: int, order: torch.Tensor) -> torc
 class Packed:
     """A weight as the library reads it: pointers into tensors, which this object keeps alive.
 
-    qweight: int32 [in * bits / 32, out], with its groups of `group` inputs in order. scales: [in / group, out].
-    zeros: uint8 of the same shape; None: all are 2^(bits - 1). bias: [out] or None. Raises Unsuitable for
-    anything that the library cannot read safely.
+    qweight: int32 [in * bits / 32, out], with its groups of `group` inputs in order. scales: [in / group,
+    out]. zeros: uint8 of the same shape; None: all are 2^(bits - 1). bias: [out] or None. Raises Unsuitable
+    for anything that the library cannot read safely.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Packed:
         if group < 32 or group % 32 or self.in_features == 0 or self.in_features % group:
             raise Unsuitable(f"groups of {group} of {self.in_features} inputs are not supported")
         if self.out_features == 0 or max(self.in_features, self.out_features) > MOST_FEATURES:
-            raise Unsuitable(f"a linear of {self.in_features} to {self.out_features} features is not supported")
+            raise Unsuitable(
+                f"a linear of {self.in_features} to {self.out_features} features is not supported"
+            )
         shape = (self.in_features // group, self.out_features)
         _check("qweight", qweight, (self.in_features // 32 * bits, self.out_features), torch.int32)
         _check("scales", scales, shape, *TYPES)
@@ -183,7 +187,7 @@ class Packed:
 
     @classmethod
     def of(cls, linear: PackedLinear) -> Packed:
-        """The weight of a packed linear on the CPU. Raises Unsuitable, also if its inputs need another order."""
+        """The weight of a packed linear on the CPU. Raises Unsuitable, also if inputs must be reordered."""
         if any(
             t is not None and t.device.type != "cpu" for t in (linear.qweight, linear.scales, linear.bias)
         ):
@@ -219,7 +223,7 @@ def takes(x: torch.Tensor) -> bool:
 
 
 def linear(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    """x [..., in] times the weight, plus bias: [..., out] in x's dtype. Raises ValueError for an unsupported x."""
+    """x [..., in] times the weight, plus bias: [..., out] in x's dtype. Raises ValueError for other x."""
     if not takes(x) or x.shape[-1] != packed.in_features:
         raise ValueError(f"{x.dtype} {list(x.shape)} on {x.device}, for {packed.in_features} inputs")
     x = x.contiguous()

@@ -1,7 +1,8 @@
 """Report a mapped file that was truncated, or whose disk was removed, in one line instead of crashing.
 
-Weights are mapped from their files. Reading a page that is gone ends the process with SIGBUS, which Python code
-cannot handle; the kernels' library can. This module does not import torch, since it is used before anything is read.
+Weights are mapped from their files. Reading a page that is gone ends the process with SIGBUS, which Python
+code cannot handle; the kernels' library can. This module does not import torch, since it is used before
+anything is read.
 """
 
 from __future__ import annotations
