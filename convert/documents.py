@@ -193,7 +193,10 @@ def hub_rows(name: str, limit: int | None) -> list[Mapping[str, Any]]:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
     except ImportError as error:
-        raise CalibrationError("the package datasets is not installed", USE_LOCAL) from error
+        raise CalibrationError(
+            "the package datasets is not installed",
+            f"Install it with: pip install 'lowmem[datasets]'. {USE_LOCAL}",
+        ) from error
     try:
         return list(islice(load_dataset(name, split="train", streaming=True), limit))
     except (OSError, ValueError, DatasetsError) as error:

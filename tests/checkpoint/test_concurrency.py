@@ -83,7 +83,7 @@ def test_two_converts_into_the_cache_with_list_and_rm_meanwhile(lowmem, material
         ended_well(first)
     (entry,) = cache.entries()
     assert entry.state == "ready" and tree(entry.path) == tree(material.whole)
-    refused(lowmem(*material.convert(None)), "is converted already")
+    refused(lowmem(*material.convert(None)), "is already converted")
 
 
 def test_rm_while_a_run_has_the_checkpoint_open(lowmem, material):

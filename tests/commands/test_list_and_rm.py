@@ -416,7 +416,7 @@ def test_convert_without_out_writes_into_the_cache(root, source, tmp_path):
     # The very same bytes as into a folder that was named.
     assert digest_of(entry.path) == digest_of(convert_here(source, out=tmp_path / "out"))
     # Again: nothing is done, and the way on is told; another width is another entry.
-    with pytest.raises(OutputError, match="converted already") as caught:
+    with pytest.raises(OutputError, match="already converted") as caught:
         convert_here(source)
     assert str(entry.path) in caught.value.message and f"lowmem run {source}" in caught.value.hint
     convert_here(source, bits=3)
