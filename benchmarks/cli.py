@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         raise MemoryBudgetError(
-            f"memory ran out: {one_line(error)}",
+            f"out of memory: {one_line(error)}",
             "Close other programs, or measure smaller --forms, and give the same command again: what is "
             "measured is kept",
         ) from error

@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
         if not is_out_of_memory(error):
             raise
         raise MemoryBudgetError(
-            f"memory ran out: {one_line(error)}",
+            f"out of memory: {one_line(error)}",
             "Close other programs, or set a lower --memory, and repeat the command: finished layers are kept",
         ) from error
     except KeyboardInterrupt:

@@ -409,7 +409,7 @@ def test_memory_that_runs_out_is_one_line(words, error, monkeypatch, capsys):
     monkeypatch.setattr("lowmem.benchmarks.quality.command.run", fails)
     assert main(words) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and said.startswith(f"lowmem {words[0]}: memory ran out: ")
+    assert said.count("\n") == 1 and said.startswith(f"lowmem {words[0]}: out of memory: ")
     assert "Close other programs" in said
 
 

@@ -214,7 +214,7 @@ def test_ctrl_c_leaves_a_job_and_says_how_to_go_on(tmp_path, number, long):
             break
     said += process.stderr.read()
     assert process.wait() == 130, "the conversion was over before the signal arrived"
-    assert "same command again" in said
+    assert "Repeat the command" in said
     assert "Traceback" not in said
     assert not out.exists()
     assert in_this_process(*arguments_for(source, out)) == 0
