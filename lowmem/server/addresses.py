@@ -1,4 +1,4 @@
-"""Names and addresses of hosts, as requests and users write them."""
+"""Host names and addresses, as they appear in requests and options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def host_name(host: str) -> str | None:
-    """The name in a Host header, without its port, in lower case; None for what is no name."""
+    """The lower-case name in a Host header, without the port; None if it is not valid."""
     host = host.strip().lower()
     if host.startswith("["):
         name, bracket, port = host[1:].partition("]")
@@ -24,7 +24,7 @@ def host_name(host: str) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address to listen at."""
+    """Whether only this machine can reach a listening address."""
     if host.lower() == "localhost":
         return True
     try:
@@ -34,7 +34,7 @@ def is_loopback(host: str) -> bool:
 
 
 def same_address(name: str, server: Sequence[Any] | None) -> bool:
-    """Whether a name is the numeric address that a connection came to, which no page's name can be."""
+    """Whether a name is the numeric address of the connection. A web page cannot forge that."""
     try:
         return server is not None and _address(name) == _address(str(server[0]))
     except ValueError:

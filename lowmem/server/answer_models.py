@@ -1,4 +1,4 @@
-"""The answers' shapes, for the OpenAPI description; `answers` writes them without these."""
+"""Response schemas for the OpenAPI description. `answers` builds the responses without them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from pydantic import BaseModel
 
 
 class ErrorObject(BaseModel):
-    """What went wrong. param: the field at fault. code: what a program can tell it by."""
+    """An error."""
 
     message: str
     type: str
     param: str | None
+    """The field at fault."""
     code: str | None
+    """A machine-readable name of the error."""
 
 
 class ErrorAnswer(BaseModel):
-    """Every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorObject
 
 
 class ModelCard(BaseModel):
-    """A served model. max_model_len: tokens that prompt and answer share."""
+    """A served model."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int
+    """Tokens of prompt and answer together."""
 
 
 class ModelList(BaseModel):
@@ -40,13 +43,14 @@ class ModelList(BaseModel):
 
 
 class PromptDetails(BaseModel):
-    """cached_tokens: of the prompt, those that were in the KV cache already."""
+    """Details of the prompt's tokens."""
 
     cached_tokens: int
+    """Tokens that were already in the KV cache."""
 
 
 class Usage(BaseModel):
-    """Tokens of a request."""
+    """Token counts of a request."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -55,15 +59,16 @@ class Usage(BaseModel):
 
 
 class TokenChance(BaseModel):
-    """A token and its log-probability. bytes: of its text; null for a part of a character."""
+    """A token and its log-probability."""
 
     token: str
     logprob: float
     bytes: list[int] | None
+    """UTF-8 bytes of the token; null if it is a part of a character."""
 
 
 class ChosenToken(TokenChance):
-    """A token of an answer, and the likeliest in its place."""
+    """A token of an answer, and the most likely tokens at its position."""
 
     top_logprobs: list[TokenChance]
 
@@ -76,7 +81,7 @@ class ChatLogprobs(BaseModel):
 
 
 class AssistantMessage(BaseModel):
-    """An answer."""
+    """The message of an answer."""
 
     role: Literal["assistant"]
     content: str
@@ -87,7 +92,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class ChatChoice(BaseModel):
-    """One of the answers."""
+    """One answer to a chat request."""
 
     index: int
     message: AssistantMessage
@@ -96,7 +101,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The answer of /v1/chat/completions where nothing is streamed."""
+    """The response of /v1/chat/completions without streaming."""
 
     id: str
     object: Literal["chat.completion"]
@@ -107,16 +112,17 @@ class ChatCompletion(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities of an answer's tokens; text_offset: where in the answer each begins."""
+    """Log-probabilities of an answer's tokens."""
 
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
+    """Position of each token in the answer, in characters."""
 
 
 class CompletionChoice(BaseModel):
-    """One of the texts."""
+    """One answer to a completion request."""
 
     index: int
     text: str
@@ -125,7 +131,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """The answer of /v1/completions where nothing is streamed."""
+    """The response of /v1/completions without streaming."""
 
     id: str
     object: Literal["text_completion"]
@@ -136,55 +142,57 @@ class Completion(BaseModel):
 
 
 class Health(BaseModel):
-    """ok, or shutting down."""
+    """The state of the server."""
 
     status: Literal["ok", "shutting down"]
 
 
 class Memory(BaseModel):
-    """Bytes of this process: resident, and on a card; now, and at most so far."""
+    """Memory of this process, in bytes."""
 
     host: int
+    """Resident now."""
     host_peak: int
     card: int
+    """Allocated on the card now."""
     card_peak: int
 
 
 class Status(BaseModel):
-    """What the page shows beside a chat.
-
-    label: of the form, as "4-bit g128". plan: what was chosen, and why. device, kernel: what computes.
-    context: tokens that prompt and answer share. weight_bytes, need_bytes: of the weights; of all that was
-    planned on the device, 0 where nothing was. tokens_per_second: of the answer that is being written, or
-    else of the last. queue: requests that wait.
-    """
+    """The state that the chat page shows."""
 
     model: str
     label: str
+    """The version that runs, such as "4-bit g128"."""
     plan: str
+    """Why this version was chosen."""
     device: str
     kernel: str
     context: int
+    """Tokens of prompt and answer together."""
     weight_bytes: int
     need_bytes: int
+    """Bytes planned on the device; 0 without a plan."""
     tokens_per_second: float
+    """Of the current answer, or else of the last one."""
     busy: bool
     queue: int
+    """Waiting requests."""
     memory: Memory
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorAnswer, "description": "The request's fault"},
-    "5XX": {"model": ErrorAnswer, "description": "The server's fault, or it is busy"},
+    "4XX": {"model": ErrorAnswer, "description": "The request is at fault"},
+    "5XX": {"model": ErrorAnswer, "description": "The server is at fault, or busy"},
 }
 
 
 def streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The answers of a route that streams where `stream` is true."""
+    """The responses of a route that streams if `stream` is true."""
     events = {
         "schema": {
             "type": "object",
-            "description": "Of each event; its data is a chunk of the answer in JSON, and of the last [DONE]",
+            "description": "One event. Its data is a chunk of the answer in JSON; the last event is [DONE]",
             "properties": {"data": {"type": "string"}},
             "required": ["data"],
         }

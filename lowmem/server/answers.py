@@ -1,4 +1,4 @@
-"""Pieces of answers → OpenAI's objects, whole or in chunks. Pure: nothing here waits or sends."""
+"""Builds OpenAI's response objects, complete or in chunks, from pieces of answers. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from lowmem.session import Response, TokenLogprob
 
-_LEAST_LOGPROB = -9999.0  # stands for -infinity, which JSON does not have
+_LEAST_LOGPROB = -9999.0  # replaces -infinity, which JSON lacks
 _REASONS = {"stop": "stop", "length": "length", "context": "length"}
 
 
 @dataclass
 class Choice:
-    """One answer so far: its text after `echo`, the log-probabilities in it, and the last figures."""
+    """One answer, as far as it has been generated."""
 
     index: int
     echo: str = ""
+    """Text to put before the answer."""
     trim: bool = False
+    """Drop a line end at the start of the answer: it belongs to the dialogue template."""
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     last: Response | None = None
+    """The latest piece, which has the latest figures."""
     cut: bool = False
+    """The time limit ended the answer."""
     written: int = 0
+    """Characters sent so far."""
 
     def add(self, response: Response) -> tuple[str, tuple[TokenLogprob, ...] | None]:
-        """The text and the log-probabilities that a piece adds."""
+        """Take the next piece; returns the text and log-probabilities to send for it."""
         text, logprobs = response.text, response.logprobs
         if self.trim and text:
-            # The template's line end before an answer: the model writes it, and it is no part of the text.
             self.trim = False
             if text.startswith("\n"):
                 text = text[1:]
@@ -46,19 +50,19 @@ class Choice:
 
     @property
     def finish_reason(self) -> str | None:
-        """As OpenAI calls it; "length" where the time limit cut it."""
+        """OpenAI's finish_reason; "length" if the time limit ended the answer, None before its end."""
         if self.last is None or self.last.finish_reason is None:
             return "length" if self.cut else None
         return _REASONS[self.last.finish_reason]
 
 
-def usage(choices: Sequence[Choice], choices_a_prompt: int) -> dict[str, Any]:
-    """Tokens of the prompts, each counted once, and of all answers; how many were in the KV cache already.
+def usage(choices: Sequence[Choice], choices_per_prompt: int) -> dict[str, Any]:
+    """OpenAI's `usage`: tokens of the prompts, each counted once, and of all answers.
 
-    An answer that has not begun has no figures yet. Where several answers continue one prompt,
-    `cached_tokens` is of the first.
+    Answers that have not started do not count. If several answers continue one prompt, `cached_tokens` is
+    that of the first.
     """
-    firsts = [choice.last for choice in choices[::choices_a_prompt] if choice.last]
+    firsts = [choice.last for choice in choices[::choices_per_prompt] if choice.last]
     prompt = sum(last.prompt_tokens for last in firsts)
     new = sum(choice.last.new_tokens for choice in choices if choice.last)
     return {
@@ -70,22 +74,22 @@ def usage(choices: Sequence[Choice], choices_a_prompt: int) -> dict[str, Any]:
 
 
 class Shape(Protocol):
-    """One of the API's two ways to write answers."""
+    """How one of the API's two routes writes answers."""
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
-        """The chunk before an answer's first text, if there is one."""
+        """The chunk that precedes an answer's text, or None."""
 
     def chunk(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         """A chunk with text."""
 
     def closing(self, choice: Choice) -> dict[str, Any]:
-        """The chunk that says why the answer ended."""
+        """The chunk with the finish_reason."""
 
     def usage(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """The chunk with the figures."""
+        """The chunk with the usage."""
 
     def whole(self, choices: Sequence[Choice], figures: dict[str, Any]) -> dict[str, Any]:
-        """All answers at once."""
+        """The complete response."""
 
 
 class _Envelope:
@@ -106,7 +110,7 @@ class _Envelope:
     def _chunk(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = self._object(kind, choices)
         if self._include_usage:
-            chunk["usage"] = None  # in every chunk but the last, as OpenAI has it
+            chunk["usage"] = None  # OpenAI sends null in every chunk but the last
         return chunk
 
 
@@ -192,7 +196,7 @@ class CompletionShape(_Envelope):
 
 
 def event(data: dict[str, Any]) -> bytes:
-    """One server-sent event. ASCII alone, so that nothing in it looks like a line's end to any reader."""
+    """One server-sent event. It is pure ASCII, so no client can take a part of it for a line end."""
     return b"data: " + to_json(data) + b"\n\n"
 
 
@@ -205,7 +209,7 @@ def to_json(data: object) -> bytes:
 
 
 def _logged(choice: Choice) -> list[TokenLogprob] | None:
-    """The log-probabilities of an answer, or None where none were asked for."""
+    """The log-probabilities of an answer, or None if the request did not ask for them."""
     return choice.logprobs if choice.last is not None and choice.last.logprobs is not None else None
 
 
@@ -223,7 +227,7 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | 
 
 
 def _token(text: str, logprob: float) -> dict[str, Any]:
-    # Of a part of a character the bytes are not known: its text is U+FFFD.
+    # The text of an incomplete character is U+FFFD, so its bytes are unknown.
     data = None if "\ufffd" in text else list(text.encode("utf-8"))
     return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": data}
 

@@ -1,4 +1,4 @@
-"""What goes wrong, as OpenAI's error objects: {"error": {"message", "type", "param", "code"}}."""
+"""Errors as OpenAI's error objects: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from lowmem.errors import LowmemError
 
 NOT_AGAIN = {"x-should-retry": "false"}
-"""A header that tells OpenAI's clients not to send the same request again by themselves."""
+"""A header that keeps OpenAI's clients from retrying automatically."""
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
-    status: of HTTP. kind: the object's `type`. param: the field at fault. code: what a program can tell it
-    by. headers: to be sent with it.
+    status: the HTTP status. kind: the `type` of the error object. param: the field at fault. code: a
+    machine-readable name. headers: additional HTTP headers.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The object that is sent."""
+        """The response body."""
         return {
             "error": {
                 "message": self.message,
@@ -49,27 +49,27 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """400: the request asks for what cannot be done."""
+    """400: the request cannot be served."""
     return ApiError(400, message, param=param, code=code)
 
 
 def invalid_request(error: LowmemError, param: str | None = None) -> ApiError:
-    """400, in the words of one of our own errors."""
+    """400, with the message of a LowmemError."""
     return invalid(str(error), param)
 
 
 def no_such_model(name: str, served: Sequence[str]) -> ApiError:
-    """404: another model is served here."""
+    """404: the server has another model."""
     return ApiError(
         404,
-        f"The model {short(name)!r} does not exist here. Served is {', '.join(map(repr, served))}",
+        f"The model {short(name)!r} is not served here. Use {' or '.join(map(repr, served))}",
         param="model",
         code="model_not_found",
     )
 
 
 def too_long(prompt_tokens: int, context: int, param: str) -> ApiError:
-    """400: the prompt does not fit the context. Editors look for this code, and for these words."""
+    """400: the prompt exceeds the context. Editors match this code and this wording."""
     return invalid(
         f"This model's maximum context length is {context} tokens. However, your {param} resulted in "
         f"{prompt_tokens} tokens. Please reduce the length of the {param}.",
@@ -79,7 +79,7 @@ def too_long(prompt_tokens: int, context: int, param: str) -> ApiError:
 
 
 def queue_full(seconds: int) -> ApiError:
-    """429: as many requests wait as may; `seconds` until another try makes sense."""
+    """429: the queue is full; the client should try again after `seconds`."""
     return ApiError(
         429,
         f"Too many requests are waiting for the model. Try again in {seconds} s",
@@ -90,10 +90,10 @@ def queue_full(seconds: int) -> ApiError:
 
 
 def time_is_up(seconds: float) -> ApiError:
-    """503: the time limit has passed before the first token."""
+    """503: the time limit passed before the first token."""
     return ApiError(
         503,
-        f"The time limit of {seconds:g} s passed before the answer began: the model is busy",
+        f"The time limit of {seconds:g} s passed before the answer started, because the model is busy",
         kind="server_error",
         code="time_limit",
         headers=NOT_AGAIN,
@@ -101,7 +101,7 @@ def time_is_up(seconds: float) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """503: the server ends."""
+    """503: the server is shutting down."""
     return ApiError(
         503,
         "The server is shutting down",
@@ -112,10 +112,10 @@ def shutting_down() -> ApiError:
 
 
 def too_slow() -> ApiError:
-    """503: more of the answer waits for its reader than is kept."""
+    """503: the client reads too slowly."""
     return ApiError(
         503,
-        "The answer was given up: it was not read",
+        "The answer was cancelled because the client did not read it",
         kind="server_error",
         code="unread",
         headers=NOT_AGAIN,
@@ -123,10 +123,10 @@ def too_slow() -> ApiError:
 
 
 def failed() -> ApiError:
-    """500: a fault of ours; what it was is in the server's log."""
+    """500: an internal error; the server's log has the details."""
     return ApiError(
         500,
-        "The server failed to answer this request; its log says why",
+        "Internal error; see the log of the server",
         kind="server_error",
         code="internal_error",
         headers=NOT_AGAIN,
@@ -134,5 +134,5 @@ def failed() -> ApiError:
 
 
 def short(text: str, longest: int = 100) -> str:
-    """A text of a request, cut to what belongs into a message."""
+    """A text of a request, shortened for a message."""
     return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,4 +1,4 @@
-"""The routes, and what all of them are made of."""
+"""The FastAPI application and its routes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowmem.server.reading import Asked, Reader
 from lowmem.server.worker import Worker
 
 TIME_LIMIT = 600.0
-"""Seconds for a request, unless told otherwise: what OpenAI's own client waits for."""
+"""Default time limit of a request in seconds, equal to the timeout of OpenAI's client."""
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _NO_LIMITS = GuardSettings()
 
@@ -39,9 +39,10 @@ def make_app(
     time_limit: float = TIME_LIMIT,
     log: Callable[[str], None] = lambda line: None,
 ) -> FastAPI:
-    """The application on a worker that has been started. `names`: those of the model, best first.
+    """The application on a started worker.
 
-    time_limit: seconds from a request's arrival to its end. log: hears of each request in a line.
+    names: names of the model, the preferred one first. time_limit: seconds from a request's arrival to its
+    end. log: receives a line per request.
     """
     loaded, context, created = worker.session.loaded, worker.session.context, int(time.time())
     memory = partial(memory_use, loaded.device)
@@ -52,7 +53,7 @@ def make_app(
         title="lowmem",
         summary="A local model behind OpenAI's API",
         version=__version__,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # that page loads scripts from other hosts
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -83,7 +84,7 @@ def make_app(
 
     @app.post("/v1/completions", responses=models.streamed(models.Completion), tags=["api"])
     async def complete(body: CompletionRequest, request: Request) -> Response:
-        """Continue a text, or write what belongs between `prompt` and `suffix`."""
+        """Continue a text, or fill in the text between `prompt` and `suffix`."""
         shape = CompletionShape(known(body.model), body.include_usage)
         worker.check_room(note_of(request.scope).client)
         return await answer(request, body, shape, await reader.completion(body))
@@ -99,38 +100,38 @@ def make_app(
 
     @app.get("/v1/models", response_model=models.ModelList, responses=models.ERRORS, tags=["api"])
     async def list_models() -> dict[str, Any]:
-        """The served model, once for each of its names."""
+        """List the served model under each of its names."""
         return {"object": "list", "data": [card(name) for name in names]}
 
     @app.get("/v1/models/{name:path}", response_model=models.ModelCard, responses=models.ERRORS, tags=["api"])
     async def show_model(name: str) -> dict[str, Any]:
-        """One name of the served model."""
+        """Describe the served model."""
         return card(known(name))
 
     busy: dict[int | str, dict[str, Any]] = {**models.ERRORS, 503: {"model": models.Health}}
 
     @app.get("/health", response_model=models.Health, responses=busy, tags=["state"])
     async def health() -> Response:
-        """Whether requests are taken: 503 while the server shuts down."""
+        """Report readiness: 503 while the server shuts down."""
         return JSONResponse(
             {"status": "shutting down" if worker.closed else "ok"}, 503 if worker.closed else 200
         )
 
     text: dict[int | str, dict[str, Any]] = {
         **models.ERRORS,
-        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "The figures"},
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "The metrics"},
     }
 
     @app.get("/metrics", response_class=Response, responses=text, tags=["state"])
     async def figures() -> Response:
-        """Figures in Prometheus' text format."""
+        """Metrics in Prometheus' text format."""
         return Response(metrics.text(), media_type=_PROMETHEUS)
 
     plan, option = loaded.plan, loaded.option
 
     @app.get("/page/status", response_model=models.Status, responses=models.ERRORS, tags=["page"])
     async def status() -> dict[str, Any]:
-        """What the page shows beside a chat."""
+        """The state that the chat page shows."""
         last = worker.current
         return {
             "model": names[0],
@@ -154,7 +155,7 @@ def make_app(
 
 
 def _describe_keys(app: FastAPI) -> None:
-    """Say in the OpenAPI description that a key is needed."""
+    """Declare the API key in the OpenAPI description."""
     describe = app.openapi
 
     def described() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whatever goes wrong on the way through FastAPI, as OpenAI's error objects."""
+"""Turns every error in FastAPI into an OpenAI error object."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _TYPES = {429: "rate_limit_error", 401: "authentication_error"}
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer errors of ours, of the router and of validation alike."""
+    """Install handlers for ApiError, routing errors and validation errors."""
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
 
 
 def response_of(error: ApiError) -> Response:
-    """The error as an answer."""
+    """The response for an error."""
     return Response(to_json(error.body()), error.status, error.headers, "application/json")
 
 
@@ -40,8 +40,8 @@ async def _validation_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message, code = str(error.detail), None
-    if error.status_code == 400:  # FastAPI's, for what json cannot read
-        message = "The body cannot be read: it has to be JSON in UTF-8, not nested too deeply"
+    if error.status_code == 400:  # FastAPI's status for a body that json cannot parse
+        message = "The body cannot be parsed: send JSON in UTF-8, not nested too deeply"
     if error.status_code in (404, 405):
         message = f"Invalid URL ({request.method} {short(request.url.path)})"
         code = "unknown_url"
@@ -52,12 +52,12 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 def explained(errors: Sequence[dict[str, Any]]) -> ApiError:
-    """pydantic's findings as one 400 about the first field; none of it quotes what was sent."""
+    """One status-400 error about the first field that pydantic rejects. It never quotes the request."""
     first = errors[0]
     if first["type"] == "json_invalid":
         return invalid(f"The body is not JSON: {first['ctx']['error']} (at character {first['loc'][-1]})")
     param = param_of(first["loc"])
-    # A field that may be of several kinds has a finding for each.
+    # A field with a union type has one error per type.
     messages = dict.fromkeys(
         str(entry["msg"])
         for entry in errors
@@ -68,7 +68,7 @@ def explained(errors: Sequence[dict[str, Any]]) -> ApiError:
 
 
 def param_of(location: Sequence[str | int]) -> str | None:
-    """("body", "messages", 0, "content", "str") → messages[0].content; the kinds of a union are no fields."""
+    """("body", "messages", 0, "content", "str") → messages[0].content; names of union types are dropped."""
     param = ""
     for step in location[1:]:
         if isinstance(step, int):

@@ -1,4 +1,4 @@
-"""From a request's work to its answer: queued, watched, and sent whole or as a stream of events."""
+"""Queues a request, watches it, and sends its answer complete or as a stream of events."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from lowmem.server.reading import Asked
 from lowmem.server.worker import Ticket, Worker
 
 CLIENT_LEFT = 499
-"""In log and metrics: nobody is there to be answered."""
+"""The status in log and metrics if the client has disconnected."""
 
 
 class Exchange:
-    """Brings requests to the worker, and what comes back to their clients."""
+    """Passes requests to the worker and answers to the clients."""
 
     def __init__(self, worker: Worker, metrics: Metrics, time_limit: float) -> None:
-        """`time_limit`: seconds from a request's arrival to the end of its last answer."""
+        """time_limit: seconds from the arrival of a request to the end of its last answer."""
         self._worker, self._metrics, self._time_limit = worker, metrics, time_limit
 
     async def answer(
         self, request: Request, asked: Asked, shape: Shape, *, choices: int, stream: bool, include_usage: bool
     ) -> HttpResponse:
-        """The answer to a request, or the beginning of a stream of it. ApiError as long as nothing is sent.
+        """The response to a request, complete or streamed. choices: answers per prompt.
 
-        `choices`: answers a prompt.
+        Raises ApiError if the request fails before anything has been sent.
         """
         note = note_of(request.scope)
         ticket = self._worker.submit(note.client, asked.works)
@@ -45,7 +45,7 @@ class Exchange:
         batches = self._batches(request.receive, ticket, run, note)
         try:
             if stream:
-                first = await anext(batches)  # an error up to here is an error of HTTP
+                first = await anext(batches)  # an error before the first piece still gets its own HTTP status
                 return EventStream(_events(first, batches, run, include_usage), batches.aclose)
             async for batch in batches:
                 for piece in batch:
@@ -60,10 +60,10 @@ class Exchange:
     async def _batches(
         self, receive: Receive, ticket: Ticket, run: _Run, note: Note
     ) -> AsyncGenerator[list[Piece], None]:
-        """What comes for a ticket, until its end; raises ApiError for an end that is none.
+        """Yield the pieces of a ticket until it ends; raises ApiError if it fails.
 
-        Whatever ends this generator ends the ticket. The time limit ends answers that have begun as
-        max_tokens does, since what is there is of use.
+        The ticket is stopped when this generator ends. The time limit ends answers that have started in the
+        same way as max_tokens, so that the client keeps their text.
         """
         loop = asyncio.get_running_loop()
         begun = False
@@ -81,14 +81,14 @@ class Exchange:
                     yield pieces
                 for piece in pieces:
                     if piece.response.finish_reason:
-                        self._metrics.pace(piece.response.tokens_per_second)
+                        self._metrics.decode_speed(piece.response.tokens_per_second)
                 if isinstance(end := events[-1], End):
                     if end.error is not None and not (begun and end.error.code == "time_limit"):
                         note.reason = end.error.code or "left"
                         raise end.error
                     note.reason = "time_limit" if end.error else run.reasons
                     for choice in run.choices:
-                        choice.cut = True  # those that have no reason of their own by now
+                        choice.cut = True  # ignored by choices that have a finish_reason
                     return
         finally:
             timer.cancel()
@@ -99,42 +99,42 @@ class Exchange:
 
 @dataclass
 class _Run:
-    """A request's answers while they grow."""
+    """The answers of a request during generation."""
 
     shape: Shape
     choices: list[Choice]
-    choices_a_prompt: int
+    choices_per_prompt: int
 
     @property
     def figures(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
-        return usage(self.choices, self.choices_a_prompt)
+        return usage(self.choices, self.choices_per_prompt)
 
     @property
     def reasons(self) -> str:
-        """Why the answers ended, each reason once."""
+        """The finish_reasons of the answers, each once."""
         return ",".join(sorted({choice.finish_reason or "" for choice in self.choices}))
 
     def fill(self, note: Note) -> None:
-        """Tell the note how many tokens there were."""
+        """Write the token counts into the note."""
         figures = self.figures
         note.prompt_tokens, note.new_tokens = figures["prompt_tokens"], figures["completion_tokens"]
         note.cached_tokens = figures["prompt_tokens_details"]["cached_tokens"]
 
 
 class EventStream(HttpResponse):
-    """Server-sent events; when the response ends, however it does, so do the events."""
+    """A response of server-sent events. The generator of events is closed when the response ends."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes, None], end: Callable[[], Awaitable[None]]) -> None:
-        """`end` is called when no more events are wanted, also if none ever was."""
+        """end: called once the response has ended, even if no event was sent."""
         super().__init__(headers={"Cache-Control": "no-cache, no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._end = events, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send; waits while the client reads slowly."""
+        """Send the events; waits for a client that reads slowly."""
         try:
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
@@ -150,13 +150,13 @@ class EventStream(HttpResponse):
 async def _events(
     first: list[Piece], rest: AsyncGenerator[list[Piece], None], run: _Run, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """All events of a stream, those that are ready together as one."""
+    """The events of a stream; events that are ready at the same time are joined."""
     yield b"".join(_written(first, run))
     try:
         async for batch in rest:
             yield b"".join(_written(batch, run))
     except ApiError as error:
-        yield event(error.body())  # the status is long sent
+        yield event(error.body())  # the status has been sent already
         return
     cut = [choice for choice in run.choices if choice.last is None or not choice.last.finish_reason]
     for choice in cut:
@@ -181,17 +181,17 @@ def _written(pieces: Sequence[Piece], run: _Run) -> list[bytes]:
 
 
 def _opened(choice: Choice, run: _Run) -> list[bytes]:
-    """The event before a choice's first, if there is one and nothing has come yet."""
+    """The opening event of a choice, if it is still to be sent."""
     opening = run.shape.opening(choice) if choice.last is None else None
     return [event(opening)] if opening else []
 
 
 async def _until_gone(receive: Receive, then: Callable[[], None]) -> None:
-    """Call `then` when the client has left."""
+    """Call `then` when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
     then()
 
 
 def _left() -> ApiError:
-    return ApiError(CLIENT_LEFT, "the client has left", code="left")
+    return ApiError(CLIENT_LEFT, "the client has disconnected", code="left")

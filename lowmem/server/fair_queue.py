@@ -1,4 +1,4 @@
-"""Who is next: clients take turns, and each client's requests come in their order."""
+"""A fair queue: clients take turns, and each client's requests keep their order."""
 
 from __future__ import annotations
 
@@ -9,28 +9,25 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """Items of many clients, given out in turns: one of each client that has any, then from the first again.
-
-    A plain value, of one thread or behind a lock.
-    """
+    """Items of several clients, in round-robin order over the clients. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._lines: OrderedDict[str, deque[Item]] = OrderedDict()  # in the order of their turns
+        self._lines: OrderedDict[str, deque[Item]] = OrderedDict()  # the next client first
 
     def __len__(self) -> int:
         return sum(map(len, self._lines.values()))
 
     def push(self, client: str, item: Item) -> None:
-        """To the end of the client's line; a client without one comes last."""
+        """Append to the client's line. A new client is last."""
         self._lines.setdefault(client, deque()).append(item)
 
     def push_front(self, client: str, item: Item) -> None:
-        """To the front of the client's line, which comes last: the rest of something that had its turn."""
+        """Prepend to the client's line and make the client last: for an item that goes on after its turn."""
         self._lines.setdefault(client, deque()).appendleft(item)
         self._lines.move_to_end(client)
 
     def pop(self) -> Item:
-        """The next one; IndexError when there is none."""
+        """Remove and return the next item; raises IndexError if the queue is empty."""
         if not self._lines:
             raise IndexError("the queue is empty")
         client, line = next(iter(self._lines.items()))
@@ -42,7 +39,7 @@ class FairQueue(Generic[Item]):
         return item
 
     def remove(self, client: str, item: Item) -> bool:
-        """Take an item out of its line; whether it was there."""
+        """Remove an item; returns whether it was in the queue."""
         line = self._lines.get(client)
         if line is None or item not in line:
             return False
@@ -52,19 +49,19 @@ class FairQueue(Generic[Item]):
         return True
 
     def would_crowd_out(self, client: str) -> bool:
-        """Whether another line is longer than `client`'s by two or more."""
+        """Whether another client has at least two more items than `client`."""
         return self._crowd(client) is not None
 
     def crowded_out(self, client: str) -> Item | None:
-        """Take out the last item of the longest line, if that is longer than `client`'s by two or more.
+        """Remove the last item of the longest line, if it is at least two items longer than `client`'s.
 
-        So one who fills a bounded queue does not keep others out of it.
+        A client that fills a bounded queue thus cannot keep other clients out.
         """
         line = self._crowd(client)
         return None if line is None else line.pop()
 
     def clear(self) -> list[Item]:
-        """Take all out, in the order of lines."""
+        """Remove and return all items, line by line."""
         items = [item for line in self._lines.values() for item in line]
         self._lines.clear()
         return items

@@ -1,9 +1,9 @@
-"""What every request passes, and every answer: names, keys, sizes, headers, a line in the log.
+"""Checks every request and response: host, origin, key, size, headers; writes the log.
 
-A page in a browser can send requests to any address that the browser reaches, this one included. So a
-request has to name this server as its host (or another name could be pointed at this address), its origin has
-to be this server's page, and what is sent has to be declared JSON, which no page can send elsewhere unless it
-is allowed to. There are no CORS headers.
+A page in a browser can send requests to every address that the browser can reach, including this server.
+Therefore the Host header must name this server (against DNS rebinding), the Origin must be this server's own
+page, and a body must be declared as JSON, which pages of other origins may not send without CORS permission.
+This server sends no CORS headers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from lowmem.server.api_errors import ApiError, failed, short
 from lowmem.server.metrics import Metrics, Note, put_note
 
 BODY_SECONDS = 60.0
-"""For a request's body to come in."""
+"""Seconds for a request's body to arrive."""
 BODIES_AT_ONCE = 4
-"""Times the largest body: bytes of all bodies that are in the server at a time."""
+"""All bodies in memory together may have this many times the size of the largest allowed body."""
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -40,22 +40,24 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
-# torch and the system say in these what went wrong with memory or a device; others may quote a request.
+# Messages of these describe memory or devices; messages of other errors may quote a request.
 _TELLING = (RuntimeError, OSError, MemoryError, LowmemError)
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """hosts: names that a request may give this server beside the loopback's and the address that it came to.
-    keys: any of them opens; none: no key is needed. max_body: bytes."""
+    """What the guard accepts."""
 
     hosts: tuple[str, ...] = ()
+    """Allowed Host names, besides the loopback names and the address of the connection."""
     keys: tuple[str, ...] = ()
+    """API keys, each of which is valid; empty if no key is needed."""
     max_body: int = 2 << 20
+    """Bytes of the largest body."""
 
 
 class Guard:
-    """The outermost layer of the application."""
+    """The outermost ASGI layer of the application."""
 
     def __init__(
         self, app: ASGIApp, settings: GuardSettings, metrics: Metrics, log: Callable[[str], None]
@@ -63,10 +65,10 @@ class Guard:
         self._app, self._settings, self._metrics, self._log = app, settings, metrics, log
         self._names = {name.lower() for name in (*OWN_NAMES, *settings.hosts)}
         self._digests = [_digest(key) for key in settings.keys]
-        self._bodies = 0  # bytes of all that are here now
+        self._bodies = 0  # bytes of all bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it."""
+        """Pass a request on, or refuse it."""
         if scope["type"] != "http":
             return
         client = scope["client"][0] if scope["client"] else "local"
@@ -109,7 +111,7 @@ class Guard:
         self._check_host(scope, headers)
         origin = headers.get("origin")
         if origin is not None and scope["method"] not in ("GET", "HEAD"):
-            # The scheme may be that of a proxy before this server.
+            # A proxy in front of this server may use another scheme.
             scheme, _, place = origin.lower().partition("://")
             if scheme not in ("http", "https") or place != headers.get("host", "").lower():
                 raise ApiError(
@@ -122,27 +124,27 @@ class Guard:
             if kind != "application/json" or "content-encoding" in headers:
                 raise ApiError(
                     415,
-                    "The request's body has to be JSON, with Content-Type: application/json and no encoding",
+                    "Send the body as JSON, with Content-Type: application/json and without Content-Encoding",
                     code="unsupported_media_type",
                 )
 
     def _check_host(self, scope: Scope, headers: Headers) -> None:
-        """The host's name is one of ours, or the address that the request came to."""
+        """Require one Host header with a known name or the address of the connection."""
         given = headers.getlist("host")
         name = host_name(given[0]) if len(given) == 1 else None
         if name is None or (name not in self._names and not same_address(name, scope.get("server"))):
             raise ApiError(
                 403,
-                f"This server is not called {short(', '.join(given))!r}. "
-                "If it is, start it with --allow-host and that name",
+                f"The host name {short(', '.join(given))!r} is not allowed. "
+                "Start the server with --allow-host NAME to allow it",
                 code="host_not_allowed",
             )
 
     def _key(self, headers: Headers) -> str:
-        """The client that a key stands for; ApiError for a wrong one or none."""
+        """The client of a key; raises ApiError if the key is wrong or missing."""
         kind, _, given = headers.get("authorization", "").partition(" ")
         digest = _digest(given.strip())
-        # All are compared, whatever the first says.
+        # Compare with all keys, so that the time does not depend on which one matches.
         found = [hmac.compare_digest(digest, known) for known in self._digests]
         if kind.lower() != "bearer" or True not in found:
             what = "Incorrect API key provided" if given else "You didn't provide an API key"
@@ -155,7 +157,7 @@ class Guard:
         return f"key {found.index(True) + 1}"
 
     async def _read(self, headers: Headers, receive: Receive, held: list[bytes]) -> None:
-        """The whole body into `held`, no further than it may go; each part counts as soon as it is here."""
+        """Read the body into `held`; raises ApiError as soon as it exceeds a limit of size or time."""
         most = self._settings.max_body
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > most:
@@ -168,10 +170,10 @@ class Guard:
                 message = await asyncio.wait_for(receive(), until - loop.time())
             except asyncio.TimeoutError:
                 raise ApiError(
-                    408, f"The request did not come in within {BODY_SECONDS:g} s", code="body_timeout"
+                    408, f"The request did not arrive within {BODY_SECONDS:g} s", code="body_timeout"
                 ) from None
             if message["type"] == "http.disconnect":
-                raise ApiError(499, "the client has left", code="left")
+                raise ApiError(499, "the client has disconnected", code="left")
             part = message.get("body", b"")
             size += len(part)
             if size > most:
@@ -179,7 +181,7 @@ class Guard:
             if self._bodies + len(part) > BODIES_AT_ONCE * most:
                 raise ApiError(
                     503,
-                    "Too much is being sent to this server at once. Try again in a moment",
+                    "The server receives too much data at once. Try again in a moment",
                     kind="server_error",
                     code="overloaded",
                     headers={"Retry-After": "2"},
@@ -191,21 +193,21 @@ class Guard:
 
 
 def is_open(method: str, path: str) -> bool:
-    """Whether a request needs no key: the page's own files, and whether the server is there."""
+    """Whether a request needs no key: the files of the page, and /health."""
     if method not in ("GET", "HEAD"):
         return False
     return path in ("/", "/health") or (path.startswith("/page/") and path != "/page/status")
 
 
 def explain(error: BaseException, about: str) -> str:
-    """A fault of ours for the log: where it was; what it says only where it cannot quote a request."""
+    """The log entry of an internal error: its traceback, and its message unless that may quote a request."""
     message = f": {str(error).splitlines()[0][:300]}" if isinstance(error, _TELLING) and str(error) else ""
     frames = "".join(traceback.format_tb(error.__traceback__))
-    return f"{about}: a fault of lowmem's\n{frames}{type(error).__name__}{message}"
+    return f"{about}: internal error\n{frames}{type(error).__name__}{message}"
 
 
 def _digest(key: str) -> bytes:
-    """Of one length, so that comparing takes the same time for all keys."""
+    """A digest of fixed length, so that comparing takes the same time for all keys."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -222,7 +224,7 @@ def _add_headers(message: Message, note: Note) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """`receive`, with the body that has been read already."""
+    """`receive`, preceded by the body that has been read."""
     waiting = [body]
 
     async def replay() -> Message:
@@ -237,7 +239,7 @@ async def _send_error(error: ApiError, send: Send) -> None:
     content = to_json(error.body())
     headers = {"content-type": "application/json", "content-length": str(len(content)), **error.headers}
     if error.status in (408, 413):
-        headers["connection"] = "close"  # what is still to come is not read
+        headers["connection"] = "close"  # the rest of the body is not read
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": content})

@@ -1,4 +1,4 @@
-"""What one request gets back, on its way from the model's thread to the event loop, within a bound."""
+"""A bounded queue that carries one request's results from the model's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from lowmem.session import Response
 
 LOGPROB_BYTES = 128
-"""About what a token's text and log-probability take, as values or as JSON."""
+"""Approximate size of a token's text and log-probability, in memory or as JSON."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The next text of one of a request's answers, which are counted from 0."""
+    """The next piece of answer number `part` (from 0) of a request."""
 
     part: int
     response: Response
@@ -26,7 +26,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class End:
-    """No more comes: all answers are whole (None), or the error says what went wrong."""
+    """The end of the results: None if all answers are complete, else the error."""
 
     error: ApiError | None
 
@@ -35,10 +35,10 @@ Event = Piece | End
 
 
 class Mailbox:
-    """One thread puts, one coroutine takes. Neighbouring pieces of an answer become one while they wait."""
+    """One thread puts, one coroutine takes. Waiting pieces of the same answer are merged."""
 
     def __init__(self, most_bytes: int) -> None:
-        """`most_bytes`: what may wait, about; to be made on the event loop that takes."""
+        """most_bytes: approximate limit of the waiting data. Must be created on the event loop that takes."""
         self._most = most_bytes
         self._loop = asyncio.get_running_loop()
         self._filled = asyncio.Event()
@@ -48,7 +48,7 @@ class Mailbox:
         self._ended = False
 
     def put(self, piece: Piece) -> bool:
-        """Add a piece; False when too much waits already, or nobody waits for it any more."""
+        """Add a piece. Returns False if the limit is reached or the mailbox has ended."""
         size = _size(piece.response)
         with self._lock:
             if self._ended or self._bytes + size > self._most:
@@ -57,13 +57,13 @@ class Mailbox:
             last = self._waiting[-1] if self._waiting else None
             if isinstance(last, Piece) and last.part == piece.part:
                 self._waiting[-1] = Piece(piece.part, _joined(last.response, piece.response))
-                return True  # whoever takes has been woken for the one before
+                return True  # the reader has been woken for the previous piece
             self._waiting.append(piece)
         self._wake()
         return True
 
     def end(self, error: ApiError | None = None) -> None:
-        """Nothing comes any more; the first end counts."""
+        """End the mailbox; only the first call has an effect."""
         with self._lock:
             if self._ended:
                 return
@@ -72,9 +72,9 @@ class Mailbox:
         self._wake()
 
     async def take(self) -> list[Event]:
-        """All that has come since the last time, at least one; an End is the last of all."""
+        """Wait for events and return all of them, at least one. The last event of a mailbox is an End."""
         events: list[Event] = []
-        while not events:  # it may have been woken for what was taken already
+        while not events:  # the event may belong to a piece that was taken already
             await self._filled.wait()
             self._filled.clear()
             with self._lock:
@@ -84,7 +84,7 @@ class Mailbox:
     def _wake(self) -> None:
         try:
             self._loop.call_soon_threadsafe(self._filled.set)
-        except RuntimeError:  # the loop has been closed: nobody takes any more
+        except RuntimeError:  # the loop has been closed
             pass
 
 

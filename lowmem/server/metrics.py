@@ -1,4 +1,4 @@
-"""What there is to know about the server's work: a line for each request, and Prometheus' text format."""
+"""Figures of the server: a log line per request, and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 @dataclass
 class Note:
-    """A request, as log and metrics speak of it; nothing in it is what somebody wrote.
-
-    route: a route of ours, "-" for a path that is none. reason: why the answer ended.
-    """
+    """What log and metrics record of a request. It contains no text of the request."""
 
     id: str
     method: str
     client: str
     start: float = field(default_factory=time.monotonic)
     route: str = "-"
+    """The route that matched; "-" for an unknown path."""
     status: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     new_tokens: int = 0
     reason: str = ""
+    """Why the answer ended."""
 
     def line(self) -> str:
-        """One line for the log."""
+        """The log line."""
         parts = [time.strftime("%H:%M:%S"), self.method, self.route, str(self.status)]
         if self.prompt_tokens:
             parts.append(f"{self.prompt_tokens} ({self.cached_tokens} cached) + {self.new_tokens} tokens")
@@ -50,18 +49,18 @@ class Note:
 
 
 def put_note(scope: MutableMapping[str, Any], note: Note) -> None:
-    """Keep a request's note with its ASGI scope."""
+    """Store a request's note in its ASGI scope."""
     scope[_KEY] = note
 
 
 def note_of(scope: MutableMapping[str, Any]) -> Note:
-    """The note that `put_note` kept."""
+    """The note of a request."""
     note: Note = scope[_KEY]
     return note
 
 
 class Metrics:
-    """Counters and histograms in a registry of their own."""
+    """Counters and histograms in their own registry."""
 
     def __init__(self, worker: Worker, memory: Callable[[], MemoryUse]) -> None:
         self._registry = CollectorRegistry()
@@ -70,7 +69,7 @@ class Metrics:
         )
         self._seconds = Histogram(
             "lowmem_request_seconds",
-            "From a request's arrival to its end",
+            "Time from the arrival of a request to its end",
             ("route",),
             buckets=_SECONDS,
             registry=self._registry,
@@ -78,27 +77,27 @@ class Metrics:
         self._tokens = {
             name: Counter(f"lowmem_{name}_tokens", text, registry=self._registry)
             for name, text in (
-                ("prompt", "Tokens of prompts"),
-                ("cached", "Tokens of prompts that the KV cache held already"),
-                ("completion", "Tokens of answers that were sent"),
+                ("prompt", "Prompt tokens"),
+                ("cached", "Prompt tokens that were in the KV cache"),
+                ("completion", "Tokens of answers"),
             )
         }
         self._first = Histogram(
             "lowmem_time_to_first_token_seconds",
-            "From a request's arrival to the first token, the wait in the queue included",
+            "Time from the arrival of a request to its first token, including the queue",
             buckets=_SECONDS,
             registry=self._registry,
         )
         self._each = Histogram(
             "lowmem_time_per_token_seconds",
-            "Mean time of an answer's tokens after the first",
+            "Mean time per token of an answer, after the first token",
             buckets=_TOKEN_SECONDS,
             registry=self._registry,
         )
         self._registry.register(_Gauges(worker, memory))
 
     def ended(self, note: Note) -> None:
-        """A request has been answered."""
+        """Record the end of a request."""
         method = note.method if note.method in _METHODS else "other"
         self._requests.labels(method, note.route, str(note.status)).inc()
         self._seconds.labels(note.route).observe(time.monotonic() - note.start)
@@ -107,36 +106,36 @@ class Metrics:
         self._tokens["completion"].inc(note.new_tokens)
 
     def first_token(self, seconds: float) -> None:
-        """A request got its first token after so long."""
+        """Record the time to a first token."""
         self._first.observe(seconds)
 
-    def pace(self, tokens_per_second: float) -> None:
-        """An answer's tokens came at this pace."""
+    def decode_speed(self, tokens_per_second: float) -> None:
+        """Record the decode speed of an answer."""
         if tokens_per_second > 0:
             self._each.observe(1 / tokens_per_second)
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class _Gauges(Collector):
-    """What the worker and the process know by themselves, asked when somebody wants it."""
+    """Metrics that are read from the worker and the process on request."""
 
     def __init__(self, worker: Worker, memory: Callable[[], MemoryUse]) -> None:
         self._worker, self._memory = worker, memory
 
     def collect(self) -> Iterable[Metric]:
         counts, memory = self._worker.counts, self._memory()
-        yield GaugeMetricFamily("lowmem_queue_length", "Requests that wait", self._worker.waiting)
-        yield GaugeMetricFamily("lowmem_busy", "1 while an answer is written", int(self._worker.busy))
-        yield GaugeMetricFamily("lowmem_resident_memory_bytes", "Of this process", memory.host)
-        yield GaugeMetricFamily("lowmem_card_memory_bytes", "Allocated on the card", memory.card)
-        yield CounterMetricFamily("lowmem_answers", "Answers that came to their end", counts.answers)
+        yield GaugeMetricFamily("lowmem_queue_length", "Waiting requests", self._worker.waiting)
+        yield GaugeMetricFamily("lowmem_busy", "1 while an answer is generated", int(self._worker.busy))
+        yield GaugeMetricFamily("lowmem_resident_memory_bytes", "Resident memory of the process", memory.host)
+        yield GaugeMetricFamily("lowmem_card_memory_bytes", "Memory allocated on the card", memory.card)
+        yield CounterMetricFamily("lowmem_answers", "Completed answers", counts.answers)
         yield CounterMetricFamily(
             "lowmem_cancelled",
-            "Answers given up since their client left, or by the time limit",
+            "Answers cancelled by their client or the time limit",
             counts.cancelled,
         )
-        yield CounterMetricFamily("lowmem_failed", "Answers that ended in a fault", counts.failed)
-        yield CounterMetricFamily("lowmem_generated_tokens", "Tokens, sent or not", counts.tokens)
+        yield CounterMetricFamily("lowmem_failed", "Answers that ended in an internal error", counts.failed)
+        yield CounterMetricFamily("lowmem_generated_tokens", "Generated tokens, sent or not", counts.tokens)

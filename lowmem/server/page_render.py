@@ -1,8 +1,8 @@
-"""Markdown → a tree of a closed set of nodes, of which the page makes elements: no HTML anywhere on the way.
+"""Renders Markdown as a tree of a closed set of nodes, from which the page creates elements without HTML.
 
 A node is a text (str) or `[kind, detail, children]`: kind is one of KINDS, detail a text whose meaning
-depends on the kind, children a list of nodes. What a detail may be is decided here and checked again by the
-page: the level of a heading, the first number of a list, an address of the web, a language, a span's class.
+depends on the kind, children a list of nodes. This module restricts the details, and the page checks them
+again: the level of a heading, the first number of a list, a web address, a language, the class of a span.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from pygments.token import (
 from lowmem.text.markup import clean, make_parser
 
 Node = Any
-"""A text, or a list [kind, detail, children] of two texts and a list of nodes."""
+"""A text, or a list [kind, detail, children]."""
 
 LONGEST_TEXT = 200_000
-"""Characters of a text that are rendered; a longer one is refused."""
+"""Most characters of a text; a longer text is refused."""
 MOST_NODES = 20_000
-"""Nodes of a tree; a text that makes more is shown as it was written."""
+"""Most nodes of a tree; a text that needs more is shown verbatim."""
 DEEPEST = 32
-"""Levels of tokens; a block that nests deeper is shown as it was written."""
-_LONGEST_CODE = 30_000  # characters of a code block that are coloured
-_LONGEST_LINE = 2_000  # of its longest line: some lexers take time quadratic in that
-_COLOURING_SECONDS = 0.25  # for all code of a text; what comes later stays plain
-_MOST_BRACKETS = 1_000  # where links are looked for: that takes time quadratic in their number
+"""Most levels of nesting; a deeper block is shown verbatim."""
+_LONGEST_CODE = 30_000  # characters of a code block; longer ones are not coloured
+_LONGEST_LINE = 2_000  # characters of a line of code: some lexers take quadratic time in it
+_COLOURING_SECONDS = 0.25  # for all code of a text; the rest stays plain
+_MOST_BRACKETS = 1_000  # with more, links are not parsed: that takes quadratic time
 
 _CONTAINERS = {
     "paragraph_open": "paragraph",
@@ -62,7 +62,7 @@ _CONTAINERS = {
     "link_open": "link",
 }
 KINDS = frozenset({*_CONTAINERS.values(), "rule", "break", "code", "block", "span"})
-"""All kinds. code: inline; block: a code block, its detail the language; span: coloured text inside it."""
+"""All kinds. code: inline code; block: a code block with its language; span: coloured text in a block."""
 
 CLASSES = {
     Comment: "comment",
@@ -96,9 +96,9 @@ CLASSES = {
     Generic.Subheading: "function",
     Generic.Traceback: "removed",
 }
-"""pygments' token types → classes of spans; a type that is not here has its nearest ancestor's."""
+"""Classes of spans by pygments' token types; other types use their nearest ancestor."""
 
-# Lexers are chosen, not looked for: some of pygments' five hundred take very long on made-up input.
+# A fixed list, since some of pygments' five hundred lexers take very long on crafted input.
 _NAMES = (
     "awk bash batch c cmake cpp csharp css cuda dart diff docker elixir erlang fortran fsharp go graphql "
     "groovy haskell html http ini java javascript json julia kotlin latex less lua make markdown nasm "
@@ -154,20 +154,19 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text's blocks as nodes. settled: the line (from 0) from which on they may change when text is added.
-
-    Blocks that begin before that line are `settled_blocks` many, and stay as they are.
-    """
+    """The nodes of a text."""
 
     blocks: list[Node]
     settled: int
+    """The line, from 0, from which blocks may still change when text is appended."""
     settled_blocks: int
+    """Number of blocks before that line, which are final."""
 
 
 def render(text: str) -> Rendered:
-    """The tree of a markdown text of at most LONGEST_TEXT characters; ValueError for a longer one.
+    """Render a Markdown text whose lines end with "\\n".
 
-    Lines are those that "\\n" ends: the caller sends no other line ends where it counts them.
+    Raises ValueError for more than LONGEST_TEXT characters.
     """
     if len(text) > LONGEST_TEXT:
         raise ValueError(f"the text has {len(text)} characters, at most {LONGEST_TEXT} are rendered")
@@ -188,14 +187,14 @@ def render(text: str) -> Rendered:
                 blocks.append(_block(tokens, colours, room))
     except _TooManyNodes:
         return Rendered([_verbatim(source)], 0, 0)
-    # What is written in the last line may still become something else.
+    # The last line may still change its meaning when text is appended.
     whole = [index for index, start in enumerate(starts) if start < len(lines) - 1]
     last = whole[-1] if whole else 0
     return Rendered(blocks, starts[last] if starts else 0, last)
 
 
 def language_label(info: str) -> tuple[str, str]:
-    """What stands behind a fence's marks → (the lexer's name or "", the label to be shown)."""
+    """The info string of a fence → (name of the lexer or "", label to show)."""
     first = clean(info).strip().split(maxsplit=1)[:1]
     name = first[0].strip("{}.,:") if first else ""
     alias = _OTHER_NAMES.get(name.lower(), name.lower())
@@ -205,11 +204,11 @@ def language_label(info: str) -> tuple[str, str]:
 
 
 class _TooManyNodes(Exception):
-    """The tree would have more than MOST_NODES."""
+    """The tree needs more than MOST_NODES nodes."""
 
 
 class _Room:
-    """How many nodes a tree may still have."""
+    """The number of nodes that a tree may still have."""
 
     def __init__(self, nodes: int) -> None:
         self.nodes = nodes
@@ -221,7 +220,7 @@ class _Room:
 
 
 def _top_level(tokens: Sequence[Token]) -> Iterator[list[Token]]:
-    """The tokens of one top-level block at a time."""
+    """Yield the tokens of each top-level block."""
     block: list[Token] = []
     for token in tokens:
         block.append(token)
@@ -238,14 +237,14 @@ def _block(tokens: Sequence[Token], colours: _Colours, room: _Room) -> Node:
 
 
 def _build(tokens: Sequence[Token], root: list[Node], colours: _Colours, room: _Room) -> None:
-    """Append the tokens' nodes to `root`; opening and closing tokens are in balance."""
+    """Append the nodes of balanced tokens to `root`."""
     stack: list[list[Node]] = [root]
     for token in tokens:
         if token.nesting < 0:
             if not token.hidden:
                 stack.pop()
             continue
-        if token.hidden:  # the paragraph of a tight list's item
+        if token.hidden:  # the paragraph of an item in a tight list
             continue
         room.take()
         if token.nesting > 0:
@@ -265,7 +264,7 @@ def _build(tokens: Sequence[Token], root: list[Node], colours: _Colours, room: _
             stack[-1].append(["break", "", []])
         elif token.type == "hr":
             stack[-1].append(["rule", "", []])
-        elif token.type == "image":  # nothing is fetched unless someone follows it
+        elif token.type == "image":  # shown as a link, so that nothing is fetched
             address = str(token.attrs.get("src", ""))
             stack[-1].append(["link", address, [token.content or address]])
         elif token.content:
@@ -273,7 +272,7 @@ def _build(tokens: Sequence[Token], root: list[Node], colours: _Colours, room: _
 
 
 def _detail(token: Token) -> str:
-    """What an opening token says beside its type."""
+    """The detail of an opening token."""
     if token.type == "heading_open":
         return token.tag[1:]
     if token.type == "ordered_list_open":
@@ -290,13 +289,13 @@ def _verbatim(source: str) -> Node:
 
 
 class _Colours:
-    """Colours the code blocks of one text, as long as there is time for it."""
+    """Colours the code blocks of one text within a time limit."""
 
     def __init__(self) -> None:
         self._until = time.monotonic() + _COLOURING_SECONDS
 
     def spans(self, code: str, language: str) -> list[Node]:
-        """The code as texts and spans, whose joined text is the code."""
+        """The code as texts and spans."""
         if not code:
             return []
         long = len(code) > _LONGEST_CODE or max(map(len, code.split("\n"))) > _LONGEST_LINE
@@ -306,7 +305,7 @@ class _Colours:
         return found if found is not None else [code]
 
 
-_KNOWN: dict[tuple[str, str], list[Node]] = {}  # the last ones, oldest first: a growing answer asks again
+_KNOWN: dict[tuple[str, str], list[Node]] = {}  # oldest first; a growing answer asks again
 _MOST_KNOWN = 32
 
 
@@ -321,7 +320,7 @@ def _known_spans(code: str, language: str, until: float) -> list[Node] | None:
 
 
 def _coloured(code: str, language: str, until: float) -> list[Node] | None:
-    """The code's spans, or None when the lexer chokes, changes the text or takes too long."""
+    """The spans of the code, or None if the lexer fails, changes the text or takes too long."""
     pieces: list[tuple[str, str]] = []
     try:
         for _, kind, text in _lexer(language).get_tokens_unprocessed(code):
@@ -332,7 +331,7 @@ def _coloured(code: str, language: str, until: float) -> list[Node] | None:
                 pieces[-1] = pieces[-1][0], pieces[-1][1] + text
             else:
                 pieces.append((name, text))
-    except Exception:  # a lexer that chokes costs the colours, never the code
+    except Exception:  # without a working lexer the code stays plain
         return None
     if "".join(text for _, text in pieces) != code:
         return None

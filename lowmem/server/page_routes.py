@@ -1,4 +1,4 @@
-"""The chat page: its files, read once, and the route that renders markdown for it."""
+"""Routes of the chat page: its files, read once, and Markdown rendering."""
 
 from __future__ import annotations
 
@@ -23,31 +23,29 @@ _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-_MOST_WAITING = 16  # texts that wait to be rendered; the page sends one at a time
+_MOST_WAITING = 16  # texts waiting to be rendered; a page sends one at a time
 
 
 @dataclass(frozen=True)
 class PageFile:
-    """A static file as it is sent.
-
-    tag: its ETag, the same as long as its bytes are. caching: "no-cache" is kept, and asked about each time,
-    so that a page is never made of files of two versions; a browser asks for icons all the time.
-    """
+    """A static file."""
 
     content: bytes
     media_type: str
     tag: str
+    """The ETag, a digest of the content."""
     caching: str
+    """Cache-Control. With "no-cache" browsers revalidate, so a page never mixes files of two versions."""
 
 
 class RenderRequest(BaseModel):
-    """A markdown text; its lines end with "\\n" alone."""
+    """A Markdown text whose lines end with "\\n"."""
 
     text: str = Field(max_length=LONGEST_TEXT)
 
 
 class RenderAnswer(BaseModel):
-    """The text's top-level blocks, and from which line and block on they may change; see `page_render`."""
+    """The top-level blocks, and the line and block from which they may still change; see `page_render`."""
 
     blocks: list[Any]
     settled: int
@@ -55,7 +53,7 @@ class RenderAnswer(BaseModel):
 
 
 def load_page(folder: Path = PAGE_FOLDER) -> dict[str, PageFile]:
-    """The page's files by name. No path is ever made of a request's words."""
+    """The files of the page by name. Paths are never built from a request."""
     files = {}
     for path in sorted(folder.iterdir()):
         if path.suffix in _TYPES:
@@ -67,10 +65,10 @@ def load_page(folder: Path = PAGE_FOLDER) -> dict[str, PageFile]:
 
 
 def page_routes() -> APIRouter:
-    """GET / and /page/NAME, which need no key, and POST /page/render, which does where there is one."""
+    """GET / and /page/NAME, which need no key, and POST /page/render, which needs one if keys are set."""
     files = load_page()
     router = APIRouter()
-    rendering = anyio.Semaphore(1)  # the model's threads want the processor more
+    rendering = anyio.Semaphore(1)  # leaves the processor to the model's threads
     waiting = 0
 
     for name, file in files.items():
@@ -79,10 +77,10 @@ def page_routes() -> APIRouter:
 
     @router.post("/page/render", response_model=RenderAnswer, tags=["page"])
     async def render_text(body: RenderRequest) -> RenderAnswer:
-        """A markdown text as a tree of a closed set of nodes, for the page at /."""
+        """Render a Markdown text as a tree of a closed set of nodes, for the page at /."""
         nonlocal waiting
         if waiting >= _MOST_WAITING:
-            raise HTTPException(429, "too many texts wait to be rendered", {"Retry-After": "1"})
+            raise HTTPException(429, "too many texts are waiting to be rendered", {"Retry-After": "1"})
         waiting += 1
         try:
             async with rendering:
@@ -97,7 +95,7 @@ def page_routes() -> APIRouter:
 
 
 def _sender(file: PageFile) -> Callable[[Request], Response]:
-    """A route that sends the file, or says that the browser's copy of it is the current one."""
+    """A route that sends the file, or status 304 if the browser's copy is current."""
 
     def send(request: Request) -> Response:
         headers = {"ETag": file.tag, "Cache-Control": file.caching}

@@ -1,8 +1,8 @@
-"""What a request may say: OpenAI's fields, with their bounds. Needs no torch.
+"""Request schemas: OpenAI's fields with their limits. Does not import torch.
 
-A field that OpenAI's API does not know, or that changes nothing about an answer (`user`, `metadata`), is
-passed over, as other servers of local models do: editors send fields of their own. A field that would change
-the answer and cannot be honoured is refused by name; see `refuse_unsupported`.
+Fields that OpenAI's API does not define, or that do not change an answer (`user`, `metadata`), are ignored
+like in other local servers, because editors send fields of their own. Fields that would change the answer and
+are not supported are refused by name; see `refuse_unsupported`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MOST_MESSAGES = 4096
 MOST_PROMPTS = 64
 MOST_CHOICES = 16
 MOST_ANSWERS = 64
-"""Of a request: prompts times choices."""
+"""Most answers of a request: prompts times choices."""
 MOST_STOPS = 16
 LONGEST_STOP = 256
 MOST_TOP_LOGPROBS = 20
 _MOST_TOKENS = 1 << 31
 _SEEDS = 1 << 63
 
-# Half a surrogate pair, as a text cut in two may have, has no UTF-8: it becomes U+FFFD.
+# A lone surrogate, from a text that was cut in two, cannot be encoded in UTF-8: it becomes U+FFFD.
 _HALVES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
@@ -39,13 +39,13 @@ Finite = Field(allow_inf_nan=False)
 
 
 class _Strict(BaseModel):
-    """JSON's own types, nothing converted; other fields are passed over."""
+    """A model without type conversion that accepts and ignores unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
 
 class ContentPart(_Strict):
-    """A part of a message; only `text` can be read, and the refusal of others is `reading`'s."""
+    """A part of a message. Only text is supported; `reading` refuses other types."""
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"required": ["type", "text"]})
     type: Annotated[Text, Field(json_schema_extra={"enum": ["text"]})]
@@ -53,23 +53,24 @@ class ContentPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """One message. `developer` is another word for `system`."""
+    """One message. `developer` is a synonym of `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[ContentPart], Field(max_length=MOST_MESSAGES)]
 
 
 class StreamOptions(_Strict):
-    """include_usage: a last chunk with the figures, before the end."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
+    """Send a last chunk with the usage."""
 
 
 class SamplingFields(_Strict):
-    """What the two kinds of requests have alike.
+    """Fields of both request types.
 
-    What is not given is as on StarChat Alpha's card: temperature 0.2, top_k 50, top_p 0.95. Of several
-    answers each has the next seed.
+    Defaults are those of StarChat Alpha's model card: temperature 0.2, top_k 50, top_p 0.95. With several
+    answers, each uses the next seed.
     """
 
     model: Text
@@ -87,12 +88,12 @@ class SamplingFields(_Strict):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop texts, however they were given."""
+        """The stop texts as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream's last chunk has the figures."""
+        """Whether to send a last chunk with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
@@ -111,8 +112,8 @@ TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=_MOST_TOKENS)]], Field(m
 class CompletionRequest(SamplingFields):
     """The body of POST /v1/completions.
 
-    With `suffix` the text between `prompt` and it is written; what does not fit the context is then cut at
-    the far ends. `echo` puts the prompt before the answer.
+    With `suffix`, the model fills in the text between `prompt` and `suffix`; their far ends are cut if they
+    exceed the context. `echo` puts the prompt before the answer.
     """
 
     prompt: (
@@ -128,8 +129,8 @@ class CompletionRequest(SamplingFields):
 
 
 _NONE: tuple[object, ...] = (None,)
-# Fields that would change the answer, each with the values that change nothing. `tools` and `functions` are
-# passed over: an answer in words is one that a model may give, and Continue sends them with every request.
+# Unsupported fields that would change the answer, each with the values that change nothing. `tools` and
+# `functions` are ignored: a model may always answer in words, and Continue sends them with every request.
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
     "audio": _NONE,
     "frequency_penalty": (None, 0),
@@ -148,12 +149,12 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 
 
 def refuse_unsupported(request: BaseModel) -> None:
-    """ApiError for the first field that asks for what there is not."""
+    """Raise ApiError for the first field that asks for something unsupported."""
     for name, value in (request.model_extra or {}).items():
         harmless = UNSUPPORTED.get(name)
         if harmless is not None and not any(_same(value, other) for other in harmless):
             raise invalid(
-                f"{name} is not supported by this server: leave it out", name, "unsupported_parameter"
+                f"{name} is not supported by this server. Leave it out", name, "unsupported_parameter"
             )
 
 

@@ -1,4 +1,4 @@
-"""A request → what the model is to do: messages to token ids, fields to sampling settings."""
+"""Turns a request into work for the model: messages into token ids, fields into sampling parameters."""
 
 from __future__ import annotations
 
@@ -26,28 +26,27 @@ from lowmem.session import encode_prompt
 from lowmem.text.tokenizing import decode
 
 CARD = SamplingParams()
-"""What is not given in a request."""
+"""Defaults of fields that a request leaves out."""
 COMPLETION_TOKENS = 16
-"""Of an answer of /v1/completions where nobody said: OpenAI's default."""
+"""Default max_tokens of /v1/completions, as in OpenAI's API."""
 MOST_LOGPROBS = 200_000
-"""Log-probabilities of all answers of one request: what is kept of them until the answer is sent."""
+"""Most log-probabilities in all answers of one request: they are kept until the answer is sent."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for: an item of work for each answer, prompts first, then choices.
-
-    echoes: texts that go before the answers, one each. answer_starts: the model writes a line end before an
-    answer, which is no part of it.
-    """
+    """The work that a request asks for."""
 
     works: tuple[Work, ...]
+    """One item per answer, ordered by prompt, then by choice."""
     echoes: tuple[str, ...]
+    """The text to put before each answer."""
     answer_starts: bool = False
+    """The dialogue template puts a line end before an answer, which must be dropped."""
 
 
 class Reader:
-    """Reads requests in a thread of its own with a tokenizer of its own: two threads cannot share one."""
+    """Reads requests in its own thread with its own tokenizer, since threads cannot share a tokenizer."""
 
     def __init__(self, loaded: LoadedModel, context: int) -> None:
         self.context = context
@@ -56,17 +55,17 @@ class Reader:
         self._thread = ThreadPoolExecutor(1, "reader")
 
     async def chat(self, request: ChatRequest) -> Asked:
-        """What a chat request asks for; ApiError for what cannot be done."""
+        """Read a chat request. Raises ApiError for one that cannot be served."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._chat, request)
 
     async def completion(self, request: CompletionRequest) -> Asked:
-        """What a request for completions asks for; ApiError for what cannot be done."""
+        """Read a completion request. Raises ApiError for one that cannot be served."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._completion, request)
 
     def _chat(self, request: ChatRequest) -> Asked:
         check_fields(request)
         if request.top_logprobs is not None and not request.logprobs:
-            raise invalid("top_logprobs is given, and logprobs is not true", "top_logprobs")
+            raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         limit = request.max_completion_tokens or request.max_tokens or self.context
         params = self._params(request, min(limit, self.context), logprobs)
@@ -85,15 +84,15 @@ class Reader:
         check_fields(request)
         choices = request.n or 1
         if request.best_of is not None and request.best_of != choices:
-            raise invalid("best_of other than n is not supported: leave it out", "best_of")
+            raise invalid("best_of must equal n. Leave it out", "best_of")
         if request.echo and request.logprobs is not None:
-            raise invalid("echo together with logprobs is not supported: leave one out", "echo")
+            raise invalid("echo cannot be combined with logprobs. Leave one of them out", "echo")
         limit = min(request.max_tokens or COMPLETION_TOKENS, self.context)
         params = self._params(request, limit, request.logprobs)
         prompts = _prompts(request)
         if len(prompts) * choices > MOST_ANSWERS:
             raise invalid(
-                f"{len(prompts)} prompts with {choices} answers each are more than {MOST_ANSWERS} answers",
+                f"{len(prompts)} prompts with {choices} answers each exceed {MOST_ANSWERS} answers",
                 "n",
             )
         works: list[Work] = []
@@ -118,18 +117,18 @@ class Reader:
         self, prompt: str | Sequence[int], suffix: str, params: SamplingParams, choices: int
     ) -> list[Hole]:
         if not isinstance(prompt, str):
-            raise invalid("suffix needs a prompt that is text", "suffix")
+            raise invalid("suffix needs a text prompt, not token ids", "suffix")
         if fim_tokens(self._loaded.tokenizer) is None:
-            raise invalid("this model has no fill-in-the-middle tokens, which suffix needs", "suffix")
+            raise invalid("suffix needs fill-in-the-middle tokens, which this model lacks", "suffix")
         return [Hole(prompt, suffix, each) for each in _seeded(params, choices)]
 
     def _choices(
         self, ids: list[int], params: SamplingParams, choices: int, param: str
     ) -> tuple[Continuation, ...]:
         if not ids:
-            raise invalid("the prompt is empty: give at least one token", param)
+            raise invalid("the prompt is empty. Send at least one token", param)
         if max(ids) >= self._vocabulary:
-            raise invalid(f"a token id is not below {self._vocabulary}, the model's vocabulary", param)
+            raise invalid(f"token ids must be below {self._vocabulary}, the size of the vocabulary", param)
         if len(ids) > self.context:
             raise too_long(len(ids), self.context, param)
         works = tuple(Continuation(tuple(ids), each) for each in _seeded(params, choices))
@@ -152,14 +151,14 @@ class Reader:
 
 
 def check_fields(request: SamplingFields) -> None:
-    """ApiError for fields that do not go together, or are not supported."""
+    """Raise ApiError for fields that are unsupported or cannot be combined."""
     refuse_unsupported(request)
     if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options is given, and stream is not true", "stream_options")
+        raise invalid("stream_options needs stream: true", "stream_options")
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Messages as our dialogue has them, system texts at the start as one; ApiError for what is no text."""
+    """The messages as dialogue turns, leading system texts joined. Raises ApiError for non-text parts."""
     read: list[Message] = []
     for at, message in enumerate(messages):
         text = _content(message, at)
@@ -168,7 +167,8 @@ def read_messages(messages: Sequence[ChatMessage]) -> list[Message]:
             read[0] = Message("system", f"{read[0].content}\n\n{text}")
         elif role == "system" and read:
             raise invalid(
-                f"messages[{at}] is a system message: only the first ones can be", f"messages[{at}].role"
+                f"messages[{at}] is a system message after others. Put it first",
+                f"messages[{at}].role",
             )
         else:
             read.append(Message(role, text))
@@ -181,7 +181,7 @@ def _content(message: ChatMessage, at: int) -> str:
     for number, part in enumerate(message.content):
         if part.type != "text" or part.text is None:
             raise invalid(
-                f"a content part of type {short(part.type)!r} is not supported: this model reads text",
+                f"a content part of type {short(part.type)!r} is not supported. Send text",
                 f"messages[{at}].content[{number}]",
                 "unsupported_content",
             )
@@ -189,17 +189,17 @@ def _content(message: ChatMessage, at: int) -> str:
 
 
 def _only_question(messages: Sequence[Message]) -> str:
-    """The text of a lone user message, for a model without a chat template."""
+    """The text of the only user message, for a model without a chat template."""
     if [message.role for message in messages] != ["user"]:
         raise invalid(
-            "this model has no dialogue template: send one user message alone, or use /v1/completions",
+            "this model has no chat template. Send a single user message, or use /v1/completions",
             "messages",
         )
     return messages[0].content
 
 
 def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:
-    """The prompts of a request, whichever of the four ways they were given."""
+    """The prompts of a request, from any of the four accepted types."""
     prompt = request.prompt
     if isinstance(prompt, str):
         return [prompt]
@@ -209,7 +209,7 @@ def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:
 
 
 def _seeded(params: SamplingParams, choices: int) -> list[SamplingParams]:
-    """The settings of each answer: with a seed, each has the next one."""
+    """The parameters of each answer; with a seed, each answer uses the next one."""
     if params.seed is None:
         return [params] * choices
     return [replace(params, seed=(params.seed + number) % (1 << 64)) for number in range(choices)]
@@ -223,7 +223,7 @@ def _check_logprobs(works: Sequence[Work]) -> None:
     )
     if entries > MOST_LOGPROBS:
         raise invalid(
-            f"{entries} log-probabilities are more than {MOST_LOGPROBS}: ask for fewer tokens, answers or "
-            "top_logprobs",
+            f"{entries} log-probabilities exceed the limit of {MOST_LOGPROBS}. Ask for fewer tokens, answers "
+            "or top_logprobs",
             "logprobs",
         )

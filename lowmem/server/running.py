@@ -1,4 +1,4 @@
-"""An application on a socket until a signal ends it: uvicorn, with connections that do not wait forever."""
+"""Runs an application with uvicorn until a signal ends it; stalled connections are closed."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lowmem.errors import InvalidRequestError
 from lowmem.server.worker import Worker
 
 MOST_CONNECTIONS = 512
-"""At a time; more are closed as they come."""
+"""Most open connections; further ones are closed at once."""
 STALLED_SECONDS = 30.0
-"""After which a connection ends whose client does not read, or has not sent a whole request's head."""
-_SEND_BUFFER = 128 << 10  # bytes of the system's memory a connection; it takes megabytes by itself
-_LAST_WORDS = 5  # seconds for errors to be sent once the time for answers is over
+"""A connection is closed if its client does not read, or sends no complete request head, for this long."""
+_SEND_BUFFER = 128 << 10  # bytes of kernel memory per connection; the default is megabytes
+_LAST_WORDS = 5  # seconds to send errors after the time for answers is over
 _INTERRUPTED = 130
 
 
 class Connection(H11Protocol):
-    """A connection that ends when its client neither reads nor asks."""
+    """A connection that is closed when its client neither reads nor sends."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, or end at once where there are too many."""
+        """Accept the connection, or close it if there are too many."""
         super().connection_made(transport)
         own: socket.socket = transport.get_extra_info("socket")
         own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
@@ -44,18 +44,18 @@ class Connection(H11Protocol):
             transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection has ended."""
+        """Clean up after the connection."""
         self._look.cancel()
         self.resume_writing()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client reads slower than is written; from now on it has so long to go on."""
+        """The client reads too slowly: close the connection unless it resumes in time."""
         super().pause_writing()
         self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """The client has read."""
+        """The client reads again."""
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
@@ -71,7 +71,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Ends at the first signal when what has begun is finished, and at the second at once."""
+    """Shuts down gracefully at the first signal, and exits at once at the second."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Server(uvicorn.Server):
         listening: Callable[[], None] = lambda: None,
         notify: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """`shutdown_seconds`: for answers that have begun. `listening` is called once requests are taken."""
+        """shutdown_seconds: time for running answers. listening: called once requests are accepted."""
         super().__init__(
             uvicorn.Config(
                 app,
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                proxy_headers=False,  # the address that a connection comes from is what counts
+                proxy_headers=False,  # clients are identified by the address of the connection
                 timeout_graceful_shutdown=int(shutdown_seconds) + _LAST_WORDS,
             )
         )
@@ -101,12 +101,12 @@ class Server(uvicorn.Server):
         self._listening, self._notify = listening, notify
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen, then call `listening`."""
         await super().startup(sockets)
         self._listening()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse what waits, finish what has begun, end the rest when the time is over."""
+        """Refuse waiting requests, finish running answers, and stop them when the time is over."""
         self._worker.close()
         timer = asyncio.get_running_loop().call_later(self._shutdown_seconds, self._worker.abandon)
         try:
@@ -131,17 +131,17 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal asks for the end, the second is the end."""
+        """The first signal shuts down gracefully, the second exits at once."""
         if self.should_exit:
             sys.stderr.flush()
-            os._exit(_INTERRUPTED)  # the model's thread may be deep in a forward
+            os._exit(_INTERRUPTED)  # the model's thread may be in the middle of a forward pass
         self.should_exit = True
         if self._worker.busy:
-            self._notify("finishing the answer that is being written; Ctrl-C once more ends at once")
+            self._notify("finishing the current answer; press Ctrl-C again to exit at once")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that will listen there; InvalidRequestError where that cannot be."""
+    """A bound socket. Raises InvalidRequestError if the address cannot be used."""
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -153,12 +153,12 @@ def bind(host: str, port: int) -> socket.socket:
         except OSError:
             listener.close()
             raise
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a host name
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise InvalidRequestError(
-                f"{where} is in use", "Choose another --port, or 0 for any that is free"
+                f"{where} is in use", "Choose another --port, or 0 for a free one"
             ) from error
-        reason = (isinstance(error, OSError) and error.strerror) or "it is no address"
+        reason = (isinstance(error, OSError) and error.strerror) or "it is not an address"
         raise InvalidRequestError(
             f"cannot listen at {where}: {reason}", "Use --host 127.0.0.1, or an address of this machine"
         ) from error
@@ -166,6 +166,6 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """What to type into a browser."""
+    """The URL of the server."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

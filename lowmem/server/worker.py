@@ -1,7 +1,7 @@
-"""One thread owns the model: it loads it, and answers one request after the other.
+"""The thread that owns the model: it loads it and answers one request after the other.
 
-The event loop submits a request and takes what comes from its ticket's mailbox. Requests wait in a bounded
-queue in which clients take turns; a request for several answers has one turn for each.
+The event loop submits a request and reads its results from the ticket's mailbox. Requests wait in a bounded
+queue in which clients take turns; a request for several answers takes one turn for each.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from lowmem.session import Response, Session
 
 MOST_UNREAD_BYTES = 16 << 20
-"""Of an answer that its client has not read; a client that is further behind is dropped."""
+"""A client that leaves more than this unread is dropped."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids that are to be continued."""
+    """A prompt to continue."""
 
     ids: tuple[int, ...]
     params: SamplingParams
@@ -36,7 +36,7 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Hole:
-    """Two texts between which something is missing."""
+    """A gap between two texts to fill in."""
 
     prefix: str
     suffix: str
@@ -48,40 +48,40 @@ Work = Continuation | Hole
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way: what is to be generated, and where the answers go.
-
-    client: whose turn it takes. arrived: time.monotonic(). next_part: the answer that comes next. stopped:
-    nobody wants it any more.
-    """
+    """A submitted request."""
 
     client: str
     works: tuple[Work, ...]
+    """One item per answer."""
     mailbox: Mailbox
+    """Receives the answers."""
     arrived: float = field(default_factory=time.monotonic)
     next_part: int = 0
+    """Number of the next answer."""
     stopped: bool = False
+    """The remaining answers are no longer needed."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What the worker has done so far.
-
-    Answers: whole, given up because nobody wanted them any more, and failed by a fault of ours. tokens:
-    generated, those of answers that were given up included.
-    """
+    """What the worker has done so far."""
 
     answers: int = 0
+    """Completed answers."""
     cancelled: int = 0
+    """Answers stopped because their client left, was too slow, or exceeded the time limit."""
     failed: int = 0
+    """Answers that ended in an internal error."""
     tokens: int = 0
+    """Generated tokens, including those of cancelled answers."""
 
 
 class _Unwanted(Exception):
-    """The answer is not wanted any more."""
+    """The answer is no longer needed."""
 
 
 class Worker:
-    """The model's thread, and the queue before it. All methods may be called from any thread."""
+    """The model's thread and its queue. All methods may be called from any thread."""
 
     def __init__(
         self,
@@ -90,12 +90,12 @@ class Worker:
         queue_limit: int = 32,
         report: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
-        """`open_session` is called in the model's thread. `queue_limit`: requests that may wait.
-        `report` hears of faults of ours."""
+        """open_session: called in the model's thread. queue_limit: most waiting requests. report: receives
+        internal errors."""
         self.queue_limit = queue_limit
         self.counts = Counts()
         self.current: Response | None = None
-        """The last piece of the answer that is being written, or was last."""
+        """The last piece of the current answer, or of the previous one."""
         self._open_session = open_session
         self._report = report
         self._session: Session | None = None
@@ -105,11 +105,11 @@ class Worker:
         self._queue: FairQueue[Ticket] = FairQueue()
         self._serving: Ticket | None = None
         self._closed = False
-        self._seconds_an_answer = 1.0  # a running mean
+        self._seconds_per_answer = 1.0  # a running mean
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
     def start(self) -> Session:
-        """Start the thread and wait for the model; raises what loading it raised."""
+        """Start the thread and wait until the model is loaded; raises the error of loading."""
         self._thread.start()
         self._opened.wait()
         if self._failure is not None:
@@ -118,28 +118,28 @@ class Worker:
 
     @property
     def session(self) -> Session:
-        """The model's session; to be read only, its answers are this thread's."""
+        """The model's session, for reading its properties; only the model's thread generates with it."""
         assert self._session is not None, "the worker has not been started"
         return self._session
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of waiting requests."""
         with self._changed:
             return len(self._queue)
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is being written."""
+        """Whether an answer is being generated."""
         return self._serving is not None
 
     @property
     def closed(self) -> bool:
-        """Whether nothing is accepted any more."""
+        """Whether the worker refuses new requests."""
         return self._closed
 
     def check_room(self, client: str) -> None:
-        """Raises ApiError if a request of this client would be refused now; nothing is submitted."""
+        """Raise ApiError if a request of this client would be refused now."""
         with self._changed:
             if self._closed:
                 raise shutting_down()
@@ -147,9 +147,9 @@ class Worker:
                 raise queue_full(self._wait())
 
     def submit(self, client: str, works: Sequence[Work]) -> Ticket:
-        """Queue a request; to be called on the event loop. Raises ApiError: the queue is full, or closed.
+        """Queue a request; must be called on the event loop. Raises ApiError if the queue is full or closed.
 
-        In a full queue the last request of whoever has most there makes room, if that is fairer.
+        In a full queue, the last request of the client with the most requests gives way, if that is fairer.
         """
         ticket = Ticket(client, tuple(works), Mailbox(MOST_UNREAD_BYTES))
         with self._changed:
@@ -166,9 +166,9 @@ class Worker:
         return ticket
 
     def stop(self, ticket: Ticket, error: ApiError | None = None) -> None:
-        """Nobody wants the rest: it leaves the queue, or its generation ends at the next token.
+        """Cancel a ticket: remove it from the queue, or end its generation at the next token.
 
-        `error` is what its mailbox ends with, unless that has ended.
+        error: ends its mailbox, unless that has ended already.
         """
         ticket.stopped = True
         ticket.mailbox.end(error)
@@ -177,7 +177,7 @@ class Worker:
                 self.counts = replace(self.counts, cancelled=self.counts.cancelled + 1)
 
     def close(self) -> None:
-        """Accept nothing more, and refuse what waits; what has begun goes on."""
+        """Refuse new and waiting requests; requests that have started continue."""
         with self._changed:
             self._closed = True
             for ticket in self._queue.clear():
@@ -189,7 +189,7 @@ class Worker:
             self._changed.notify()
 
     def abandon(self) -> None:
-        """As `close`, and end what has begun."""
+        """Close, and cancel the requests that have started."""
         self.close()
         with self._changed:
             begun = [*self._queue.clear(), *([self._serving] if self._serving else [])]
@@ -198,14 +198,14 @@ class Worker:
             self.stop(ticket, shutting_down())
 
     def join(self, timeout: float) -> bool:
-        """Wait for the thread's end, which follows `close`; whether it has ended."""
+        """Wait for the thread to end after `close`; returns whether it has ended."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
             self._session = self._open_session()
-        except BaseException as error:  # `start` raises it in the thread that waits
+        except BaseException as error:  # `start` raises it in the waiting thread
             self._failure = error
             return
         finally:
@@ -214,7 +214,7 @@ class Worker:
             self._serve(self._session, ticket)
 
     def _next(self) -> Ticket | None:
-        """The request whose turn it is, once there is one; None when there will be none."""
+        """Wait for the next request; None once the worker is closed and the queue is empty."""
         engine = self.session.engine
         while True:
             with self._changed:
@@ -232,7 +232,7 @@ class Worker:
                 self._report(error)
 
     def _serve(self, session: Session, ticket: Ticket) -> None:
-        """The next answer of a ticket; whatever goes wrong is this ticket's end and nobody else's."""
+        """Generate the next answer of a ticket. An error ends this ticket only."""
         start = time.monotonic()
         part, ticket.next_part = ticket.next_part, ticket.next_part + 1
         tokens = 0
@@ -258,7 +258,7 @@ class Worker:
             counted["answers"] = 1
         except _Unwanted:
             counted["cancelled"] = 1
-            error = too_slow()  # unless the mailbox has ended, and says why
+            error = too_slow()  # ignored if the mailbox has ended for another reason
         except InvalidRequestError as caught:
             error = invalid_request(caught)
         except Exception as caught:
@@ -269,7 +269,7 @@ class Worker:
                 **{name: getattr(self.counts, name) + value for name, value in counted.items()},
                 tokens=self.counts.tokens + tokens,
             )
-            self._seconds_an_answer += 0.2 * (time.monotonic() - start - self._seconds_an_answer)
+            self._seconds_per_answer += 0.2 * (time.monotonic() - start - self._seconds_per_answer)
             if error is None and not ticket.stopped and ticket.next_part < len(ticket.works):
                 self._queue.push_front(ticket.client, ticket)
                 return
@@ -277,13 +277,13 @@ class Worker:
 
     def _explained(self, error: Exception) -> ApiError:
         self._report(error)
-        if isinstance(error, LowmemError):  # the model's output is not finite, say
+        if isinstance(error, LowmemError):  # for example, output that is not finite
             return ApiError(500, str(error), kind="server_error", code="model_error")
         return failed()
 
     def _wait(self) -> int:
-        """Seconds until the queue has gone on by a few requests, about."""
-        return max(1, min(60, round(self._seconds_an_answer)))
+        """Seconds after which a client should try again."""
+        return max(1, min(60, round(self._seconds_per_answer)))
 
 
 def _responses(
@@ -299,7 +299,7 @@ def _responses(
 
 @contextmanager
 def _closing(pieces: Iterator[Response]) -> Iterator[Iterator[Response]]:
-    """Whatever ends the loop over the pieces frees the engine at once."""
+    """Close the generator when the loop over it ends, so that the engine is free at once."""
     try:
         yield pieces
     finally:
