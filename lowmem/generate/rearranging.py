@@ -1,10 +1,10 @@
 """Packed weights into the order in which memory is read fastest, while nobody waits and between tokens.
 
-A model answers as soon as its files are mapped, in GPTQ's own order, whose rows lie pages apart: read at two
-thirds of the memory's pace. The same words in panels are read at all of it (csrc/linear/tiled.c), but to copy them
-all first would hold the first token back by longer than it takes itself. So it is done while somebody types
-or no request has come, and where an answer is wanted before, every token is followed by some of that work,
-for as long as the token took, until all is done.
+A model answers as soon as its files are mapped, in GPTQ's own order, whose rows lie pages apart: read at
+two thirds of the memory's pace. In the tiled layout they are read at all of it (csrc/linear/tiled.c), but
+to copy them all first would hold the first token back by longer than it takes itself. So it is done while
+somebody types or no request has come, and where an answer is wanted before, every token is followed by some
+of that work, for as long as the token took, until all is done.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> in
 
 def _digits(shape: ModelShape, form: Form) -> int:
     """What our own kernels make of a chunk's activations: integers of 2 bytes, or 3 for float32, with a scale
-    and three sums a group (csrc/linear.c; each thread's 300 KiB are in SLACK)."""
+    and three sums a group (csrc/linear/linear.c; each thread's 300 KiB are in SLACK)."""
     group = shape.format.default.group_size if shape.format else 0
     group = min(group, 256) if group > 0 else 32
     planes = 3 if form.itemsize == 4 else 2

@@ -1,4 +1,4 @@
-"""A file that goes while it is mapped ends in one line, and in a terminal that is as it was."""
+"""A mapped file that is truncated ends the command with one line, and the terminal is restored."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers import REPO, TINY_STARCHAT
 
 pytestmark = pytest.mark.skipif(library_path() is None, reason="the kernels are not compiled")
 
-# The command itself, held between loading and the first token until the other side has cut the file short.
+# The command, held between loading and the first token until the test has truncated the file.
 HELD = """
 import sys
 from lowmem import session
@@ -75,22 +75,22 @@ def started(code: str, *arguments: str | Path, **options: object) -> subprocess.
     )
 
 
-def test_weights_that_are_cut_short_while_a_model_runs(tmp_path: Path) -> None:
+def test_weights_that_are_truncated_while_a_model_runs(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(TINY_STARCHAT, folder)
     options = ("--quiet", "--device", "cpu", "--max-new-tokens", "4")
     child = started(HELD, "run", folder, "-p", "def", *options)
     assert child.stdout is not None and child.stdout.readline() == "loaded\n"
     for shard in folder.glob("*.safetensors"):
-        os.truncate(shard, 4096)  # in place: what was mapped is gone
+        os.truncate(shard, 4096)  # in place, so that the mapped pages are lost
     out, err = child.communicate("go on\n", timeout=120)
     assert child.returncode == 2 and out == ""
-    last = err.splitlines()[-1]  # behind what torch says while it is imported here
+    last = err.splitlines()[-1]  # after torch's own messages
     assert last.startswith("lowmem run: a file of the model can no longer be read") and err.endswith("\n")
     assert "Traceback" not in err and err.count("lowmem run:") == 1
 
 
-def test_the_terminal_is_as_it_was(tmp_path: Path, terminal: int) -> None:
+def test_the_terminal_is_restored(tmp_path: Path, terminal: int) -> None:
     (tmp_path / "weights").write_bytes(bytes(1 << 16))
     child = started(ECHO_OFF, tmp_path / "weights", stdin=terminal)
     _, err = child.communicate(timeout=120)
@@ -99,7 +99,7 @@ def test_the_terminal_is_as_it_was(tmp_path: Path, terminal: int) -> None:
 
 
 @pytest.mark.parametrize("inside", [(), ("inside",)])
-def test_a_signal_that_somebody_sends_ends_the_process_as_ever(inside: tuple[str, ...]) -> None:
+def test_a_signal_sent_by_a_process_has_its_default_action(inside: tuple[str, ...]) -> None:
     child = started(SENT, *inside)
     _, err = child.communicate(timeout=120)
     assert child.returncode == -signal.SIGBUS and err == ""

@@ -1,4 +1,4 @@
-"""Prompts attended to by our own kernels: float64 is the oracle, and a row's bits do not depend on others."""
+"""Attention of prompts by lowmem's own kernels: float64 is the oracle, and rows are independent."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 def tensors(
     heads: int, kv_heads: int, size: int, rows: int, length: int, room: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value as a model has them: heads side by side in a token, keys the start of a cache."""
+    """Query, key and value as a model passes them: heads side by side in a token, keys from a cache."""
     generator = torch.Generator().manual_seed(heads * length + rows)
     wide = torch.randn(1, rows, heads * size + 32, generator=generator).bfloat16() * 2
     query = wide[..., : heads * size].view(1, rows, heads, size).transpose(1, 2)
     caches = torch.randn(2, 1, kv_heads, length + room, size, generator=generator).bfloat16()
-    caches[:, :, :, length:] = torch.nan  # what is not filled is never read
+    caches[:, :, :, length:] = torch.nan  # the rest of the cache is never read
     return query, caches[0, :, :, :length], caches[1, :, :, :length]
 
 
@@ -48,7 +48,7 @@ SHAPES = [
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_float64s(isa: str, shape: tuple[int, int, int, int, int]) -> None:
+def test_it_agrees_with_float64(isa: str, shape: tuple[int, int, int, int, int]) -> None:
     query, key, value = tensors(*shape, room=7)
     with using(isa) as there:
         if not there:
@@ -75,7 +75,7 @@ def test_a_row_depends_on_no_other_row(isa: str) -> None:
             assert torch.equal(part, whole[:, first:last])
 
 
-def test_several_texts_are_each_as_it_is_alone() -> None:
+def test_several_texts_are_independent() -> None:
     query, key, value = (t.repeat(3, 1, 1, 1) for t in tensors(8, 2, 32, 20, 30))
     key, value = key * torch.arange(1, 4)[:, None, None, None], value.flip(2)
     whole = native_attention.prompt_attention(query, key, value)
@@ -86,7 +86,7 @@ def test_several_texts_are_each_as_it_is_alone() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_keys_and_values_lie_in_any_strides(kv_heads: int) -> None:
+def test_keys_and_values_may_have_any_strides(kv_heads: int) -> None:
     query, key, value = tensors(4, kv_heads, 32, 20, 30, room=2)
     right = native_attention.prompt_attention(query, key, value)
     for change in (
@@ -101,7 +101,7 @@ def test_keys_and_values_lie_in_any_strides(kv_heads: int) -> None:
     assert torch.equal(native_attention.prompt_attention(query, *one), again)
 
 
-def test_what_it_cannot_read_is_refused() -> None:
+def test_unsupported_tensors_are_refused() -> None:
     query, key, value = tensors(4, 2, 32, 6, 9)
     assert native_attention.takes(query, key, value)
     others: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = [
@@ -120,13 +120,13 @@ def test_what_it_cannot_read_is_refused() -> None:
     assert native_attention.takes(query, key_cache[:, :, :9], value_cache[:, :, :9])
     for three in others:
         assert not native_attention.takes(*three)
-        with pytest.raises(ValueError, match="attention of"):
+        with pytest.raises(ValueError, match="unsupported attention of"):
             native_attention.prompt_attention(*three)
 
 
 @pytest.mark.parametrize(("kind", "window"), [("gpt_bigcode_mqa", None), ("llama", None), ("starcoder2", 12)])
 @torch.inference_mode()
-def test_a_models_prompt_goes_through_it_where_its_mask_is_causal(
+def test_a_models_prompt_uses_it_if_its_mask_is_causal(
     kind: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = tiny_model(kind, vocab=512).bfloat16()
@@ -160,7 +160,7 @@ def test_a_models_prompt_goes_through_it_where_its_mask_is_causal(
     assert not calls
 
 
-def test_a_mask_is_looked_at_once_and_told_from_others() -> None:
+def test_a_causal_mask_is_told_from_others() -> None:
     causal = torch.ones(20, 50, dtype=torch.bool).tril(30)[None, None]
     window = causal & ~torch.ones(20, 50, dtype=torch.bool).tril(20)
     for mask, right in ((causal, True), (window, False), (causal, True), (causal.clone(), True)):

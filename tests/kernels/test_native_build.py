@@ -1,4 +1,4 @@
-"""The kernels are compiled when lowmem is installed, and a machine without a compiler installs it too."""
+"""The kernels are compiled when lowmem is installed; without a compiler the installation succeeds too."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def built(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.suffix in (".so", ".dylib", ".pyd")]
 
 
-@pytest.mark.skipif(not os.environ.get("CI"), reason="a machine without a compiler is one too")
+@pytest.mark.skipif(not os.environ.get("CI"), reason="a machine without a compiler is supported")
 def test_this_installation_has_the_kernels() -> None:
-    """Else most tests of them would be skipped without a word."""
+    """Otherwise most tests of the kernels would be skipped silently."""
     assert native.available(), native.why_not()
 
 
 def test_without_a_compiler_the_installation_goes_on(tmp_path: Path) -> None:
-    """And says so: the package works with torch's own operators then."""
+    """It says so; the package then uses torch's own operators."""
     result = setup_py(
         "build_ext",
         "--build-lib",
@@ -56,7 +56,7 @@ def test_without_a_compiler_the_installation_goes_on(tmp_path: Path) -> None:
     assert not built(tmp_path)
 
 
-def test_a_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> None:
+def test_a_source_distribution_contains_all_sources(tmp_path: Path) -> None:
     result = setup_py("egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -69,7 +69,7 @@ def test_a_source_distribution_holds_all_that_is_compiled(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
 def test_every_source_is_compiled_into_one_library_that_works(tmp_path: Path) -> None:
-    """Built afresh, whatever is installed: all functions are there, and nothing is left undefined."""
+    """Built from scratch: all functions exist, and no symbol is undefined."""
     result = setup_py(
         "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "o"), "--force"
     )
@@ -86,9 +86,7 @@ def test_every_source_is_compiled_into_one_library_that_works(tmp_path: Path) ->
     assert not hasattr(loaded, "lm_isa_selected") and not hasattr(loaded, "lm_barrier")
 
 
-def test_a_library_that_is_not_there_or_of_another_version_is_explained(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_or_different_library_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "_native.so"
     broken.write_bytes(b"no library")
     other = next(iter((Path(torch.__file__).parent / "lib").glob("libtorch_global_deps.*")))
@@ -106,7 +104,7 @@ def test_a_library_that_is_not_there_or_of_another_version_is_explained(
 
 @pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
 def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All names are there, as after an update without a new installation, and the number is another."""
+    """All functions exist, as after an update without a new installation, but the contract differs."""
     text = "".join(f"int {name}(void) {{ return {header.CONTRACT - 1}; }}\n" for name in header.FUNCTIONS)
     (tmp_path / "old.c").write_text(text)
     compiler = shutil.which("cc") or "gcc"

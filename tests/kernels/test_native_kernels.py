@@ -1,4 +1,4 @@
-"""The kernels for the CPU: lowmem.h's rule to the last bit, and float64 within a derived bound."""
+"""The CPU kernels compute the rule of linear.h to the last bit, and float64 within a derived bound."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def activations(rows: int, inputs: int, kind: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """Normal, with now and then an input that is far larger, as hidden states have them."""
+    """Normal, with a few far larger inputs, like hidden states."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, inputs, generator=rng)
     x[torch.rand(rows, inputs, generator=rng) < 0.01] *= 30
@@ -63,8 +63,8 @@ def activations(rows: int, inputs: int, kind: torch.dtype = torch.float32, seed:
 @pytest.mark.parametrize(
     ("product", "sum_"), [(1 + 2**-12, 2.0**-25), (1 + 2**-12, -(2.0**-60)), (3e38, 1.0)]
 )
-def test_the_oracles_own_fma(product: float, sum_: float) -> None:
-    """Ties and what lies just beside them, where rounding twice goes wrong: against exact fractions."""
+def test_fma32_rounds_once(product: float, sum_: float) -> None:
+    """Ties and their neighbours, where rounding twice goes wrong: against exact fractions."""
     a = np.float32(product)
     for c in (sum_, -sum_, 2.0**-24, -(2.0**-24)):
         exact = Fraction(float(a)) ** 2 + Fraction(c)
@@ -80,7 +80,7 @@ def test_the_oracles_own_fma(product: float, sum_: float) -> None:
 @pytest.mark.parametrize("group", [32, 64, 128, 256, 512, -1])
 @pytest.mark.parametrize("bits", BITS)
 def test_every_instruction_set_computes_the_rule(bits: int, group: int, planes: int) -> None:
-    """Also: 200 outputs are 128 and a half-filled vector after 72; -1 is 416 inputs, so 32 at a time."""
+    """200 outputs end in a half-filled vector; group -1 is 416 inputs, quantized 32 at a time."""
     inputs, seed = {-1: 416}.get(group, 512), bits * 100 + group + planes
     for zeros in (False, True):
         kinds = KINDS[seed % 3 :] + KINDS[: seed % 3]
@@ -91,7 +91,7 @@ def test_every_instruction_set_computes_the_rule(bits: int, group: int, planes: 
         expected, packed = rule(x, weight, planes), weight.packed()
         for isa in ISAS:
             with using(isa) as can:
-                for rows in (1, 2, 7, 32, 37) if can else ():  # few up to 32, many above
+                for rows in (1, 2, 7, 32, 37) if can else ():  # decode kernels up to 32, prefill above
                     assert same(multiply(packed, x[:rows], planes), expected[:rows]), (isa, rows, zeros)
         seed += 1
 
@@ -119,7 +119,7 @@ def test_any_size(
     kinds: tuple[torch.dtype, torch.dtype, torch.dtype],
     seed: int,
 ) -> None:
-    """Groups of 32 to 384 inputs, any number of outputs, tensors anywhere on a multiple of 4 bytes."""
+    """Groups of 32 to 384 inputs, any number of outputs, tensors aligned to 4 bytes only."""
     group *= 32
     weight = random_weight(
         bits, group, group * groups, outputs, zeros=zeros, bias=kinds[0], scales=kinds[1], seed=seed
@@ -148,12 +148,12 @@ def test_the_largest_sums_fit(isa: str) -> None:
             )
             for planes in LIMITS:
                 for x in (torch.ones(1, 256), -torch.ones(1, 256), torch.full((20, 256), -0.501)):
-                    x[:, 0] = 1  # so that -0.501 is no longer the largest: digits of all kinds
+                    x[:, 0] = 1  # so that -0.501 is not the largest: digits of all kinds
                     assert same(multiply(weight.packed(), x, planes), rule(x, weight, planes))
 
 
 def test_low_digits_at_their_least(isa: str) -> None:
-    """Two digits of -128 are -32896, which 16 bits do not hold: the lower two of three cannot be one."""
+    """Two digits of -128 are -32896: with three planes, the lower two do not fit in 16 bits."""
     weight = random_weight(8, 256, 256, 32, zeros=True)
     q = 65536 * 100 - 32896
     x = torch.full((3, 256), q / LIMITS[3])
@@ -169,7 +169,7 @@ def test_low_digits_at_their_least(isa: str) -> None:
 @pytest.mark.parametrize("planes", LIMITS)
 @pytest.mark.parametrize("bits", BITS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, bits: int, planes: int) -> None:
-    """Alone, among a few and among 40: the same bits. Above 512 rows another piece of work begins."""
+    """The same bits alone and among up to 40 rows. Another piece of work begins after 512 rows."""
     packed = random_weight(bits, 64, 128, 72, zeros=bits == 3, bias=torch.float16).packed()
     x = activations(40, 128, torch.bfloat16)
     all_rows = multiply(packed, x, planes)
@@ -193,8 +193,8 @@ def test_threads_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_what_is_not_finite_stays_in_its_row(isa: str, kind: torch.dtype) -> None:
-    """No instruction set gives a finite number for a row that has an infinity or NaN in any group."""
+def test_a_row_that_is_not_finite_changes_no_other_row(isa: str, kind: torch.dtype) -> None:
+    """A row with an infinity or NaN in any group has no finite output, with any instruction set."""
     weight = random_weight(4, 32, 96, 40, bias=torch.float32)
     for rows in (6, 24):
         x = activations(rows, 96, kind)
@@ -209,8 +209,8 @@ def test_what_is_not_finite_stays_in_its_row(isa: str, kind: torch.dtype) -> Non
         assert not y[list(bad)].isfinite().any()
 
 
-def test_a_row_of_nothing(isa: str) -> None:
-    """Zeros give the bias, and +0 where there is none; a group of zeros beside others takes part."""
+def test_a_row_of_zeros(isa: str) -> None:
+    """The result is the bias, or +0 without one. A group of zeros beside others is correct too."""
     weight = random_weight(3, 64, 128, 24, zeros=True)
     for rows in (3, 20):
         x = activations(rows, 128)
@@ -227,7 +227,7 @@ def test_a_row_of_nothing(isa: str) -> None:
 
 @pytest.mark.parametrize("planes", LIMITS)
 def test_numbers_at_the_edges_of_float32(isa: str, planes: int) -> None:
-    """The largest of a group denormal, tiny, or near the end: what cannot be scaled up is nothing."""
+    """The largest of a group is denormal, tiny or huge. A group that cannot be scaled up counts as zeros."""
     weight = random_weight(4, 32, 64, 16, scales=torch.float32)
     size = torch.tensor([1e-45, 1e-40, 1.1e-38, 3e-37, 1e-33, 2e-32, 3e-32, 1e-30, 1e30, 3.4e38])
     x = torch.linspace(-1, 1, 64) * size[:, None]
@@ -235,7 +235,7 @@ def test_numbers_at_the_edges_of_float32(isa: str, planes: int) -> None:
 
 
 def test_nothing_past_the_end_is_read() -> None:
-    """Every tensor ends where a forbidden page begins; in a process of its own, which would crash."""
+    """Every tensor ends at a page without access. In a process of its own, since a read past it crashes."""
     code = "from tests.kernels.native_oracle import run_fenced; run_fenced()"
     root = Path(__file__).parent.parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
@@ -247,13 +247,13 @@ def test_nothing_past_the_end_is_read() -> None:
 
 
 def worst(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
-    """The most that float32 y can be off by, float64 [rows, out].
+    """The largest possible error of y in float32, as float64 [rows, out].
 
-    An activation's integer is off by scale / 2, where pairs share a digit by 8 scales more, and by 2^-23 of
-    the activation for two roundings before it (L / a, and its product with x). The sum of a group's lower
-    planes, below 2^31, is rounded to 2^-24 of itself: that is less than scale / 100 an input. At most four
-    roundings (c, scale, scale * weight_scale, the bias) are each 2^-24 of all |x w|, and one a group is that
-    of y.
+    An activation's integer is off by scale / 2, with LM_PAIRED by 8 scales more, and by 2^-23 of the
+    activation for two earlier roundings (L / a, and its product with x). The sum of a group's lower planes,
+    below 2^31, is rounded to 2^-24 of itself: less than scale / 100 for each input. At most four roundings
+    (c, scale, scale * weight_scale, the bias) cost 2^-24 of all |x w| each, and y is rounded once for each
+    group.
     """
     size, exact = x.double().abs(), weight.exact().abs()
     width = kernel_group(weight.group)
@@ -269,7 +269,7 @@ def worst(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_within_the_derived_bound_of_float64(bits: int, kind: torch.dtype) -> None:
-    """Outputs in x's dtype, with the planes that this dtype gets: the bound and half a step of the dtype."""
+    """Outputs in x's dtype with its number of planes: the bound plus half a step of the dtype."""
     half_step = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[kind]
     for inputs, group in ((96, 96), (2048, 128)):
         weight = random_weight(bits, group, inputs, 200, zeros=True, bias=kind)
@@ -291,10 +291,12 @@ def test_within_the_derived_bound_of_float64(bits: int, kind: torch.dtype) -> No
     [(torch.bfloat16, 2, 0.1), (torch.bfloat16, PAIRED, 0.8), (torch.float16, 2, 0.5), (torch.float32, 3, 2)],
     ids=str,
 )
-def test_digits_cost_less_than_the_dtype_does(kind: torch.dtype, planes: int, share: float) -> None:
-    """What becoming integers adds to y beside what rounding x to its dtype did; for float32, torch's product.
+def test_quantizing_activations_costs_less_than_their_dtype(
+    kind: torch.dtype, planes: int, share: float
+) -> None:
+    """Compare the error of quantizing x with that of rounding it to its dtype; for float32, with torch's product.
 
-    Normal activations in groups of 128, root mean square over 24 rows of 200 outputs.
+    Normal activations in groups of 128; root mean square over 24 rows of 200 outputs.
     """
     weight = random_weight(4, 128, 1024, 200)
     ideal = torch.randn(24, 1024, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -311,14 +313,14 @@ def test_digits_cost_less_than_the_dtype_does(kind: torch.dtype, planes: int, sh
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("bits", BITS)
 def test_agrees_with_the_reference_on_stored_tensors(bits: int, kind: torch.dtype) -> None:
-    """A weight rounded to nearest, packed as on disk. The reference rounds it to x's dtype first."""
+    """A weight rounded to nearest and packed as on disk. The reference rounds it to x's dtype first."""
     r = rtn(torch.randn(160, 256, generator=torch.Generator().manual_seed(bits)), bits, 64)
     weight = Weight(bits, 64, r.q.to(torch.uint8), r.scales, r.zeros.to(torch.uint8))
     x = activations(20, 256, kind)
     stored = (pack_rows(r.q, bits), pack_zeros(r.zeros, bits), r.scales, r.g_idx, bits)
     expected = reference.linear(x, *stored).double()
     got = native_linear.linear(weight.packed(), x).double()
-    # Beside our bound: the reference's weight and both outputs rounded, its sum of 256 in float32.
+    # Plus the reference's errors: its weight and both outputs are rounded, its sum of 256 is float32.
     half_step = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[kind]
     size = x.double().abs() @ weight.exact().abs()
     allowed = (
@@ -334,7 +336,7 @@ def test_agrees_with_the_reference_on_stored_tensors(bits: int, kind: torch.dtyp
 
 
 def patterns(kind: torch.dtype) -> torch.Tensor:
-    """All 65536 numbers of a 16-bit dtype, those of a like size together."""
+    """All 65536 numbers of a 16-bit dtype, ordered by size."""
     numbers = torch.arange(65536, dtype=torch.int32).to(torch.int16)
     order = torch.argsort(numbers.int() & 0x7FFF, stable=True)
     return numbers[order].view(kind)
@@ -342,7 +344,7 @@ def patterns(kind: torch.dtype) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS[1:], ids=str)
 def test_every_16_bit_number_as_activation_scale_and_bias(isa: str, kind: torch.dtype) -> None:
-    """Each gives the bits that its float32 gives: denormals, infinities and NaN too."""
+    """Each number has the same result as its float32, including denormals, infinities and NaN."""
     numbers = patterns(kind)
     x, one = numbers.view(-1, 32), random_weight(8, 32, 32, 32, scales=torch.float32)
     assert same(multiply(one.packed(), x, 3), multiply(one.packed(), x.float(), 3))
@@ -360,12 +362,12 @@ def test_every_16_bit_number_as_activation_scale_and_bias(isa: str, kind: torch.
 
 @pytest.mark.parametrize("kind", KINDS[1:], ids=str)
 def test_outputs_round_to_nearest_even(isa: str, kind: torch.dtype) -> None:
-    """Any float32 as bias of nothing: ties, both sides of them, denormals, overflow, NaN."""
+    """Any float32 as bias of a zero product: ties and their neighbours, denormals, overflow, NaN."""
     near = patterns(kind).float().view(torch.int32)
     step = 1 << 16 if kind is torch.bfloat16 else 1 << 13
     ties = torch.cat([near + offset for offset in (step // 2 - 1, step // 2, step // 2 + 1)])
     anything = torch.randint(-(1 << 31), 1 << 31, (1 << 16,), generator=torch.Generator().manual_seed(2))
-    halves = 2.0**-25 * torch.arange(4096)  # float16's denormals, and half way between them
+    halves = 2.0**-25 * torch.arange(4096)  # float16's denormals, and the midpoints between them
     bias = torch.cat([ties.view(torch.float32), anything.int().view(torch.float32), halves, -halves])
     words = torch.zeros(32 * 8 // 32, len(bias), dtype=torch.int32)
     packed = native_linear.Packed(words, torch.ones(1, len(bias)), None, bias, 8, 32)
@@ -377,7 +379,7 @@ def test_outputs_round_to_nearest_even(isa: str, kind: torch.dtype) -> None:
 
 @pytest.mark.parametrize("bias", [None, *KINDS], ids=str)
 def test_dense_against_float64(isa: str, bias: torch.dtype | None) -> None:
-    """in * 2^-24 of the sum of all |x w|: what float32 sums in any order are off by at most."""
+    """Within in * 2^-24 of the sum of all |x w|, the largest error of a float32 sum in any order."""
     for inputs, outputs in ((1, 1), (7, 3), (31, 24), (64, 50), (100, 9), (515, 33)):
         weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(inputs)).bfloat16()
         b = None if bias is None else torch.randn(outputs).to(bias)
@@ -397,7 +399,7 @@ def test_dense_rows_do_not_depend_on_each_other(isa: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[1:], ids=str)
-def test_dense_takes_and_gives_16_bits(isa: str, kind: torch.dtype) -> None:
+def test_dense_takes_and_returns_16_bits(isa: str, kind: torch.dtype) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
     x = activations(3, 64, kind)
     assert same(dense(weight, x), dense(weight, x.float()).to(kind))

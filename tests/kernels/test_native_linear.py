@@ -1,4 +1,4 @@
-"""Our own kernels behind QuantLinear: what reaches them, what is refused, and what is chosen without them."""
+"""lowmem's own kernels behind QuantLinear: what they take and refuse, and what is used without them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def quant_linear(
     g_idx: torch.Tensor | None = None,
     seed: int = 0,
 ) -> QuantLinear:
-    """Random, half of the scales negative. g_idx: the groups of the inputs, unless they lie in order."""
+    """Random, with half of the scales negative. g_idx: the groups of the inputs; the default is in order."""
     made = QuantLinear(
         inputs, outputs, bits=bits, group_size=group_size, bias=bias, zeros_v2=v2, dtype=torch.float32
     )
@@ -75,7 +75,7 @@ def quant_linear(
 
 
 def exact(linear: QuantLinear, x: torch.Tensor) -> torch.Tensor:
-    """In float64, from the tensors themselves."""
+    """The product in float64, from the stored tensors."""
     groups = linear.g_idx.long()
     zeros = unpack_zeros(linear.qzeros, linear.bits, v2=linear.zeros_v2).double()[groups]
     weight = (unpack_rows(linear.qweight, linear.bits) - zeros) * linear.scales.double()[groups]
@@ -101,7 +101,7 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
     v2=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_any_linear_is_float64s(
+def test_any_linear_agrees_with_float64(
     bits: int,
     groups: int,
     group_size: int,
@@ -125,7 +125,7 @@ def test_any_linear_is_float64s(
 
 @needs_native
 @pytest.mark.parametrize("bits", BITS)
-def test_16_bit_activations_become_fewer_only_where_it_is_free_or_asked_for(bits: int) -> None:
+def test_16_bit_activations_lose_bits_only_where_free_or_requested(bits: int) -> None:
     linear = quant_linear(256, 96, bits, 64)
     x = torch.randn(2 * header.DECODE_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     results = {}
@@ -160,7 +160,7 @@ def test_any_leading_shape_and_any_strides() -> None:
 
 
 @needs_native
-def test_a_row_has_the_same_bits_alone_and_among_many_on_any_threads() -> None:
+def test_a_rows_bits_depend_on_neither_rows_nor_threads() -> None:
     linear = quant_linear(256, 160, 4, 128)
     linear.use_native()
     rows = torch.randn(2 * PREFILL_CHUNK + 3, 256)
@@ -225,16 +225,16 @@ SCATTERED = {
 @pytest.mark.parametrize("g_idx", SCATTERED.values(), ids=SCATTERED)
 @pytest.mark.parametrize("bits", [4, 3])
 def test_groups_in_any_order(g_idx: torch.Tensor, bits: int) -> None:
-    """Rows that do not lie group by group are put in order; the weight stays what it was."""
+    """Inputs are brought into the order of their groups; the weight does not change."""
     linear = quant_linear(128, 64, bits, 32, sym=False, g_idx=g_idx)
     x = torch.randn(5, 128)
     right, weight, bytes_before = exact(linear, x), linear.dequantize(), linear.qweight.nbytes
     linear.use_native()
     assert error(linear(x), right) < 1e-6
     assert torch.equal(linear.dequantize(), weight)
-    assert linear.qweight.nbytes == bytes_before  # the old one went
+    assert linear.qweight.nbytes == bytes_before  # the old one was freed
     linear.packed = None
-    assert error(linear(x), right) < 1e-5, "and the reference computes with the order as well"
+    assert error(linear(x), right) < 1e-5, "the reference applies the order as well"
     linear.use_native()
     assert error(linear(x), right) < 1e-6
     assert set(linear.state_dict()) == {"qweight", "qzeros", "scales", "g_idx", "bias"}
@@ -242,7 +242,7 @@ def test_groups_in_any_order(g_idx: torch.Tensor, bits: int) -> None:
 
 @needs_native
 def test_a_last_group_that_is_not_full() -> None:
-    """576 inputs in groups of 128, as SmolLM2 would have them."""
+    """576 inputs in groups of 128, like SmolLM2."""
     linear = quant_linear(576, 64, 4, 128)
     x = torch.randn(3, 576)
     right = exact(linear, x)
@@ -251,8 +251,8 @@ def test_a_last_group_that_is_not_full() -> None:
 
 
 @needs_native
-def test_a_replaced_tensor_is_the_one_that_counts() -> None:
-    """The kernels hold addresses: they must not outlive what they point to."""
+def test_a_replaced_tensor_is_used() -> None:
+    """The kernels hold addresses, which must not outlive their tensors."""
     linear = quant_linear(64, 64)
     x = torch.randn(2, 64)
     linear.use_native()
@@ -284,7 +284,7 @@ def test_gradients_go_through_the_reference() -> None:
 
 
 @needs_native
-def test_what_could_not_be_read_safely_is_refused() -> None:
+def test_weights_that_cannot_be_read_safely_are_refused() -> None:
     linear = quant_linear(64, 64)
     linear.use_native()
     good: dict[str, Any] = {
@@ -348,8 +348,8 @@ def test_two_threads_at_once_share_the_workspace_in_turn() -> None:
 
 @needs_native
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP is looked for on Linux")
-def test_the_threads_are_torchs_own() -> None:
-    """A process has one team of OpenMP threads, whoever asks for them."""
+def test_the_kernels_run_on_torchs_threads() -> None:
+    """The process keeps a single team of OpenMP threads."""
     code = """
 import os, torch
 from lowmem.kernels.native import header
@@ -359,7 +359,7 @@ torch.set_num_threads(3)
 def threads(): return len(os.listdir("/proc/self/task"))
 linear = quant_linear(256, 512, 4, 128)
 x = torch.randn(64, 256)
-torch.randn(1 << 20).exp_()  # torch's team is there
+torch.randn(1 << 20).exp_()  # starts torch's team
 before = threads()
 linear.use_native(); linear(x)
 assert native.threads_are_torchs() and native.library().lm_threads() == 3
@@ -372,7 +372,7 @@ assert threads() == before, (before, threads())
 @needs_native
 @pytest.mark.parametrize("form", ["float32", "bfloat16"])
 def test_the_plan_counts_the_workspace(form: str) -> None:
-    """Of the widest linear, for a whole chunk: what the library asks for is what the plan has."""
+    """For the widest linear and a whole chunk, the plan counts what the library requires."""
     inputs, group = 2048, 64
     linear = quant_linear(inputs, 128, 4, group)
     linear.use_native()
@@ -404,7 +404,7 @@ def test_the_plan_counts_the_workspace(form: str) -> None:
 
 
 class _Two(nn.Module):
-    """A linear that every kernel takes, and one with groups of 48."""
+    """A linear that every kernel supports, and one with groups of 48."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -419,7 +419,7 @@ class _Two(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["native", "torch", "reference"])
-def test_each_way_gives_the_same_model(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_computes_the_same_model(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "native" and not native.available():
         pytest.skip(native.why_not())
     model = _Two(torch.bfloat16)
@@ -466,7 +466,7 @@ def test_a_kernel_that_does_not_exist_is_refused_by_name(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (4, -1), (4, 512), (8, -1)])
 def test_torchs_operators_are_the_reference(bits: int, group_size: int, sym: bool, v2: bool) -> None:
-    """Through the same trial as every kernel of others, on more outputs than one slice has."""
+    """By the same trial as every third-party kernel, with more outputs than one slice has."""
     format = LinearFormat(bits, group_size, sym, layout="gptq_v2" if v2 else "gptq")
     offered = torch_ops.candidates(format, torch.bfloat16)
     if bits == 8 and not sym:
@@ -481,7 +481,7 @@ def test_torchs_operators_are_the_reference(bits: int, group_size: int, sym: boo
     assert {"qweight", "qzeros", "g_idx"}.isdisjoint(dict(kernel.named_buffers()))  # no second copy
 
 
-def test_torchs_operators_refuse_what_is_out_of_order() -> None:
+def test_torchs_operators_refuse_scattered_groups() -> None:
     format = LinearFormat(4, 32, desc_act=True)
     sample = sample_linear(format, CPU, torch.bfloat16)
     kernel, problem = cuda.trial(torch_ops.candidates(format, torch.bfloat16)[0], sample, torch.bfloat16)
@@ -512,7 +512,7 @@ def test_the_doctor_says_what_to_do_without_it(monkeypatch: pytest.MonkeyPatch) 
 
 @needs_native
 def test_a_model_with_scattered_groups_gets_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As other tools' act-order checkpoints have them: through install, and to the same outputs."""
+    """As in act-order checkpoints of other tools: install accepts them, and outputs are equal."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     torch.manual_seed(0)
     dense = nn.Linear(256, 64)
