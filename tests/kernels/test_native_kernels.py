@@ -294,7 +294,7 @@ def test_within_the_derived_bound_of_float64(bits: int, kind: torch.dtype) -> No
 def test_quantizing_activations_costs_less_than_their_dtype(
     kind: torch.dtype, planes: int, share: float
 ) -> None:
-    """Compare the error of quantizing x with that of rounding it to its dtype; for float32, with torch's product.
+    """Compare the error of quantizing x with that of rounding it; for float32, with torch's product.
 
     Normal activations in groups of 128; root mean square over 24 rows of 200 outputs.
     """
