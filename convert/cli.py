@@ -154,14 +154,7 @@ def run(args: argparse.Namespace) -> int:
     reporter = make_reporter(quiet=args.quiet, as_json=args.json)
     signal.signal(signal.SIGTERM, _as_interrupt)
     try:
-        convert(
-            args.source,
-            args.out,
-            config,
-            calibration=calibration,
-            options=options,
-            reporter=reporter,
-        )
+        convert(args.source, args.out, config, calibration=calibration, options=options, reporter=reporter)
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise

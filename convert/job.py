@@ -193,19 +193,7 @@ class ConversionJob:
 
     def commit(self) -> None:
         """Write job.json; what it lists counts as finished from then on."""
-        state = self.state
-        write_json(
-            self.folder / "job.json",
-            {
-                "version": JOB_VERSION,
-                "recipe": state.recipe,
-                "run": state.run,
-                "finished_layers": state.finished_layers,
-                "seconds": round(state.seconds, 3),
-                "publishing": state.publishing,
-                "reports": [[asdict(report) for report in layer] for layer in state.reports],
-            },
-        )
+        write_json(self.folder / "job.json", {"version": JOB_VERSION, **asdict(self.state)})
 
     def was_published(self) -> bool:
         """Whether a process was stopped after OUT appeared, so that only its job folder is left."""

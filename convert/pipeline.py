@@ -16,7 +16,7 @@ from lowmem.convert.memory_plan import MemoryBudget, MemoryPlan, plan_memory
 from lowmem.convert.progress import Reporter
 from lowmem.convert.recipe import ConvertOptions
 from lowmem.convert.result.finish import ResultSummary, assemble
-from lowmem.convert.stages.context import Batch, LayerContext, Seconds, run_stages
+from lowmem.convert.stages.context import CalibrationBatch, LayerContext, Seconds, run_stages
 from lowmem.convert.stages.layer import layer_stages
 from lowmem.convert.stages.replay import Replay
 from torch import nn
@@ -181,7 +181,7 @@ class _Conversion:
         _, layers = decoder_layers(model, inputs.source.config())
         totals = Seconds()
         for index in range(job.state.finished_layers, len(arch.layers)):
-            batches = Batch(calls[index], rows), Batch(step_calls[index], rows_a_step)
+            batches = CalibrationBatch(calls[index], rows), CalibrationBatch(step_calls[index], rows_a_step)
             context = self._context(index, layers[index], (states, unquantized), batches)
             self._convert(index, context)
             states, unquantized = context.states, context.unquantized
@@ -222,7 +222,11 @@ class _Conversion:
         return stream(self.job.hidden(finished)), unquantized
 
     def _context(
-        self, index: int, layer: nn.Module, streams: Streams, batches: tuple[Batch, Batch]
+        self,
+        index: int,
+        layer: nn.Module,
+        streams: Streams,
+        batches: tuple[CalibrationBatch, CalibrationBatch],
     ) -> LayerContext:
         inputs, layers, replay = self.inputs, self.inputs.arch.layers, None
         spec = layers[index]

@@ -77,7 +77,7 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Batch:
+class CalibrationBatch:
     """Calibration rows that run through a layer together."""
 
     call: LayerCall
@@ -127,12 +127,12 @@ class LayerContext:
     recipe: Recipe
     states: HiddenStates
     """At the layer's input, of the model as it is converted."""
-    batch: Batch
+    batch: CalibrationBatch
     files: LayerFiles
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     unquantized: HiddenStates | None = None
     """At the layer's input, of the unquantized model; None where nothing is compared with it."""
-    step_batch: Batch | None = None
+    step_batch: CalibrationBatch | None = None
     """The rows of one step of tuning; `batch` where it is None."""
     replay: Replay | None = None
     """The outputs of finished linears; None where every pass computes them again."""
@@ -163,7 +163,7 @@ class LayerContext:
     seconds: Seconds = field(default_factory=Seconds)
 
     @property
-    def tuning_batch(self) -> Batch:
+    def tuning_batch(self) -> CalibrationBatch:
         """The rows of one step of tuning."""
         return self.step_batch or self.batch
 

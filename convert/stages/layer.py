@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from lowmem.convert.recipe import Recipe
-from lowmem.convert.stages.capture import CaptureInputs
+from lowmem.convert.stages.capture import CaptureInputs, Group
 from lowmem.convert.stages.context import LayerContext, Stage
 from lowmem.convert.stages.quantize import FactorHessian, RestoreGroup, RoundLinear
 from lowmem.convert.stages.record import RecordTargets
@@ -12,6 +12,7 @@ from lowmem.convert.stages.sizes import LayerSizes
 from lowmem.convert.stages.tuning import TuneLayer
 
 from lowmem.checkpoint.files.writer import TensorPlan, write_tensors
+from lowmem.errors import RecipeError
 from lowmem.models.architecture import LayerSpec
 
 
@@ -35,12 +36,22 @@ def quantizing_stages(layer: LayerSpec, recipe: Recipe, *, replays: bool) -> lis
         keep = replays and groups[-1] is not last
         stages.append(CaptureInputs(groups, keep))
         for group in groups:
+            _check_group(layer, group, recipe)
             stages.append(FactorHessian(group))
             stages += [RoundLinear(linear, alone=len(group) == 1) for linear in group]
             stages.append(RestoreGroup(group, keep, restore=keep or not (replays and config.tune_steps)))
     if config.tune_steps:
         stages.append(TuneLayer())
     return stages
+
+
+def _check_group(layer: LayerSpec, group: Group, recipe: Recipe) -> None:
+    configs = [recipe.of(f"{layer.name}.{linear.name}") for linear in group]
+    if len({(one.group_size, one.desc_act, one.damp_percent) for one in configs}) > 1:
+        raise RecipeError(
+            f"{', '.join(linear.name for linear in group)} of {layer.name} share an input, and so one Hessian",
+            "Give them the same group size, column order and damping",
+        )
 
 
 class ReadLayer(Stage):

@@ -61,7 +61,7 @@ class RoundLinear(Stage):
         with context.seconds.of("pack"):
             context.tensors.update(_packed(name, result, config))
         energy = context.captured.mean_energy(name)
-        if config.tune_steps:
+        if context.recipe.config.tune_steps:
             context.quantized[name] = result
             context.output_rms[name] = (energy / self.linear.out_features) ** 0.5
         report = LinearReport(
@@ -81,7 +81,7 @@ class RoundLinear(Stage):
         # The transposed copy is made before the linear's own weight is dropped.
         copied = sizes.held + weight * (FLOAT32 if sizes.work.dtype != torch.bfloat16 else sizes.itemsize)
         # What the linear lacks: solved in place where its own matrix holds it, else made from the group's.
-        wanted = weight * FLOAT32 * config.corrects
+        wanted = weight * FLOAT32 * sizes.work.recipe.config.corrects
         if self.alone and sizes.lacking.get(self.linear.name) == wanted:
             wanted = 0
         width = gptq.group_width(config, n)
@@ -93,7 +93,8 @@ class RoundLinear(Stage):
         weight, config = self.linear.in_features * self.linear.out_features, sizes.config(self.linear)
         sizes.dense -= weight * sizes.itemsize
         # Tuning needs the integers, one byte each.
-        sizes.packed += packed_bytes(self.linear, config) + (weight if config.tune_steps else 0)
+        integers = weight if sizes.work.recipe.config.tune_steps else 0
+        sizes.packed += packed_bytes(self.linear, config) + integers
 
 
 class RestoreGroup(Stage):

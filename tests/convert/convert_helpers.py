@@ -12,7 +12,7 @@ import torch
 from lowmem.convert.calibration import CalibrationSpec
 from lowmem.convert.pipeline import convert
 from lowmem.convert.recipe import ConvertOptions, Recipe
-from lowmem.convert.stages.context import Batch, LayerContext, LayerFiles, run_stages
+from lowmem.convert.stages.context import CalibrationBatch, LayerContext, LayerFiles, run_stages
 from lowmem.convert.stages.layer import quantizing_stages
 from torch import nn
 
@@ -83,7 +83,7 @@ class LayerOfModel:
             self.spec,
             Recipe(config),
             stream(folder, "in", self.hidden if states is None else states),
-            Batch(self.call, 2),
+            CalibrationBatch(self.call, 2),
             LayerFiles(folder, folder / "staged", folder / "next", folder / "next-unquantized"),
             unquantized=stream(folder, "clean", self.hidden) if config.follows_unquantized else None,
             **fields,

@@ -212,12 +212,7 @@ def test_refusals_leave_nothing_behind(tmp_path):
         (RecipeError, "--group-size 64", source, {"config": QuantConfig(group_size=96)}),
         (CalibrationError, "positions", source, {"row_length": 512}),
         (CalibrationError, "Use --rows", source, {"rows": 9999}),
-        (
-            MemoryBudgetError,
-            "--memory",
-            source,
-            {"options": ConvertOptions(device="cpu", memory=100 << 20)},
-        ),
+        (MemoryBudgetError, "--memory", source, {"options": ConvertOptions(device="cpu", memory=100 << 20)}),
         (InvalidRequestError, "--device", source, {"options": ConvertOptions(device="cuda:99")}),
         (CalibrationError, "missing.txt", source, {"calibration": str(tmp_path / "missing.txt")}),
     ]

@@ -43,10 +43,7 @@ def run_convert(source: Path, out: Path, *options: str) -> tuple[int, dict, str]
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(Path(__file__).parent.parent.parent),
     }
-    with (
-        (out.parent / "stdout").open("w+") as stdout,
-        (out.parent / "stderr").open("w+") as stderr,
-    ):
+    with (out.parent / "stdout").open("w+") as stdout, (out.parent / "stderr").open("w+") as stderr:
         process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment, cwd=out.parent)
         peak = 0
         while process.poll() is None:

@@ -12,6 +12,7 @@ from lowmem.convert.stages.replay import Replay
 from lowmem.convert.stages.sizes import Workload
 
 from lowmem.config import QuantConfig
+from lowmem.errors import RecipeError
 from lowmem.models.architecture import inspect
 from tests.convert.convert_helpers import LayerOfModel
 from tests.helpers import tiny_config, tiny_model
@@ -96,3 +97,15 @@ def test_linears_may_have_recipes_of_their_own(tmp_path):
         packed = context.tensors[f"{linear.name}.qweight"]
         assert packed.shape == (linear.in_features * bits // 32, linear.out_features)
         assert len(one.layer.get_submodule(linear.name).weight.detach()[0, :32].unique()) <= 2**bits
+
+
+def test_linears_that_share_an_input_share_the_group_size():
+    """They share one factored Hessian, whose columns are ordered by groups."""
+
+    class Mixed(Recipe):
+        def of(self, linear):
+            return QuantConfig(group_size=64 if linear.endswith("k_proj") else 32)
+
+    layer = inspect(tiny_config("llama")).layers[0]
+    with pytest.raises(RecipeError, match="share an input"):
+        layer_stages(layer, Mixed(QuantConfig(group_size=32)), replays=True)
