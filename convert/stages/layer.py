@@ -49,7 +49,7 @@ def _check_group(layer: LayerSpec, group: Group, recipe: Recipe) -> None:
     configs = [recipe.of(f"{layer.name}.{linear.name}") for linear in group]
     if len({(one.group_size, one.desc_act, one.damp_percent) for one in configs}) > 1:
         raise RecipeError(
-            f"{', '.join(linear.name for linear in group)} of {layer.name} share an input, and so one Hessian",
+            f"{', '.join(linear.name for linear in group)} of {layer.name} share an input and its Hessian",
             "Give them the same group size, column order and damping",
         )
 
