@@ -155,10 +155,10 @@ DECODE_PLANES(2) DECODE_PLANES(3) DECODE_PLANES(4) DECODE_PLANES(8)
 static void decode(const lm_piece *piece)
 {
     typedef void (*kernel)(const part *);
-    static const kernel kernels[4][3][4] = {TABLE(2), TABLE(3), TABLE(4), TABLE(8)};
+    static const kernel kernels[9][3][4] = {[2] = TABLE(2), [3] = TABLE(3), [4] = TABLE(4), [8] = TABLE(8)};
     const lm_packed *w = piece->w;
     const lm_input *input = piece->input;
-    const kernel *by_rows = kernels[w->bits == 8 ? 3 : w->bits - 2][input->planes == LM_PAIRED ? 1 : input->planes - 1];
+    const kernel *by_rows = kernels[w->bits][input->planes == LM_PAIRED ? 1 : input->planes - 1];
     const int64_t tile = DECODE_TILE(input->planes), groups = w->inputs / input->group, outputs = piece->last - piece->first;
     /* The tiled layout tile by tile; GPTQ's rows group by group. Several tiles of rows read the same words: the second
      * one finds them in the cache. */
@@ -247,8 +247,8 @@ static void prefill_group(const lm_piece *p, const lm_group *at)
 {
     typedef void (*unpacker)(int, const block *, int16_t *);
     typedef void (*kernel)(const lm_group *, int64_t, const int16_t *, const block *);
-    static const unpacker unpackers[4] = {unpack_2, unpack_3, unpack_4, unpack_8};
-    const unpacker unpack = unpackers[p->w->bits == 8 ? 3 : p->w->bits - 2];
+    static const unpacker unpackers[9] = {[2] = unpack_2, [3] = unpack_3, [4] = unpack_4, [8] = unpack_8};
+    const unpacker unpack = unpackers[p->w->bits];
     const int64_t rows = p->input->rows, width = p->input->group;
     const int planes = p->input->planes, most = PREFILL_TILE(planes);
     int16_t *scratch = p->scratch;

@@ -251,10 +251,11 @@ DECODE_ROWS(2, 4) DECODE_ROWS(3, 4) DECODE_ROWS(4, 4) /* 4: LM_PAIRED */
 void lm_decode_avx512(const lm_piece *piece)
 {
     typedef void (*kernel)(const part *);
-    static const kernel kernels[4][4][4] = {TABLE(2), TABLE(3), TABLE(4), {NAMES(8, 1), NAMES(8, 2), NAMES(8, 3)}};
+    static const kernel kernels[9][4][4] = {
+        [2] = TABLE(2), [3] = TABLE(3), [4] = TABLE(4), [8] = {NAMES(8, 1), NAMES(8, 2), NAMES(8, 3)}};
     const lm_packed *w = piece->w;
     const lm_input *input = piece->input;
-    const kernel *by_rows = kernels[w->bits == 8 ? 3 : w->bits - 2][input->planes - 1];
+    const kernel *by_rows = kernels[w->bits][input->planes - 1];
     /* The tiled layout tile by tile; GPTQ's rows group by group, all columns of each. Up to four rows take all groups of
      * a tile at once; more rows take each group's weights again from the nearest cache. */
     const int64_t groups = w->inputs / input->group;

@@ -169,8 +169,9 @@ PREFILL(2, 4) PREFILL(3, 4) PREFILL(4, 4) /* 4: LM_PAIRED */
 static void prefill(const lm_piece *p)
 {
     typedef void (*kernel)(const lm_piece *, int64_t);
-    static const kernel kernels[4][4] = {TABLE(2), TABLE(3), TABLE(4), {prefill_8_1, prefill_8_2, prefill_8_3}};
-    const kernel by_group = kernels[p->w->bits == 8 ? 3 : p->w->bits - 2][p->input->planes - 1];
+    static const kernel kernels[9][4] = {
+        [2] = TABLE(2), [3] = TABLE(3), [4] = TABLE(4), [8] = {prefill_8_1, prefill_8_2, prefill_8_3}};
+    const kernel by_group = kernels[p->w->bits][p->input->planes - 1];
     for (int64_t g = 0; g < p->w->inputs / p->input->group; g++)
         by_group(p, g);
 }
