@@ -11,7 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lowmem.chat.repl import Chat
+from lowmem.chat.chat import Chat
+from lowmem.chat.conversation import ChatState
+from lowmem.chat.repl import talk
 from lowmem.config import SamplingParams
 from lowmem.generate import rearranging
 from lowmem.generate.engine import Engine
@@ -137,7 +139,7 @@ def test_a_chat_has_all_done_while_the_first_question_is_typed(folder: Path) -> 
 
     console, _ = terminal_console()
     assert session.engine.unsettled
-    assert Chat(session, console, Reader(), params=SamplingParams()).run() == 0
+    assert talk(Chat(session, console, ChatState()), Reader()) == 0  # type: ignore[arg-type]
     assert all(in_tiles(session.loaded))
 
 
