@@ -164,7 +164,7 @@ def test_old_questions_are_left_out_to_fit_the_context(chat, server):
     assert server.session.loaded is not None
     assert len(chat.bodies[-1]["messages"]) < 7
     assert chat.bodies[-1]["messages"][-1]["content"].startswith("SHORT 3")
-    assert "to fit the context" in chat.last.locator(".note").text_content()
+    assert "did not fit the context" in chat.last.locator(".note").text_content()
     assert chat.last.locator(".prose").text_content() == "Short answer."
 
 
@@ -176,7 +176,7 @@ def test_a_full_storage_is_said_and_costs_nothing_else(chat):
     )
     answer = chat.ask("SHORT " + "x" * 2000)
     assert answer.locator(".prose").text_content() == "Short answer."
-    assert chat.page.get_by_text("The browser keeps no more conversations").is_visible()
+    assert chat.page.get_by_text("The browser cannot save conversations").is_visible()
 
 
 def test_what_the_storage_holds_may_be_anything(chat):

@@ -56,10 +56,10 @@ def test_the_key_is_asked_for_once(make_chat):
         dialog = chat.page.get_by_role("dialog", name="API key")
         dialog.get_by_role("button", name="Close").click()
         chat.send("SHORT")
-        dialog.get_by_label("This server asks for its API key").fill("wrong")
+        dialog.get_by_label("This server requires an API key").fill("wrong")
         dialog.get_by_role("button", name="Use this key").click()
         chat.page.locator("#key-dialog[open] #key").wait_for()
-        dialog.get_by_label("This server asks for its API key").fill("secret")
+        dialog.get_by_label("This server requires an API key").fill("secret")
         dialog.get_by_role("button", name="Use this key").click()
         chat.wait_text("Short answer.")
         assert chat.answers.count() == 1
@@ -81,7 +81,7 @@ def test_a_full_queue_and_a_closing_server_are_said_in_words(make_chat):
         until(lambda: busy.worker.waiting == 1)
         chat.button("New conversation").first.click()
         chat.send("SHORT three")
-        chat.page.get_by_text("The server is busy with other questions.").first.wait_for()
+        chat.page.get_by_text("The server is busy with other requests.").first.wait_for()
         busy.session.go.release()
         until(lambda: not busy.worker.busy and not busy.worker.waiting)
         chat.last.get_by_role("button", name="Try again").last.click()
@@ -89,7 +89,7 @@ def test_a_full_queue_and_a_closing_server_are_said_in_words(make_chat):
         assert chat.last.locator(".version").count() == 0  # the refusal is no version of an answer
         busy.worker.close()
         chat.send("SHORT four")
-        chat.page.get_by_text("The server takes no questions at the moment.").first.wait_for()
+        chat.page.get_by_text("The server accepts no requests at the moment.").first.wait_for()
 
 
 def test_a_server_that_dies_and_comes_back(make_chat):
@@ -120,7 +120,7 @@ def test_plan_speed_and_memory_are_shown(chat):
     shown = status.text_content()
     assert "tiny-starchat" in shown and re.search(r"\d+ MiB", shown) and "100.0 tokens/s" in shown
     status.click()
-    dialog = chat.page.get_by_role("dialog", name="What runs here")
+    dialog = chat.page.get_by_role("dialog", name="About this server")
     assert "bfloat16 is the best form here" in dialog.text_content()
     assert "1,024 tokens" in dialog.text_content()
 

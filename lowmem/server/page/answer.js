@@ -1,4 +1,4 @@
-/** One answer while it comes: its pieces, its figures, and how it ended. It goes on when another chat is looked at. */
+/** One streaming answer: its pieces, its figures, and how it ended. It continues while another chat is shown. */
 
 import { ServerError, streamAnswer } from "./api.js";
 import { Speaker } from "./speaker.js";
@@ -9,17 +9,17 @@ import { Speaker } from "./speaker.js";
  * @typedef {{role: string, content: string}} Message
  */
 
-let leaving = -Infinity; // when the page was last about to go: browsers then drop connections before they say so
+let leaving = -Infinity; // time of the last beforeunload event: browsers drop connections before they report it
 addEventListener("beforeunload", () => {
   leaving = performance.now();
 });
 
-const LETTERS = 3; // of a token, about: in prose there are more, in code fewer
+const LETTERS = 3; // average length of a token: longer in prose, shorter in code
 
 export class Answer {
   /**
    * @param {Conversation} conversation
-   * @param {Turn} turn the answer's
+   * @param {Turn} turn of the answer
    * @param {{onPiece: (answer: Answer) => void, onEnd: (answer: Answer) => void}} listeners
    */
   constructor(conversation, turn, listeners) {
@@ -29,19 +29,19 @@ export class Answer {
     this.controller = new AbortController();
     this.speaker = new Speaker();
     this.started = performance.now();
-    this.first = 0; // when the first piece came
-    this.latest = 0; // and the last
+    this.first = 0; // time of the first piece
+    this.latest = 0; // time of the latest piece
     this.pieces = 0;
-    this.status = 0; // of a refusal
+    this.status = 0; // HTTP status of a refusal
   }
 
-  /** Tokens a second so far, as far as pieces are tokens; 0 before there is a second piece. */
+  /** Tokens per second so far, if each piece is a token; 0 before the second piece. */
   get rate() {
     return this.pieces > 1 ? ((this.pieces - 1) * 1000) / Math.max(this.latest - this.first, 1) : 0;
   }
 
   /**
-   * Ask, and take what comes until it ends; never throws.
+   * Send the request and read the answer to its end; never throws.
    * @param {Record<string, any>} body of the request
    */
   async run(body) {
@@ -68,8 +68,8 @@ export class Answer {
   }
 
   /**
-   * The pieces. Where the messages turn out too long for the context, more exchanges at the start are left out: one,
-   * then as many again as are left out already.
+   * The pieces. If the messages exceed the context, more exchanges at the start are dropped: one, then as many again
+   * as have been dropped.
    * @param {Record<string, any>} body
    * @returns {AsyncGenerator<import("./api.js").Piece>}
    */
@@ -88,7 +88,7 @@ export class Answer {
     }
   }
 
-  /** End it here; what came stays. The server stops generating when the connection closes. */
+  /** Stop the answer and keep its text. The server stops generating when the connection closes. */
   stop() {
     this.controller.abort();
   }
@@ -101,7 +101,7 @@ export class Answer {
       return;
     }
     turn.state = turn.text ? "interrupted" : "failed";
-    turn.problem = error instanceof ServerError ? error.message : "The server's answer could not be read.";
+    turn.problem = error instanceof ServerError ? error.message : "The answer of the server could not be read.";
     this.status = error instanceof ServerError ? error.status : 0;
   }
 
@@ -122,12 +122,12 @@ export class Answer {
 }
 
 /**
- * How many exchanges at the start to leave out, so that there is room for an answer: as many as last time, but when
- * what is left fills three quarters of the context, it is cut to half of it at once. Then the server still knows the
- * beginning of most requests from the one before.
+ * How many exchanges at the start to drop, so that an answer fits: as many as last time, unless the rest fills three
+ * quarters of the context. Then it is cut to half of the context, so that most requests begin like the previous one
+ * and the server can reuse its KV cache.
  * @param {Message[]} messages
- * @param {number} before exchanges that were left out last time
- * @param {number} context tokens; 0: not known
+ * @param {number} before exchanges that were dropped last time
+ * @param {number} context tokens; 0 if unknown
  */
 export function exchangesToLeave(messages, before, context) {
   const most = messages.filter(({ role }) => role === "user").length - 1;
@@ -139,9 +139,9 @@ export function exchangesToLeave(messages, before, context) {
 }
 
 /**
- * The messages without their first exchanges; the system text stays.
+ * The messages without their first exchanges, but with the system text.
  * @param {Message[]} messages
- * @param {number} exchanges each a question and its answer
+ * @param {number} exchanges pairs of a question and its answer
  */
 function withoutFirst(messages, exchanges) {
   const questions = messages.flatMap(({ role }, index) => (role === "user" ? [index] : []));

@@ -1,4 +1,4 @@
-/** What is asked of the server, and what went wrong in words. Every request goes to the page's own origin. */
+/** Requests to the server, which all go to the page's own origin, and error messages in words. */
 
 import { readKey } from "./store.js";
 
@@ -7,14 +7,14 @@ import { readKey } from "./store.js";
  *   model: string, label: string, plan: string, device: string, kernel: string, context: number,
  *   weight_bytes: number, need_bytes: number, tokens_per_second: number, busy: boolean, queue: number,
  *   memory: {host: number, host_peak: number, card: number, card_peak: number}
- * }} Status need_bytes: what was planned; 0 where nothing was
+ * }} Status need_bytes: planned memory, 0 without a plan
  * @typedef {{prompt_tokens: number, completion_tokens: number,
  *   prompt_tokens_details?: {cached_tokens?: number}}} Usage
- * @typedef {{text: string, finish: string|null, usage: Usage|null}} Piece of an answer
+ * @typedef {{text: string, finish: string|null, usage: Usage|null}} Piece a piece of an answer
  * @typedef {{blocks: any[], settled: number, settled_blocks: number}} Rendered see nodes.js
  */
 
-/** A refusal: `status` of HTTP, or 0 when the server was not reached or left in the middle; `code`: OpenAI's. */
+/** A failed request. `status`: of HTTP, 0 if the connection failed. `code`: OpenAI's. */
 export class ServerError extends Error {
   /** @param {number} status @param {string} words @param {string} [code] */
   constructor(status, words, code = "") {
@@ -28,8 +28,8 @@ const GONE = "The server cannot be reached. Is lowmem serve still running?";
 const LOST = "The connection was lost before the answer was complete.";
 
 /**
- * Ask for an answer and give its pieces as they come. Ends with ServerError where the server refuses, is not
- * there or leaves before the answer is complete; with AbortError when `signal` says so.
+ * Request an answer and yield its pieces. Throws ServerError if the server refuses, cannot be reached or closes the
+ * connection early, and AbortError if `signal` is aborted.
  * @param {Record<string, any>} body
  * @param {AbortSignal} signal
  * @returns {AsyncGenerator<Piece>}
@@ -53,7 +53,7 @@ export async function* streamAnswer(body, signal) {
 }
 
 /**
- * The tree of a markdown text.
+ * Render a Markdown text as a tree.
  * @param {string} text
  * @returns {Promise<Rendered>}
  */
@@ -67,7 +67,7 @@ export async function readStatus() {
 }
 
 /**
- * The id of the model that the server has.
+ * The id of the served model.
  * @returns {Promise<string>}
  */
 export async function readModel() {
@@ -76,7 +76,7 @@ export async function readModel() {
 }
 
 /**
- * A response that is not a refusal.
+ * A successful response; throws ServerError otherwise.
  * @param {string} path
  * @param {RequestInit} options
  */
@@ -96,7 +96,7 @@ async function request(path, options) {
   return response;
 }
 
-/** @param {Response} response @returns {Promise<ServerError>} why the server refuses */
+/** @param {Response} response @returns {Promise<ServerError>} the reason of a refusal */
 async function refusal(response) {
   const { status } = response;
   let said = "";
@@ -106,11 +106,11 @@ async function refusal(response) {
     said = sentence(String(error.message ?? ""));
     code = String(error.code ?? "");
   } catch {
-    // Not from the model's server: the status has to do.
+    // The response comes from another server, such as a proxy: use its status.
   }
-  if (status === 401) said = "The server asks for its API key.";
-  else if (status === 429) said = `The server is busy with other questions. ${said}`.trim();
-  else if (status === 503) said = `The server takes no questions at the moment. ${said}`.trim();
+  if (status === 401) said = "The server requires an API key.";
+  else if (status === 429) said = `The server is busy with other requests. ${said}`.trim();
+  else if (status === 503) said = `The server accepts no requests at the moment. ${said}`.trim();
   return new ServerError(status, said || `The server answered with status ${status}.`, code);
 }
 
@@ -120,7 +120,7 @@ function sentence(text) {
 }
 
 /**
- * The data of server-sent events, one event at a time.
+ * The data of server-sent events, event by event.
  * @param {Response} response
  * @param {AbortSignal} signal
  * @returns {AsyncGenerator<string>}

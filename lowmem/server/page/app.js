@@ -1,4 +1,4 @@
-/** The chat page: what people do, and what then happens to conversations, answers and the screen. */
+/** The chat page: connects user actions with conversations, answers and the screen. */
 
 import { Answer, exchangesToLeave } from "./answer.js";
 import { readModel } from "./api.js";
@@ -17,14 +17,14 @@ import { Thread } from "./thread.js";
  * @typedef {import("./conversation.js").Turn} Turn
  */
 
-const KEPT_EVERY = 500; // milliseconds between two savings of an answer that grows
+const KEPT_EVERY = 500; // milliseconds between two saves of a streaming answer
 
 class App {
   constructor() {
     this.store = new Store();
-    /** @type {Conversation|null} null: a new one, which has no question yet */
+    /** @type {Conversation|null} null: a new one without a question */
     this.current = null;
-    /** @type {Map<string, Answer>} by the conversation's id: one at a time in each */
+    /** @type {Map<string, Answer>} the streaming answer of each conversation, by its id */
     this.answers = new Map();
     this.savedAt = 0;
     this.settings = new SettingsDialog(() => this.#showTheme());
@@ -41,7 +41,7 @@ class App {
     this.composer = new Composer({
       send: (text) => this.#send(text), stop: () => this.#stop(), editLast: () => this.thread.editLast(),
     });
-    /** @type {(() => void)[]} what waits for the API key */
+    /** @type {(() => void)[]} actions waiting for the API key */
     this.afterKey = [];
     this.status = new StatusView({ onBack: () => this.thread.mend(), onKey: () => this.#askForKey() });
     this.store.onOtherTab = (id) => this.#otherTab(id);
@@ -70,7 +70,7 @@ class App {
       button.addEventListener("click", () => this.#send(/** @type {HTMLElement} */ (button).dataset.example ?? ""));
     }
     for (const dialog of /** @type {NodeListOf<HTMLDialogElement>} */ (document.querySelectorAll("dialog"))) {
-      dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // beside it
+      dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // a click on the backdrop
       dialog.querySelector("[data-closes]")?.addEventListener("click", () => dialog.close());
     }
     byId("export-markdown").addEventListener("click", () => this.#export(saveMarkdown));
@@ -80,7 +80,7 @@ class App {
     byId("load-file").addEventListener("change", () => this.#load());
     byId("delete-all").addEventListener("click", () => this.#removeAll());
     document.querySelector(".skip")?.addEventListener("click", (event) => {
-      event.preventDefault(); // the address says which conversation is shown
+      event.preventDefault(); // the address holds the id of the conversation
       this.composer.focus();
     });
     byId("key-dialog").addEventListener("close", () => {
@@ -107,13 +107,13 @@ class App {
     event.preventDefault();
   }
 
-  /** @param {string|null} id of the conversation to be shown; null or an unknown one: a new one */
+  /** @param {string|null} id of the conversation to show; null or an unknown id starts a new one */
   #open(id) {
     this.current = (id && this.store.conversations.get(id)) || null;
     if (id && !this.current) history.replaceState(null, "", location.pathname);
     this.composer.open(this.current?.id ?? "new");
     this.#show();
-    if (!isTouched()) this.composer.focus(); // there it would bring the keyboard up
+    if (!isTouched()) this.composer.focus(); // would open the on-screen keyboard
     else byId("scroller").focus({ preventScroll: true });
   }
 
@@ -124,7 +124,7 @@ class App {
     this.composer.focus();
   }
 
-  /** Everything on the screen as it is now. */
+  /** Update the whole screen. */
   #show() {
     const title = this.current?.title ?? "New conversation";
     byId("title").textContent = title;
@@ -143,16 +143,16 @@ class App {
     button.querySelector("use").setAttribute("href", isDark() ? "#icon-sun" : "#icon-moon");
   }
 
-  /** @param {string} text @returns {boolean} whether it was taken */
+  /** @param {string} text @returns {boolean} whether it was accepted */
   #send(text) {
     const last = this.current && shownTurns(this.current).at(-1);
     return this.#ask(text, last?.id ?? ROOT);
   }
 
-  /** Put a question behind `parent`, and have it answered. @param {string} text @param {string} parent */
+  /** Add a question after `parent`, and answer it. @param {string} text @param {string} parent */
   #ask(text, parent) {
     if (this.answers.has(this.current?.id ?? "")) {
-      notify("An answer is on its way: stop it first.");
+      notify("Stop the current answer first.");
       return false;
     }
     const conversation = this.current ?? newConversation();
@@ -174,7 +174,7 @@ class App {
     const conversation = this.current;
     const question = conversation?.turns.find((one) => one.id === turn.parent);
     if (!conversation || !question || this.answers.has(conversation.id)) return;
-    if (!turn.text) conversation.turns = conversation.turns.filter((one) => one !== turn); // nothing to go back to
+    if (!turn.text) conversation.turns = conversation.turns.filter((one) => one !== turn); // nothing to keep
     this.#answer(conversation, question);
     this.#show();
     this.thread.toEnd();
@@ -192,7 +192,7 @@ class App {
     announce("The question was sent.");
     this.status.setBusy(true);
     const { settings } = this.settings;
-    const model = this.status.status?.model ?? (await readModel().catch(() => "")); // then the answer says why
+    const model = this.status.status?.model ?? (await readModel().catch(() => "")); // the request for the answer will report the error
     const messages = requestMessages(conversation, question, settings.system);
     const before = shownTurns(conversation).findLast((one) => one.role === "assistant" && one !== turn)?.left ?? 0;
     turn.left = exchangesToLeave(messages, before, this.status.status?.context ?? 0);
@@ -214,7 +214,7 @@ class App {
     const { conversation, turn } = answer;
     this.answers.delete(conversation.id);
     this.status.setBusy(this.answers.size > 0);
-    if (!this.store.conversations.has(conversation.id)) return; // deleted meanwhile
+    if (!this.store.conversations.has(conversation.id)) return; // deleted in the meantime
     conversation.updated = Date.now();
     this.#keep(conversation);
     if (conversation === this.current) {
@@ -291,7 +291,7 @@ class App {
     });
   }
 
-  /** Add the conversations of a file that was saved before; those that are there already stay as they are. */
+  /** Add the conversations of an exported file; existing ones are kept. */
   async #load() {
     const field = byId("load-file");
     const found = await readConversations(field.files[0]);
@@ -301,8 +301,8 @@ class App {
     byId("settings").close();
     this.#show();
     const known = found.length - fresh.length;
-    if (!found.length) notify("This file holds no conversations that were saved here.");
-    else notify(`Conversations added: ${fresh.length}${known ? `; ${known} were there already` : ""}.`);
+    if (!found.length) notify("This file contains no exported conversations.");
+    else notify(`Conversations added: ${fresh.length}${known ? `; ${known} already existed` : ""}.`);
   }
 
   /** @param {(conversation: Conversation) => void} save */
@@ -311,7 +311,7 @@ class App {
     if (this.current) save(this.current);
   }
 
-  /** Save a conversation, and say so if that is not possible. @param {Conversation} conversation */
+  /** Save a conversation; shows a message if that fails. @param {Conversation} conversation */
   #keep(conversation) {
     this.savedAt = performance.now();
     try {
@@ -323,7 +323,7 @@ class App {
     }
   }
 
-  /** The page goes: answers that are on their way are kept as far as they came. */
+  /** The page is closing: save streaming answers as far as they have arrived. */
   #leave() {
     for (const answer of this.answers.values()) {
       answer.turn.state = "interrupted";
@@ -332,7 +332,7 @@ class App {
     }
   }
 
-  /** @param {string|null} id of a conversation that another tab has changed; null: all */
+  /** @param {string|null} id of a conversation that another tab changed; null: all */
   #otherTab(id) {
     if (this.current && (id === null || id === this.current.id) && !this.answers.has(this.current.id)) {
       this.current = this.store.conversations.get(this.current.id) ?? null;
@@ -340,7 +340,7 @@ class App {
     this.#show();
   }
 
-  /** @param {() => void} [act] what to do when there is one */
+  /** @param {() => void} [act] what to do with the key */
   #askForKey(act) {
     if (act) this.afterKey.push(act);
     const dialog = byId("key-dialog");

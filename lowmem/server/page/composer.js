@@ -1,11 +1,11 @@
-/** The field for a question: it grows, keeps a draft, and its button stops the answer that is running. */
+/** The question field: it grows, keeps a draft, and its button stops the current answer. */
 
 import { byId, isTouched } from "./dom.js";
 import { readDraft, writeDraft } from "./store.js";
 
 /**
  * @typedef {{send: (text: string) => boolean, stop: () => void, editLast: () => boolean}} Actions
- *   send: false where the question was not taken
+ *   send: returns false if the question was not accepted
  */
 
 export class Composer {
@@ -34,7 +34,7 @@ export class Composer {
   }
 
   /**
-   * Turn to another conversation's draft.
+   * Show the draft of another conversation.
    * @param {string} id of the conversation, or "new"
    */
   open(id) {
@@ -45,7 +45,7 @@ export class Composer {
     this.put(readDraft(id));
   }
 
-  /** Keep what is written. */
+  /** Save the draft. */
   keep() {
     clearTimeout(this.timer);
     writeDraft(this.draft, this.field.value);
@@ -57,7 +57,7 @@ export class Composer {
     this.#fit();
   }
 
-  /** @param {boolean} running whether the conversation that is shown waits for an answer */
+  /** @param {boolean} running whether the shown conversation waits for an answer */
   setRunning(running) {
     this.running = running;
     this.button.classList.toggle("is-stop", running);

@@ -1,20 +1,20 @@
 /**
- * What was said, as a tree: a question that is edited and an answer that is tried again become brothers of the
- * old ones, and `chosen` says which of them is shown. Nothing here touches the page or the storage.
+ * Conversations as trees: an edited question or a retried answer becomes a sibling of the old one, and `chosen` selects
+ * which one is shown. This module touches neither the page nor the storage.
  *
  * @typedef {"streaming"|"done"|"stopped"|"interrupted"|"failed"} TurnState of an answer
  * @typedef {{exact: boolean, prompt: number, tokens: number, cached: number, first: number, rate: number}} Figures
- *   tokens of the prompt, of the answer and of the prompt's known part; seconds to the first; tokens a second.
- *   exact: the server counted; else pieces were, which are tokens as long as the browser keeps up
+ *   prompt, tokens, cached: token counts of prompt, answer and cached part of the prompt. first: seconds to the first
+ *   token. rate: tokens per second. exact: counted by the server; otherwise pieces were counted, which may join tokens
  * @typedef {{
  *   id: string, parent: string, role: "user"|"assistant", text: string, created: number, state: TurnState,
  *   finish?: string, limit?: number, left?: number, problem?: string, figures?: Figures
- * }} Turn parent: a turn's id, or ROOT. finish: the server's reason. limit: tokens that the answer might have had.
- *   left: exchanges at the start that were left out to fit the context. problem: what went wrong, in words
+ * }} Turn parent: a turn's id, or ROOT. finish: the server's finish_reason. limit: max_tokens of the request.
+ *   left: exchanges dropped at the start to fit the context. problem: the error in words
  * @typedef {{
  *   id: string, title: string, named: boolean, created: number, updated: number,
  *   turns: Turn[], chosen: Record<string, string>
- * }} Conversation named: a person gave the title. chosen: for each parent, which of its children is shown
+ * }} Conversation named: the user set the title. chosen: the shown child of each parent
  */
 
 export const ROOT = "root";
@@ -27,14 +27,14 @@ export function newConversation() {
   return { id: newId(), title: "New conversation", named: false, created: now, updated: now, turns: [], chosen: {} };
 }
 
-/** Letters and digits that no other conversation or turn has. */
+/** A unique id of letters and digits. */
 export function newId() {
   const bytes = crypto.getRandomValues(new Uint8Array(9));
   return Array.from(bytes, (byte) => byte.toString(36).padStart(2, "0")).join("");
 }
 
 /**
- * The turns that are shown, first to last.
+ * The shown turns, in order.
  * @param {Conversation} conversation
  * @returns {Turn[]}
  */
@@ -51,7 +51,7 @@ export function shownTurns(conversation) {
 }
 
 /**
- * A turn and its brothers, oldest first.
+ * A turn and its siblings, oldest first.
  * @param {Conversation} conversation
  * @param {Turn} turn
  */
@@ -60,7 +60,7 @@ export function versions(conversation, turn) {
 }
 
 /**
- * Add a turn behind `parent`, and show it.
+ * Add a turn after `parent`, and show it.
  * @param {Conversation} conversation
  * @param {string} parent
  * @param {"user"|"assistant"} role
@@ -80,7 +80,7 @@ export function addTurn(conversation, parent, role, text) {
 }
 
 /**
- * Show another version of a turn: `step` of them later.
+ * Show another version of a turn, `step` versions later.
  * @param {Conversation} conversation
  * @param {Turn} turn
  * @param {number} step
@@ -92,8 +92,8 @@ export function chooseVersion(conversation, turn, step) {
 }
 
 /**
- * The messages that a request holds: everything shown up to a question. Questions that got no answer are put
- * together with the next, since a dialogue has its roles in turns.
+ * The messages of a request: everything shown up to a question. A question without an answer is joined with the next
+ * one, since roles must alternate.
  * @param {Conversation} conversation
  * @param {Turn} question the last one
  * @param {string} system
@@ -111,7 +111,7 @@ export function requestMessages(conversation, question, system) {
 }
 
 /**
- * A title made of a question: its first line, cut at a word.
+ * A title from a question: its first line, cut at a word.
  * @param {string} text
  */
 export function titleOf(text) {
@@ -122,7 +122,7 @@ export function titleOf(text) {
 }
 
 /**
- * Whether something from the storage is a conversation: another version of the page may have written it.
+ * Whether a stored value is a valid conversation; another version of the page may have written it.
  * @param {any} value
  * @returns {value is Conversation}
  */
@@ -141,7 +141,7 @@ export function isConversation(value) {
 }
 
 /**
- * What is shown of a conversation as Markdown.
+ * The shown turns of a conversation as Markdown.
  * @param {Conversation} conversation
  */
 export function asMarkdown(conversation) {

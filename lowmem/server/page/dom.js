@@ -1,10 +1,10 @@
-/** Elements, icons and what is said to screen readers. Text goes in as text: nothing here parses HTML. */
+/** Elements, icons and messages for screen readers. All text is inserted as text; no HTML is parsed. */
 
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
- * An element. `properties`: `class`, `text`, `icon` (see `icon`), `on` (listeners by event), `data`; any other
- * name is an attribute, left out when its value is false, null or undefined, and empty when it is true.
+ * Create an element. `properties`: `class`, `text`, `icon` (see `icon`), `on` (listeners by event), `data`; every other
+ * name is an attribute, omitted if its value is false, null or undefined, and empty if it is true.
  * @param {string} tag
  * @param {Record<string, any>} [properties]
  * @param {...(Node|string|null|undefined|false)} children
@@ -27,8 +27,8 @@ export function element(tag, properties = {}, ...children) {
 }
 
 /**
- * A drawing from the page's own symbols; it has no name, what it stands in has.
- * @param {string} name of a symbol, without its "icon-"
+ * An icon from the page's symbols. It is hidden from screen readers; its parent needs a label.
+ * @param {string} name of the symbol, without "icon-"
  */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
@@ -41,7 +41,7 @@ export function icon(name) {
 }
 
 /**
- * A button that shows an icon, and whose name is also its tooltip.
+ * A button with an icon; the label is also its tooltip.
  * @param {string} name icon
  * @param {string} label
  * @param {(event: Event) => void} act
@@ -56,7 +56,7 @@ export function iconButton(name, label, act, kind = "") {
 }
 
 /**
- * The page's element with this id.
+ * The element with this id.
  * @param {string} id
  * @returns {any}
  */
@@ -65,7 +65,7 @@ export function byId(id) {
 }
 
 /**
- * Into the clipboard; false where the browser refuses.
+ * Copy to the clipboard; resolves to false if the browser refuses.
  * @param {string} text
  */
 export async function copyText(text) {
@@ -73,7 +73,7 @@ export async function copyText(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // Away from this machine the page comes without encryption, and browsers then offer the old way alone.
+    // Without HTTPS, browsers offer only the old command for pages of other hosts.
     const area = element("textarea", { class: "visually-hidden", readonly: true });
     area.value = text;
     const focused = /** @type {HTMLElement|null} */ (document.activeElement);
@@ -87,7 +87,7 @@ export async function copyText(text) {
 }
 
 /**
- * A button that copies, and says for a moment that it has.
+ * A button that copies a text and confirms it briefly.
  * @param {() => string} text
  * @param {string} label
  * @param {boolean} [worded] show "Copy" beside the icon
@@ -95,7 +95,7 @@ export async function copyText(text) {
 export function copyButton(text, label, worded = false) {
   const button = iconButton("copy", label, async () => {
     const copied = await copyText(text());
-    announce(copied ? "Copied" : "The browser did not allow copying");
+    announce(copied ? "Copied" : "The browser refused to copy");
     if (!copied) return;
     show("check", "Copied");
     clearTimeout(timer);
@@ -114,7 +114,7 @@ export function copyButton(text, label, worded = false) {
 }
 
 /**
- * Say something to who cannot see it, when they have a moment.
+ * Announce a text to screen readers, politely.
  * @param {string} text
  */
 export function announce(text) {
@@ -126,7 +126,7 @@ export function announce(text) {
 let noticeTimer = 0;
 
 /**
- * A short message at the foot of the page, with at most one thing to do about it.
+ * Show a short message at the bottom of the page, with at most one action.
  * @param {string} text
  * @param {{label: string, act: () => void}} [action]
  */
@@ -152,13 +152,13 @@ export function notify(text, action) {
   later();
 }
 
-/** Whether the page is used with fingers, and a keyboard that comes up when it is needed. */
+/** Whether the device has a touch screen and an on-screen keyboard. */
 export function isTouched() {
   return matchMedia("(pointer: coarse)").matches;
 }
 
 /**
- * A number of bytes as people read it: 1.5 GiB.
+ * Format a number of bytes, such as 1.5 GiB.
  * @param {number} bytes
  */
 export function formatBytes(bytes) {

@@ -1,16 +1,16 @@
-/** Conversations as files that the browser saves. */
+/** Export and import of conversations as files. */
 
 import { asMarkdown, isConversation } from "./conversation.js";
 import { element } from "./dom.js";
 
 /** @typedef {import("./conversation.js").Conversation} Conversation */
 
-/** @param {Conversation} conversation what is shown of it */
+/** @param {Conversation} conversation its shown turns are saved */
 export function saveMarkdown(conversation) {
   saveFile(`${fileName(conversation.title)}.md`, "text/markdown", asMarkdown(conversation));
 }
 
-/** @param {Conversation} conversation all of it, with every version of every turn */
+/** @param {Conversation} conversation saved with all versions of all turns */
 export function saveJson(conversation) {
   saveFile(`${fileName(conversation.title)}.json`, "application/json", `${JSON.stringify(conversation, null, 2)}\n`);
 }
@@ -21,7 +21,7 @@ export function saveAll(conversations) {
 }
 
 /**
- * The conversations of a file that `saveJson` or `saveAll` wrote; none of any other file.
+ * The conversations of a file written by `saveJson` or `saveAll`; none for any other file.
  * @param {File} file
  * @returns {Promise<Conversation[]>}
  */

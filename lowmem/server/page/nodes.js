@@ -1,13 +1,13 @@
 /**
- * The server's tree of an answer → elements. A node is a text or [kind, detail, children]; the kinds are a closed
- * set, and all that a node says becomes text, or an attribute whose value is checked here.
+ * Creates elements from the server's tree of an answer. A node is a text or [kind, detail, children]. The kinds are a
+ * closed set; the content of a node becomes text, or an attribute whose value is checked here.
  *
  * @typedef {string|[string, string, any[]]} Node
  */
 
 import { copyButton, element } from "./dom.js";
 
-/** @type {Record<string, string>} kinds whose element has its children and nothing else */
+/** @type {Record<string, string>} kinds whose element has only its children */
 const PLAIN = {
   paragraph: "p", quotation: "blockquote", list: "ul", item: "li", head: "thead", body: "tbody", row: "tr",
   emphasis: "em", strong: "strong", deleted: "s", rule: "hr", break: "br", code: "code",
@@ -19,12 +19,12 @@ const CLASSES = new Set([
 const SCHEMES = ["http:", "https:", "mailto:"];
 
 /**
- * Make `parent`, which shows the nodes `before`, show `after`. Elements that stay the same stay in place, so that a
- * selection in them, a focused button and a code block scrolled sideways outlive the growth of an answer.
+ * Update `parent` from the nodes `before` to the nodes `after`. Unchanged elements stay in place, so that selections,
+ * focused buttons and scrolled code blocks survive while an answer grows.
  * @param {Element} parent
  * @param {Node[]} before
  * @param {Node[]} after
- * @param {number} [from] nodes before this one are known to be the same
+ * @param {number} [from] earlier nodes are known to be unchanged
  */
 export function patch(parent, before, after, from = 0) {
   for (let index = from; index < after.length; index += 1) {
@@ -37,7 +37,7 @@ export function patch(parent, before, after, from = 0) {
 
 /**
  * @param {any} shown @param {Node} before @param {Node} after
- * @returns {boolean} whether the element could be kept
+ * @returns {boolean} whether the element was kept
  */
 function patchNode(shown, before, after) {
   if (typeof before === "string" || typeof after === "string") {
@@ -51,7 +51,7 @@ function patchNode(shown, before, after) {
 }
 
 /**
- * Where a node's children are.
+ * The element that holds the children of a node.
  * @param {Element} shown
  * @param {string} kind
  * @returns {Element}
@@ -104,7 +104,7 @@ function level(detail) {
   return /^[1-6]$/.test(detail) ? Number(detail) : 1;
 }
 
-/** @param {string} address @returns {HTMLElement} a link, or nothing that can be followed */
+/** @param {string} address @returns {HTMLElement} a link, or plain text if the address is not allowed */
 function makeLink(address) {
   let url;
   try {

@@ -1,6 +1,6 @@
 /**
- * An answer's text, shown while it grows. The server makes a tree of it, at most every MOST_OFTEN milliseconds and
- * one at a time; letters that came since stand behind it as they are, where they cannot change what is before them.
+ * Shows the text of a streaming answer. The server renders it, one request at a time and at most every MOST_OFTEN
+ * milliseconds. Letters that arrived since are appended verbatim if they cannot change what is before them.
  */
 
 import { renderMarkdown } from "./api.js";
@@ -8,38 +8,38 @@ import { contentOf, patch } from "./nodes.js";
 import { element } from "./dom.js";
 
 const MOST_OFTEN = 150;
-const SHARE = 4; // rendering takes at most one part in so many of the time
+const SHARE = 4; // rendering uses at most this fraction of the time: 1/SHARE
 const LINE_END = /\r\n?/g;
-const QUIET = /^[\p{L}\p{N} ,.;?'"()/=+%&]*/u; // letters that mean nothing in markdown, inside of a line
-const CODE = /^[^`~]*/; // those that cannot end a code block
-const LINES = new Set(["paragraph", "heading", "item"]); // kinds that a line's letters go into
+const QUIET = /^[\p{L}\p{N} ,.;?'"()/=+%&]*/u; // characters without a meaning in Markdown inside a line
+const CODE = /^[^`~]*/; // characters that cannot end a code block
+const LINES = new Set(["paragraph", "heading", "item"]); // kinds that contain the text of a line
 const GROUPS = new Set(["list", "numbered", "quotation", "item"]);
 
 export class Prose {
-  /** @param {() => void} onChange called after what is shown has changed */
+  /** @param {() => void} onChange called after the shown text has changed */
   constructor(onChange) {
     this.root = element("div", { class: "prose" });
     this.onChange = onChange;
     this.text = "";
-    /** Whether the server could not render what is shown now. */
+    /** Whether the server failed to render the shown text. */
     this.plain = false;
     /** @type {import("./nodes.js").Node[]} */
     this.nodes = [];
-    this.start = 0; // of the text that is still rendered: what is before it has its final form
-    this.settled = 0; // blocks of that text
-    this.shown = ""; // the text that the nodes stand for
+    this.start = 0; // start of the text that is still rendered; earlier text is final
+    this.settled = 0; // final blocks
+    this.shown = ""; // the rendered text
     /** @type {globalThis.Text|null} */
     this.tail = null;
     this.busy = false;
     this.finished = false;
     this.timer = 0;
-    this.next = 0; // the time before which nothing is rendered
+    this.next = 0; // earliest time of the next rendering
     /** @type {Promise<void>|null} */
     this.last = null;
   }
 
   /**
-   * The answer so far.
+   * Show the answer so far.
    * @param {string} text
    */
   grow(text) {
@@ -49,7 +49,7 @@ export class Prose {
   }
 
   /**
-   * The whole answer: rendered once from its beginning. Resolves when it is shown.
+   * Render the complete answer from its beginning. Resolves when it is shown.
    * @param {string} text
    */
   async finish(text) {
@@ -88,7 +88,7 @@ export class Prose {
       this.start += lineStart(part, rendered.settled);
       this.settled += rendered.settled_blocks;
     } catch {
-      // Refused, or no server: the letters as they came are an answer too.
+      // Rendering failed: show the plain text.
       this.plain = true;
       this.next = performance.now() + 1000;
     }
@@ -98,7 +98,7 @@ export class Prose {
     this.#showTail();
   }
 
-  /** Show the letters that are not rendered yet, if they can only be a continuation of what is shown. */
+  /** Append the letters that are not rendered yet, if they can only continue the shown text. */
   #showTail() {
     if (this.plain || !this.shown) {
       this.shown = "";
@@ -126,7 +126,7 @@ export class Prose {
   }
 
   /**
-   * Where letters that come next belong; null where that is for the server to say.
+   * The element to which new letters belong; null if only the server can tell.
    * @returns {Element|null}
    */
   #tailPlace() {

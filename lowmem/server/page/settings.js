@@ -1,4 +1,4 @@
-/** What goes into every request, and how the page looks. */
+/** Settings of requests, and the theme. */
 
 import { byId } from "./dom.js";
 import { readValue, writeValue } from "./store.js";
@@ -6,12 +6,12 @@ import { readValue, writeValue } from "./store.js";
 /**
  * @typedef {{
  *   system: string, temperature: number, top_p: number, max_tokens: number, seed: number|null, stop: string[]
- * }} Settings seed: null draws another each time
+ * }} Settings seed: null draws a new one for each request
  */
 
-/** @type {Settings & Record<string, any>} those of StarChat Alpha's card, with room for a longer answer */
+/** @type {Settings & Record<string, any>} those of StarChat Alpha's model card, with longer answers */
 export const DEFAULTS = { system: "", temperature: 0.2, top_p: 0.95, max_tokens: 1024, seed: null, stop: [] };
-const MOST_STOPS = 4; // as many as the protocol has
+const MOST_STOPS = 4; // the limit of OpenAI's API
 
 /** @typedef {{least: number, most: number, whole: boolean}} Limits */
 /** @type {Record<string, Limits>} */
@@ -40,9 +40,9 @@ export class SettingsDialog {
       this.settings = { ...DEFAULTS };
       writeValue("settings", undefined);
       this.#fill();
-      byId("settings-said").textContent = "All settings are back at their defaults.";
+      byId("settings-said").textContent = "All settings have been reset.";
     });
-    this.dialog.addEventListener("close", () => this.#fill()); // what means nothing is not kept
+    this.dialog.addEventListener("close", () => this.#fill()); // invalid values are not saved
     for (const choice of this.form.elements.theme) {
       choice.addEventListener("change", () => setTheme(choice.value, this.onTheme));
     }
@@ -63,7 +63,7 @@ export class SettingsDialog {
     for (const name of [...Object.keys(NUMBERS), "stop"]) this.#complain(name, "");
   }
 
-  /** Keep what is written; false where a part of it means nothing, which then stays as it was. */
+  /** Save the valid values; returns false if some are invalid, which then keep their old values. */
   #take() {
     const { elements } = this.form;
     byId("settings-said").textContent = "";
@@ -71,7 +71,7 @@ export class SettingsDialog {
     this.settings.system = elements.system.value;
     for (const [name, limits] of Object.entries(NUMBERS)) {
       const text = elements[name].value.trim();
-      const given = text || elements[name].validity.badInput; // a field of numbers has no text where it is none
+      const given = text || elements[name].validity.badInput; // an invalid number field has no text
       const value = given ? Number(text || Number.NaN) : DEFAULTS[name];
       const wrong = value !== null && !isWithin(value, limits);
       this.#complain(name, wrong ? limitsText(limits) : "");
@@ -79,13 +79,13 @@ export class SettingsDialog {
       good &&= !wrong;
     }
     const stops = elements.stop.value.split("\n").filter(Boolean).map(unescapeStop);
-    this.#complain("stop", stops.length > MOST_STOPS ? `At most ${MOST_STOPS} of them.` : "");
+    this.#complain("stop", stops.length > MOST_STOPS ? `Use at most ${MOST_STOPS}.` : "");
     if (stops.length <= MOST_STOPS) this.settings.stop = stops;
     writeValue("settings", this.settings);
     return good && stops.length <= MOST_STOPS;
   }
 
-  /** @param {string} name @param {string} words "" for a value that is good */
+  /** @param {string} name @param {string} words "" for a valid value */
   #complain(name, words) {
     const field = this.form.elements[name];
     if (words) field.setAttribute("aria-invalid", "true");
@@ -95,7 +95,7 @@ export class SettingsDialog {
 }
 
 /**
- * The part of a request that the settings are.
+ * The fields of a request that the settings determine.
  * @param {Settings} settings
  */
 export function requestSettings({ temperature, top_p, max_tokens, seed, stop }) {
@@ -104,7 +104,7 @@ export function requestSettings({ temperature, top_p, max_tokens, seed, stop }) 
   };
 }
 
-/** @returns {Settings & Record<string, any>} what was kept, as far as it still means something */
+/** @returns {Settings & Record<string, any>} the saved settings that are still valid */
 function readSettings() {
   const kept = readValue("settings");
   const settings = { ...DEFAULTS };
@@ -131,7 +131,7 @@ function limitsText({ least, most, whole }) {
   return most > 100 ? `${kind}, ${least} or more.` : `${kind} from ${least} to ${most}.`;
 }
 
-/** @param {string} text as it is written in the field: \n and \t for what a line cannot hold */
+/** @param {string} text with \n and \t escaped, for the field */
 function unescapeStop(text) {
   return text.replace(/\\(n|t|\\)/g, (_, letter) => (letter === "n" ? "\n" : letter === "t" ? "\t" : letter));
 }
@@ -147,7 +147,7 @@ function currentTheme() {
   return theme === "light" || theme === "dark" ? theme : "system";
 }
 
-/** Whether the page is dark now. */
+/** Whether the dark theme is active. */
 export function isDark() {
   const theme = currentTheme();
   return theme === "system" ? matchMedia("(prefers-color-scheme: dark)").matches : theme === "dark";

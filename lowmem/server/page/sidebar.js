@@ -1,4 +1,4 @@
-/** The list of conversations: beside the page, or a drawer on a narrow screen. */
+/** The list of conversations: a sidebar, or a drawer on a narrow screen. */
 
 import { byId, element, iconButton } from "./dom.js";
 import { readValue, writeValue } from "./store.js";
@@ -50,11 +50,11 @@ export class Sidebar {
 
   /**
    * @param {Conversation[]} conversations newest first
-   * @param {string|null} current the one that is shown
-   * @param {Set<string>} running those that wait for an answer
+   * @param {string|null} current the shown one
+   * @param {Set<string>} running conversations that wait for an answer
    */
   show(conversations, current, running) {
-    if (this.list.querySelector("input")) return; // a title is being written
+    if (this.list.querySelector("input")) return; // a title is being edited
     const focused = /** @type {HTMLElement|null} */ (document.activeElement)?.dataset?.focus;
     const groups = new Map();
     for (const one of conversations) {
@@ -122,7 +122,7 @@ export class Sidebar {
     field.select();
   }
 
-  /** Open on a wide screen, unless it was closed there. */
+  /** Open on a wide screen, unless the user closed it there. */
   #wanted() {
     return !this.narrow.matches && readValue("sidebar") !== "closed";
   }
@@ -140,7 +140,7 @@ export class Sidebar {
   }
 }
 
-/** @param {number} time @returns {string} how long ago, as a heading */
+/** @param {number} time @returns {string} a heading such as "Last seven days" */
 function dayName(time) {
   const today = new Date().setHours(0, 0, 0, 0);
   if (time >= today) return "Today";

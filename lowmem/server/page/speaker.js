@@ -1,9 +1,9 @@
 import { announce } from "./dom.js";
 
-const EVERY = 2500; // milliseconds between two pieces
-const ENDS = [". ", "! ", "? ", "\n"]; // of sentences
+const EVERY = 2500; // milliseconds between two announcements
+const ENDS = [". ", "! ", "? ", "\n"]; // ends of sentences
 
-/** Speaks an answer to screen readers: whole sentences, not more often than people can listen. */
+/** Announces an answer to screen readers in whole sentences, at a limited rate. */
 export class Speaker {
   constructor() {
     this.spoken = 0;

@@ -1,19 +1,19 @@
-/** What runs on the server: asked for while the page is looked at, and shown in a line and a dialog. */
+/** The state of the server: polled while the page is visible, and shown in a line and a dialog. */
 
 import { readStatus, ServerError } from "./api.js";
 import { byId, element, formatBytes } from "./dom.js";
 
 /** @typedef {import("./api.js").Status} Status */
-/** @typedef {"there"|"gone"|"locked"} Reach of the server; locked: it wants a key */
+/** @typedef {"there"|"gone"|"locked"} Reach of the server; locked: it requires a key */
 
-const IDLE = 5000; // milliseconds between two questions
-const BUSY = 1500; // while an answer is awaited
+const IDLE = 5000; // milliseconds between two polls
+const BUSY = 1500; // while waiting for an answer
 /** @type {Record<Reach, string>} */
-const WORDS = { there: "", gone: "No connection to the server", locked: "The server asks for its API key" };
+const WORDS = { there: "", gone: "No connection to the server", locked: "The server requires an API key" };
 
 export class StatusView {
   /**
-   * @param {{onBack: () => void, onKey: () => void}} listeners onBack: the server is there again; onKey: it wants one
+   * @param {{onBack: () => void, onKey: () => void}} listeners onBack: the server is reachable again; onKey: it requires a key
    */
   constructor(listeners) {
     this.listeners = listeners;
@@ -37,7 +37,7 @@ export class StatusView {
     this.refresh();
   }
 
-  /** Ask now, and from now on. */
+  /** Poll now and regularly. */
   async refresh() {
     clearTimeout(this.timer);
     if (document.hidden || this.asking) return;
@@ -50,7 +50,7 @@ export class StatusView {
       this.reach = error instanceof ServerError && error.status === 401 ? "locked" : "gone";
     }
     this.asking = false;
-    if (this.reach === "locked" && before !== "locked") this.listeners.onKey(); // once, and not every few seconds
+    if (this.reach === "locked" && before !== "locked") this.listeners.onKey(); // only once
     if (this.reach === "there" && before !== "there") this.listeners.onBack();
     this.show();
     clearTimeout(this.timer);
@@ -104,7 +104,7 @@ export class StatusView {
   }
 }
 
-/** @param {Status} status @returns {string[][]} what each figure is, and its text */
+/** @param {Status} status @returns {string[][]} label and text of each figure */
 function figuresOf(status) {
   const { bytes, where } = heldBy(status);
   return [
@@ -116,7 +116,7 @@ function figuresOf(status) {
   ].filter(([, text]) => text);
 }
 
-/** Where there is a card, it is what counts. @param {Status} status */
+/** Memory on the card, if there is one, else on the host. @param {Status} status */
 function heldBy({ memory }) {
   return memory.card ? { bytes: memory.card, where: " on the card" } : { bytes: memory.host, where: "" };
 }

@@ -1,6 +1,6 @@
 /**
- * What the browser keeps: conversations, drafts of questions, settings. Each conversation is an entry of its own,
- * so that two tabs do not undo each other's work.
+ * Browser storage of conversations, drafts and settings. Each conversation is a separate entry, so that two tabs do not
+ * overwrite each other's changes.
  */
 
 import { isConversation } from "./conversation.js";
@@ -11,15 +11,15 @@ const CHAT = "lowmem.chat.";
 const DRAFT = "lowmem.draft.";
 const KEY = "lowmem.key";
 
-/** The storage refused: it is full, or the browser allows none. */
+/** The storage is full or disabled. */
 export class StorageError extends Error {}
 
-/** All that is kept, and what changes in other tabs. */
+/** The stored data, synchronized with other tabs. */
 export class Store {
   constructor() {
     /** @type {Map<string, Conversation>} */
     this.conversations = new Map();
-    /** @type {(id: string|null) => void} called with a conversation's id when another tab changed it */
+    /** @type {(id: string|null) => void} called with the id of a conversation that another tab changed */
     this.onOtherTab = () => {};
     for (const name of storedNames()) {
       if (name.startsWith(CHAT)) this.#read(name);
@@ -38,7 +38,7 @@ export class Store {
   }
 
   /**
-   * Keep a conversation as it is now; StorageError where that is not possible.
+   * Save a conversation; throws StorageError if that fails.
    * @param {Conversation} conversation
    */
   save(conversation) {
@@ -47,7 +47,7 @@ export class Store {
   }
 
   /**
-   * Forget a conversation and its draft.
+   * Delete a conversation and its draft.
    * @param {string} id
    */
   remove(id) {
@@ -65,7 +65,7 @@ export class Store {
 }
 
 /**
- * A question that is being written; "new" is that of no conversation yet.
+ * The draft of a question; "new" is the draft of a new conversation.
  * @param {string} id
  */
 export function readDraft(id) {
@@ -77,12 +77,12 @@ export function writeDraft(id, text) {
   try {
     write(DRAFT + id, text || null);
   } catch {
-    // A draft that is not kept is still on the screen.
+    // An unsaved draft is still on the screen.
   }
 }
 
 /**
- * A small value by name, as it was kept; undefined if there is none.
+ * A stored value by name; undefined if there is none.
  * @param {string} name
  * @returns {any}
  */
@@ -90,16 +90,16 @@ export function readValue(name) {
   return parse(read(`lowmem.${name}`));
 }
 
-/** @param {string} name @param {any} value undefined: forget it */
+/** @param {string} name @param {any} value undefined deletes it */
 export function writeValue(name, value) {
   try {
     write(`lowmem.${name}`, value === undefined ? null : typeof value === "string" ? value : JSON.stringify(value));
   } catch {
-    // It holds for as long as the page is open.
+    // The value lasts as long as the page is open.
   }
 }
 
-/** The server's API key: for as long as this tab is open, and never beside the conversations. */
+/** The server's API key, kept until this tab is closed and separate from the conversations. */
 export function readKey() {
   try {
     return sessionStorage.getItem(KEY) ?? "";
@@ -114,18 +114,18 @@ export function writeKey(key) {
     if (key) sessionStorage.setItem(KEY, key);
     else sessionStorage.removeItem(KEY);
   } catch {
-    // Then it is asked for again.
+    // The page will ask for it again.
   }
 }
 
-/** @param {string} name @param {string|null} text null: forget it */
+/** @param {string} name @param {string|null} text null deletes it */
 function write(name, text) {
   try {
     if (text === null) localStorage.removeItem(name);
     else localStorage.setItem(name, text);
   } catch (error) {
     throw new StorageError(
-      "The browser keeps no more conversations: its storage is full or switched off. Export and delete some.",
+      "The browser cannot save conversations: its storage is full or disabled. Export and delete some.",
       { cause: error },
     );
   }

@@ -1,4 +1,4 @@
-/** The conversation on the screen: questions, answers, and what can be done with each. */
+/** The conversation on the screen: questions, answers and their buttons. */
 
 import { byId, copyButton, element, iconButton } from "./dom.js";
 import { shownTurns, versions } from "./conversation.js";
@@ -15,7 +15,7 @@ import { Prose } from "./prose.js";
  * }} Actions
  */
 
-const NEAR_THE_END = 60; // pixels from the foot within which the page follows an answer
+const NEAR_THE_END = 60; // pixels from the bottom within which the page follows an answer
 
 export class Thread {
   /** @param {Actions} actions */
@@ -29,9 +29,9 @@ export class Thread {
     /** @type {string|null} */
     this.shownId = null;
     this.following = true;
-    this.seenTop = 0; // where the scroller was when this last knew
+    this.seenTop = 0; // last known scroll position
     this.scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
-    // Letters that get another size, and a keyboard that slides in, are no reason to leave the end.
+    // A change of the font size or an on-screen keyboard must not leave the end.
     new ResizeObserver(() => this.follow()).observe(this.scroller);
     new ResizeObserver(() => this.follow()).observe(this.list);
     this.jump.addEventListener("click", () => {
@@ -41,7 +41,7 @@ export class Thread {
   }
 
   /**
-   * Show a conversation as it is now; null shows the start page.
+   * Show a conversation; null shows the start page.
    * @param {Conversation|null} conversation
    */
   show(conversation) {
@@ -58,24 +58,24 @@ export class Thread {
     byId("welcome").hidden = turns.length > 0;
     this.list.hidden = turns.length === 0;
     if (other) this.toEnd();
-    // The last is what people look at; what is above is rendered one after the other.
+    // The last turn is visible: render it first, then the others one by one.
     return views.reduceRight((before, view) => before.then(() => view.render()), Promise.resolve());
   }
 
   /**
-   * A piece of an answer has come.
+   * Show a new piece of an answer.
    * @param {Answer} answer
    */
   grow(answer) {
     this.views.get(answer.turn.id)?.grow(answer);
   }
 
-  /** Render what could not be rendered while the server was away. */
+  /** Render the texts that failed while the server was unreachable. */
   mend() {
     for (const view of this.views.values()) view.mend();
   }
 
-  /** Edit the last question; false where there is none. */
+  /** Edit the last question; returns false if there is none. */
   editLast() {
     const view = [...this.views.values()].reverse().find((one) => one.turn.role === "user");
     view?.edit();
@@ -88,7 +88,7 @@ export class Thread {
     this.follow();
   }
 
-  /** Stay at the end, if that is where the person is: who has just gone up is not, though no event says so yet. */
+  /** Follow the end, unless the user has just scrolled up, for which no event may have arrived yet. */
   follow() {
     if (this.scroller.scrollTop < this.seenTop - 1 && !this.#nearTheEnd()) this.following = false;
     if (this.following) this.scroller.scrollTop = this.scroller.scrollHeight;
@@ -96,7 +96,7 @@ export class Thread {
     this.#showJump();
   }
 
-  /** Buttons are made anew: the one that had the focus gives it to the one in its place. */
+  /** Buttons are created anew: move the focus to the button in the same place. */
   #focus() {
     const focused = document.activeElement;
     const index = [...this.list.children].findIndex((child) => child.contains(focused));
@@ -126,7 +126,7 @@ export class Thread {
   }
 
   /**
-   * @param {Turn} turn @param {Turn[]} all its versions @param {number} index @param {Turn[]} turns
+   * @param {Turn} turn @param {Turn[]} all versions of it @param {number} index @param {Turn[]} turns
    * @returns {TurnView}
    */
   #view(turn, all, index, turns) {
@@ -144,7 +144,7 @@ class TurnView {
     this.actions = actions;
     const question = turn.role === "user";
     this.prose = question ? null : new Prose(onChange);
-    this.rendered = ""; // the text whose final form is shown
+    this.rendered = ""; // the text that is shown in its final form
     this.heading = element("h2", { class: "visually-hidden" });
     const content = question ? element("div", { class: "bubble" }) : this.prose?.root;
     this.body = element("div", { class: "turn-body" }, content);
@@ -158,7 +158,7 @@ class TurnView {
   }
 
   /**
-   * @param {Turn} turn @param {Turn[]} all its versions @param {boolean} last @param {number} number of the exchange
+   * @param {Turn} turn @param {Turn[]} all versions of it @param {boolean} last @param {number} number number of the exchange
    */
   update(turn, all, last, number) {
     this.turn = turn;
@@ -173,7 +173,7 @@ class TurnView {
     else this.#fillAnswer(state, all);
   }
 
-  /** Show the answer in its final form, if that is not what is shown. */
+  /** Show the answer in its final form, unless it is shown already. */
   async render() {
     const done = this.prose && this.root.dataset.state !== "streaming";
     if (!done || this.rendered === this.turn.text) return;
@@ -193,7 +193,7 @@ class TurnView {
     this.#showProgress(answer);
   }
 
-  /** Put the question into a field; what is sent from it goes on from here as another version. */
+  /** Edit the question in a field; sending it adds another version here. */
   edit() {
     if (this.body.querySelector("textarea")) return;
     const field = element("textarea", { class: "edit-field", "aria-label": "Edit the question", rows: 1 });
@@ -307,22 +307,22 @@ class TurnView {
 }
 
 /**
- * What ended an answer, where that was not the model.
- * @param {Turn} turn @param {string} state @param {number} context tokens that the server has room for
+ * Why an answer ended, if the model did not end it.
+ * @param {Turn} turn @param {string} state @param {number} context size of the server's context in tokens
  */
 function noteOf(turn, state, context) {
   if (turn.problem) return turn.text ? `${turn.problem} What came is kept.` : turn.problem;
-  if (state === "stopped") return turn.text ? "Stopped." : "Stopped before the first word.";
-  if (state === "interrupted") return "Interrupted: the page was left before the answer was complete.";
+  if (state === "stopped") return turn.text ? "Stopped." : "Stopped before the first token.";
+  if (state === "interrupted") return "Interrupted: the page was closed before the answer was complete.";
   const { figures } = turn;
   if (turn.finish === "length" && figures) {
     const full = context > 0 && figures.prompt + figures.tokens >= context;
     if (full) return `Cut: the context of ${context.toLocaleString("en")} tokens is full. Start a new conversation.`;
-    if (turn.limit && figures.tokens < turn.limit) return "Cut: the server gives no more time to one answer.";
-    return `Cut at ${plural(figures.tokens, "token")}: Settings say how long an answer may be.`;
+    if (turn.limit && figures.tokens < turn.limit) return "Cut: the time limit of the server was reached.";
+    return `Cut at ${plural(figures.tokens, "token")}, the limit in Settings.`;
   }
-  if (turn.left) return `Answered without the first ${plural(turn.left, "question")}, to fit the context.`;
-  return turn.text ? "" : "The model said nothing.";
+  if (turn.left) return `The first ${plural(turn.left, "question")} did not fit the context and ${turn.left === 1 ? "was" : "were"} left out.`;
+  return turn.text ? "" : "The answer is empty.";
 }
 
 /** @param {Turn} turn @returns {string[]} */
@@ -342,7 +342,7 @@ function plural(count, noun) {
 }
 
 /**
- * Make a list's children these, without moving those that are in their place.
+ * Replace the children of a list without moving those that are in their place.
  * @param {Element} list @param {Element[]} children
  */
 function replaceInOrder(list, children) {
