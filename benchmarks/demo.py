@@ -111,7 +111,7 @@ def _answer(path: Path, method: str, new_tokens: int) -> Run:
     _say(f"{loaded.label} answers {PROMPT!r}")
     session = Session(loaded)
     session.complete(PROMPT, SamplingParams(max_new_tokens=2, temperature=0))  # warm-up
-    session.engine.settle()
+    session.engine.repacking.finish()
     answer = session.complete(PROMPT, SamplingParams(max_new_tokens=new_tokens, temperature=0))
     print(answer.text.strip(), flush=True)
     need = plan.chosen.need

@@ -21,6 +21,7 @@ RANKS = {
     "lowmem.generate": 7,
     "lowmem.streaming": 7,
     "lowmem.loading": 8,
+    "lowmem.prompts": 8.5,
     "lowmem.session": 9,
     "lowmem.chat": 10,
     "lowmem.server": 10,

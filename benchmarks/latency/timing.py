@@ -81,7 +81,7 @@ def _time_version(task: TimingTask, found: Timings, tell: Tell) -> Timings:
     wait(device)
     # Without stop tokens, an answer always has the asked number of tokens.
     session = Session(replace(loaded, stop_ids=()), context=context, speculate=False)
-    session.engine.settle()  # else repacking would slow the first answers down
+    session.engine.repacking.finish()  # else repacking would slow the first answers down
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
     timer = EngineTimer(session.engine, finish=lambda: wait(device), meter=find_meter(device))
     prompts, decodes = timer.time(task.lengths, token_ids(context, vocabulary), tell)

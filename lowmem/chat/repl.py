@@ -26,7 +26,7 @@ def talk(chat: Chat, reader: Reader) -> int:
         while True:
             trim_memory()
             try:
-                with chat.session.engine.meanwhile():
+                with chat.session.engine.repacking.in_background():
                     text = reader.read()
             except KeyboardInterrupt:
                 if leaving:

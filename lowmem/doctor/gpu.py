@@ -17,8 +17,10 @@ from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS, SamplingParams
 from lowmem.doctor.report import Check, Checks, guarded
-from lowmem.generate.cache import KVCache
-from lowmem.generate.compiled import CUDA_GRAPH, CompiledDecode, CompileRefused
+from lowmem.generate.cache.dense import DenseKVCache
+from lowmem.generate.decoders.contract import DecoderRefused, Feed
+from lowmem.generate.decoders.eager import EagerDecoder
+from lowmem.generate.decoders.graph import CUDA_GRAPH, GraphDecoder
 from lowmem.generate.engine import Engine
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch
@@ -85,24 +87,21 @@ def decode_works(area: str, device: torch.device, dtype: torch.dtype) -> Check |
     """Compare compiled decode with eager decode. Returns a warning where it is not possible."""
     loaded = load(_tiny(), device=device, dtype=dtype)
     layers = len(decoder_layers(loaded.model, loaded.model.config)[1])
-    cache = KVCache(layers, _CONTEXT)
+    eager, cache = EagerDecoder(loaded.model), DenseKVCache(layers, _CONTEXT, slots=2)
     # On a CPU, torch.compile's eager backend runs the same code.
     backend = CUDA_GRAPH if device.type == "cuda" else "eager"
     try:
-        decode = CompiledDecode(loaded.model, cache, backend=backend)
-    except CompileRefused as refused:
+        decode = GraphDecoder(eager, cache, backend=backend)
+    except DecoderRefused as refused:
         return Check(area, "compiled decode", "warning", refused.reason, "Decode stays eager and is slower")
-    prompt = torch.tensor([_prompt(loaded)], device=device)
-    eager_cache, worst = KVCache(layers, _CONTEXT), 0.0
-    with torch.inference_mode():
-        loaded.model(input_ids=prompt, past_key_values=cache)
-        fed = int(loaded.model(input_ids=prompt, past_key_values=eager_cache).logits[0, -1].argmax())
-        for _ in range(_NEW_TOKENS):
-            step = torch.tensor([[fed]], device=device)
-            got = decode.step(step).float()
-            right = loaded.model(input_ids=step, past_key_values=eager_cache).logits[:, -1].float()
-            worst = max(worst, float((got - right).norm() / right.norm()))
-            fed = int(right.argmax())
+    captured, plain = cache.slots
+    logits, _ = eager.prefill([Feed(slot, _prompt(loaded)) for slot in (captured, plain)])
+    fed, worst = [int(logits.argmax())], 0.0
+    for _ in range(_NEW_TOKENS):
+        got = decode.step([Feed(captured, fed)]).logits[0].float()
+        right = eager.step([Feed(plain, fed)]).logits[0].float()
+        worst = max(worst, float((got - right).norm() / right.norm()))
+        fed = [int(right.argmax())]
     if not worst < 0.05:
         raise RuntimeError(f"its logits differ from the eager ones by {worst:.2g} of their norm")
     return f"{_NEW_TOKENS} tokens, logits within {worst:.1%} of eager decode"

@@ -1,13 +1,13 @@
-"""Attention for steps of a few tokens: each row is computed exactly as a step of that token alone.
+"""Attention on a CPU for steps of a few tokens, row by row, and for prompts by the native kernels.
 
-torch's attention on a CPU shares work between the rows of a step, so that a row's last bits depend on how
-many came with it. A draft's rows would then leave other keys and values behind than one-row steps, and tokens
-that are almost equally likely could change places. Heads that share a KV head are the rows of one product,
-so this is also faster where there are some (one thread, 8 rows at 8192 tokens: 48 heads on 1 KV head 21 ms
-for 29, 32 on 8 48 ms for 88), and slower where there are none.
+torch's attention shares work between the rows of a step, so a row's last bits depend on how many rows there
+are. A draft's rows would leave other keys and values than one-row steps do, and two tokens of almost equal
+probability could change places. Here every row is computed as in a step of its own. Heads that share a KV
+head become the rows of one product, which is also faster (one thread, 8 rows at 8192 tokens: 21 ms instead of
+29 for 48 heads on 1 KV head, 48 instead of 88 for 32 on 8); it is slower where no heads share one.
 
-A prompt's rows in bfloat16 are attended to by our own kernels, where there are any: a layer of StarChat's and
-512 tokens take 10 ms for torch's 41, at 8192 keys 229 for 805 (two threads).
+The native kernels attend to a prompt's rows in bfloat16: a StarChat layer takes 10 ms for 512 tokens instead
+of torch's 41, and 229 instead of 805 at 8192 keys (two threads).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lowmem.kernels import dispatch
 from lowmem.kernels.native import attention as native_attention
 
 NAME = "lowmem_rows"
-MOST_ROWS = 16
+MAX_ROWS = 16  # of a step; more rows are a prompt
 
 
 def row_attention(
@@ -38,26 +38,25 @@ def row_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function of this name: steps of a few rows, and prompts that `_is_ours`.
+    """Attend row by row in short steps, natively in prompts that the kernels take, else with sdpa.
 
-    All else is left to transformers' sdpa.
-
-    query [batch, heads, rows, size], key and value [batch, kv_heads, length, size], mask bool
-    [batch, 1, rows, length]; gives [batch, rows, heads, size].
+    The signature is that of transformers' `AttentionInterface`. query [batch, heads, rows, head_dim], key and
+    value [batch, kv_heads, length, head_dim], attention_mask bool [batch, 1, rows, length]. Returns the
+    output [batch, rows, heads, head_dim] and no attention weights.
     """
     batch, heads, rows, _ = query.shape
     kv_heads, length = key.shape[1], key.shape[2]
-    if rows > MOST_ROWS and not dropout and _is_ours(module, query, key, value, attention_mask, kwargs):
+    if rows > MAX_ROWS and not dropout and _is_native(module, query, key, value, attention_mask, kwargs):
         return native_attention.prompt_attention(query, key, value, scaling), None
     if (
-        rows > MOST_ROWS
+        rows > MAX_ROWS
         or dropout
         or query.device.type != "cpu"
         or attention_mask is None
         or attention_mask.shape[1] != 1
         or not getattr(module, "is_causal", False)
         or kwargs.get("position_bias") is not None
-        # Keys behind the last row: a cache of fixed length. One row alone sees what its mask says.
+        # Keys behind the last row: a cache of fixed length. A single row follows its mask.
         or (rows > 1 and not bool(attention_mask[..., -1, -1].all()))
     ):
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -67,7 +66,7 @@ def row_attention(
     outputs = []
     for row in range(rows):
         seen = length - rows + row + 1
-        # [batch, kv_heads, heads of each, size]: the heads that share a KV head are the rows of its product
+        # [batch, kv_heads, heads of each, head_dim]: heads that share a KV head are rows of its product
         packed = query[:, :, row].reshape(batch, kv_heads, heads // kv_heads, -1)
         if heads == kv_heads:  # torch takes 2.4 times as long for a product of one row as for one of two
             packed = packed.expand(-1, -1, 2, -1)
@@ -82,7 +81,7 @@ def row_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def _is_ours(
+def _is_native(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -90,7 +89,7 @@ def _is_ours(
     mask: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> bool:
-    """Whether this is plain causal attention of a prompt that our own kernels take."""
+    """Whether this is plain causal attention of a prompt, in a form that the native kernels take."""
     if any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
         return False
     if not getattr(module, "is_causal", False) or kwargs.get("is_causal") is False:
@@ -101,11 +100,11 @@ def _is_ours(
 
 
 _known: tuple[weakref.ref[torch.Tensor] | None, bool] = (None, False)
-"""The last mask that was looked at: all layers of a forward share it."""
+"""The last mask that was checked, which all layers of a forward share, and the result."""
 
 
 def _is_causal(mask: torch.Tensor, rows: int, length: int) -> bool:
-    """Whether a mask lets each of the last rows see all before it and itself, and no more."""
+    """Whether a mask lets each of the last rows see itself and all rows before it, and no others."""
     global _known
     if _known[0] is not None and _known[0]() is mask:
         return _known[1]
@@ -117,7 +116,7 @@ def _is_causal(mask: torch.Tensor, rows: int, length: int) -> bool:
 
 
 def use_row_attention(model: Any) -> bool:
-    """Let a model that attends with sdpa compute short steps row by row; whether it does now."""
+    """Replace a model's sdpa attention by `row_attention`; returns whether the model uses it now."""
     config = getattr(model, "config", None)
     if getattr(config, "_attn_implementation", None) == "sdpa":
         model.set_attn_implementation(NAME)

@@ -1,7 +1,7 @@
-"""Prompt-lookup speculation: what followed the same few tokens before is a guess at what follows now.
+"""Prompt-lookup speculation: the tokens that followed the same n-gram before are a draft of the next ones.
 
-`Lookup` finds drafts (Saxena 2023, "Prompt Lookup Decoding"), `Pace` says from measured times and hits how
-long a draft pays, if any does. Neither decides a token: the model does.
+`Lookup` finds drafts (Saxena 2023, "Prompt Lookup Decoding"). `Pace` decides from measured step times and the
+acceptance rate how long a draft should be. Neither chooses a token: the model does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from statistics import median
 
 NGRAMS = (3, 2)  # the longest match counts
-LENGTHS = (2, 5, 10)  # drafts that are tried and timed; an odd rest is timed as the next longer one
+LENGTHS = (2, 5, 10)  # draft lengths that are tried and timed; others are timed as the next longer one
 
 
 class Lookup:
@@ -24,7 +24,7 @@ class Lookup:
             self.append(token)
 
     def append(self, token: int) -> None:
-        """One more token."""
+        """Add one token."""
         ids, end = self._ids, len(self._ids)
         for size, places in zip(NGRAMS, self._next, strict=True):
             if end >= size:
@@ -32,9 +32,9 @@ class Lookup:
         ids.append(token)
 
     def draft(self, length: int) -> list[int]:
-        """Up to `length` tokens that followed the last occurrence of the last 3 (else 2) tokens; [] for none.
+        """Up to `length` tokens that followed the last occurrence of the last 3 (else 2) tokens; [] if none.
 
-        A copy that reaches the end goes on with what it has copied: a period is repeated.
+        A draft that reaches the end continues with its own tokens, so a period is repeated.
         """
         ids = self._ids
         for size, places in zip(NGRAMS, self._next, strict=True):
@@ -45,37 +45,46 @@ class Lookup:
         return []
 
 
-class Pace:
-    """How many tokens to draft, from what was measured while running.
+class Acceptance:
+    """The acceptance rate of one sequence's drafts, as a running mean.
 
-    A draft of k tokens, each right with probability a if those before it were, gives 1 + a + … + aᵏ tokens in
-    one forward. It pays when that is more than the forward costs in one-row steps. `a` is a running mean,
-    kept up to date for nothing where no draft is made: the guess is compared with the token that came.
+    It is updated for free where no draft is fed: the first token of the draft that was not made is compared
+    with the token that came.
     """
 
-    START = 0.6  # `a` before anything is known: the first drafts are tried
-    MEMORY = 0.12  # the weight of the newest hit or miss in `a`
-    GAIN = 1.05  # below that an expected gain is not worth its scatter
-    FORGET = (
-        0.995  # a forward that was found too dear looks cheaper each time: it may have been a busy moment
-    )
+    START = 0.6  # before anything is known: the first drafts are tried
+    MEMORY = 0.12  # weight of the newest token
 
     def __init__(self) -> None:
-        self._acceptance = self.START
+        self.rate = self.START
+
+    def saw(self, accepted: bool) -> None:
+        """Record whether a drafted token was right, all before it being right."""
+        self.rate += self.MEMORY * (accepted - self.rate)
+
+
+class Pace:
+    """How many tokens to draft, from the measured times of steps.
+
+    A draft of k tokens, each right with probability a if those before it are, gives 1 + a + … + aᵏ tokens in
+    one step. It pays if that is more than the step's cost in one-row steps.
+    """
+
+    GAIN = 1.05  # smaller expected gains are within the noise
+    FORGET = 0.995  # a cost that ruled drafts out decays: it may have been measured in a busy moment
+
+    def __init__(self) -> None:
         self._single: deque[float] = deque(maxlen=9)
         self._costs: dict[int, deque[float]] = {length: deque(maxlen=5) for length in LENGTHS}
 
-    def new_answer(self) -> None:
-        """The times stay, what is known of the text does not."""
-        self._acceptance = self.START
-
-    def length(self, most: int) -> int:
-        """How many tokens of a draft of up to `most` to take; 0 where one-row steps are as fast."""
-        if most < 1 or len(self._single) < 2:
+    def length(self, available: int, acceptance: float) -> int:
+        """How many of `available` drafted tokens to feed at this acceptance rate; 0 if none pays."""
+        if available < 1 or len(self._single) < 2:
             return 0
-        options = {min(length, most): self._gain(min(length, most)) for length in LENGTHS}
-        best = max(options, key=lambda length: options[length])
-        if options[best] > self.GAIN:
+        options = {min(length, available) for length in LENGTHS}
+        gains = {length: self._gain(length, acceptance) for length in sorted(options)}
+        best = max(gains, key=lambda length: gains[length])
+        if gains[best] > self.GAIN:
             return best
         for costs in self._costs.values():
             for index, cost in enumerate(costs):
@@ -83,23 +92,18 @@ class Pace:
         return 0
 
     def took(self, rows: int, seconds: float) -> None:
-        """Note the time of a forward of so many rows (1 + drafted)."""
+        """Record the duration of a step of `rows` rows (1 + drafted)."""
         if rows == 1:
             self._single.append(seconds)
         elif self._single:
             self._costs[_timed_as(rows - 1)].append(seconds / max(median(self._single), 1e-9))
 
-    def saw(self, hit: bool) -> None:
-        """Note whether a drafted token, all before it being right, was right too."""
-        self._acceptance += self.MEMORY * (hit - self._acceptance)
-
-    def _gain(self, length: int) -> float:
-        """Expected tokens a one-row step's time when `length` are drafted."""
-        tokens = sum(self._acceptance**i for i in range(length + 1))
-        return tokens / self._cost(length)
+    def _gain(self, length: int, acceptance: float) -> float:
+        """Expected tokens per one-row step's time for a draft of `length` tokens."""
+        return sum(acceptance**i for i in range(length + 1)) / self._cost(length)
 
     def _cost(self, length: int) -> float:
-        """A forward of 1 + length rows in one-row steps; before it was measured, that of its neighbour."""
+        """Cost of a step of 1 + length rows in one-row steps; of the nearest measured length if unknown."""
         timed = _timed_as(length)
         for near in sorted(LENGTHS, key=lambda other: (abs(other - timed), other)):
             if self._costs[near]:

@@ -1,9 +1,9 @@
-"""How the next token is chosen: pure functions on logits, and the `Sampler` that carries one answer's state.
+"""Choosing the next token: pure functions on logits, and the `Sampler` that carries one answer's state.
 
 The order is that of transformers' generate: repetition penalty (greedy too), then temperature, top-k, top-p,
 min-p. The filters are those of its logits processors (repetition penalty: Keskar et al. 2019, "CTRL"; top-p:
 Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"; min-p: Nguyen et al. 2024, "Turning Up
-the Heat"), so that a model card's settings mean the same here.
+the Heat"), so a model card's settings mean the same here.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
 
-_BINS, _SPAN = 4096, 32.0  # of `nucleus`: e^-32 of the likeliest token's probability is nothing
+_BINS, _SPAN = 4096, 32.0  # of `nucleus`: probabilities below e^-32 of the largest one are negligible
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """logits [..., vocab] with those of `seen` (bool [vocab]) divided by penalty, or multiplied if < 0."""
+    """logits [..., vocab], those of `seen` (bool [vocab]) divided by penalty, or multiplied if negative."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """logits [..., vocab] with all but the k largest at -inf; ties with the k-th stay. 0: all stay."""
+    """logits [..., vocab] with all but the k largest set to -inf; ties with the k-th stay. 0 keeps all."""
     if k == 0 or k >= logits.shape[-1]:
         return logits
     smallest = logits.topk(k, dim=-1).values[..., -1:]
@@ -35,15 +35,15 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def keep_top_p(logits: torch.Tensor, p: float, *, ordered: bool = False) -> torch.Tensor:
-    """logits [..., vocab] with all but the nucleus at -inf.
+    """logits [..., vocab] with all outside of the nucleus set to -inf. 1 keeps all.
 
-    The nucleus is the smallest set of most likely tokens with a total probability of at least p; the
-    most likely token is always in it. 1: all stay. ordered: the logits fall already, so nothing is sorted.
+    The nucleus is the smallest set of most likely tokens with a total probability of at least p; the most
+    likely token is always in it. ordered: the logits are in descending order already.
     """
     if p >= 1:
         return logits
-    falling, order = (logits, None) if ordered else logits.sort(dim=-1, descending=True)
-    likely = falling.softmax(dim=-1)
+    descending, order = (logits, None) if ordered else logits.sort(dim=-1, descending=True)
+    likely = descending.softmax(dim=-1)
     before = likely.cumsum(dim=-1) - likely  # the mass of the more likely tokens
     outside = before >= p
     outside[..., 0] = False
@@ -53,10 +53,10 @@ def keep_top_p(logits: torch.Tensor, p: float, *, ordered: bool = False) -> torc
 
 
 def nucleus(logits: torch.Tensor, p: float) -> torch.Tensor | None:
-    """The ids that `keep_top_p` keeps of logits [vocab], rising; None when they are not finite.
+    """The ids that `keep_top_p` keeps of logits [vocab], in ascending order; None if they are not finite.
 
-    Only those are sorted that share a bin of 1/128 with the last one: 0.2 ms on a CPU for 49156 logits, of
-    which the sort alone would take 3.
+    Sorts only the logits in the bin, 1/128 wide, in which the nucleus ends: 0.2 ms on a CPU for 49156 logits
+    instead of 3 for a full sort.
     """
     peak = logits.amax()
     if not math.isfinite(float(peak)):
@@ -67,8 +67,8 @@ def nucleus(logits: torch.Tensor, p: float) -> torch.Tensor | None:
     edge = min(int(torch.searchsorted(mass, p)), _BINS - 1)
     kept = bins < edge
     there = (bins == edge).nonzero()[:, 0]
-    falling, order = likely[there].sort(descending=True)
-    before = falling.cumsum(dim=-1) - falling
+    descending, order = likely[there].sort(descending=True)
+    before = descending.cumsum(dim=-1) - descending
     if edge:
         before += mass[edge - 1]
     kept[there[order[before < p]]] = True
@@ -76,7 +76,7 @@ def nucleus(logits: torch.Tensor, p: float) -> torch.Tensor | None:
 
 
 def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """logits [..., vocab] with all below p times the likeliest's probability at -inf. 0: all stay."""
+    """logits [..., vocab] with tokens below p times the largest probability set to -inf. 0 keeps all."""
     if p == 0:
         return logits
     likely = logits.softmax(dim=-1)
@@ -89,18 +89,17 @@ def candidates(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """logits [vocab] → (float32 probabilities [n], their token ids [n]); the temperature must not be 0.
 
-    ids None: the probabilities are those of the whole vocabulary. With top_k they are of the k likeliest
-    (more where tokens tie with the k-th) and with top_p alone of the nucleus, so that the vocabulary is
-    seldom sorted; in the vocabulary's order, so that two tokens of almost one probability may change ranks
-    and a number still means the same token.
-    seen: bool [vocab], the tokens that the repetition penalty is for.
+    ids None: the probabilities are of the whole vocabulary. With top_k they are of the k most likely tokens
+    (more if some tie with the k-th), with top_p alone of the nucleus, so the vocabulary is seldom sorted.
+    They are in the vocabulary's order: if two tokens of almost equal probability swap ranks, a random number
+    still draws the same token. seen: bool [vocab], the tokens that the repetition penalty applies to.
     """
     scores = logits.to(torch.float32)
     if seen is not None and params.repetition_penalty != 1:
         scores = penalize(scores, seen, params.repetition_penalty)
     scores = scores / params.temperature
     ids = found = None
-    # A sort is cheap on a GPU, and waiting for the number of ties is not.
+    # On a GPU a sort is cheap, and waiting for the number of ties is not.
     if 0 < params.top_k < scores.shape[-1] and scores.device.type == "cpu":
         values, ids = scores.topk(params.top_k)
         tied = int((scores >= values[-1]).sum())
@@ -126,16 +125,15 @@ def candidates(
 def probabilities(
     logits: torch.Tensor, params: SamplingParams, seen: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """logits [vocab] → the float32 distribution [vocab] that is sampled; the temperature must not be 0."""
+    """logits [vocab] → the float32 distribution [vocab] to sample from; the temperature must not be 0."""
     likely, ids = candidates(logits, params, seen)
     return likely if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(0, ids, likely)
 
 
 def draw(likely: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """probabilities [n], uniform numbers [...] in [0, 1) → indices [...]: the inverse of the distribution.
+    """probabilities [n], uniform numbers [...] in [0, 1) → indices [...], by the inverse distribution.
 
-    One number decides a token, and no value in `likely`, not even a NaN, makes it fail: on a GPU nothing has
-    to be waited for.
+    One number decides a token. No value in `likely`, not even NaN, raises, so a GPU is not waited for.
     """
     return _draw(likely, points)[0]
 
@@ -149,19 +147,21 @@ def _draw(likely: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A chosen token. logprob and top (the likeliest tokens, best first): None and () unless asked for."""
+class SampledToken:
+    """A chosen token."""
 
     id: int
     logprob: float | None = None
+    """None unless `SamplingParams.logprobs` is set."""
     top: tuple[tuple[int, float], ...] = ()
+    """Ids and log-probabilities of the most likely tokens, best first."""
 
 
 class Sampler:
     """Chooses the tokens of one answer, one after the other.
 
-    Holds what the choice depends on beside the logits: the tokens that are there already, and a stream of
-    random numbers of which each token takes one, whatever the device and the number of rows in a forward.
+    Holds the tokens so far, for the repetition penalty, and a stream of random numbers. Each token takes one
+    number, whatever the device and the number of rows in a forward.
     """
 
     def __init__(
@@ -176,22 +176,22 @@ class Sampler:
             self._seen[list(prompt)] = True
             self._seen = self._seen.to(device)
 
-    def choose(self, logits: torch.Tensor) -> Choice:
+    def choose(self, logits: torch.Tensor) -> SampledToken:
         """logits [vocab] → the next token; LowmemError when they are not finite.
 
-        logprob and top are log-softmax of the raw logits in float32: the model's own distribution, before
-        penalty, temperature and filters.
+        logprob and top are of the model's own distribution, before penalty, temperature and filters: the
+        log-softmax of the logits in float32.
         """
         choice = self.choose_clear(logits, 0.0)
         assert choice is not None
         return choice
 
-    def choose_clear(self, logits: torch.Tensor, noise: float) -> Choice | None:
-        """As `choose`, on logits that may be off by `noise` as a share of the largest.
+    def choose_clear(self, logits: torch.Tensor, noise: float) -> SampledToken | None:
+        """As `choose`, on logits that may be off by `noise`, a share of the largest logit.
 
-        None: that much could make it another token. Then nothing has changed, and the choice can be made once
-        more on better logits. (Sampling looks at the borders of the chosen token's share; that another token
-        may just be in the nucleus, or not, is left out.)
+        Returns None if that error could change the token. The state is then unchanged, and the choice can be
+        repeated on better logits. (Sampling compares with the borders of the chosen token's share of the
+        distribution; it ignores that a token may just enter or leave the nucleus.)
         """
         if self.params.temperature == 0:
             chosen, low, high = self._greedy(logits, second=noise > 0)
@@ -199,14 +199,14 @@ class Sampler:
             likely, ids = candidates(logits, self.params, self._seen)
             index, low, high = _draw(likely, torch.tensor(self._point, dtype=torch.float64))
             chosen = index if ids is None else ids[index]
-        # All numbers in one transfer: a GPU is waited for once a token. A NaN is its own maximum.
+        # One transfer, so a GPU is waited for once a token. amax propagates NaN.
         plain = self.params.temperature == 0 and self._seen is None
         numbers = [part.to(torch.float64) for part in (chosen, high if plain else logits.amax(), low, high)]
         token, peak, below, above = torch.stack(numbers).tolist()
         if not math.isfinite(peak):
             raise LowmemError(
                 "the model's output is not finite",
-                "Check the checkpoint with `lowmem verify`; float16 may overflow where bfloat16 does not",
+                "Check the checkpoint with `lowmem verify`, or use bfloat16 if it ran in float16",
             )
         if noise > 0 and not self._clear(below, above, noise * abs(peak)):
             return None
@@ -226,7 +226,7 @@ class Sampler:
         return token, scores.topk(2).values[1] if second and scores.shape[-1] > 1 else best, best
 
     def _clear(self, low: float, high: float, error: float) -> bool:
-        """Whether no logits that are off by less than `error` choose another token."""
+        """Whether all logits that differ by less than `error` give the same token."""
         if self.params.temperature == 0:
             return high - low > error
         # d(mass)/d(logits): a border at mass c moves by at most 2 c (1 - c) error / temperature.
@@ -234,10 +234,10 @@ class Sampler:
         point = self._point
         return point - low >= shift * low * (1 - low) and high - point >= shift * high * (1 - high)
 
-    def _choice(self, token: int, logits: torch.Tensor) -> Choice:
+    def _choice(self, token: int, logits: torch.Tensor) -> SampledToken:
         if self.params.logprobs is None:
-            return Choice(token)
+            return SampledToken(token)
         logprobs = logits.to(torch.float32).log_softmax(dim=-1)
         best = logprobs.topk(min(self.params.logprobs, logprobs.shape[-1]))
         top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Choice(token, float(logprobs[token]), top)
+        return SampledToken(token, float(logprobs[token]), top)

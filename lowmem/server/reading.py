@@ -12,6 +12,7 @@ from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import Message, fim_tokens
+from lowmem.prompts import encode_prompt
 from lowmem.server.api_errors import invalid, invalid_request, short, too_long
 from lowmem.server.protocol import (
     MOST_ANSWERS,
@@ -22,7 +23,6 @@ from lowmem.server.protocol import (
     refuse_unsupported,
 )
 from lowmem.server.worker import Continuation, Hole, Work
-from lowmem.session import encode_prompt
 from lowmem.text.tokenizing import decode
 
 CARD = SamplingParams()

@@ -219,7 +219,7 @@ class Worker:
         while True:
             with self._changed:
                 self._serving = None
-                if not self._queue and not self._closed and not engine.unsettled:
+                if not self._queue and not self._closed and not engine.repacking:
                     self._changed.wait()
                 if self._queue:
                     self._serving = self._queue.pop()
@@ -227,7 +227,7 @@ class Worker:
                 if self._closed:
                     return None
             try:
-                engine.settle_one()  # while nobody asks
+                engine.repacking.run_one()  # while no request is waiting
             except Exception as error:
                 self._report(error)
 

@@ -150,6 +150,9 @@ class Answer:
     error: BaseException | None = None
 
 
+REPACKING = SimpleNamespace(in_background=nullcontext)
+
+
 @dataclass
 class FakeSession:
     """A Session without a model: one token a word, answers from a list, and what was asked is kept."""
@@ -159,7 +162,7 @@ class FakeSession:
     templated: bool = True
     asked: list[dict[str, Any]] = field(default_factory=list)
     closed: int = 0
-    engine: Any = field(default_factory=lambda: SimpleNamespace(meanwhile=nullcontext))
+    engine: Any = field(default_factory=lambda: SimpleNamespace(repacking=REPACKING))
 
     @property
     def loaded(self) -> Any:

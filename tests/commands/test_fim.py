@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from lowmem.cli import main
 from lowmem.commands.fim import MARKER, split_at
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
-from lowmem.generate.engine import Engine, Token
+from lowmem.generate.engine import Engine
+from lowmem.generate.sequence import Token
 from lowmem.loading.loader import LoadedModel, load
 from lowmem.session import Session, join
 from tests.helpers import save_source, tiny_model
@@ -36,12 +38,16 @@ def loaded(folder: Path) -> LoadedModel:
     return load(folder)
 
 
+COUNTERS = SimpleNamespace(cached_tokens=0, drafted_tokens=0, accepted_tokens=0)
+
+
 def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list[list[int]]:
     """Engines say `ids`; the returned list hears the prompts."""
     heard: list[list[int]] = []
 
     def generate(self: Engine, prompt: list[int], params: SamplingParams, on_prefill: Any = None) -> Any:
         heard.append(prompt)
+        self.sequence = COUNTERS  # type: ignore[assignment]
         return (Token(token, "stop" if token in self.stop_ids else None) for token in ids)
 
     monkeypatch.setattr(Engine, "generate", generate)
@@ -240,6 +246,7 @@ def test_ctrl_c_leaves_no_half_file(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: Engine, *rest: Any) -> Any:
+        self.sequence = COUNTERS  # type: ignore[assignment]
         yield Token(50, None)
         yield Token(51, None)
         raise KeyboardInterrupt

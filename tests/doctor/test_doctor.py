@@ -19,7 +19,7 @@ from lowmem.doctor.examination import examine
 from lowmem.doctor.facts import facts
 from lowmem.doctor.machine import Card, Machine, look
 from lowmem.doctor.report import Check, guarded, passed
-from lowmem.generate import compiled
+from lowmem.generate.decoders.contract import DecoderRefused
 from lowmem.kernels import dispatch
 from lowmem.kernels.trial import KernelChoice, PassedOver
 from lowmem.plan import bandwidth
@@ -207,9 +207,9 @@ def test_a_card_that_computes_something_else_is_found_out(monkeypatch: pytest.Mo
         gpu.same_tokens_as_cpu(CPU)
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise compiled.CompileRefused("the graph says no")
+        raise DecoderRefused("the graph says no")
 
-    monkeypatch.setattr(gpu, "CompiledDecode", refuse)
+    monkeypatch.setattr(gpu, "GraphDecoder", refuse)
     check = gpu.decode_works("a model", CPU, torch.float32)
     assert isinstance(check, Check) and check.status == "warning" and check.detail == "the graph says no"
 

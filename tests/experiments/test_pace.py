@@ -49,6 +49,7 @@ from safetensors import safe_open
 
 from lowmem.checkpoint.headers.gguf import read_gguf_header
 from lowmem.errors import SourceError
+from lowmem.generate.decoders.contract import Feed, StepOutput
 from lowmem.kernels.native import library as native
 from lowmem.loading.loader import load
 
@@ -111,21 +112,20 @@ def test_what_is_timed_is_what_was_asked(runtime: Runtime) -> None:
     assert len(ask(runtime, "decode", context=40, tokens=5)["seconds"]) == 5
     found = ask(runtime, "rows", context=40, rows=4, steps=3)
     assert len(found["one"]) == len(found["many"]) == 3
-    assert runtime.engine._held == prompt_of(40, 4096)
+    assert runtime.engine.cache.slots[0].tokens == prompt_of(40, 4096)
 
 
 def test_rows_go_through_in_one_forward(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[int] = []
-    forward = runtime.engine._forward
+    step = runtime.engine.decoder.step
 
-    def spy(ids: list[int], *, decode: bool) -> torch.Tensor:
-        logits = forward(ids, decode=decode)
-        if decode:
-            fed.append(len(ids))
-            assert logits.shape == (len(ids), 4096) and runtime.engine.cache.length == 40 + len(ids)
-        return logits
+    def spy(feeds: list[Feed]) -> StepOutput:
+        output, rows = step(feeds), len(feeds[0].ids)
+        fed.append(rows)
+        assert output.logits[0].shape == (rows, 4096) and feeds[0].slot.length == 40 + rows
+        return output
 
-    monkeypatch.setattr(runtime.engine, "_forward", spy)
+    monkeypatch.setattr(runtime.engine.decoder, "step", spy)
     ask(runtime, "rows", context=40, rows=4, steps=2)
     assert fed == [1, 4, 1, 4]
 

@@ -10,7 +10,7 @@ from transformers import StaticCache
 
 from lowmem.generate import attention
 from lowmem.generate.attention import NAME, use_row_attention
-from lowmem.generate.cache import KVCache
+from lowmem.generate.cache.dense import DenseKVCache
 from tests.helpers import KINDS, tiny_model
 
 
@@ -34,7 +34,7 @@ def test_logits_are_those_of_sdpa(kind: str, window: int | None, monkeypatch: py
     model = tiny_model(kind, vocab=512)
     model.config.sliding_window = window
     parts = [20, 2, 1, 16, 5, 17]
-    expected = logits_of(model, KVCache(2, 64), parts)
+    expected = logits_of(model, DenseKVCache(2, 64).slots[0].view, parts)
     whole: list[int] = []
     real = attention.sdpa_attention_forward
 
@@ -44,7 +44,9 @@ def test_logits_are_those_of_sdpa(kind: str, window: int | None, monkeypatch: py
 
     monkeypatch.setattr(attention, "sdpa_attention_forward", sdpa)
     assert use_row_attention(model) and model.config._attn_implementation == NAME
-    torch.testing.assert_close(logits_of(model, KVCache(2, 64), parts), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits_of(model, DenseKVCache(2, 64).slots[0].view, parts), expected, rtol=1e-4, atol=1e-4
+    )
     assert whole == [20, 20, 17, 17]  # what is not a step of a few rows
 
 
@@ -53,7 +55,7 @@ def test_a_row_does_not_depend_on_how_many_came_with_it(kind: str) -> None:
     """In bfloat16, where products of two rows and more give each row the same bits."""
     model = tiny_model(kind, vocab=512, dtype=torch.bfloat16, hidden=128)
     use_row_attention(model)
-    caches = [KVCache(2, 64) for _ in range(3)]
+    caches = [DenseKVCache(2, 64).slots[0].view for _ in range(3)]
     parts = [[40, 10], [40, 2, 8], [40, 5, 2, 3]]
     first, *others = [logits_of(model, cache, part) for cache, part in zip(caches, parts, strict=True)]
     for logits in others:
@@ -63,7 +65,7 @@ def test_a_row_does_not_depend_on_how_many_came_with_it(kind: str) -> None:
 def test_a_cache_of_fixed_length_is_left_to_sdpa() -> None:
     """Its last keys are not the last row's."""
     model = tiny_model("llama", vocab=512)
-    expected = logits_of(model, KVCache(2, 64), [20, 5, 1, 7])
+    expected = logits_of(model, DenseKVCache(2, 64).slots[0].view, [20, 5, 1, 7])
     use_row_attention(model)
     static = StaticCache(config=model.config, max_cache_len=64)
     torch.testing.assert_close(logits_of(model, static, [20, 5, 1, 7]), expected, rtol=1e-4, atol=1e-4)

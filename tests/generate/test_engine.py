@@ -1,4 +1,4 @@
-"""The engine: the tokens of transformers' own generate, every way an answer can end, and what it keeps."""
+"""The engine: transformers' generate is the oracle; every way an answer can end, and what is kept."""
 
 from __future__ import annotations
 
@@ -14,9 +14,18 @@ from torch import nn
 
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError
-from lowmem.generate import cache as cache_room
-from lowmem.generate import engine as engine_room
-from lowmem.generate.engine import Engine, Token, context_length
+from lowmem.generate import engine as engine_module
+from lowmem.generate import sequence as sequence_module
+from lowmem.generate.cache import contract as cache_contract
+from lowmem.generate.cache import dense
+from lowmem.generate.cache.contract import Slot
+from lowmem.generate.decoders import contract as decoder_contract
+from lowmem.generate.decoders import eager as eager_module
+from lowmem.generate.decoders import selection
+from lowmem.generate.decoders.eager import EagerDecoder
+from lowmem.generate.decoders.selection import SelectedDecoder
+from lowmem.generate.engine import Engine, context_length
+from lowmem.generate.sequence import Token
 from lowmem.loading.loader import load
 from tests.helpers import KINDS, TINY_STARCHAT, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -82,17 +91,6 @@ def test_greedy_tokens_are_transformers_at_any_chunk(kind: str, chunk: int) -> N
     tokens = list(Engine(model, context=256, chunk=chunk).generate(prompt, GREEDY))
     assert [token.id for token in tokens] == transformers_tokens(model, prompt, 40)
     assert [token.finish_reason for token in tokens] == [None] * 39 + ["length"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_chunked_prefill_gives_the_logits_of_one_forward(kind: str) -> None:
-    model = tiny_model(kind, vocab=512)
-    prompt = prompt_of(50)
-    with torch.inference_mode():
-        expected = model(input_ids=torch.tensor([prompt])).logits[0, -1]
-    for chunk in (7, 25, 49, 50):
-        got = Engine(model, context=64, chunk=chunk)._prefill(0, prompt, None)[0]
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("speculate", [False, True])
@@ -266,9 +264,9 @@ def test_a_kept_cache_gives_the_tokens_of_a_fresh_engine(kind: str) -> None:
 
         fed = fed_tokens(model, run)
         assert got == ids(Engine(model, context=256).generate(prompt, SHORT))
-        assert engine.cached_tokens == cached
+        assert engine.sequence.cached_tokens == cached
         assert fed == len(prompt) - cached + 7  # the answer's last token is never read
-        assert all(layer.length == len(prompt) + 7 for layer in engine.cache.kv_layers)
+        assert engine.cache.slots[0].length == len(engine.cache.slots[0].tokens) == len(prompt) + 7
 
 
 def test_reset_forgets() -> None:
@@ -276,9 +274,9 @@ def test_reset_forgets() -> None:
     engine = counting(model)
     for cached in (0, 0):
         ids(engine.generate([1, 2, 3], SHORT))
-        assert engine.cached_tokens == cached
+        assert engine.sequence.cached_tokens == cached
         engine.reset()
-    assert engine.cache.length == 0
+    assert engine.cache.slots[0].length == 0
 
 
 def test_closed_early_and_never_started() -> None:
@@ -322,17 +320,26 @@ def test_an_exception_between_two_layers_leaves_the_cache_right(
     handle = model.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(error):
         ids(engine.generate(prompt, GREEDY))
-    assert len({layer.length for layer in engine.cache.kv_layers}) == 2
+    assert len({layer.length for layer in engine.cache.slots[0].layers}) == 2
     handle.remove()
     assert ids(engine.generate(prompt, GREEDY)) == expected
-    assert engine.cached_tokens == (0 if call == 1 else 16 if call == 2 else 29)
+    assert engine.sequence.cached_tokens == (0 if call == 1 else 16 if call == 2 else 29)
 
 
 def test_an_interrupt_at_any_line_leaves_the_engine_usable() -> None:
-    """KeyboardInterrupt at each line of engine and cache that a request passes, one after the other."""
+    """KeyboardInterrupt at each line of engine, sequence, decoder and cache that a request runs."""
     model = tiny_model("gpt_bigcode_mqa", vocab=512, hidden=32, layers=2)
     engine = Engine(model, context=64, chunk=8)
-    rooms = {engine_room.__file__, cache_room.__file__}
+    modules = (
+        engine_module,
+        sequence_module,
+        cache_contract,
+        dense,
+        decoder_contract,
+        eager_module,
+        selection,
+    )
+    files = {module.__file__ for module in modules}
     params = SamplingParams(temperature=0, max_new_tokens=5)
     first = prompt_of(13)
     second = [*first[:10], *prompt_of(6, seed=9)]
@@ -340,7 +347,7 @@ def test_an_interrupt_at_any_line_leaves_the_engine_usable() -> None:
     lines = [0]
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
-        if frame.f_code.co_filename not in rooms:
+        if frame.f_code.co_filename not in files:
             return None
         if event == "line":
             lines[0] -= 1
@@ -367,70 +374,63 @@ def test_an_interrupt_at_any_line_leaves_the_engine_usable() -> None:
     assert interrupted > 25
 
 
-# The hook for compiled steps
+# A fast decoder, and what happens when it fails
 
 
-def fixed_decode(
-    model: Any, engine: Engine, fail_at: int = -1, error: type[BaseException] = RuntimeError
-) -> Any:
-    """Decodes on whole buffers as a captured step does; raises in the middle of step `fail_at`."""
-    steps = [0]
+class Fast(EagerDecoder):
+    """Raises behind the forward of step `fail_at`."""
 
-    def decode(fed: torch.Tensor) -> torch.Tensor:
-        cache = engine.cache
-        if not cache.fixed:
-            cache.set_fixed(True)
-        length = cache.length
-        logits = model(
-            input_ids=fed, past_key_values=cache, position_ids=torch.tensor([[length]]), use_cache=True
-        ).logits[:, -1]
-        steps[0] += 1
-        if steps[0] == fail_at:  # the device has moved on, the host's count has not
-            raise error
-        cache.advance(1)
-        return logits  # type: ignore[no-any-return]
+    max_rows = 1
 
-    decode.steps = steps  # type: ignore[attr-defined]
-    return decode
+    def __init__(self, model: Any, fail_at: int = -1, error: type[BaseException] = RuntimeError) -> None:
+        super().__init__(model)
+        self.steps, self.fail_at, self.error = 0, fail_at, error
+
+    def _step(self, slot: Slot, ids: Any) -> torch.Tensor:
+        logits = super()._step(slot, ids)
+        self.steps += 1
+        if self.steps == self.fail_at:
+            raise self.error
+        return logits
+
+
+def with_fast(model: Any, *failing: Any, speculate: bool = False) -> tuple[Engine, SelectedDecoder, Fast]:
+    engine = Engine(model, context=64, speculate=speculate)
+    assert isinstance(engine.decoder, SelectedDecoder)
+    engine.decoder.fast = fast = Fast(model, *failing)
+    return engine, engine.decoder, fast
 
 
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("kind", ["gpt_bigcode_mqa", "llama"])
-def test_one_row_steps_go_through_the_hook(kind: str, speculate: bool) -> None:
+def test_steps_go_to_the_fast_decoder(kind: str, speculate: bool) -> None:
     model = tiny_model(kind, vocab=512)
     prompt = prompt_of(9)
-    engine = Engine(model, context=64, speculate=speculate)
-    decode = fixed_decode(model, engine)
-    engine.decode = decode
+    engine, decoder, fast = with_fast(model, speculate=speculate)
     expected = ids(Engine(model, context=64).generate(prompt, GREEDY))
     for _ in range(2):
         assert ids(engine.generate(prompt, GREEDY)) == expected
-    # The second prompt differs from what is held in nothing: its last token is one more one-row step.
-    assert decode.steps[0] == 2 * 39 + 1 or (speculate and decode.steps[0] > 2)
-    assert engine.decode is decode
+    assert fast.steps == 2 * 39 or (speculate and fast.steps > 2)
+    assert decoder.fast is fast
 
 
 @pytest.mark.parametrize("fail_at", [1, 4])
-def test_a_failing_hook_is_left_for_the_model_itself(fail_at: int) -> None:
+def test_a_failing_step_is_repeated_eagerly_and_so_are_all_later_ones(fail_at: int) -> None:
     model = tiny_model("gpt_bigcode_mqa", vocab=512)
     prompt = prompt_of(9)
-    engine = Engine(model, context=64, speculate=False)
-    engine.decode = fixed_decode(model, engine, fail_at)
+    engine, decoder, fast = with_fast(model, fail_at)
     assert ids(engine.generate(prompt, GREEDY)) == ids(Engine(model, context=64).generate(prompt, GREEDY))
-    assert engine.decode is None and not engine.cache.fixed
+    assert decoder.fast is None and decoder.why_eager == "RuntimeError" and fast.steps == fail_at
 
 
-def test_an_interrupted_hook_stays_and_goes_on_right() -> None:
+def test_an_interrupted_fast_decoder_stays_and_goes_on_right() -> None:
     model = tiny_model("gpt_bigcode_mqa", vocab=512)
     prompt = prompt_of(9)
-    engine = Engine(model, context=64, speculate=False)
-    decode = fixed_decode(model, engine, 4, KeyboardInterrupt)
-    engine.decode = decode
+    engine, decoder, fast = with_fast(model, 4, KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         ids(engine.generate(prompt, GREEDY))
     assert ids(engine.generate(prompt, GREEDY)) == ids(Engine(model, context=64).generate(prompt, GREEDY))
-    assert decode.steps[0] > 20
-    assert engine.decode is decode
+    assert fast.steps > 20 and decoder.fast is fast
 
 
 def test_the_real_small_model_answers_as_transformers_does() -> None:

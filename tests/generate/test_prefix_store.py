@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem.config import SamplingParams
-from lowmem.generate.cache import KVCache
+from lowmem.generate.cache.dense import DenseKVCache, DenseSlot
 from lowmem.generate.engine import Engine
 from lowmem.generate.prefix_store import PrefixStore, common_prefix
 from tests.helpers import tiny_model
@@ -24,13 +24,14 @@ def prompts(count: int, length: int = 40) -> list[list[int]]:
     return [torch.randint(1, 4000, (length,), generator=generator).tolist() for _ in range(count)]
 
 
-def filled(layers: int, tokens: int, seed: int, capacity: int = 128) -> KVCache:
-    """A cache with random rows."""
-    cache = KVCache(layers, capacity)
+def filled(layers: int, tokens: int, seed: int, capacity: int = 128) -> DenseSlot:
+    """A slot with random rows."""
+    slot = DenseKVCache(layers, capacity).slots[0]
     generator = torch.Generator().manual_seed(seed)
-    for layer in cache.kv_layers:
-        layer.update(*(torch.randn(1, 2, tokens, 4, generator=generator) for _ in range(2)))
-    return cache
+    for layer in range(layers):
+        rows = [torch.randn(1, 2, tokens, 4, generator=generator) for _ in range(2)]
+        slot.view.update(*rows, layer)
+    return slot
 
 
 def answer(engine: Engine, prompt: list[int]) -> list[tuple[int, Any]]:
@@ -46,11 +47,8 @@ def test_what_is_kept_comes_back_bit_by_bit() -> None:
     other.cut(0)
     assert store.restore([*range(30), 999], other) == 30
     assert other.length == 30
-    for was, now in zip(first.kv_layers, other.kv_layers, strict=True):
-        assert was.keys is not None and now.keys is not None
-        assert was.values is not None and now.values is not None
-        assert torch.equal(was.keys[:, :, :30], now.keys[:, :, :30])
-        assert torch.equal(was.values[:, :, :30], now.values[:, :, :30])
+    assert other.tokens == list(range(30))
+    assert all(torch.equal(was, now) for was, now in zip(first.save(30), other.save(30), strict=True))
 
 
 def test_nothing_known_is_nothing_restored() -> None:
@@ -74,7 +72,7 @@ def test_a_longer_sequence_replaces_what_it_continues_and_a_shorter_one_is_not_k
 def test_one_text_with_small_changes_does_not_evict_another() -> None:
     """An editor sends its file again at every keystroke."""
     cache = filled(2, 40, seed=1)
-    store = PrefixStore(2 * cache.nbytes)
+    store = PrefixStore(2 * cache.saved_bytes(128))
     chat = list(range(40))
     store.save(chat, cache)
     for key in range(20):
@@ -117,8 +115,8 @@ def test_conversations_in_turn_are_answered_as_one_after_the_other(dtype: torch.
         for number, engine in enumerate(own):
             expected = answer(engine, texts[number])
             assert answer(shared, texts[number]) == expected
-            assert shared.cached_tokens == engine.cached_tokens
-            assert (engine.cached_tokens >= 40) == (turn > 0)
+            assert shared.sequence.cached_tokens == engine.sequence.cached_tokens
+            assert (engine.sequence.cached_tokens >= 40) == (turn > 0)
             texts[number] = [*texts[number], *(token for token, _ in expected), 7, 8, 9 + number]
 
 
@@ -130,7 +128,7 @@ def test_without_room_it_is_as_if_it_were_not_there() -> None:
     before = answer(engine, first)
     answer(engine, second)
     assert answer(engine, first) == before
-    assert engine.cached_tokens == 0 and engine.store.nbytes == 0
+    assert engine.sequence.cached_tokens == 0 and engine.store.nbytes == 0
 
 
 def test_an_interrupted_prefill_is_kept_up_to_where_it_is_right() -> None:
@@ -152,7 +150,7 @@ def test_an_interrupted_prefill_is_kept_up_to_where_it_is_right() -> None:
         next(iter(engine.generate(first, GREEDY, leave)))
     answer(engine, second)
     assert answer(engine, first) == expected
-    assert engine.cached_tokens == 32
+    assert engine.sequence.cached_tokens == 32
 
 
 def test_reset_forgets_what_is_kept_too() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from lowmem.generate import attention
 from lowmem.generate.attention import use_row_attention
-from lowmem.generate.cache import KVCache
+from lowmem.generate.cache.dense import DenseKVCache
 from lowmem.kernels import dispatch
 from lowmem.kernels.native import attention as native_attention
 from lowmem.kernels.native import library as native
@@ -144,7 +144,7 @@ def test_a_models_prompt_uses_it_if_its_mask_is_causal(
     monkeypatch.setattr(native_attention, "prompt_attention", counted)
 
     def logits() -> torch.Tensor:
-        cache = KVCache(model.config.num_hidden_layers, 64)
+        cache = DenseKVCache(model.config.num_hidden_layers, 64).slots[0].view
         parts = [model(input_ids=part, past_key_values=cache).logits[0] for part in ids.split(30, dim=1)]
         return torch.cat(parts).double()
 

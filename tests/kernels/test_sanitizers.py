@@ -42,7 +42,7 @@ def test_every_instruction_set_at_length_and_its_own_tests(tmp_path: Path) -> No
     for seed in ("1", "2"):
         run(program, seed, "150")
     folders = (REPO / "tests" / "kernels", REPO / "tests" / "generate", REPO / "tests" / "convert")
-    names = ("test_native_*.py", "test_rearranging.py", "test_products.py", "test_rounding.py")
+    names = ("test_native_*.py", "test_repacking.py", "test_products.py", "test_rounding.py")
     tests = sorted(str(path) for folder in folders for name in names for path in folder.glob(name))
     tests = [path for path in tests if not path.endswith(("_build.py", "_header.py"))]
     assert len(tests) > 6

@@ -12,14 +12,17 @@ from torch import nn
 
 from lowmem.checkpoint.source.mapped import is_mapped
 from lowmem.config import SamplingParams
+from lowmem.generate.decoders.contract import Feed
+from lowmem.generate.decoders.eager import EagerDecoder
+from lowmem.generate.decoders.native import NativeDecoder
+from lowmem.generate.decoders.native_model import why_not
 from lowmem.generate.engine import Engine
-from lowmem.generate.native_step import checked_step, why_not
 from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 from lowmem.loading.loader import load
-from tests.generate.native_step_helpers import filled
+from tests.generate.native_helpers import filled
 from tests.helpers import save_source, tiny_model
 from tests.kernels.native_oracle import ISAS, same, using
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -177,10 +180,10 @@ def test_decode_reads_the_stored_tables(tmp_path: Path, monkeypatch: pytest.Monk
     assert why_not(model) == ""
     engine = Engine(model, context=64)
     tokens = [t.id for t in engine.generate([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=5))]
-    assert engine.eager_because == "" and engine._step is not None and len(tokens) == 5
+    assert isinstance(engine.decoder.fast, NativeDecoder) and len(tokens) == 5
 
     def stepped(some: Any) -> torch.Tensor:
-        return checked_step(some, filled(model, 20), [5, 6])[1]
+        return NativeDecoder(EagerDecoder(some)).step([Feed(filled(model, 20), [5, 6])]).logits[0]
 
     rounded = load(folder, dtype=BF16).model  # float16 tables that hold what bfloat16 does
     for table in (rounded.transformer.wte, rounded.transformer.wpe, rounded.lm_head):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -125,18 +126,17 @@ def test_whoever_takes_is_woken_by_another_thread() -> None:
     assert "".join(asyncio.run(story())) == "".join(f"{number} " for number in range(500))
 
 
-class Unsettled:
-    """An engine with so many pieces of work for when nobody asks."""
+class Repacking:
+    """Work for when no request is waiting, in `left` pieces."""
 
     def __init__(self, left: int) -> None:
         self.left, self.done = left, 0
         self.before: Callable[[], None] = lambda: None
 
-    @property
-    def unsettled(self) -> bool:
+    def __bool__(self) -> bool:
         return self.left > 0
 
-    def settle_one(self) -> None:
+    def run_one(self) -> None:
         if self.left:
             self.left, self.done = self.left - 1, self.done + 1
             self.before()
@@ -151,7 +151,7 @@ class Scripted:
         self.closed = 0
         self.fault: Exception | None = None
         self.before: Callable[[int], None] = lambda ident: None
-        self.engine = Unsettled(0)
+        self.engine = SimpleNamespace(repacking=Repacking(0))
 
     def continue_ids(
         self, ids: Sequence[int], params: SamplingParams, *, on_prefill: Any, on_token: Any
@@ -355,42 +355,42 @@ def test_the_end_refuses_what_waits_and_lets_all_parts_of_what_has_begun_through
     with_worker(session, story)
 
 
-def test_while_nobody_asks_the_engine_settles_and_a_request_waits_for_one_piece() -> None:
+def test_weights_are_repacked_while_no_request_waits_and_a_request_waits_for_one_linear() -> None:
     session = Scripted()
-    session.engine = Unsettled(1000)
+    session.engine.repacking = Repacking(1000)
     began, go_on = threading.Event(), threading.Event()
 
     def piece() -> None:
         began.set()
         assert go_on.wait(60)
 
-    session.engine.before = piece
+    session.engine.repacking.before = piece
     done: list[int] = []
-    session.before = lambda ident: done.append(session.engine.done)
+    session.before = lambda ident: done.append(session.engine.repacking.done)
 
     async def story(worker: Worker) -> None:
         assert await asyncio.to_thread(began.wait, 60)
         ticket = worker.submit("a", works(1))
         go_on.set()
         assert (await drained(ticket))[0] == {0: "onetwothree"}
-        while session.engine.left:
+        while session.engine.repacking.left:
             await asyncio.sleep(0.01)
 
     with_worker(session, story)
-    assert done == [1] and session.engine.done == 1000
+    assert done == [1] and session.engine.repacking.done == 1000
 
 
 def test_a_piece_that_fails_is_told_and_the_worker_goes_on() -> None:
     session, told = Scripted(), list[BaseException]()
-    session.engine = Unsettled(2)
+    session.engine.repacking = Repacking(2)
 
     def piece() -> None:
         raise RuntimeError("no such panel")
 
-    session.engine.before = piece
+    session.engine.repacking.before = piece
 
     async def story(worker: Worker) -> None:
-        while session.engine.left:
+        while session.engine.repacking.left:
             await asyncio.sleep(0.01)
         assert (await drained(worker.submit("a", works(1))))[0] == {0: "onetwothree"}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
-from lowmem.generate.engine import FinishReason, Token
+from lowmem.generate.sequence import FinishReason, Token
 from lowmem.loading.loader import LoadedModel, load
 from lowmem.models.dialogue import Message, encode_plain
 from lowmem.session import Session
@@ -29,9 +30,9 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 class ScriptedEngine:
     """Says what it is told to, through the engine's interface; hears what it is given."""
 
-    cached_tokens = drafted = accepted = 0
+    sequence = SimpleNamespace(cached_tokens=0, drafted_tokens=0, accepted_tokens=0)
 
-    def __init__(self, model: Any, *, context: int, stop_ids: Any = (), speculate: bool = True) -> None:
+    def __init__(self, model: Any, *, context: int, stop_ids: Any = (), **options: bool) -> None:
         self.context, self.stop_ids = context, stop_ids
 
     def generate(self, prompt: list[int], params: SamplingParams, on_prefill: Any = None) -> Iterator[Token]:

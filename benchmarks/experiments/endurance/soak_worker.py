@@ -152,7 +152,7 @@ def _kinds() -> tuple[Any, tuple[Any, ...]]:
     """The types of tensors, and of lowmem's own stores of them."""
     import torch
 
-    from lowmem.generate.cache import KVCache
+    from lowmem.generate.cache.contract import KVCache
     from lowmem.generate.prefix_store import PrefixStore
 
     return torch.Tensor, (KVCache, PrefixStore)

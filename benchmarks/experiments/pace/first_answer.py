@@ -55,7 +55,7 @@ def ask(folder: Path, wait: float, tokens: int) -> Answer:
 
     engine = Session(load(folder, context=512), context=512).engine
     engine.stop_ids = frozenset()
-    with engine.meanwhile():
+    with engine.repacking.in_background():
         time.sleep(wait)
     asked = time.perf_counter()
     answer = engine.generate(PROMPT, SamplingParams(max_new_tokens=tokens, temperature=0))

@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> int:
     engine = Session(loaded, context=512).engine
     next(engine.generate([1], SamplingParams(max_new_tokens=1, temperature=0)))
     first_at = time.perf_counter()
-    engine.settle()
+    engine.repacking.finish()
     ordered = time.perf_counter() - first_at
     peak = resident(os.getpid())["VmHWM"]
     after = read_once(files)

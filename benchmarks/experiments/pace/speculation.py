@@ -81,10 +81,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             decode(plain, prompt, params)
         expected, rate = decode(plain, prompt, params)
         ids, faster = decode(drafting, prompt, params)
-        runs.append(Run(rate, faster, len(ids), ids == expected, drafting.drafted, drafting.accepted))
+        assert drafting.sequence is not None
+        drafted, accepted = drafting.sequence.drafted_tokens, drafting.sequence.accepted_tokens
+        runs.append(Run(rate, faster, len(ids), ids == expected, drafted, accepted))
         print(
             f"prompt {number}: {rate:7.1f} tokens/s, with drafts {faster:7.1f} ({faster / rate:.2f}x), "
-            f"{drafting.accepted} of {drafting.drafted} drafted tokens right, "
+            f"{accepted} of {drafted} drafted tokens right, "
             f"{'same' if ids == expected else 'OTHER'} tokens",
             flush=True,
         )

@@ -16,6 +16,7 @@ from lowmem.benchmarks.experiments.pace.linears import weights
 from lowmem.benchmarks.experiments.peers.worker import Started, answer_requests, prompt_of
 
 from lowmem.config import SamplingParams
+from lowmem.generate.decoders.contract import Feed
 from lowmem.generate.engine import Engine
 from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
@@ -43,7 +44,7 @@ class Runtime:
         self.loaded = loaded
         self.engine: Engine = Session(loaded, context=context, speculate=False).engine
         self.engine.stop_ids = frozenset()  # no token ends an answer
-        self.engine.settle()  # as after the first answer; see pace_load for what it takes
+        self.engine.repacking.finish()  # as after the first answer; see pace_load for what it takes
         self.vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
 
     def answer(self, line: str) -> dict[str, Any]:
@@ -69,14 +70,15 @@ class Runtime:
         one: list[float] = []
         many: list[float] = []
         ids = prompt_of(max(rows, 2), self.vocabulary)
+        slot = self.engine.cache.slots[0]
         for _ in range(steps):
             for count, kept in ((1, one), (rows, many)):
-                self.engine._keep(context)
+                slot.cut(context)
                 start = time.perf_counter()
                 # As in a step: the choices are made from the logits on the host.
-                self.engine._forward(ids[:count], decode=True).argmax(-1).tolist()
+                self.engine.decoder.step([Feed(slot, ids[:count])]).logits[0].argmax(-1).tolist()
                 kept.append(time.perf_counter() - start)
-        self.engine._keep(context)
+        slot.cut(context)
         return {"one": one, "many": many}
 
     def do_share(self, context: int, steps: int, batches: int) -> dict[str, Any]:

@@ -11,14 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
 
-from lowmem.generate.cache import KVCache
-from lowmem.generate.native_step import MOST_ROWS, NativeStep, StepRefused, checked_step, why_not
+from lowmem.generate.cache.dense import DenseKVCache
+from lowmem.generate.decoders.contract import DecoderRefused, Feed
+from lowmem.generate.decoders.eager import EagerDecoder
+from lowmem.generate.decoders.native import NativeDecoder
+from lowmem.generate.decoders.native_model import MAX_ROWS, why_not
 from lowmem.kernels.native import library as native
 from lowmem.loading.loader import load
-from tests.generate.native_step_helpers import (
+from tests.generate.native_helpers import (
     BIGCODE,
     ERRORS,
     bigcode,
+    bound,
     contents,
     error,
     filled,
@@ -54,14 +58,14 @@ def test_logits_and_cache_are_float64s(kind: str, isa: str) -> None:
         if not there:
             pytest.skip(f"no {isa}")
         for length, rows in ((1, 1), (9, 2), (254, 1), (255, 1), (256, 1), (250, 11), (600, 5)):
-            cache = filled(model, length)
+            slot = filled(model, length)
             ids = random_ids(rows, seed=length)
-            logits = NativeStep(model, cache).step(ids)
-            assert cache.length == length + rows
-            expected, left = oracle(model, cache, ids)
+            logits = bound(model, slot).step(ids)
+            assert slot.length == length + rows
+            expected, left = oracle(model, slot, ids)
             assert logits.dtype is torch.float32
             assert error(logits, expected) < ERRORS[isa], (length, rows)
-            for stored, wanted in zip(contents(cache, rows), left, strict=True):
+            for stored, wanted in zip(contents(slot, rows), left, strict=True):
                 assert error(stored, wanted) < ERRORS[isa] + 0.004  # bfloat16
 
 
@@ -71,9 +75,9 @@ def test_any_number_of_heads(heads: int, hidden: int) -> None:
     """Fewer than fill a vector, and more than are taken at a time, in one row and in several."""
     model = bigcode(heads=heads, hidden=hidden, sharp=3.0)
     for rows in (1, 3, 16):
-        cache = filled(model, 300)
-        logits = NativeStep(model, cache).step(random_ids(rows))
-        assert error(logits, oracle(model, cache, random_ids(rows))[0]) < 0.01
+        slot = filled(model, 300)
+        logits = bound(model, slot).step(random_ids(rows))
+        assert error(logits, oracle(model, slot, random_ids(rows))[0]) < 0.01
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
@@ -83,9 +87,9 @@ def test_packed_linears_are_the_dequantized_ones(bits: int, tmp_path: Path) -> N
     ids, found = random_ids(5), {}
     for width in (None, 8, 12, 16):  # of the integers that activations become
         model = load(tmp_path / "q", dtype=torch.bfloat16, activation_bits=width).model
-        cache = filled(model, 40, capacity=64)
-        logits = NativeStep(model, cache).step(ids)
-        found[width] = error(logits, oracle(model, cache, ids)[0])
+        slot = filled(model, 40, capacity=64)
+        logits = bound(model, slot).step(ids)
+        found[width] = error(logits, oracle(model, slot, ids)[0])
     assert max(found[12], found[16]) < 0.005 < found[8] < 0.05
     assert found[None] == found[{8: 16, 4: 12}.get(bits, 8)]
 
@@ -101,9 +105,9 @@ def test_activations_are_told_apart(name: str) -> None:
         block.mlp.c_fc.bias.data[:] = torch.linspace(-6, 6, 256).to(torch.bfloat16)
         block.mlp.c_proj.weight.data *= 8
     with using("portable C"):
-        cache = filled(model, 5)
-        logits = NativeStep(model, cache).step([3, 4])
-    assert error(logits, oracle(model, cache, [3, 4])[0]) < 2e-6
+        slot = filled(model, 5)
+        logits = bound(model, slot).step([3, 4])
+    assert error(logits, oracle(model, slot, [3, 4])[0]) < 2e-6
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -112,19 +116,20 @@ def test_activations_are_told_apart(name: str) -> None:
 def test_a_row_depends_on_no_other_row_nor_on_threads(kind: str, isa: str) -> None:
     model = bigcode(kind, hidden=96, heads=6)
     ids = random_ids(12)
+    torch.set_num_threads(1)
     with using(isa) as there:
         if not there:
             pytest.skip(f"no {isa}")
         for length in (20, 249):  # within a chunk of keys, and over its edge
             results = []
             for threads, parts in ((1, [12]), (2, [1] * 12), (3, [5, 1, 6]), (2, [12])):
-                cache = filled(model, length)  # torch's own prefill, whose bits may change with its threads
+                slot = filled(model, length)  # by torch, with one thread: its bits depend on them
                 torch.set_num_threads(threads)
-                step, at, logits = NativeStep(model, cache), 0, []
+                step, at, logits = bound(model, slot), 0, []
                 for part in parts:
                     logits.append(step.step(ids[at : at + part]))
                     at += part
-                results.append([torch.cat(logits), *contents(cache, 12)])
+                results.append([torch.cat(logits), *contents(slot, 12)])
                 torch.set_num_threads(1)
             for result in results[1:]:
                 assert all(torch.equal(one, other) for one, other in zip(result, results[0], strict=True))
@@ -138,9 +143,9 @@ def test_the_real_small_model_is_nearer_to_float32_than_eager_bfloat16() -> None
     expected = exact(input_ids=torch.tensor([text])).logits[0, 160:].log_softmax(-1)
     model = AutoModelForCausalLM.from_pretrained(TINY_STARCHAT, dtype=torch.bfloat16).eval()
     eager = model(input_ids=torch.tensor([text])).logits[0, 160:]
-    cache = KVCache(model.config.n_layer, 256)
-    model(input_ids=torch.tensor([text[:160]]), past_key_values=cache, use_cache=True)
-    step = NativeStep(model, cache)
+    slot = DenseKVCache(model.config.n_layer, 256).slots[0]
+    EagerDecoder(model).prefill([Feed(slot, text[:160])])
+    step = bound(model, slot)
     ours = torch.cat([step.step(text[at : at + 16]) for at in range(160, 208, 16)])
 
     def divergence(logits: torch.Tensor) -> float:
@@ -154,28 +159,25 @@ def test_the_real_small_model_is_nearer_to_float32_than_eager_bfloat16() -> None
 
 
 @torch.inference_mode()
-def test_a_step_checks_ids_room_and_cache() -> None:
+def test_a_step_checks_ids_room_and_buffers() -> None:
     model = bigcode()
-    cache = filled(model, 10, capacity=16)
-    step = NativeStep(model, cache)
-    before = contents(cache, 10)
-    for ids in ([], [1] * (MOST_ROWS + 1), [512], [-1], [1] * 7):
+    slot = filled(model, 10, capacity=16)
+    step = bound(model, slot)
+    before = contents(slot, 10)
+    for ids in ([], [1] * (MAX_ROWS + 1), [512], [-1], [1] * 7):
         with pytest.raises(ValueError):
             step.step(ids)
-    cache.kv_layers[1].length = 9
-    with pytest.raises(ValueError, match="not the one"):
-        step.step([1])
-    cache.kv_layers[1].length = 10
-    cache.set_fixed(True)
-    with pytest.raises(ValueError, match="not the one"):
-        step.step([1])
-    cache.set_fixed(False)
-    assert cache.length == 10 and all(map(torch.equal, contents(cache, 10), before))
+    assert slot.length == 10 and all(map(torch.equal, contents(slot, 10), before))
     step.step([1] * 6)
-    cache.kv_layers[0].keys = cache.kv_layers[0].keys.clone()  # type: ignore[union-attr]
-    cache.cut(0)
-    with pytest.raises(ValueError, match="not the one"):
+    slot.layers[0].keys = slot.layers[0].keys.clone()  # type: ignore[union-attr]
+    slot.cut(0)
+    with pytest.raises(ValueError, match="new buffers"):
         step.step([1])
+    other = DenseKVCache(2, 16).slots[0]
+    for layer in range(2):
+        other.view.update(*[torch.zeros(1, 1, 1, 16)] * 2, layer)
+    with pytest.raises(DecoderRefused, match="bfloat16"):
+        bound(model, other)
 
 
 def positions_of_16(model: Any) -> None:
@@ -185,11 +187,11 @@ def positions_of_16(model: Any) -> None:
 @torch.inference_mode()
 def test_no_position_beyond_the_models_is_read() -> None:
     model = bigcode()
-    cache = filled(model, 10, capacity=32)
+    slot = filled(model, 10, capacity=32)
     positions_of_16(model)
-    step = NativeStep(model, cache)
+    step = bound(model, slot)
     step.step([1] * 6)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not fit in a slot of 16"):
         step.step([1])
 
 
@@ -240,10 +242,10 @@ def training(model: Any) -> None:
 @torch.inference_mode()
 def test_what_the_step_does_not_know_is_refused(change: Callable[[Any], None], reason: str) -> None:
     model = bigcode()
-    cache = filled(model, 5)
+    slot = filled(model, 5)
     change(model)
-    with pytest.raises(StepRefused, match=reason):
-        NativeStep(model, cache)
+    with pytest.raises(DecoderRefused, match=reason):
+        bound(model, slot)
 
 
 def test_other_models_and_dtypes_keep_the_eager_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,25 +262,26 @@ def test_a_packed_linear_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch
     model = tiny_model("gpt_bigcode_mqa", hidden=128, heads=4)
     write_rtn_checkpoint(model, tmp_path / "q", act_order_seed=3)
     scattered = load(tmp_path / "q", dtype=torch.bfloat16).model
-    with pytest.raises(StepRefused, match="as it lies"):
-        NativeStep(scattered, filled(scattered, 5))
+    with pytest.raises(DecoderRefused, match="layout of the native kernels"):
+        bound(scattered, filled(scattered, 5))
     monkeypatch.setenv("LOWMEM_CPU_KERNEL", "reference")
     write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "r")
     plain = load(tmp_path / "r", dtype=torch.bfloat16).model
     monkeypatch.delenv("LOWMEM_CPU_KERNEL")
-    with pytest.raises(StepRefused, match="as it lies"):
-        NativeStep(plain, filled(plain, 5))
+    with pytest.raises(DecoderRefused, match="layout of the native kernels"):
+        bound(plain, filled(plain, 5))
 
 
 @torch.inference_mode()
 def test_a_step_that_differs_from_the_model_is_refused_and_leaves_nothing() -> None:
     """A model of this name whose forward is another one."""
     model = bigcode()
-    cache = filled(model, 10)
+    slot, decoder = filled(model, 10), NativeDecoder(EagerDecoder(model))
     model.transformer.h[0].mlp.c_proj.forward = lambda x: torch.zeros((*x.shape[:-1], 64), dtype=x.dtype)
-    with pytest.raises(StepRefused, match="differ from the eager ones"):
-        checked_step(model, cache, [1, 2])
-    assert cache.length == 10
+    with pytest.raises(DecoderRefused, match="differ from the eager ones"):
+        decoder.step([Feed(slot, [1, 2])])
+    slot.rewind()
+    assert slot.length == 10
     del model.transformer.h[0].mlp.c_proj.forward
-    _, logits = checked_step(model, cache, [1, 2])
-    assert cache.length == 12 and logits.shape == (2, 512)
+    (logits,) = decoder.step([Feed(slot, [1, 2])]).logits
+    assert slot.length == len(slot.tokens) == 12 and logits.shape == (2, 512)

@@ -1,4 +1,4 @@
-"""A tiny GPTBigCode, a cache that is filled, and float64's step over it: the oracle of the native step."""
+"""A tiny GPTBigCode, a slot that is filled, and float64's step over it: the oracle of the native step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import layer_norm
 from transformers.activations import ACT2FN
 
-from lowmem.generate.cache import KVCache
+from lowmem.generate.cache.dense import DenseKVCache, DenseSlot
+from lowmem.generate.decoders.native_model import BoundModel, NativeModel
 from lowmem.kernels.quant_linear import QuantLinear
 from tests.helpers import tiny_model
 from tests.kernels.native_oracle import ISAS
@@ -33,26 +34,32 @@ def random_ids(count: int, vocab: int = 512, seed: int = 0) -> list[int]:
 
 
 @torch.inference_mode()
-def filled(model: Any, length: int, capacity: int = 700, seed: int = 1) -> KVCache:
-    """A cache of `length` random tokens, from the model's own eager forward."""
-    cache = KVCache(model.config.n_layer, capacity)
-    model(input_ids=torch.tensor([random_ids(length, seed=seed)]), past_key_values=cache, use_cache=True)
-    return cache
+def filled(model: Any, length: int, capacity: int = 700, seed: int = 1) -> DenseSlot:
+    """A slot of `length` random tokens, from the model's own eager forward."""
+    slot = DenseKVCache(model.config.n_layer, capacity).slots[0]
+    ids = random_ids(length, seed=seed)
+    model(input_ids=torch.tensor([ids]), past_key_values=slot.view, use_cache=True)
+    slot.commit(ids)
+    return slot
 
 
-def contents(cache: KVCache, last: int) -> list[torch.Tensor]:
+def bound(model: Any, slot: DenseSlot) -> BoundModel:
+    """The native step behind what `slot` holds."""
+    return NativeModel(model).bind(slot)
+
+
+def contents(slot: DenseSlot, last: int) -> list[torch.Tensor]:
     """Keys and values of the last tokens, in every layer."""
-    where = slice(cache.length - last, cache.length)
-    return [t[:, :, where].clone() for layer in cache.kv_layers for t in (layer.keys, layer.values)]  # type: ignore[index]
+    return [rows[:, :, -last:] for rows in slot.save(slot.length)]
 
 
-def oracle(model: Any, cache: KVCache, ids: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def oracle(model: Any, slot: DenseSlot, ids: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """float64 logits of the last tokens, `ids`, and the keys and values that they should have left.
 
-    The layers attend to what the cache holds, so that its rounding is no difference.
+    The layers attend to what the slot holds, so that its rounding is no difference.
     """
     body, config = model.transformer, model.config
-    rows, total = len(ids), cache.length
+    rows, total = len(ids), slot.length
     size = config.n_embd // config.n_head
     activation = ACT2FN[config.activation_function]
 
@@ -67,7 +74,7 @@ def oracle(model: Any, cache: KVCache, ids: list[int]) -> tuple[torch.Tensor, li
     positions = torch.arange(total - rows, total)
     x = body.wte.weight[torch.tensor(ids)].double() + body.wpe.weight[positions].double()
     left = []
-    for block, layer in zip(body.h, cache.kv_layers, strict=True):
+    for block, layer in zip(body.h, slot.layers, strict=True):
         both = linear(block.attn.c_attn, norm(block.ln_1, x))
         if config.multi_query:
             query, key, value = both.split((config.n_embd, size, size), dim=1)

@@ -8,17 +8,17 @@ import sys
 
 import pytest
 
-from lowmem.generate import primitives
+from lowmem.generate import onednn_cache
 from lowmem.generate.engine import Engine
 from tests.helpers import REPO, tiny_model
 
 MANY_LENGTHS = """
 import os
-from lowmem.generate.primitives import keep_few
+from lowmem.generate.onednn_cache import limit_primitive_caches
 import torch
 from lowmem.benchmarks.experiments.endurance.soak_worker import _heap
 if {keep}:
-    keep_few()
+    limit_primitive_caches()
 weight = torch.ones(512, 128, dtype=torch.bfloat16)
 torch.nn.functional.linear(torch.ones(2, 128, dtype=torch.bfloat16), weight)
 before = _heap()
@@ -41,7 +41,7 @@ def heap_after_many_lengths(keep: bool) -> int:
 
 
 @pytest.mark.slow
-def test_products_of_many_lengths_keep_few_routines() -> None:
+def test_products_of_many_lengths_limit_primitive_caches_routines() -> None:
     """A chat with a model in bfloat16 kept one for every length of prompt that there had been, up to 1024."""
     few, many = heap_after_many_lengths(True), heap_after_many_lengths(False)
     if many < 4 << 20:
@@ -50,10 +50,10 @@ def test_products_of_many_lengths_keep_few_routines() -> None:
 
 
 def test_an_engine_keeps_few_routines(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in primitives._VARIABLES:
+    for variable in onednn_cache._VARIABLES:
         monkeypatch.setenv(variable, "")  # so that what there was comes back
         monkeypatch.delenv(variable)
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     Engine(tiny_model("gpt_bigcode_mqa", layers=1), context=32)
-    kept = {variable: os.environ[variable] for variable in primitives._VARIABLES}
+    kept = {variable: os.environ[variable] for variable in onednn_cache._VARIABLES}
     assert kept == {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "7"}

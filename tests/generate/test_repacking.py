@@ -1,4 +1,4 @@
-"""Weights change their order in memory while a model answers, and nothing else."""
+"""Repacking weights while a model answers changes no bit of what it computes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lowmem.chat.chat import Chat
 from lowmem.chat.conversation import ChatState
 from lowmem.chat.repl import talk
 from lowmem.config import SamplingParams
-from lowmem.generate import rearranging
+from lowmem.generate import repacking
 from lowmem.generate.engine import Engine
-from lowmem.generate.rearranging import Rearranging
+from lowmem.generate.repacking import Repacking
 from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadedModel, load
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_not())
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rearranging") / "4bit"
+    folder = tmp_path_factory.mktemp("repacking") / "4bit"
     model = AutoModelForCausalLM.from_pretrained(TINY_STARCHAT, dtype=torch.float32)
     write_rtn_checkpoint(model, folder, bits=4, group_size=128)
     return folder
@@ -50,34 +50,34 @@ def in_tiles(loaded: LoadedModel) -> list[bool]:
     return [m.packed is not None and bool(m.packed.struct.tiled) for m in linears(loaded)]
 
 
-def test_every_mapped_linear_is_rearranged_and_computes_the_same_bits(loaded: LoadedModel) -> None:
-    work = Rearranging(loaded.model)
+def test_every_mapped_linear_is_repacked_and_computes_the_same_bits(loaded: LoadedModel) -> None:
+    work = Repacking(loaded.model)
     assert len(work) == len(list(linears(loaded))) > 0
     ids = torch.arange(40)[None]
     with torch.inference_mode():
         before = loaded.model(input_ids=ids).logits
-        work.go_on(0.0)
+        work.run(0.0)
         assert len(work) == len(in_tiles(loaded))
         work.finish()
         after = loaded.model(input_ids=ids).logits
     assert not work and all(in_tiles(loaded))
     assert torch.equal(before, after)
-    assert not Rearranging(loaded.model)
+    assert not Repacking(loaded.model)
 
 
 def test_the_weights_can_still_be_read_in_the_files_order(loaded: LoadedModel) -> None:
     """The pages are forgotten, and come again from the file."""
     linear = next(linears(loaded))
     before = linear.dequantize()
-    Rearranging(loaded.model).finish()
+    Repacking(loaded.model).finish()
     assert torch.equal(linear.dequantize(), before)
 
 
 def test_short_memory_leaves_everything_as_it_is(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rearranging, "host_memory_available", lambda: 1 << 20)
-    work = Rearranging(loaded.model)
+    monkeypatch.setattr(repacking, "host_memory_available", lambda: 1 << 20)
+    work = Repacking(loaded.model)
     work.finish()
     assert not work and not any(in_tiles(loaded))
 
@@ -91,12 +91,12 @@ def test_memory_that_ran_out_meanwhile_ends_it_and_a_fault_is_told(
             raise error
 
         monkeypatch.setattr(QuantLinear, "use_tiled_layout", fail)
-        work = Rearranging(loaded.model)
+        work = Repacking(loaded.model)
         if isinstance(error, ValueError):
-            with pytest.raises(ValueError, match="x"), work.meanwhile():
+            with pytest.raises(ValueError, match="x"), work.in_background():
                 pass
         else:
-            work.one()
+            work.run_one()
         assert not work and not any(in_tiles(loaded))
 
 
@@ -104,7 +104,7 @@ def test_it_goes_on_while_somebody_types_and_stops_with_that(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end waits for the linear that has been begun, and nothing happens after it."""
-    work = Rearranging(loaded.model)
+    work = Repacking(loaded.model)
     count = len(work)
     begun, typed = threading.Event(), threading.Event()
     use_tiled_layout = QuantLinear.use_tiled_layout
@@ -115,17 +115,17 @@ def test_it_goes_on_while_somebody_types_and_stops_with_that(
         return use_tiled_layout(linear)
 
     monkeypatch.setattr(QuantLinear, "use_tiled_layout", slowly)
-    with pytest.raises(KeyboardInterrupt), work.meanwhile():
+    with pytest.raises(KeyboardInterrupt), work.in_background():
         assert begun.wait(60)
         threading.Timer(0.2, typed.set).start()
         raise KeyboardInterrupt  # Ctrl-C at the prompt
     assert len(work) == count - 1 == count - sum(in_tiles(loaded))
-    with work.meanwhile():
+    with work.in_background():
         while work:
             time.sleep(0.01)
     assert all(in_tiles(loaded))
-    with work.meanwhile():
-        assert not any(t.name.startswith("rearranging") for t in threading.enumerate())
+    with work.in_background():
+        assert not any(t.name.startswith("repacking") for t in threading.enumerate())
 
 
 def test_a_chat_has_all_done_while_the_first_question_is_typed(folder: Path) -> None:
@@ -133,17 +133,17 @@ def test_a_chat_has_all_done_while_the_first_question_is_typed(folder: Path) -> 
 
     class Reader:
         def read(self) -> str:
-            while session.engine.unsettled:
+            while session.engine.repacking:
                 time.sleep(0.01)
             raise EOFError
 
     console, _ = terminal_console()
-    assert session.engine.unsettled
-    assert talk(Chat(session, console, ChatState()), Reader()) == 0  # type: ignore[arg-type]
+    assert session.engine.repacking
+    assert talk(Chat(session, console, ChatState()), Reader()) == 0
     assert all(in_tiles(session.loaded))
 
 
-def test_an_answer_rearranges_the_model_and_is_the_same(folder: Path) -> None:
+def test_an_answer_repacks_the_model_and_is_the_same(folder: Path) -> None:
     params = SamplingParams(max_new_tokens=24, temperature=0.0)
     prompt = [3, 17, 240, 9, 77]
     answers = []
@@ -151,7 +151,7 @@ def test_an_answer_rearranges_the_model_and_is_the_same(folder: Path) -> None:
         loaded = load(folder)
         engine = Engine(loaded.model, context=64)
         if first:
-            engine.settle()
+            engine.repacking.finish()
             assert all(in_tiles(loaded))
         answers.append([token.id for token in engine.generate(prompt, params)])
         assert all(in_tiles(loaded))

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from lowmem.config import SamplingParams
-from lowmem.generate.cache import KVCache
-from lowmem.generate.engine import Engine, Token
-from lowmem.generate.lookup import Pace
-from lowmem.generate.native_step import NativeStep
+from lowmem.generate.cache.dense import DenseSlot
+from lowmem.generate.decoders.native_model import BoundModel
+from lowmem.generate.decoders.selection import SelectedDecoder
+from lowmem.generate.engine import Engine
+from lowmem.generate.sequence import Token
 from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import load
-from tests.generate.native_step_helpers import bigcode, random_ids
+from tests.generate.decoding import Always, kept_rows
+from tests.generate.native_helpers import bigcode, random_ids
 from tests.helpers import tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
@@ -42,11 +44,9 @@ GREEDY = SamplingParams(temperature=0, max_new_tokens=60)
 WARM = SamplingParams(temperature=0.7, top_k=0, max_new_tokens=60, seed=5)
 
 
-class Always(Pace):
-    """Drafts whatever there is to draft."""
-
-    def length(self, most: int) -> int:
-        return min(most, 7)
+def why_eager(engine: Engine) -> str:
+    assert isinstance(engine.decoder, SelectedDecoder)
+    return engine.decoder.why_eager
 
 
 def answer(model: Any, params: SamplingParams, *, draft: bool) -> tuple[list[Token], Engine]:
@@ -65,13 +65,11 @@ def test_drafts_change_no_token_and_no_bit(packed: bool, params: SamplingParams,
         model = load(tmp_path / "q", dtype=torch.bfloat16).model
     plain, before = answer(model, params, draft=False)
     tokens, after = answer(model, params, draft=True)
-    assert before.eager_because == after.eager_because == ""
+    assert why_eager(before) == why_eager(after) == ""
     assert tokens == plain
-    assert params is WARM or after.accepted > 10
-    length = min(before.cache.length, after.cache.length)
-    for one, other in zip(before.cache.kv_layers, after.cache.kv_layers, strict=True):
-        assert torch.equal(one.keys[:, :, :length], other.keys[:, :, :length])  # type: ignore[index]
-        assert torch.equal(one.values[:, :, :length], other.values[:, :, :length])  # type: ignore[index]
+    assert params is WARM or after.sequence.accepted_tokens > 10
+    for one, other in zip(*kept_rows(before, after), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "starcoder2"])
@@ -86,9 +84,8 @@ def test_packed_models_of_other_families_need_no_pairs(kind: str, tmp_path: Path
         assert set(rows[1:]) == {1}
         tokens, after = answer(model, params, draft=True)
         assert [t.id for t in tokens] == [t.id for t in plain]
-        length = min(before.cache.length, after.cache.length)
-        for one, other in zip(before.cache.kv_layers, after.cache.kv_layers, strict=True):
-            assert torch.equal(one.keys[:, :, :length], other.keys[:, :, :length])  # type: ignore[index]
+        for one, other in zip(*kept_rows(before, after), strict=True):
+            assert torch.equal(one, other)
         rows.clear()
 
 
@@ -114,14 +111,14 @@ def test_a_refused_step_leaves_the_model_itself(monkeypatch: pytest.MonkeyPatch)
     eager, _ = answer(model, GREEDY, draft=False)
     monkeypatch.delenv("LOWMEM_CPU_KERNEL")
 
-    def wrong(self: NativeStep, ids: Any) -> torch.Tensor:
-        self._cache.advance(len(ids))
+    def wrong(self: BoundModel, ids: Any) -> torch.Tensor:
+        self._slot.advance(len(ids))
         return torch.zeros((len(ids), 512))
 
-    monkeypatch.setattr(NativeStep, "step", wrong)
+    monkeypatch.setattr(BoundModel, "step", wrong)
     tokens, engine = answer(model, GREEDY, draft=False)
     assert tokens == eager
-    assert "differ from the eager ones" in engine.eager_because
+    assert "differ from the eager ones" in why_eager(engine)
 
 
 @pytest.mark.parametrize("at", ["before", "behind", "between"])
@@ -132,9 +129,9 @@ def test_an_interrupted_step_leaves_a_cache_that_goes_on_right(
     expected, _ = answer(model, GREEDY, draft=False)
     engine = Engine(model, context=256, speculate=False)
     steps = [0]
-    real_step, real_advance = NativeStep.step, KVCache.advance
+    real_step, real_advance = BoundModel.step, DenseSlot.advance
 
-    def step(self: NativeStep, ids: Any) -> torch.Tensor:
+    def step(self: BoundModel, ids: Any) -> torch.Tensor:
         steps[0] += 1
         if steps[0] == 7 and at == "before":
             raise KeyboardInterrupt
@@ -143,19 +140,19 @@ def test_an_interrupted_step_leaves_a_cache_that_goes_on_right(
             raise KeyboardInterrupt
         return logits
 
-    def advance(self: KVCache, count: int) -> None:
+    def advance(self: DenseSlot, count: int) -> None:
         if steps[0] == 7 and at == "between":
-            self.kv_layers[0].length += count
+            self.layers[0].length += count
             raise KeyboardInterrupt
         real_advance(self, count)
 
-    monkeypatch.setattr(NativeStep, "step", step)
-    monkeypatch.setattr(KVCache, "advance", advance)
+    monkeypatch.setattr(BoundModel, "step", step)
+    monkeypatch.setattr(DenseSlot, "advance", advance)
     part = random_ids(24, vocab=64, seed=3)
     with pytest.raises(KeyboardInterrupt):
         list(engine.generate([*part, *part[:12]], GREEDY))
     assert list(engine.generate([*part, *part[:12]], GREEDY)) == expected
-    assert engine.eager_because == "" and steps[0] > 60
+    assert why_eager(engine) == "" and steps[0] > 60
 
 
 def test_weights_come_into_the_kernels_order_between_tokens(tmp_path: Path) -> None:
@@ -207,7 +204,6 @@ def test_reading_reads_every_byte_once(own: bool) -> None:
 FORK = """
 import os, numpy as np, torch
 from lowmem.kernels.native import library as native
-from lowmem.kernels.native import linear as native_linear
 library = native.library()
 library.lm_set_threads(3, None)
 data = np.arange(1 << 19, dtype=np.uint64)

@@ -1,0 +1,1 @@
+"""Decoders: `contract.py` is the interface, `selection.py` chooses one for a model."""

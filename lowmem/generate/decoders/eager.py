@@ -1,0 +1,78 @@
+"""transformers' own forward, one sequence after the other: takes every model and is the others' oracle."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem.generate.attention import use_row_attention
+from lowmem.generate.cache.contract import Slot
+from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, appending
+from lowmem.kernels.quant_linear import QuantLinear
+
+# A product of several rows may round differently from a product of one row. The gap between the two largest
+# logits moved by at most this share of the largest logit, rounded up: 1.4 eps in bfloat16, 10 eps in float32
+# (600 rows of tiny-starchat).
+_ROUNDING = {
+    torch.float32: 16 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 2 * torch.finfo(torch.float16).eps,
+}
+
+
+class EagerDecoder(Decoder):
+    """Decodes with `model`, a transformers causal LM in eval mode.
+
+    On a CPU the model's attention becomes `attention.row_attention`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        table = model.get_input_embeddings().weight
+        self.device, self.vocabulary = table.device, int(table.shape[0])
+        # The logits of a whole prompt with a large vocabulary can outweigh the model's activations.
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        # A CPU's 16-bit product of one row is another kernel than that of several rows, which gives each row
+        # the same bits however many there are. One-row steps therefore run as two rows and drop the second,
+        # so that they leave the keys and values that a draft's rows leave. This is not needed in float32,
+        # where the difference is near 1e-6, nor where all linears before the head are our own kernels'.
+        rowwise = self.device.type == "cpu" and use_row_attention(model)
+        self._pairs = rowwise and table.dtype is not torch.float32 and not _row_invariant(model)
+
+    def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
+        """See `Decoder.prefill`."""
+        with appending(feeds):
+            return tuple(self.append(feed.slot, feed.ids, keep=1) for feed in feeds)
+
+    def step(self, feeds: Sequence[Feed]) -> StepOutput:
+        """See `Decoder.step`."""
+        with appending(feeds):
+            logits = tuple(self._step(feed.slot, feed.ids) for feed in feeds)
+        return StepOutput(logits, _ROUNDING.get(logits[0].dtype, 0.0))
+
+    def _step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:
+        if not self._pairs or len(ids) != 1 or slot.length + 2 > slot.capacity:
+            return self.append(slot, ids, keep=len(ids))
+        length = slot.length
+        logits = self.append(slot, [ids[0], ids[0]], keep=2)
+        slot.cut(length + 1)
+        return logits[:1]
+
+    def append(self, slot: Slot, ids: Sequence[int], keep: int) -> torch.Tensor:
+        """One forward without rewinding or committing; returns the last `keep` logits [keep, vocab]."""
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        fed = torch.tensor([list(ids)], device=self.device)
+        output = self.model(input_ids=fed, past_key_values=slot.view, use_cache=True, **options)
+        logits: torch.Tensor = output.logits[0, -keep:]
+        return logits
+
+
+def _row_invariant(model: nn.Module) -> bool:
+    """Whether a row's bits do not depend on the other rows in any linear before the head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | QuantLinear) and m is not head]
+    return bool(linears) and all(isinstance(m, QuantLinear) and m.row_invariant for m in linears)

@@ -1,0 +1,194 @@
+"""A GPTBigCode model as the C library reads it: the structures of csrc/step/step.h, filled from its modules."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowmem.generate.cache.contract import Layout, Slot
+from lowmem.generate.decoders.contract import DecoderRefused
+from lowmem.kernels import dispatch
+from lowmem.kernels.native import header
+from lowmem.kernels.native import library as native
+from lowmem.kernels.native.header import LmLayer, LmModel, LmNorm, LmWeight
+from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead
+
+MAX_ROWS = header.DECODE_ROWS
+"""The most rows of a step, a token and its draft: with more, a row's bits would depend on the others."""
+_HEAD_UNIT = 16  # head_dim is a multiple of it
+# By transformers' names. gelu_new and gelu_fast are the same formula.
+_ACTIVATIONS = {
+    "gelu": header.GELU,
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), header.GELU_TANH),
+}
+
+
+class NativeModel:
+    """The weights of a GPTBigCodeForCausalLM in bfloat16 on the CPU, with all shapes and dtypes checked.
+
+    Holds every tensor and structure that the library gets pointers to. Raises DecoderRefused.
+    """
+
+    def __init__(self, model: Any) -> None:
+        refusal = why_not(model)
+        if refusal:
+            raise DecoderRefused(refusal)
+        self._keep: list[Any] = []
+        body, config = model.transformer, model.config
+        attention, inner = body.h[0].attn, body.h[0].mlp.c_fc.out_features
+        self.vocabulary, embd = map(int, body.wte.weight.shape)
+        self.positions = int(body.wpe.weight.shape[0])
+        self._rows = attention.kv_heads, attention.head_dim
+        self._layers = (LmLayer * len(body.h))()
+        for layer, block in zip(self._layers, body.h, strict=True):
+            width = embd + 2 * attention.kv_heads * attention.head_dim
+            layer.ln_1, layer.ln_2 = self._norm(block.ln_1, embd), self._norm(block.ln_2, embd)
+            layer.c_attn = self._weight(block.attn.c_attn, embd, width)
+            layer.attn_proj = self._weight(block.attn.c_proj, embd, embd)
+            layer.c_fc = self._weight(block.mlp.c_fc, embd, block.mlp.c_fc.out_features)
+            layer.mlp_proj = self._weight(block.mlp.c_proj, block.mlp.c_fc.out_features, embd)
+        self._model = LmModel(
+            layers=len(body.h),
+            embd=embd,
+            heads=attention.num_heads,
+            kv_heads=attention.kv_heads,
+            inner=inner,
+            vocab=self.vocabulary,
+            multi_query=int(config.multi_query),
+            activation=_ACTIVATIONS[config.activation_function],
+            epsilon=body.ln_f.eps,
+            scaling=attention.scaling,
+            wte_type=native.TYPES[_stored_dtype(body.wte)],
+            wpe_type=native.TYPES[_stored_dtype(body.wpe)],
+            wte=self._table(body.wte, (self.vocabulary, embd)),
+            wpe=self._table(body.wpe, (self.positions, embd)),
+            ln_f=self._norm(body.ln_f, embd),
+            head=self._weight(model.lm_head, embd, self.vocabulary),
+        )
+
+    def bind(self, slot: Slot) -> BoundModel:
+        """The model with a slot's buffers. Raises DecoderRefused for rows that the library does not read."""
+        kv_heads, head_dim = self._rows
+        needed = Layout((kv_heads, slot.capacity, head_dim), torch.bfloat16, torch.device("cpu"))
+        found = slot.layout()
+        if found != needed:
+            raise DecoderRefused(f"the KV cache must store {needed}, not {found}")
+        return BoundModel(self, slot)
+
+    def _tensor(
+        self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
+    ) -> int:
+        """The address of a contiguous tensor of this shape and dtype."""
+        if (
+            tensor is None
+            or tuple(tensor.shape) != shape
+            or tensor.dtype is not dtype
+            or tensor.device.type != "cpu"
+            or not tensor.is_contiguous()
+            or tensor.data_ptr() % 2
+        ):
+            found = "none" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            needed = str(dtype).removeprefix("torch.")
+            raise DecoderRefused(f"a {needed} tensor of {list(shape)} is needed, not {found}")
+        self._keep.append(tensor)
+        return tensor.data_ptr()
+
+    def _table(self, table: Any, shape: tuple[int, ...]) -> int:
+        """The address of an embedding's weight."""
+        return self._tensor(table.weight, shape, _stored_dtype(table))
+
+    def _norm(self, norm: nn.Module, embd: int) -> LmNorm:
+        if type(norm) is not nn.LayerNorm:
+            raise DecoderRefused(f"a norm is {type(norm).__name__}")
+        return LmNorm(self._tensor(norm.weight, (embd,)), self._tensor(norm.bias, (embd,)))
+
+    def _weight(self, linear: Any, inputs: int, outputs: int) -> LmWeight:
+        if isinstance(linear, QuantLinear):
+            packed = linear.packed
+            if packed is None or linear.order is not None:
+                raise DecoderRefused("a packed linear is not in the layout of the native kernels")
+            if (packed.in_features, packed.out_features) != (inputs, outputs):
+                raise DecoderRefused(f"a packed linear of {packed.in_features} to {packed.out_features}")
+            self._keep.append(packed)
+            return LmWeight(packed.address, None, packed.planes)
+        if type(linear) not in (nn.Linear, StoredHead):
+            raise DecoderRefused(f"a linear is {type(linear).__name__}")
+        dtype = _stored_dtype(linear)
+        weight = self._tensor(linear.weight, (outputs, inputs), dtype)
+        bias = None if linear.bias is None else self._tensor(linear.bias, (outputs,))
+        dense = header.LmDense(
+            inputs, outputs, weight, bias, native.TYPES[torch.bfloat16], native.TYPES[dtype]
+        )
+        self._keep.append(dense)
+        return LmWeight(None, ctypes.addressof(dense), 0)
+
+
+class BoundModel:
+    """A `NativeModel` and the slot whose keys and values it reads and writes."""
+
+    def __init__(self, model: NativeModel, slot: Slot) -> None:
+        self._slot, self._vocabulary = slot, model.vocabulary
+        self._room = min(slot.capacity, model.positions)
+        self._pointers = slot.pointers()
+        self._weights = model  # kept alive
+        self._layers = type(model._layers).from_buffer_copy(model._layers)
+        for layer, (keys, values) in zip(self._layers, self._pointers, strict=True):
+            layer.keys, layer.values = keys, values
+        self._model = LmModel.from_buffer_copy(model._model)
+        self._model.capacity, self._model.layer = slot.capacity, self._layers
+
+    def step(self, ids: Sequence[int]) -> torch.Tensor:
+        """Append token ids to the slot; returns float32 logits [rows, vocab] after each.
+
+        Raises ValueError for no ids or more than MAX_ROWS, ids outside of the vocabulary, and a slot that has
+        no room for them or has new buffers.
+        """
+        rows, length = len(ids), self._slot.length
+        if not 1 <= rows <= MAX_ROWS:
+            raise ValueError(f"a step takes 1 to {MAX_ROWS} tokens, not {rows}")
+        if min(ids) < 0 or max(ids) >= self._vocabulary:
+            raise ValueError(f"a token id is outside of the vocabulary of {self._vocabulary}")
+        if length + rows > self._room:
+            raise ValueError(f"{length + rows} tokens do not fit in a slot of {self._room}")
+        if self._slot.pointers() != self._pointers:
+            raise ValueError("the KV cache has new buffers")
+        logits = torch.empty((rows, self._vocabulary), dtype=torch.float32)
+        fed = (ctypes.c_int64 * rows)(*ids)
+        model = ctypes.addressof(self._model)
+        with native.running() as library:
+            space = native.workspace(library.lm_step_workspace(model, rows))
+            library.lm_step(model, fed, rows, length, logits.data_ptr(), space)
+        self._slot.advance(rows)
+        return logits
+
+
+def _stored_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that an embedding's or a linear's weight must have."""
+    return torch.float16 if isinstance(module, StoredEmbedding | StoredHead) else torch.bfloat16
+
+
+def why_not(model: Any) -> str:
+    """Why this model has no native step, as far as its config and modules tell; "" if it may have one."""
+    if refusal := dispatch.why_not_native():
+        return refusal
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", "") != "gpt_bigcode" or not hasattr(model, "lm_head"):
+        return "native steps exist for GPTBigCode only"
+    table = model.get_input_embeddings()
+    dtype, device = getattr(table, "activations", table.weight.dtype), table.weight.device
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return f"native steps need bfloat16 on the CPU, not {dtype} on {device}"
+    if config.activation_function not in _ACTIVATIONS:
+        return f"native steps do not implement the activation {config.activation_function}"
+    if config.add_cross_attention or model.training:
+        return "native steps need a decoder-only model in eval mode"
+    if model.transformer.h[0].attn.head_dim % _HEAD_UNIT:
+        return f"head_dim is not a multiple of {_HEAD_UNIT}"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return "the model's modules have hooks, which a native step would not call"
+    return ""

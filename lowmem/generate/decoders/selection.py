@@ -1,0 +1,48 @@
+"""Which decoder runs a model's steps, and why not a faster one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lowmem.checkpoint.files.reading import one_line
+from lowmem.generate.cache.contract import KVCache
+from lowmem.generate.decoders.contract import Decoder, DecoderRefused, Feed, StepOutput
+from lowmem.generate.decoders.eager import EagerDecoder
+from lowmem.generate.decoders.graph import GraphDecoder
+from lowmem.generate.decoders.native import NativeDecoder
+
+
+class SelectedDecoder(Decoder):
+    """Steps run on `fast` while there is one; prefill, larger steps and everything else on `eager`.
+
+    A fast step that raises is repeated eagerly, and so are all later ones.
+
+    graphs: try CUDA graphs, which need a model that is on one card as a whole. On a CPU launching a kernel
+    costs nothing, and fixed shapes make attention read rows that are not filled.
+    """
+
+    def __init__(self, model: Any, cache: KVCache, *, graphs: bool = False) -> None:
+        self.eager = EagerDecoder(model)
+        self.fast: Decoder | None = None
+        self.why_eager = ""
+        """Why steps are eager; "" while they are not."""
+        try:
+            self.fast = GraphDecoder(self.eager, cache) if graphs else NativeDecoder(self.eager)
+        except DecoderRefused as refused:
+            self.why_eager = refused.reason
+
+    def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
+        """See `Decoder.prefill`."""
+        return self.eager.prefill(feeds)
+
+    def step(self, feeds: Sequence[Feed]) -> StepOutput:
+        """See `Decoder.step`."""
+        if self.fast is not None and max(len(feed.ids) for feed in feeds) <= self.fast.max_rows:
+            try:
+                return self.fast.step(feeds)
+            except Exception as error:  # whatever a kernel, a compiler or a captured graph raises
+                self.fast, self.why_eager = None, one_line(error)
+        return self.eager.step(feeds)
