@@ -84,7 +84,7 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return logits.masked_fill((likely < p * top) & (likely < top), -torch.inf)
 
 
-def candidates(
+def distribution(
     logits: torch.Tensor, params: SamplingParams, seen: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """logits [vocab] → (float32 probabilities [n], their token ids [n]); the temperature must not be 0.
@@ -122,27 +122,17 @@ def candidates(
     return likely[order], ids
 
 
-def probabilities(
-    logits: torch.Tensor, params: SamplingParams, seen: torch.Tensor | None = None
-) -> torch.Tensor:
-    """logits [vocab] → the float32 distribution [vocab] to sample from; the temperature must not be 0."""
-    likely, ids = candidates(logits, params, seen)
-    return likely if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(0, ids, likely)
+def draw(
+    probabilities: torch.Tensor, points: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Draw indices [...] from probabilities [n] with uniform numbers [...] in [0, 1).
 
-
-def draw(likely: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """probabilities [n], uniform numbers [...] in [0, 1) → indices [...], by the inverse distribution.
-
-    One number decides a token. No value in `likely`, not even NaN, raises, so a GPU is not waited for.
+    Returns (indices, the mass before each, the mass up to and including it). The distribution is inverted,
+    so one number decides a token. No probability, not even NaN, raises, so a GPU is not waited for.
     """
-    return _draw(likely, points)[0]
-
-
-def _draw(likely: torch.Tensor, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(indices, the mass before each, the mass with it); see `draw`."""
-    mass = likely.to(torch.float64).cumsum(dim=-1)
+    mass = probabilities.to(torch.float64).cumsum(dim=-1)
     mass = mass / mass[-1]
-    index = torch.searchsorted(mass, points.to(mass), right=True).clamp(max=likely.shape[-1] - 1)
+    index = torch.searchsorted(mass, points.to(mass), right=True).clamp(max=mass.shape[-1] - 1)
     return index, torch.where(index > 0, mass[index - 1], 0.0), mass[index]
 
 
@@ -196,8 +186,8 @@ class Sampler:
         if self.params.temperature == 0:
             chosen, low, high = self._greedy(logits, second=noise > 0)
         else:
-            likely, ids = candidates(logits, self.params, self._seen)
-            index, low, high = _draw(likely, torch.tensor(self._point, dtype=torch.float64))
+            likely, ids = distribution(logits, self.params, self._seen)
+            index, low, high = draw(likely, torch.tensor(self._point, dtype=torch.float64))
             chosen = index if ids is None else ids[index]
         # One transfer, so a GPU is waited for once a token. amax propagates NaN.
         plain = self.params.temperature == 0 and self._seen is None

@@ -94,7 +94,7 @@ def test_one_side_may_be_empty_but_not_both(loaded: LoadedModel) -> None:
     session = Session(loaded)
     assert join(session.fill_in(PREFIX, "", GREEDY)).prompt_tokens < session.context
     assert join(session.fill_in("", SUFFIX, GREEDY)).finish_reason
-    with pytest.raises(InvalidRequestError, match="no text before or after"):
+    with pytest.raises(InvalidRequestError, match="both empty"):
         session.fill_in("", "", GREEDY)
     with pytest.raises(InvalidRequestError, match="top_p"):
         session.fill_in(PREFIX, SUFFIX, replace(GREEDY, top_p=2))

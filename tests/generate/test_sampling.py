@@ -12,15 +12,22 @@ from lowmem.config import SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError, LowmemError
 from lowmem.generate.sampling import (
     Sampler,
-    candidates,
+    distribution,
     draw,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     nucleus,
     penalize,
-    probabilities,
 )
+
+
+def probabilities(
+    logits: torch.Tensor, params: SamplingParams, seen: torch.Tensor | None = None
+) -> torch.Tensor:
+    """logits [vocab] → the float32 distribution [vocab] that is sampled."""
+    likely, ids = distribution(logits, params, seen)
+    return likely if ids is None else torch.zeros_like(logits, dtype=torch.float32).scatter(0, ids, likely)
 
 
 def numpy_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
@@ -172,7 +179,7 @@ def test_top_k_never_sorts_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> No
         return real(tensor, *args, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch.Tensor, "sort", sort)
-    likely, ids = candidates(logits, SamplingParams())
+    likely, ids = distribution(logits, SamplingParams())
     assert ids is not None and likely.shape == ids.shape == (50,)
     assert all(size == 50 for size in sizes)
 
@@ -228,7 +235,7 @@ def test_frequencies_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
     params = SamplingParams(temperature=0.8, top_k=4, top_p=0.97)
     points = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    frequencies = np.bincount(draw(probabilities(logits, params), points).numpy(), minlength=5) / 40_000
+    frequencies = np.bincount(draw(probabilities(logits, params), points)[0].numpy(), minlength=5) / 40_000
     np.testing.assert_allclose(frequencies, numpy_distribution(logits.numpy(), 0.8, 4, 0.97), atol=0.01)
     sampler = Sampler(SamplingParams(**{**vars(params), "seed": 1}), [], 5, "cpu")
     chosen = np.bincount([sampler.choose(logits).id for _ in range(3000)], minlength=5) / 3000
@@ -238,7 +245,7 @@ def test_frequencies_follow_the_distribution() -> None:
 def test_a_token_without_probability_is_never_drawn() -> None:
     likely = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
     points = torch.tensor([0.0, 0.25 - 2**-50, 0.25, 1 - 2**-53], dtype=torch.float64)
-    assert draw(likely, points).tolist() == [1, 1, 3, 3]
+    assert draw(likely, points)[0].tolist() == [1, 1, 3, 3]
 
 
 def test_a_seed_repeats_and_no_seed_does_not() -> None:
