@@ -101,7 +101,7 @@ def prepare(
 
     Raises LowmemError for whatever the user can correct.
     """
-    source = open_source(source_name, revision=options.revision, progress=message)
+    source = open_source(source_name, revision=options.revision, progress=message, quantized=False)
     model_config = source.config()
     arch = inspect(model_config)
     weights = ModelWeights(source, arch)

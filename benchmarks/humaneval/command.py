@@ -131,10 +131,10 @@ class _Version:
     def measure(self) -> SubjectHumanEval:
         from lowmem.benchmarks.common.currency import made_with
 
-        from lowmem.streaming.dense_source import open_any
+        from lowmem.checkpoint.source.open import open_source
 
         subject, path = self.entrant.subject, self.entrant.candidate.path
-        work = self.evaluation.work(subject, str(open_any(path).fingerprint()), self.device)
+        work = self.evaluation.work(subject, str(open_source(path, offline=True).fingerprint()), self.device)
         found = self.evaluation.measure(subject, work, self.open_session)
         return replace(found, subject=replace(subject, made_with=made_with(path, self.kernel)))
 

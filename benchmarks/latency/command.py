@@ -119,11 +119,7 @@ def run(args: argparse.Namespace) -> int:
 def _digest(lineup: Lineup) -> str:
     """The fingerprint of the source, or of the converted folder that is measured without one."""
     from lowmem.checkpoint.source.open import open_source
-    from lowmem.streaming.dense_source import open_any
 
-    candidate = lineup.entrants[0].candidate
-    if candidate.form.method == "gptq" and str(candidate.path) == lineup.source:
-        return str(open_any(candidate.path).fingerprint())
     return open_source(lineup.source, offline=True).fingerprint()
 
 

@@ -24,8 +24,8 @@ from lowmem.benchmarks.quality.divergence import compare, summarize
 from lowmem.benchmarks.quality.reference_states import Reference
 from lowmem.benchmarks.quality.texts import Text
 
+from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import LowmemError, MemoryBudgetError
-from lowmem.streaming.dense_source import open_any
 from lowmem.streaming.forward import StreamedModel, head_of
 from lowmem.streaming.hidden_states import HiddenStates
 from lowmem.streaming.pass_folder import working
@@ -119,7 +119,7 @@ class Scorer:
             gc.collect()
             return
         model = StreamedModel(
-            open_any(candidate.path),
+            open_source(candidate.path, offline=True),
             getattr(torch, entrant.subject.dtype),
             on_the_fly=method if method in ("int8", "nf4") else None,
             device=self.reference.device,
@@ -165,7 +165,7 @@ class Scorer:
 
 def digest_of_entrant(entrant: Entrant) -> str:
     """The fingerprint of the checkpoint that a version is loaded from."""
-    return str(open_any(entrant.candidate.path).fingerprint())
+    return str(open_source(entrant.candidate.path, offline=True).fingerprint())
 
 
 def _by_text(states: HiddenStates, texts: Sequence[Text]) -> dict[str, Rows]:

@@ -160,27 +160,20 @@ def _quantization(inputs: ConversionInputs) -> dict[str, Any]:
 
 def _config(inputs: ConversionInputs, tied: bool) -> dict[str, Any]:
     """config.json: the source's own, with the quantization, the tied head and the 16-bit dtype."""
-    source = inputs.source
-    own = source.path / "config.json"
-    data = (
-        json.loads(own.read_bytes()) if own.is_file() and source.kind != "gguf" else source.config().to_dict()
-    )
+    data = dict(inputs.source.config_json)
     for key in ("torch_dtype", "_name_or_path", "auto_map"):
         data.pop(key, None)
     data["dtype"] = str(stored_dtype(inputs.weights.dtype)).removeprefix("torch.")
     if tied or "tie_word_embeddings" in data:
         data["tie_word_embeddings"] = tied
     data["quantization_config"] = _quantization(inputs)
-    return dict(data)
+    return data
 
 
 def _generation_config(inputs: ConversionInputs) -> dict[str, Any]:
     """generation_config.json: the source's own, with stop tokens that include the end of a turn."""
     source, tokenizer = inputs.source, inputs.tokenizer
-    own = source.path / "generation_config.json"
-    data = json.loads(own.read_bytes()) if own.is_file() and source.kind != "gguf" else {}
-    if not isinstance(data, dict):
-        data = {}
+    data = source.generation_config()
     config = source.config()
     stops = end_token_ids(tokenizer, inputs.dialogue, config, data)
     data.pop("transformers_version", None)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from lowmem.errors import SourceError
 
+QUANT_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""The stored tensors of a quantized linear, by the last part of their names."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -84,7 +87,7 @@ class FormatException:
         return match is not None
 
 
-# Literals, `.`, classes, `\d+` before a dot or the end, and (a|b) without quantifiers: nothing backtracks far.
+# Literals, `.`, classes, `\d+` before a dot or the end, (a|b) without quantifiers: little to backtrack.
 _PIECE = re.compile(r"(?:[\w-]|\\[.d-]|\\d\+(?=\\\.|$)|\.|\[[\w-]+\]|\((?:\?:)?[\w|-]+\)|\^|\$)*", re.ASCII)
 
 

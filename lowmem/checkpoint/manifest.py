@@ -35,12 +35,17 @@ def read_quantization(folder: str | Path) -> QuantizationFormat:
     return found
 
 
-def find_quantization(folder: str | Path) -> QuantizationFormat | None:
+def find_quantization(path: str | Path) -> QuantizationFormat | None:
     """As `read_quantization`, but None for a checkpoint that is not quantized."""
-    folder = Path(folder)
+    folder = Path(path).parent if os.path.isfile(path) else Path(path)
     check_folder(folder)
     file = folder / "config.json"
-    data = read_config(file).get("quantization_config") if file.is_file() else None
+    return quantization_in(read_config(file) if file.is_file() else {}, folder)
+
+
+def quantization_in(config: Mapping[str, Any], folder: Path) -> QuantizationFormat | None:
+    """As `find_quantization`, of a config.json that was read."""
+    file, data = folder / "config.json", config.get("quantization_config")
     if data is None and (folder / "quantize_config.json").is_file():
         file = folder / "quantize_config.json"
         # This file is auto-gptq's own and often leaves the method out.

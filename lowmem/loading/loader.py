@@ -10,7 +10,7 @@ reaches for `c_proj.weight`, which is packed.)
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.checkpoint.files.reading import one_line, read_json
-from lowmem.checkpoint.files.shards import read_shards
 from lowmem.checkpoint.formats import QuantizationFormat
-from lowmem.checkpoint.manifest import find_quantization
-from lowmem.checkpoint.source.mapped import MappedFiles
-from lowmem.checkpoint.source.open import Source, TensorInfo, open_source
-from lowmem.checkpoint.source.safetensors import SafetensorsHeader, SafetensorsSource, read_tensor
+from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.digests import check_small
 from lowmem.errors import SourceError
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch
 from lowmem.kernels.quant_linear import swap_linears
 from lowmem.loading.garbage import paused_collection
-from lowmem.loading.placing import Placement, Weights, connect, fill
+from lowmem.loading.placing import Placement, connect, fill
 from lowmem.models.architecture import build_model, decoder_layers
 from lowmem.models.dialogue import Dialogue, end_token_ids
 from lowmem.models.vocabulary import check_vocabulary
@@ -72,17 +67,6 @@ class LoadedModel:
     option: Option | None = None
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """Both kinds of checkpoint in one form."""
-
-    path: Path
-    weights: Weights
-    config: Any
-    tokenizer: Any
-    format: QuantizationFormat | None
-
-
 @paused_collection()
 def load(
     folder: str | Path,
@@ -114,27 +98,28 @@ def load(
     # Or the plan's bytes would not be the system's. bitsandbytes' int8 leaves 300 MiB of holes in the heap of
     # a small model otherwise, for a prefill that is half as long.
     return_freed_memory(RETURNED if on_the_fly == "int8" else 4 << 20)
-    checkpoint = _open(folder)
+    source = open_source(folder, offline=True)
+    config, tokenizer = source.config(), source.tokenizer()
     if Path(folder).expanduser().is_dir():
-        check_small(checkpoint.path, notify)
-    dtype = dtype or default_dtype(checkpoint.config, device)
-    model = build_model(checkpoint.config, dtype, buffers=True)
-    dialogue = Dialogue.detect(checkpoint.tokenizer)
-    stop_ids = _stop_ids(checkpoint, dialogue)
-    _check_tokenizer(checkpoint.tokenizer, dialogue, model, notify)
-    layers_name, layers = decoder_layers(model, checkpoint.config)
-    if checkpoint.format:
+        check_small(source.path, notify)
+    dtype = dtype or default_dtype(config, device)
+    model = build_model(config, dtype, buffers=True)
+    dialogue = Dialogue.detect(tokenizer)
+    # An answer ends at the end of a turn, and at what the checkpoint's files call the end of text.
+    stop_ids = end_token_ids(tokenizer, dialogue, config, source.generation_config())
+    _check_tokenizer(tokenizer, dialogue, model, notify)
+    layers_name, layers = decoder_layers(model, config)
+    if source.format:
         if on_the_fly:
             raise SourceError(f"{folder} is quantized already", "Give the 16-bit original, or no --quantize")
-        names = _packed_names(checkpoint.weights.infos)
-        swap_linears(model, {name: checkpoint.format.of_packed(name) for name in names})
+        swap_linears(model, source.quantized)
     elif on_the_fly:
         _swap_for_bnb(layers, on_the_fly)
     placement = Placement(device, layers_name, None if split is None or split >= len(layers) else split)
-    fill(model, checkpoint.weights, placement, dtype, progress)
+    fill(model, source, placement, dtype, progress)
     kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
-    if checkpoint.format:
-        format = checkpoint.format.default
+    if source.format:
+        format = source.format.default
         kernel = dispatch.install(model, format, device, dtype, activation_bits=activation_bits)
     connect(model, placement)
     transformers_model: Any = model
@@ -143,15 +128,15 @@ def load(
     _fix_generation_config(model, stop_ids)
     return LoadedModel(
         model=model,
-        tokenizer=checkpoint.tokenizer,
+        tokenizer=tokenizer,
         dialogue=dialogue,
         stop_ids=stop_ids,
-        format=checkpoint.format,
+        format=source.format,
         dtype=dtype,
         device=device,
         load_seconds=time.perf_counter() - start,
         weight_bytes=weight_bytes(model),
-        label=_label(checkpoint.format, on_the_fly, dtype),
+        label=_label(source.format, on_the_fly, dtype),
         kernel=kernel,
         context=context,
         cpu_layers=0 if placement.split is None else len(layers) - placement.split,
@@ -191,61 +176,6 @@ def _swap_for_bnb(layers: nn.ModuleList, method: bnb.Method) -> None:
                 setattr(module, name, bnb.empty_linear(method, child))
 
 
-def _open(folder: str | Path) -> _Checkpoint:
-    path = Path(folder).expanduser()
-    format = find_quantization(path) if path.is_dir() else None
-    if format is None:
-        source = open_source(str(folder), offline=True)
-        return _Checkpoint(source.path, _source_weights(source), source.config(), source.tokenizer(), None)
-    shards = read_shards(path)
-    if shards.problems:
-        raise SourceError(f"{path}: {shards.problems[0]}", "See all that is wrong with: lowmem verify DIR")
-    if (path / "adapter_config.json").is_file():
-        raise SourceError(f"{path} holds an adapter, not a model", "Give the folder of the whole model")
-    source = SafetensorsSource(path, str(folder), shards.tensors)
-    headers: dict[str, SafetensorsHeader] = dict(shards.tensors)
-
-    def read(name: str, rows: slice | None) -> torch.Tensor:
-        header = headers[name]
-        return read_tensor(header.path, name, header.tensors[name], rows)
-
-    weights = Weights(source.infos, read, _mapper(headers), source.release, sliceable=True)
-    return _Checkpoint(path, weights, _config(path), source.tokenizer(), format)
-
-
-def _source_weights(source: Source) -> Weights:
-    """Of a 16-bit source; only safetensors files can be mapped, and a GGUF is dequantized whole."""
-    mapped: Callable[[str], torch.Tensor | None] = lambda _name: None  # noqa: E731
-    if isinstance(source, SafetensorsSource):
-        mapped = _mapper(source.headers)
-    return Weights(source.infos, source.read, mapped, source.release, sliceable=source.kind != "gguf")
-
-
-def _mapper(headers: Mapping[str, SafetensorsHeader]) -> Callable[[str], torch.Tensor | None]:
-    files = MappedFiles()
-    return lambda name: files.tensor(headers[name], name)
-
-
-def _config(folder: Path) -> Any:
-    """The config of a quantized checkpoint, without its quantization_config, which is ours to act on."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the values are anyone's, and each config class fails its own way
-        raise SourceError(f"{folder / 'config.json'} is not a usable config: {one_line(error)}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
-
-
-def _packed_names(infos: Mapping[str, TensorInfo]) -> list[str]:
-    names = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
-    if not names:
-        raise SourceError("the config says that the model is quantized, and no tensor is", "Convert it again")
-    return names
-
-
 def _check_tokenizer(
     tokenizer: Any, dialogue: Dialogue | None, model: Any, notify: Callable[[str], None]
 ) -> None:
@@ -253,13 +183,6 @@ def _check_tokenizer(
     if dialogue is not None:
         markers = (dialogue.system_id, dialogue.user_id, dialogue.assistant_id, dialogue.end_id)
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], markers, notify)
-
-
-def _stop_ids(checkpoint: _Checkpoint, dialogue: Dialogue | None) -> tuple[int, ...]:
-    """Where an answer ends: the end of a turn, and whatever the checkpoint's files call the end of text."""
-    file = checkpoint.path / "generation_config.json"
-    stored = read_json(file) if file.is_file() else {}
-    return end_token_ids(checkpoint.tokenizer, dialogue, checkpoint.config, stored)
 
 
 def _fix_generation_config(model: Any, stop_ids: tuple[int, ...]) -> None:

@@ -7,16 +7,17 @@ host memory in slices of rows. So a load holds the model and one slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lowmem.checkpoint.headers.model_tensors import QUANT_PARTS, integer_buffers, unique_tensors
+from lowmem.checkpoint.formats import QUANT_PARTS
 from lowmem.checkpoint.source.mapped import forget_pages
-from lowmem.checkpoint.source.open import TensorInfo, resolve_names
+from lowmem.checkpoint.source.model_tensors import expected_shapes, integer_buffers
+from lowmem.checkpoint.source.open import Source, TensorInfo
 from lowmem.checkpoint.values import FLOATS, all_finite
 from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.errors import SourceError
@@ -26,21 +27,6 @@ from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_a
 
 _CAST_VALUES = 1 << 20  # at a time: 4 MiB in float32 stay in a core's cache
 _SEE = "See all that is wrong with: lowmem verify DIR"
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What is stored in a checkpoint of any kind, and the ways to get at one tensor.
-
-    read(name, rows): a tensor, or rows of a 2-D one, in memory of its own. mapped(name): the tensor as it
-    lies in its file, or None where that is not possible. sliceable: reading rows costs the rows only.
-    """
-
-    infos: Mapping[str, TensorInfo]
-    read: Callable[[str, slice | None], torch.Tensor]
-    mapped: Callable[[str], torch.Tensor | None]
-    release: Callable[[], None]
-    sliceable: bool
 
 
 @dataclass(frozen=True)
@@ -74,7 +60,7 @@ class Placement:
 
 def fill(
     model: nn.Module,
-    weights: Weights,
+    source: Source,
     placement: Placement,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
@@ -84,9 +70,10 @@ def fill(
     progress: called with bytes done and bytes in all. Raises SourceError for a tensor that is missing, or
     not as the model needs it.
     """
-    infos = weights.infos
+    infos = source.infos
     model.tie_weights()  # type: ignore[operator]  # building without memory has parted what is tied
-    places, shapes = _names(model, infos)
+    shapes = expected_shapes(model, infos)
+    places = source.resolve(shapes)
     integers = integer_buffers(model)
     for name, stored in places.items():
         _check_shape(infos[stored], stored, shapes[name])
@@ -102,8 +89,8 @@ def fill(
     for name in sorted(places, key=lambda name: (infos[places[name]].file, places[name])):
         stored = places[name]
         parent, _, leaf = name.rpartition(".")
-        _place(modules[parent], leaf, weights, stored, placement.of(name), dtype)
-        weights.release()
+        _place(modules[parent], leaf, source, stored, placement.of(name), dtype)
+        source.release()
         done += infos[stored].nbytes
         if progress:
             progress(done, total)
@@ -118,17 +105,6 @@ def fill(
         raise SourceError(
             f"the checkpoint holds no tensor for {left[0]!r} ({len(left)} in all)", "It is not whole"
         )
-
-
-def _names(
-    model: nn.Module, infos: Mapping[str, TensorInfo]
-) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
-    """The model's name of each tensor → its stored name, and → its shape in the model."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (aliases, shape) in unique_tensors(model):
-        # A tied head is read once, under whichever of its names the checkpoint has.
-        shapes[next((alias for alias in aliases if alias in infos), name)] = shape
-    return resolve_names(infos, list(shapes)), shapes
 
 
 def _check_shape(info: TensorInfo, stored: str, shape: tuple[int, ...]) -> None:
@@ -151,41 +127,41 @@ def _check_float(info: TensorInfo, stored: str) -> None:
 
 
 def _place(
-    module: nn.Module, leaf: str, weights: Weights, name: str, device: torch.device, dtype: torch.dtype
+    module: nn.Module, leaf: str, source: Source, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
     """One tensor into its module; packed words, groups and scales keep the dtype they are stored in."""
     if isinstance(module, QuantLinear) and leaf in QUANT_PARTS:
-        tensor = _to(weights, name, device, None)
+        tensor = _to(source, name, device, None)
         _check_packed(module, leaf, tensor, name)
         setattr(module, leaf, tensor)
     elif leaf == "weight" and bnb.is_empty(module):
-        rows = bnb.rows_may_be_sliced(module) and weights.sliceable
-        slices = _slices(weights, name, QUANTIZED_SLICE_BYTES, whole=not rows)
+        rows = bnb.rows_may_be_sliced(module) and source.reads_rows
+        slices = _slices(source, name, QUANTIZED_SLICE_BYTES, whole=not rows)
         bnb.quantize_into(module, slices, device, dtype)
     elif leaf == "weight" and isinstance(module, StoredEmbedding | StoredHead):
-        setattr(module, leaf, _to(weights, name, device, None))
+        setattr(module, leaf, _to(source, name, device, None))
     elif leaf in module._buffers:
         buffer = module._buffers[leaf]
         wanted = buffer.dtype if buffer is not None and not buffer.dtype.is_floating_point else dtype
-        setattr(module, leaf, _finite_if_short(_to(weights, name, device, wanted), name))
+        setattr(module, leaf, _finite_if_short(_to(source, name, device, wanted), name))
     else:
-        tensor = _finite_if_short(_to(weights, name, device, dtype), name)
+        tensor = _finite_if_short(_to(source, name, device, dtype), name)
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _to(weights: Weights, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
+def _to(source: Source, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
     """A stored tensor on `device` in `dtype` (None: as it is stored)."""
-    info = weights.infos[name]
+    info = source.infos[name]
     stored: torch.dtype = getattr(torch, info.dtype)
     wanted = dtype or stored
-    if device.type == "cpu" and (mapped := weights.mapped(name)) is not None:
+    if device.type == "cpu" and (mapped := source.map(name)) is not None:
         return mapped if mapped.dtype is wanted else _cast(mapped, wanted)
     if device.type == "cpu" and wanted is stored:
-        return weights.read(name, None)
-    if len(info.shape) != 2 or not weights.sliceable or info.nbytes <= SLICE_BYTES:
-        return weights.read(name, None).to(device, wanted)
+        return source.read(name)
+    if len(info.shape) != 2 or not source.reads_rows or info.nbytes <= SLICE_BYTES:
+        return source.read(name).to(device, wanted)
     result = torch.empty(info.shape, dtype=wanted, device=device)
-    for first, rows in _slices(weights, name, SLICE_BYTES):
+    for first, rows in _slices(source, name, SLICE_BYTES):
         result[first : first + len(rows)] = rows
     return result
 
@@ -213,18 +189,18 @@ def _cast(mapped: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _slices(
-    weights: Weights, name: str, nbytes: int, whole: bool = False
+    source: Source, name: str, nbytes: int, whole: bool = False
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, rows) of a 2-D tensor, so many bytes at a time, but 64 rows at least."""
-    count, columns = weights.infos[name].shape
+    count, columns = source.infos[name].shape
     if whole:
-        yield 0, weights.read(name, None)
+        yield 0, source.read(name)
         return
-    itemsize = weights.infos[name].nbytes // max(1, count * columns)
+    itemsize = source.infos[name].nbytes // max(1, count * columns)
     # A multiple of 64 rows keeps NF4's blocks and packing whole.
     step = max(64, nbytes // max(1, columns * itemsize) // 64 * 64)
     for first in range(0, count, step):
-        yield first, weights.read(name, slice(first, min(first + step, count)))
+        yield first, source.read(name, slice(first, min(first + step, count)))
 
 
 def _check_packed(module: QuantLinear, leaf: str, tensor: torch.Tensor, name: str) -> None:

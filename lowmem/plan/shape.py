@@ -102,7 +102,7 @@ def read_shape(path: Path) -> ModelShape:
         format = None
     else:
         config = read_config_json(path)
-        format = find_quantization(path) if path.is_dir() else None
+        format = find_quantization(path)
     text = config.get("text_config")
     if isinstance(text, dict):
         config = {**config, **text}

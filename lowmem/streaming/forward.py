@@ -29,7 +29,6 @@ from lowmem.errors import CalibrationError, SourceError
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.models.architecture import build_model, decoder_layers, inspect
 from lowmem.plan.device import return_freed_memory
-from lowmem.streaming.dense_source import GptqSource
 from lowmem.streaming.hidden_states import HiddenStates
 from lowmem.streaming.layer_calls import LayerCall, catch_calls, embedded, replaced_forwards
 from lowmem.streaming.pass_folder import PassFolder, locked, working
@@ -65,7 +64,7 @@ class StreamedModel:
         self.config = source.config()
         self.arch = inspect(self.config)
         self.weights = ModelWeights(source, self.arch)
-        if on_the_fly and isinstance(source, GptqSource):
+        if on_the_fly and source.format:
             raise SourceError(f"{source.path} is already quantized", "Use the unquantized original")
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowmem.checkpoint.files.writer import TensorPlan
-from lowmem.checkpoint.source.open import Source, head_is_tied, resolve_names
+from lowmem.checkpoint.source.open import Source
 from lowmem.checkpoint.values import all_finite
 from lowmem.errors import SourceError
 from lowmem.models.architecture import Architecture, LayerSpec, build_model
@@ -28,9 +28,9 @@ class ModelWeights:
     def __init__(self, source: Source, arch: Architecture) -> None:
         self.source = source
         self.arch = arch
-        self._names = resolve_names(source.infos, arch.shapes)
+        self._names = source.resolve(arch.shapes)
         for name, stored in self._names.items():
-            info = source.infos[stored]
+            info = source.dense_infos[stored]
             if info.shape != arch.shapes[name]:
                 raise SourceError(
                     f"{info.file}: {stored} has shape {list(info.shape)}, "
@@ -42,16 +42,16 @@ class ModelWeights:
     def dtype(self) -> torch.dtype:
         """The dtype of the source's linears."""
         stored = self._names[f"{self.arch.linear_names()[0]}.weight"]
-        dtype: torch.dtype = getattr(torch, self.source.infos[stored].dtype)
+        dtype: torch.dtype = getattr(torch, self.source.dense_infos[stored].dtype)
         return dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype, in new memory."""
-        return self.source.read(self._names[name])
+        """One tensor in its stored dtype, in new memory; of a quantized linear the dequantized weight."""
+        return self.source.dense(self._names[name])
 
     def plan(self, name: str, as_name: str | None = None) -> TensorPlan:
         """How a tensor that is not quantized is stored: float16, or bfloat16 if the source has that."""
-        info = self.source.infos[self._names[name]]
+        info = self.source.dense_infos[self._names[name]]
         return TensorPlan(as_name or name, stored_dtype(getattr(torch, info.dtype)), info.shape)
 
     def read_narrowed(self, name: str) -> torch.Tensor:
@@ -87,7 +87,7 @@ class ModelWeights:
         """Whether the model ties its head to the embedding, or the stored head is a copy of it."""
         if self.arch.tied:
             return True
-        return head_is_tied(self.source, self._names[self.arch.embedding], self._names[self.arch.head])
+        return self.source.head_is_tied(self._names[self.arch.embedding], self._names[self.arch.head])
 
 
 def build_without_layers(

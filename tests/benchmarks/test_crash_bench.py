@@ -17,8 +17,8 @@ from lowmem.benchmarks.quality.reference_states import cache_folder, disk_needed
 from lowmem.benchmarks.quality.texts import Text, digest_of
 
 from lowmem.checkpoint.files import whole as whole_file
+from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import OutputError
-from lowmem.streaming.dense_source import open_any
 from lowmem.streaming.forward import StreamedModel
 from tests.benchmarks.test_quality import SETTINGS, Heard, folder, run  # noqa: F401  (a fixture)
 from tests.helpers import save_source, tiny_model
@@ -42,7 +42,7 @@ TEXTS = (text("one", 1), text("two", 2))
 def model(tmp_path: Path, monkeypatch) -> StreamedModel:
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "model")
-    return StreamedModel(open_any(tmp_path / "model"), torch.float32)
+    return StreamedModel(open_source(tmp_path / "model"), torch.float32)
 
 
 @pytest.mark.parametrize("last", ["one", "two"])

@@ -20,11 +20,11 @@ from lowmem.benchmarks.quality.measure import Settings, measure
 from lowmem.benchmarks.quality.texts import read_texts
 
 from lowmem.checkpoint.manifest import write_manifest
+from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.converted import verify
 from lowmem.errors import InvalidRequestError, SourceError
 from lowmem.loading.loader import load
 from lowmem.plan.candidates import find_candidates
-from lowmem.streaming.dense_source import open_any
 from lowmem.streaming.forward import StreamedModel
 from tests.helpers import save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -109,7 +109,7 @@ def test_every_version_against_whole_logits(folder):
         "4-bit g32": load(folder / "model-4bit", dtype=torch.float32).model,
         "2-bit g32": load(folder / "model-2bit", dtype=torch.float32).model,
     }
-    tokenizer = open_any(source).tokenizer()
+    tokenizer = open_source(source).tokenizer()
     texts = read_texts(SETTINGS.texts, (), tokenizer, 4096, rows=3, row_length=40)
     reference = transformers_model(torch.float32)
     for text in texts:
@@ -224,7 +224,7 @@ def test_a_folder_that_was_converted_again_is_measured_again(folder):
 
 def test_greedy_answers_are_equal_as_far_as_the_references_own(folder):
     """Against the reference's own greedy answers, which it really generates here."""
-    source = StreamedModel(open_any(folder / "model"), torch.float32)
+    source = StreamedModel(open_source(folder / "model"), torch.float32)
     reference = load(folder / "model", dtype=torch.float32)
     prompts = [[5, 6, 7], [100, 200], [9, 8, 7, 6, 5, 4]]
     own = greedy_answers(reference, prompts, 12)

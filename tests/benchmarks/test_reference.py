@@ -12,7 +12,7 @@ from lowmem.benchmarks.quality.reference_states import cache_folder, reference_s
 from lowmem.benchmarks.quality.texts import Text, digest_of
 
 from lowmem.checkpoint import cache
-from lowmem.streaming.dense_source import open_any
+from lowmem.checkpoint.source.open import open_source
 from lowmem.streaming.forward import StreamedModel
 from tests.helpers import save_source, tiny_model
 
@@ -21,7 +21,7 @@ from tests.helpers import save_source, tiny_model
 def model(tmp_path: Path, monkeypatch) -> StreamedModel:
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "model")
-    return StreamedModel(open_any(tmp_path / "model"), torch.float32)
+    return StreamedModel(open_source(tmp_path / "model"), torch.float32)
 
 
 def text(name: str, seed: int, rows: int = 3) -> Text:
@@ -94,13 +94,13 @@ def test_damage_is_noticed_and_mended(model, damage):
 
 def test_another_dtype_text_or_source_is_another_reference(model, tmp_path):
     computed(model)
-    half = StreamedModel(open_any(tmp_path / "model"), torch.bfloat16)
+    half = StreamedModel(open_source(tmp_path / "model"), torch.bfloat16)
     found, layers, _ = computed(half)
     assert layers and found.states["one"].dtype == torch.bfloat16
     assert not computed(model)[1]
     assert computed(model, [text("one", 3)])[1]
     save_source(tiny_model("gpt_bigcode_mqa", seed=1), tmp_path / "other")
-    other = StreamedModel(open_any(tmp_path / "other"), torch.float32)
+    other = StreamedModel(open_source(tmp_path / "other"), torch.float32)
     assert cache_folder(other) != cache_folder(model)
 
 

@@ -13,7 +13,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.checkpoint.source.open import TensorInfo, head_is_tied, open_source, resolve_names
+from lowmem.checkpoint.source.bin import BinSource
+from lowmem.checkpoint.source.names import resolve_names
+from lowmem.checkpoint.source.open import TensorInfo, open_source
+from lowmem.checkpoint.source.safetensors import SafetensorsSource
 from lowmem.errors import SourceError
 from tests.helpers import (
     DIALOGUE_TOKENS,
@@ -54,7 +57,7 @@ def test_every_tensor_comes_back(model, tmp_path, format, shards, dtype):
         model, tmp_path / "s", format=format, shards=shards, dtype=dtype, duplicate_head=True
     )
     source = open_source(str(folder))
-    assert (source.kind, source.display, source.path) == (format, str(folder), folder)
+    assert (source._kind, source.display, source.path) == (format, str(folder), folder)
     written = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     assert set(source.infos) == set(written)
     assert len({info.file for info in source.infos.values()}) == shards
@@ -145,7 +148,7 @@ def test_single_file_and_unusual_names(model, folder, tmp_path):
 def test_safetensors_are_preferred_to_pickles(model, tmp_path):
     folder = save_source(model, tmp_path / "s")
     (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
-    assert open_source(str(folder)).kind == "safetensors"
+    assert isinstance(open_source(str(folder)), SafetensorsSource)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
@@ -159,9 +162,9 @@ def test_memory_is_bounded_by_the_tensor(model, tmp_path, format):
     write_weights({f"t{i}": big.clone() for i in range(32)}, folder, format=format, shards=2)
     code = """
 import sys
-from lowmem.checkpoint.source import bin as bin_shards
+from lowmem.checkpoint.source import bin
 from lowmem.checkpoint.source.open import open_source
-bin_shards.REMAP_BYTES = 16 << 20
+bin.REMAP_BYTES = 16 << 20
 def peak():
     return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) / 1024
 source = open_source(sys.argv[1])
@@ -235,7 +238,7 @@ def test_a_bare_base_model_as_transformers_saves_it(model, tmp_path):
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_head_is_tied(model, tmp_path, format, monkeypatch):
     names = ("transformer.wte.weight", "lm_head.weight")
-    assert head_is_tied(open_source(str(save_source(model, tmp_path / "a", format=format))), *names)
+    assert open_source(str(save_source(model, tmp_path / "a", format=format))).head_is_tied(*names)
     twice = save_source(model, tmp_path / "b", format=format, duplicate_head=True)
     source = open_source(str(twice))
     reads: list[int] = []
@@ -243,18 +246,18 @@ def test_head_is_tied(model, tmp_path, format, monkeypatch):
     monkeypatch.setattr(
         source, "read", lambda name, rows=None: (t := read(name, rows), reads.append(t.nbytes))[0]
     )
-    monkeypatch.setattr("lowmem.checkpoint.source.open._COMPARE_BYTES", 100_000)
-    assert head_is_tied(source, *names)
+    monkeypatch.setattr("lowmem.checkpoint.source.base._COMPARE_BYTES", 100_000)
+    assert source.head_is_tied(*names)
     assert len(reads) > 10 and max(reads) <= 100_000
     assert sum(reads) == 2 * source.infos["lm_head.weight"].nbytes
     with pytest.raises(SourceError, match="no tensor 'nope'"):
-        head_is_tied(source, "nope", "lm_head.weight")
+        source.head_is_tied("nope", "lm_head.weight")
     other = model.state_dict() | {"lm_head.weight": model.lm_head.weight.detach().clone()}
     other["lm_head.weight"][-1, -1] += 1
     for path in twice.glob("*model*"):
         path.unlink()
     write_weights({name: t.detach().clone() for name, t in other.items()}, twice, format=format)
-    assert not head_is_tied(open_source(str(twice)), *names)
+    assert not open_source(str(twice)).head_is_tied(*names)
 
 
 def test_a_missing_head_that_is_not_tied(tmp_path):
@@ -263,7 +266,7 @@ def test_a_missing_head_that_is_not_tied(tmp_path):
     tensors = {name: t.clone() for name, t in model.state_dict().items() if name != "lm_head.weight"}
     write_weights(tensors, folder)
     with pytest.raises(SourceError, match=r"no tensor 'lm_head\.weight'"):
-        head_is_tied(open_source(str(folder)), "model.embed_tokens.weight", "lm_head.weight")
+        open_source(str(folder)).head_is_tied("model.embed_tokens.weight", "lm_head.weight")
 
 
 # ---- real layouts
@@ -271,12 +274,12 @@ def test_a_missing_head_that_is_not_tied(tmp_path):
 
 def test_starchat_alphas_layout(replica):
     source = open_source(str(replica))
-    assert source.kind == "bin" and len(source.shards()) == 4
+    assert isinstance(source, BinSource) and len(source.shards()) == 4
     assert {info.dtype for info in source.infos.values()} == {"float16"}
     assert source.infos["lm_head.weight"].shape == (STARCHAT_VOCAB, 64)
     assert source.config().vocab_size == STARCHAT_VOCAB and source.config().multi_query
     assert source.license_name() == "bigcode-openrail-m"
-    assert head_is_tied(source, "transformer.wte.weight", "lm_head.weight")
+    assert source.head_is_tied("transformer.wte.weight", "lm_head.weight")
     tokenizer = source.tokenizer()
     assert len(tokenizer) == STARCHAT_VOCAB
     assert tokenizer.convert_tokens_to_ids(list(DIALOGUE_TOKENS)) == [49152, 49153, 49154, 49155]

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.source.open import open_source
-from lowmem.checkpoint.source.safetensors import read_header, read_tensor
+from lowmem.checkpoint.source.safetensors import read_tensor
 from lowmem.errors import SourceError
 from tests.helpers import (
     fails,
@@ -206,7 +207,7 @@ def test_a_malicious_pickle_runs_nothing(model, tmp_path):
     torch.load(path, weights_only=False)
     assert target.exists()  # the attack is real
     target.unlink()
-    fails("pytorch_model.bin needs code to be run", str(folder))
+    fails("pytorch_model.bin cannot be read without running its code", str(folder))
     path.write_bytes(pickle.dumps(Evil(target)))
     fails("pytorch_model.bin", str(folder))
     torch.save({"x": torch.zeros(3), "evil": Evil(target)}, path, _use_new_zipfile_serialization=False)

@@ -62,7 +62,7 @@ def test_no_checkpoint(tmp_path, model):
     (tmp_path / "empty.gguf").touch()
     fails("is empty", str(tmp_path / "empty.gguf"))
     (tmp_path / "notes.txt").write_text("hello")
-    fails("no checkpoint", str(tmp_path / "notes.txt"))
+    fails("not a checkpoint", str(tmp_path / "notes.txt"))
     folder = save_source(model, tmp_path / "s")
     (folder / "config.json").unlink()
     fails("has no config.json", str(folder))
@@ -92,7 +92,7 @@ def test_a_local_folder_wins_over_a_hub_id(model, tmp_path, monkeypatch):
 def test_an_already_quantized_source(folder, quantization, said):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    assert "16-bit original" in fails(said, str(folder)).hint
+    assert "16-bit original" in fails(said, str(folder), quantized=False).hint
 
 
 def test_configs(folder):
@@ -102,7 +102,7 @@ def test_configs(folder):
     assert (source.config().model_type, source.config().n_embd) == ("gpt_bigcode", 64)
     for change, message in (
         ({"model_type": "no_such_model"}, "model_type 'no_such_model', which transformers"),
-        ({"model_type": 3}, "does not say its model_type"),
+        ({"model_type": 3}, "has no model_type"),
         ({"n_embd": "many"}, "not a usable config"),
     ):
         # auto_map would have transformers run the checkpoint's own code, if we let it.
@@ -110,7 +110,7 @@ def test_configs(folder):
         auto_map = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
         path.write_text(json.dumps(config | {"auto_map": auto_map} | change))
         with pytest.raises(SourceError, match=message) as caught:
-            source.config()
+            open_source(str(folder)).config()
         assert "\n" not in str(caught.value)
 
 

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 
 from lowmem.checkpoint.headers.gguf import read_gguf_header
 from lowmem.checkpoint.source import gguf as gguf_source
-from lowmem.checkpoint.source.open import head_is_tied, open_source, resolve_names
+from lowmem.checkpoint.source.gguf import GgufSource
+from lowmem.checkpoint.source.names import resolve_names
+from lowmem.checkpoint.source.open import open_source
+from lowmem.checkpoint.source.safetensors import SafetensorsSource
 from lowmem.errors import SourceError
 from tests.helpers import TINY_STARCHAT, fails, save_source, tiny_model
 
@@ -112,7 +115,9 @@ def small(tmp_path_factory) -> Path:
 def test_the_real_file_bit_for_bit():
     path = real_file()
     source = open_source(str(path))
-    assert source.kind == "gguf" and source.license_name() == "apache-2.0" and source.side_files() == []
+    assert (
+        isinstance(source, GgufSource) and source.license_name() == "apache-2.0" and source.side_files() == []
+    )
     expected = by_transformers(path, config=source.config())
     tied = expected.pop("lm_head.weight")
     assert tied is not None and source.config().tie_word_embeddings
@@ -126,7 +131,7 @@ def test_the_real_file_bit_for_bit():
     rows = torch.tensor([49151, 0, 7, 8, 9])
     table = "model.embed_tokens.weight"
     assert torch.equal(source.read(table, rows), expected[table][rows])
-    assert head_is_tied(source, table, "lm_head.weight")
+    assert source.head_is_tied(table, "lm_head.weight")
 
 
 def test_the_tokenizer_comes_from_the_file(tmp_path):
@@ -157,7 +162,7 @@ def test_mixed_types_bit_for_bit(small, monkeypatch, piece):
                 assert torch.equal(source.read(name, rows).float(), tensor[rows]), name
     assert {info.dtype for info in source.infos.values()} == {"float32", "float16", "bfloat16"}
     assert source.license_name() == "mit"
-    assert not head_is_tied(source, "model.embed_tokens.weight", "lm_head.weight")
+    assert not source.head_is_tied("model.embed_tokens.weight", "lm_head.weight")
     assert len({source.fingerprint(), open_source(str(small.parent)).fingerprint()}) == 1
 
 
@@ -183,12 +188,12 @@ def test_found_by_its_first_bytes(small, tmp_path):
     """Some programs store GGUF files under a digest; several in one folder must be told apart."""
     blob = tmp_path / "sha256-0123"
     blob.write_bytes(small.read_bytes())
-    assert open_source(str(blob)).kind == "gguf"
+    assert isinstance(open_source(str(blob)), GgufSource)
     (tmp_path / "a.gguf").write_bytes(small.read_bytes())
     (tmp_path / "b.gguf").write_bytes(small.read_bytes())
     fails("holds 2 GGUF files", str(tmp_path))
     save_source(tiny_model("llama", vocab=96), tmp_path, tokenizer=False)
-    assert open_source(str(tmp_path)).kind == "safetensors"
+    assert isinstance(open_source(str(tmp_path)), SafetensorsSource)
 
 
 def test_models_that_are_not_for_us(tmp_path):

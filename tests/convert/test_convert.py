@@ -12,7 +12,7 @@ import torch
 from lowmem.convert.recipe import ConvertOptions
 from safetensors.torch import load_file
 
-from lowmem.checkpoint.source.safetensors import read_header
+from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.verify.converted import verify
 from lowmem.config import QuantConfig, SamplingParams
 from lowmem.errors import (

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lowmem.benchmarks.common.record_file import read
-from lowmem.benchmarks.common.record_file import to_json
+from lowmem.benchmarks.common.record_file import read, to_json
 from lowmem.benchmarks.experiments.full_size import command as full_size
 from lowmem.benchmarks.experiments.full_size.command import (
     EIGHT,

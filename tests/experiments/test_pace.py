@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lowmem.benchmarks.common.record_file import read, write
-from lowmem.benchmarks.common.record_file import to_json
+from lowmem.benchmarks.common.record_file import read, to_json, write
 from lowmem.benchmarks.common.records import Machine, Origin
 from lowmem.benchmarks.experiments.full_size.shaped import (
     Dimensions,

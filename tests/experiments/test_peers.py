@@ -12,8 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from lowmem.benchmarks.common.record_file import read, write
-from lowmem.benchmarks.common.record_file import to_json
+from lowmem.benchmarks.common.record_file import read, to_json, write
 from lowmem.benchmarks.common.records import Machine, Origin, Repeated, Spread, Subject, TextQuality
 from lowmem.benchmarks.experiments.peers import command as peers
 from lowmem.benchmarks.experiments.peers import run as peers_run

@@ -21,13 +21,14 @@ from typing import Any
 from lowmem.checkpoint.headers.bin import read_bin_header
 from lowmem.checkpoint.headers.folder import gguf_metadata, read_config_json, tensor_headers
 from lowmem.checkpoint.headers.gguf import check_whole_model, read_gguf_header
+from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.headers.tokenizer import check_tokenizer_files
 from lowmem.checkpoint.manifest import find_quantization, read_manifest
 from lowmem.checkpoint.packing import stored_shapes
-from lowmem.checkpoint.source.base import license_of_card
 from lowmem.checkpoint.source.bin import load_shard
+from lowmem.checkpoint.source.card import license_of_card
 from lowmem.checkpoint.source.open import open_source
-from lowmem.checkpoint.source.safetensors import read_header, read_tensor
+from lowmem.checkpoint.source.safetensors import read_tensor
 from lowmem.errors import MAX_MESSAGE, LowmemError
 from lowmem.models.architecture import inspect
 from lowmem.models.dialogue import Dialogue, encode_plain, end_token_ids, fim_tokens

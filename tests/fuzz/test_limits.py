@@ -16,11 +16,12 @@ from lowmem.checkpoint.files.reading import MAX_VALUES, parse_json, read_json
 from lowmem.checkpoint.headers import gguf as gguf_file
 from lowmem.checkpoint.headers.config import MAX_COUNT, read_config
 from lowmem.checkpoint.headers.folder import read_config_json, tensor_headers
+from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.headers.tokenizer import MAX_TOKEN_ID, check_tokenizer_files
 from lowmem.checkpoint.manifest import parse_quantization
-from lowmem.checkpoint.source.base import license_of_card
+from lowmem.checkpoint.source.card import license_of_card
 from lowmem.checkpoint.source.open import open_source
-from lowmem.checkpoint.source.safetensors import read_header, read_tensor
+from lowmem.checkpoint.source.safetensors import read_tensor
 from lowmem.errors import MAX_MESSAGE, LowmemError, OutOfMemoryError, SourceError
 from lowmem.models.architecture import build_model
 from lowmem.models.dialogue import CHAT_TEMPLATE

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
+from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from lowmem.checkpoint.source.mapped import MappedFiles
-from lowmem.checkpoint.source.safetensors import read_header
 from lowmem.config import BITS, PREFILL_CHUNK
 from lowmem.doctor import kernels as doctor
 from lowmem.errors import InvalidRequestError

@@ -14,9 +14,9 @@ import pytest
 import torch
 from lowmem.benchmarks.experiments.full_size.shaped import Dimensions, write_source
 
+from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import OutputError, SourceError
 from lowmem.loading.loader import load
-from lowmem.streaming.dense_source import GptqSource, open_any
 from lowmem.streaming.forward import StreamedModel, head_of
 from tests.helpers import KINDS, REPO, save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -39,7 +39,7 @@ def loaded_logits(folder: Path, dtype: torch.dtype, on_the_fly: Any = None) -> t
 
 
 def streamed_logits(folder: Path, work: Path, dtype: torch.dtype, on_the_fly: Any = None) -> torch.Tensor:
-    model = StreamedModel(open_any(folder), dtype, on_the_fly=on_the_fly)
+    model = StreamedModel(open_source(folder), dtype, on_the_fly=on_the_fly)
     states = model.last_hidden(ROWS, work)
     with model.head() as logits:
         return torch.stack([logits(states.read(row, row + 1)[0]) for row in range(len(ROWS))])
@@ -110,7 +110,7 @@ def test_scaled_logits_of_a_family_are_kept(tmp_path):
 def test_padding_on_the_right_changes_nothing(tmp_path):
     """Rows of different lengths are padded on the right, where a causal model does not look."""
     save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "model")
-    model = StreamedModel(open_any(tmp_path / "model"), torch.float32)
+    model = StreamedModel(open_source(tmp_path / "model"), torch.float32)
     filled = ROWS.clone()
     filled[:, 10:] = 0
     whole = model.last_hidden(ROWS, tmp_path / "one").read(0, 5)[:, :10]
@@ -136,7 +136,7 @@ class Stopped(Exception):
 
 def test_an_interrupted_pass_resumes_after_its_last_layer(tmp_path):
     save_source(tiny_model("llama", layers=4), tmp_path / "model")
-    model = StreamedModel(open_any(tmp_path / "model"), torch.float32)
+    model = StreamedModel(open_source(tmp_path / "model"), torch.float32)
     expected = model.last_hidden(ROWS, tmp_path / "whole").read(0, 5)
 
     def stop_at(layer: int):
@@ -159,7 +159,7 @@ def test_an_interrupted_pass_resumes_after_its_last_layer(tmp_path):
 
 def test_leftovers_of_another_pass_are_not_used(tmp_path):
     save_source(tiny_model("llama", layers=3), tmp_path / "model")
-    model = StreamedModel(open_any(tmp_path / "model"), torch.float32)
+    model = StreamedModel(open_source(tmp_path / "model"), torch.float32)
     expected = model.last_hidden(ROWS, tmp_path / "whole").read(0, 5)
     seen: list[int] = []
     model.last_hidden(ROWS + 1 - 2 * (ROWS > 100), tmp_path / "work")
@@ -177,14 +177,14 @@ def test_leftovers_of_another_pass_are_not_used(tmp_path):
 KILLED = """
 import sys, torch
 from pathlib import Path
-from lowmem.streaming.dense_source import open_any
+from lowmem.checkpoint.source.open import open_source
 from lowmem.streaming.forward import StreamedModel
 import time
 def slowly(done, count):
     print(done, flush=True)
     time.sleep(0.3)
 rows = torch.randint(0, 4096, (5, 24), generator=torch.Generator().manual_seed(0))
-StreamedModel(open_any(sys.argv[1]), torch.float32).last_hidden(rows, Path(sys.argv[2]), slowly)
+StreamedModel(open_source(sys.argv[1]), torch.float32).last_hidden(rows, Path(sys.argv[2]), slowly)
 """
 
 
@@ -197,7 +197,7 @@ def test_a_killed_pass_resumes(tmp_path):
     assert child.stdout is not None
     while child.stdout.readline().strip() not in (b"2", b""):
         time.sleep(0.01)
-    model = StreamedModel(open_any(tmp_path / "model"), torch.float32)
+    model = StreamedModel(open_source(tmp_path / "model"), torch.float32)
     with pytest.raises(OutputError, match="another process"):
         model.last_hidden(ROWS, tmp_path / "work")
     child.send_signal(signal.SIGKILL)
@@ -231,13 +231,13 @@ def test_damaged_gptq_folders_are_refused(tmp_path, part, change, says):
     write_rtn_checkpoint(tiny_model("llama"), tmp_path / "q")
     broken(tmp_path / "q", f"model.layers.1.mlp.up_proj.{part}", change)
     with pytest.raises(SourceError, match=says):
-        StreamedModel(open_any(tmp_path / "q"), torch.float32).last_hidden(ROWS, tmp_path / "work")
+        StreamedModel(open_source(tmp_path / "q"), torch.float32).last_hidden(ROWS, tmp_path / "work")
 
 
 def test_a_quantized_folder_is_not_quantized_again(tmp_path):
     write_rtn_checkpoint(tiny_model("llama"), tmp_path / "q")
-    source = open_any(tmp_path / "q")
-    assert isinstance(source, GptqSource)
+    source = open_source(tmp_path / "q")
+    assert source.format is not None
     with pytest.raises(SourceError, match="already quantized"):
         StreamedModel(source, torch.float32, on_the_fly="nf4")
 
@@ -245,10 +245,10 @@ def test_a_quantized_folder_is_not_quantized_again(tmp_path):
 MEASURED = """
 import sys, torch
 from pathlib import Path
-from lowmem.streaming.dense_source import open_any
+from lowmem.checkpoint.source.open import open_source
 from lowmem.streaming.forward import StreamedModel
 rows = torch.randint(0, 4096, (2, 64), generator=torch.Generator().manual_seed(0))
-model = StreamedModel(open_any(sys.argv[1]), torch.float32)
+model = StreamedModel(open_source(sys.argv[1]), torch.float32)
 states = model.last_hidden(rows, Path(sys.argv[2]))
 with model.head() as logits:
     print(logits(states.read(0, 1)[0]).shape)

@@ -206,7 +206,7 @@ def _parts(logits: Any) -> Iterator[torch.Tensor]:
 
 def packed_bits_per_weight(folder: Path) -> float:
     """All stored bits of the packed linears over their weights, off the headers."""
-    from lowmem.checkpoint.source.safetensors import read_header
+    from lowmem.checkpoint.headers.safetensors import read_header
 
     config = json.loads((folder / "config.json").read_bytes())["quantization_config"]
     stored, weights = 0, 0
@@ -225,8 +225,8 @@ def stored_size(method: str, path: Path, source: str, model: Any = None) -> tupl
     Off headers; of int8 and nf4, which are stored nowhere, off the loaded `model`.
     """
     from lowmem.checkpoint.headers.gguf import read_gguf_header
-    from lowmem.checkpoint.source.open import open_source, resolve_names
-    from lowmem.checkpoint.source.safetensors import read_header
+    from lowmem.checkpoint.headers.safetensors import read_header
+    from lowmem.checkpoint.source.open import open_source
     from lowmem.kernels.bitsandbytes import scale_bytes
     from lowmem.models.architecture import inspect
 
@@ -240,7 +240,7 @@ def stored_size(method: str, path: Path, source: str, model: Any = None) -> tupl
         return packed_bits_per_weight(path), sum(tensor.end - tensor.begin for tensor in stored)
     opened = open_source(source)
     arch = inspect(opened.config())
-    names = resolve_names(opened.infos, arch.shapes)
+    names = opened.resolve(arch.shapes)
     dense = [opened.infos[names[f"{name}.weight"]] for name in arch.linear_names()]
     weights, before = sum(info.numel for info in dense), sum(info.nbytes for info in dense)
     whole = sum(opened.infos[stored].nbytes for stored in names.values())

@@ -60,7 +60,7 @@ def write_gguf(source: str, out: Path) -> Path:
     Raises SourceError for a model or a tokenizer that llama.cpp would read as another than it is, OutputError
     where the file cannot be written.
     """
-    from lowmem.checkpoint.source.open import open_source, resolve_names
+    from lowmem.checkpoint.source.open import open_source
     from lowmem.models.architecture import inspect
     from lowmem.streaming.weights import ModelWeights
 
@@ -75,7 +75,7 @@ def write_gguf(source: str, out: Path) -> Path:
     arch = inspect(config)
     weights = ModelWeights(opened, arch)
     vocabulary = read_vocabulary(opened.tokenizer(), arch.shapes[arch.embedding][0])
-    names = resolve_names(opened.infos, arch.shapes)
+    names = opened.resolve(arch.shapes)
     dtypes = {name: opened.infos[stored].dtype for name, stored in names.items()}
     plan = list(plan_tensors(arch, config, dtypes, weights.head_is_duplicated()))
     with _writer(out, ARCHITECTURES[config.model_type]) as writer:

@@ -9,7 +9,8 @@ import torch
 
 from lowmem.checkpoint.files.pointers import HINT, WHAT, is_pointer
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
-from lowmem.checkpoint.source.safetensors import SafetensorsHeader, StoredTensor, read_header, read_tensor
+from lowmem.checkpoint.headers.safetensors import SafetensorsHeader, StoredTensor, read_header
+from lowmem.checkpoint.source.safetensors import read_tensor
 from lowmem.errors import LowmemError, printable
 
 SINGLE_FILE = "model.safetensors"

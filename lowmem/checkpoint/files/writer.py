@@ -11,12 +11,12 @@ import torch
 
 from lowmem.checkpoint.files.shards import INDEX_FILE
 from lowmem.checkpoint.files.whole import write_json, write_whole
+from lowmem.checkpoint.headers.safetensors import DTYPE_NAMES, StoredTensor, read_header
 from lowmem.checkpoint.manifest import FileDigest
-from lowmem.checkpoint.source.safetensors import DTYPES, StoredTensor, read_header
 from lowmem.errors import OutputError
 
 CHUNK = 8 << 20
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {getattr(torch, name): code for code, (name, _) in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,21 @@
-"""What every source checkpoint offers, and what all kinds do alike: config, tokenizer, side files."""
+"""The contract of a checkpoint on disk, and what all kinds of checkpoint share."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.files.links import leads_outside
 from lowmem.checkpoint.files.patterns import (
     CODE_SUFFIXES,
@@ -22,9 +25,13 @@ from lowmem.checkpoint.files.patterns import (
     VOCABULARIES,
     WEIGHT_SUFFIXES,
 )
-from lowmem.checkpoint.files.reading import one_line, update_with_bytes, update_with_sample
-from lowmem.checkpoint.headers.folder import read_config_json
+from lowmem.checkpoint.files.reading import one_line, read_json, update_with_bytes, update_with_sample
+from lowmem.checkpoint.formats import QUANT_PARTS, LinearFormat, QuantizationFormat
 from lowmem.checkpoint.headers.tokenizer import check_tokenizer_files
+from lowmem.checkpoint.packing import stored_shapes
+from lowmem.checkpoint.source.card import license_of_card
+from lowmem.checkpoint.source.config import model_config
+from lowmem.checkpoint.source.names import resolve_names
 from lowmem.errors import SourceError
 from lowmem.text.tokenizing import decode, encode
 
@@ -32,94 +39,248 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 FLOATS = ("float32", "float16", "bfloat16")
-MAX_CARD = 4_000_000
-MAX_LICENCE = 4096
+"""The dtypes of a dense weight."""
+_COMPARE_BYTES = 16 * 2**20
+_MISMATCH = "The quantization_config and the tensors are not of the same checkpoint"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor.
-
-    shape: as `read` returns it. dtype: of what `read` returns, as torch spells it ("float16").
-    file: the name of the file inside the folder, for messages.
-    """
+    """What the headers say of one tensor."""
 
     shape: tuple[int, ...]
+    """As `Source.read` returns it."""
     dtype: str
+    """Of what `Source.read` returns, as torch spells it ("float16")."""
     file: str
+    """Name of the file inside the folder, for messages."""
 
     @property
     def numel(self) -> int:
-        """How many elements."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes `read` returns."""
+        """Bytes that `Source.read` returns."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return self.numel * dtype.itemsize
 
 
-class Source(ABC):
-    """A checkpoint to read from, one tensor at a time.
+@dataclass(frozen=True)
+class ByteRange:
+    """Where bytes are in a file."""
 
-    path: the folder (of a GGUF: the folder that the file is in). display: what the user typed.
-    kind: "safetensors", "bin" or "gguf". infos: every tensor by its stored name, from headers alone.
+    path: Path
+    begin: int
+    size: int
+
+
+class Source(ABC):
+    """A checkpoint on disk, quantized or not, read one tensor at a time.
+
+    Opening a source reads headers and config.json only. Names, shapes and formats come from them; the data of
+    a tensor is read when `read`, `map` or `dense` asks for it, and is never held twice.
     """
 
-    kind: str
+    reads_rows = True
+    """Reading some rows of a matrix costs those rows only; otherwise the whole tensor is read."""
+    _kind: str
+    """Part of the fingerprint."""
 
-    def __init__(self, path: Path, display: str, infos: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        display: str,
+        infos: Mapping[str, TensorInfo],
+        config_json: Mapping[str, Any],
+        format: QuantizationFormat | None = None,
+    ) -> None:
+        """Raises SourceError where `format` is given and no linear is quantized, or not as it says."""
         self.path = path
+        """The folder; of a single file the folder that it is in."""
         self.display = display
+        """The text by which the user named it."""
         self.infos = infos
+        """Every stored tensor by its stored name."""
+        self._config_json = config_json
+        self.format = format
+        """How the linears are quantized; None for a checkpoint that is not."""
+        self.quantized: dict[str, LinearFormat] = {}
+        """The format of each quantized linear by its name (`transformer.h.0.attn.c_attn`)."""
+        if format is not None:
+            linears = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
+            self.quantized = {linear: format.of_packed(linear) for linear in linears}
+            if not linears:
+                raise SourceError(
+                    f"the config of {display} says that the model is quantized, and no tensor is",
+                    "Convert it again",
+                )
+
+    # ---- tensors
 
     @abstractmethod
     def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
-        """One tensor, or some rows of a 2-D tensor, in CPU memory of its own.
+        """A stored tensor, or some rows of a 2-D one, in CPU memory of its own.
 
-        float64 comes as float32. Raises SourceError when the file is shorter than its header says,
-        or when a 2-D tensor is not of float32, float16 or bfloat16; KeyError for an unknown name.
+        float64 is returned as float32. Raises SourceError when the file is shorter than its header says, or
+        when a 2-D tensor is neither a part of a quantized linear nor float32, float16 or bfloat16; KeyError
+        for an unknown name.
         """
+
+    def map(self, name: str) -> torch.Tensor | None:
+        """A stored tensor over the file's own pages; None where it cannot be mapped and must be read."""
+        return None
 
     @abstractmethod
     def shards(self) -> list[tuple[Path, bytes]]:
         """Every weight file in a fixed order, with the bytes of its header."""
 
+    def checksummed_shards(self) -> list[Path]:
+        """The weight files that hold checksums of their own tensors."""
+        return []
+
+    def byte_ranges(self, names: Iterable[str]) -> list[ByteRange]:
+        """Where the data of tensors is, to read it ahead; names as in `dense_infos`."""
+        return self._byte_ranges([stored for name in names for stored in self._stored(name)])
+
+    def _byte_ranges(self, stored: list[str]) -> list[ByteRange]:
+        return []
+
     def read_overhead(self, numel: int) -> int:
-        """Bytes that reading one tensor of `numel` values takes at most, the tensor itself included."""
+        """The most bytes that reading a tensor of `numel` values takes, the tensor included."""
         return 4 * numel
 
     def release(self) -> None:
-        """Drop what is mapped or cached (call it after each decoder layer)."""
+        """Drop what is mapped or cached; call it after each decoder layer."""
         return
 
-    def config(self) -> PretrainedConfig:
-        """The model's config; SourceError in one line when transformers cannot make one of it."""
-        from transformers import CONFIG_MAPPING, AutoConfig
-        from transformers import __version__ as version
+    # ---- tensors as a dense model has them
 
-        path = self.path / "config.json"
-        stored = read_config(self.path)
-        model_type = stored.get("model_type")
-        if not isinstance(model_type, str):
-            raise SourceError(f"{path} does not say its model_type", "It is not a transformers checkpoint")
-        if model_type not in CONFIG_MAPPING:
-            raise SourceError(
-                f"{path} has model_type {model_type!r}, which transformers {version} does not know",
-                "A newer transformers may; code that comes with a checkpoint is never run",
-            )
-        check_keys(stored, CONFIG_MAPPING[model_type], path)
+    @cached_property
+    def dense_infos(self) -> Mapping[str, TensorInfo]:
+        """What `dense` reads: `infos`, and the float32 weight [out, in] of each quantized linear."""
+        infos = dict(self.infos)
+        for linear, format in self.quantized.items():
+            words = infos[f"{linear}.qweight"]
+            if len(words.shape) != 2 or words.dtype != "int32":
+                raise SourceError(
+                    f"{words.file}: tensor '{linear}.qweight' is {words.dtype} of shape {list(words.shape)}, "
+                    "not a matrix of int32 words",
+                    _MISMATCH,
+                )
+            shape = (words.shape[1], words.shape[0] * 32 // format.bits)
+            infos[f"{linear}.weight"] = TensorInfo(shape, "float32", words.file)
+        return infos
+
+    def dense(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
+        """As `read`; the weight of a quantized linear is dequantized whole, then cut.
+
+        Raises SourceError, too, for parts whose shape or dtype is not that of the linear's format.
+        """
+        if self._stored(name) == [name]:
+            return self.read(name, rows)
+        weight = self._dequantized(name.removesuffix(".weight"))
+        return weight if rows is None else weight[rows]
+
+    def _stored(self, name: str) -> list[str]:
+        """The stored tensors that `dense(name)` reads."""
+        linear = name.removesuffix(".weight")
+        if linear == name or linear not in self.quantized:
+            return [name]
+        return [f"{linear}.{part}" for part in QUANT_PARTS]
+
+    def _dequantized(self, linear: str) -> torch.Tensor:
+        format = self.quantized[linear]
+        out, inputs = self.dense_infos[f"{linear}.weight"].shape
         try:
-            config = AutoConfig.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the values are anyone's, and each config class fails its own way
-            raise SourceError(f"{path} is not a usable config: {one_line(error)}") from error
-        return config  # type: ignore[no-any-return]
+            shapes = stored_shapes(inputs, out, format.bits, format.group_size)
+        except ValueError as error:
+            raise SourceError(f"{linear}: {error}", _MISMATCH) from None
+        parts = {}
+        for part in QUANT_PARTS:
+            name, expected = f"{linear}.{part}", getattr(shapes, part)
+            info = self.infos.get(name)
+            if info is None:
+                raise SourceError(f"the checkpoint holds no tensor {name!r}", "It is incomplete")
+            dtypes = FLOATS if part == "scales" else ("int32",)
+            if info.shape != expected or info.dtype not in dtypes:
+                raise SourceError(
+                    f"{info.file}: tensor {name!r} is {info.dtype} of shape {list(info.shape)}, "
+                    f"not {dtypes[0]} of {list(expected)}",
+                    _MISMATCH,
+                )
+            parts[part] = self.read(name)
+        low, high = (int(edge) for edge in parts["g_idx"].aminmax())
+        if not 0 <= low <= high < shapes.groups:
+            raise SourceError(
+                f"tensor {linear}.g_idx names groups {low} to {high} of {shapes.groups}", _MISMATCH
+            )
+        return PackedWeight(**parts, bits=format.bits, zeros_v2=format.zeros_v2).dequantize()
+
+    # ---- names
+
+    def resolve(self, expected: Iterable[str]) -> dict[str, str]:
+        """Map a model's state-dict names to names of `dense_infos` (see `resolve_names`).
+
+        Raises SourceError naming the first tensor that is missing.
+        """
+        return resolve_names(self.dense_infos, expected)
+
+    def head_is_tied(self, embedding_name: str, head_name: str) -> bool:
+        """Whether the output head is the input embedding: not stored, or stored with the same bytes.
+
+        Takes stored names. Compares 16 MiB of rows at a time. Raises SourceError when the embedding is
+        missing, or the head is although the config does not tie it.
+        """
+        embedding, head = self.infos.get(embedding_name), self.infos.get(head_name)
+        if embedding is None:
+            raise SourceError(f"{self.display} holds no tensor {embedding_name!r}")
+        if head is None:
+            if self.config().tie_word_embeddings is False:
+                raise SourceError(
+                    f"{self.display} holds no tensor {head_name!r}, and its config does not tie the head",
+                    "Use a checkpoint of the whole language model",
+                )
+            return True
+        if head.shape != embedding.shape or head.dtype != embedding.dtype or len(head.shape) != 2:
+            return False
+        row_bytes = max(1, embedding.nbytes // max(1, embedding.shape[0]))
+        step = max(1, _COMPARE_BYTES // row_bytes)
+        for start in range(0, embedding.shape[0], step):
+            rows = slice(start, start + step)
+            # As bytes: a NaN equals itself, and -0 differs from 0.
+            one = self.read(embedding_name, rows).view(torch.uint8)
+            if not torch.equal(one, self.read(head_name, rows).view(torch.uint8)):
+                return False
+        return True
+
+    # ---- config, tokenizer and the files beside the weights
+
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        """The object in config.json, read once and checked; of a GGUF the config that its keys make."""
+        return self._config_json
+
+    def config(self) -> PretrainedConfig:
+        """A new transformers config, without a `quantization_config`.
+
+        Raises SourceError in one line when transformers cannot make one.
+        """
+        return copy.deepcopy(self._config)
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        return model_config(self.path, self._config_json)
+
+    def generation_config(self) -> dict[str, Any]:
+        """The object in generation_config.json; empty without that file."""
+        file = self.path / "generation_config.json"
+        return read_json(file) if file.is_file() else {}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The fast tokenizer; SourceError when there is none, it cannot be read, or names other places."""
-        names = [path.name for path in self._files(VOCABULARIES)]
-        if not names:
+        """The fast tokenizer; SourceError when there is none, or its files cannot be used."""
+        if not self._files(VOCABULARIES):
             raise SourceError(
                 f"{self.path} has no tokenizer", "Put the model's tokenizer.json beside its weights"
             )
@@ -133,7 +294,7 @@ class Source(ABC):
             tokenizer = AutoTokenizer.from_pretrained(
                 self.path, local_files_only=True, trust_remote_code=False, **options
             )
-            # Settings of a wrong kind are taken as they are, and met by the first text.
+            # Settings of a wrong type fail only when the first text is encoded.
             decode(tokenizer, encode(tokenizer, "a"), skip_special_tokens=True)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -149,8 +310,8 @@ class Source(ABC):
     def side_files(self) -> list[Path]:
         """Tokenizer, template, generation and licence files that belong to a copy of this model.
 
-        Plain files of the folder only: no weights, no code, no link that leads out of the folder
-        (the hub cache's own links into its blobs are followed).
+        Plain files of the folder only: no weights, no code, no link that leads out of the folder (links of
+        the hub cache into its blobs are followed).
         """
         return self._files(TOKENIZER_PATTERNS + SETTINGS_PATTERNS + LICENCE_PATTERNS)
 
@@ -159,17 +320,27 @@ class Source(ABC):
         card = self.path / "README.md"
         return None if leads_outside(card) else license_of_card(card)
 
-    def fingerprint(self) -> str:
-        """A sha256 by which a changed source is noticed; cheap at any size.
+    def _files(self, patterns: tuple[str, ...]) -> list[Path]:
+        found = []
+        for path in sorted(self.path.iterdir()):
+            if path.suffix.lower() in CODE_SUFFIXES + WEIGHT_SUFFIXES or not path.is_file():
+                continue
+            if any(fnmatchcase(path.name, pattern) for pattern in patterns) and not leads_outside(path):
+                found.append(path)
+        return found
 
-        Over the kind, config.json, the side files, which shard holds which tensor, and each shard's
-        name, size, header and a sample of its bytes. The folder's name and the times do not matter.
+    # ---- identity
+
+    def fingerprint(self) -> str:
+        """A sha256 that changes with the source; cheap at any size.
+
+        Covers the kind of files, config.json, the side files, which shard holds which tensor, and each
+        shard's name, size, header and a sample of its bytes. The folder's name and times do not matter.
         """
         digest = hashlib.sha256()
-        update_with_bytes(digest, "kind", self.kind.encode())
-        config = self.path / "config.json"
+        update_with_bytes(digest, "kind", self._kind.encode())
         try:
-            for path in ([config] if self.kind != "gguf" else []) + self.side_files():
+            for path in self._described_by() + self.side_files():
                 update_with_bytes(digest, path.name, path.read_bytes())
             for name in sorted(self.infos):
                 update_with_bytes(digest, name, repr(self.infos[name]).encode())
@@ -180,102 +351,20 @@ class Source(ABC):
             raise SourceError(f"{self.path} cannot be read: {error}") from error
         return digest.hexdigest()
 
-    def _files(self, patterns: tuple[str, ...]) -> list[Path]:
-        found = []
-        for path in sorted(self.path.iterdir()):
-            if path.suffix.lower() in CODE_SUFFIXES + WEIGHT_SUFFIXES or not path.is_file():
-                continue
-            if not any(fnmatchcase(path.name, pattern) for pattern in patterns):
-                continue
-            if not leads_outside(path):
-                found.append(path)
-        return found
+    def _described_by(self) -> list[Path]:
+        """Files beside the weights that the config comes from."""
+        return [self.path / "config.json"]
 
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a source folder, checked to be there, to be JSON, and not to be quantized."""
-    config = read_config_json(folder)
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
+    def _check_read(self, name: str, rows: slice | torch.Tensor | None) -> TensorInfo:
+        """The info of a tensor that may be read so: see `read`. ValueError for rows of what is not 2-D."""
+        info = self.infos[name]
+        linear, _, part = name.rpartition(".")
+        packed = part in QUANT_PARTS and linear in self.quantized
+        if len(info.shape) == 2 and info.dtype not in FLOATS and not packed:
             raise SourceError(
-                f"{folder} is already quantized ({_describe(config[key])})",
+                f"{info.file}: tensor {name!r} is {info.dtype}, not float32, float16 or bfloat16",
                 "Convert the 16-bit original instead",
             )
-    return config
-
-
-def check_keys(config: Mapping[str, Any], kind: type, file: Path) -> None:
-    """SourceError where a key of config.json, which becomes an attribute, takes the place of a method."""
-    key = next((key for key in config if callable(getattr(kind, key, None))), None)
-    if key is not None:
-        raise SourceError(f"{file} has the key {key!r}, which is no setting", "Download it again")
-
-
-def _describe(quantization: object) -> str:
-    """`gptq, 4 bits`, of any quantization_config."""
-    if not isinstance(quantization, Mapping):
-        return "unknown method"
-    method = quantization.get("quant_method")
-    bits = quantization.get("bits") or quantization.get("w_bit")
-    if quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"):
-        method, bits = method or "bitsandbytes", 4
-    elif quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
-        method, bits = method or "bitsandbytes", 8
-    name = method if isinstance(method, str) and method.isprintable() else "unknown method"
-    return f"{name[:40]}, {bits} bits" if type(bits) is int else name[:40]
-
-
-def license_of_card(card: Path) -> str | None:
-    """`license` (or the `license_name` of "other") in the YAML front matter of a model card."""
-    import yaml
-
-    try:
-        with card.open("rb") as stream:
-            text = stream.read(MAX_CARD).decode("utf-8", errors="replace")
-    except OSError:
-        return None
-    lines = text.lstrip("\ufeff").splitlines()
-    if not lines or lines[0].strip() != "---":
-        return None
-    end = next((i for i, line in enumerate(lines[1:], 1) if line.strip() == "---"), None)
-    if end is None:
-        return None
-    # Of front matter only what is said of the licence: parsing a megabyte of results takes long.
-    said, wanted = [], False
-    for line in lines[1:end]:
-        if not line.startswith((" ", "-", "#")):
-            wanted = line.startswith(("license:", "license_name:"))
-        if wanted:
-            said.append(line)
-    text = "\n".join(said)
-    if len(text) > MAX_LICENCE:
-        return None
-    try:
-        front = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return None
-    if not isinstance(front, dict):
-        return None
-    license = front.get("license")
-    if license == "other" and front.get("license_name"):
-        license = front["license_name"]
-    if isinstance(license, list) and license:
-        license = license[0]
-    if not isinstance(license, str) or not license.strip() or not license.isprintable():
-        return None
-    return license.strip()[:100]
-
-
-def check_readable(name: str, info: TensorInfo) -> None:
-    """SourceError for a 2-D tensor whose dtype is no weight's."""
-    if len(info.shape) == 2 and info.dtype not in FLOATS:
-        raise SourceError(
-            f"{info.file}: tensor {name!r} is {info.dtype}, not float32, float16 or bfloat16",
-            "Convert the 16-bit original instead",
-        )
-
-
-def check_rows(name: str, info: TensorInfo) -> None:
-    """ValueError when rows are asked of what is not 2-D."""
-    if len(info.shape) != 2:
-        raise ValueError(f"rows of {name!r}, which has shape {info.shape}")
+        if rows is not None and len(info.shape) != 2:
+            raise ValueError(f"rows of {name!r}, which has shape {info.shape}")
+        return info

@@ -1,8 +1,8 @@
-"""Pickle shards (`pytorch_model*.bin`), as StarChat Alpha is published.
+"""Pickle shards (`pytorch_model*.bin`) as a source; StarChat Alpha is published so.
 
-Only ever `torch.load(mmap=True, weights_only=True)`: the restricted unpickler runs no code of the
-file, and the map reads nothing but the pickle until a tensor is copied out. At most one shard is
-mapped at a time.
+They are only loaded with `torch.load(mmap=True, weights_only=True)`: the restricted unpickler runs no code of
+the file, and nothing but the pickle is read until a tensor is copied out. At most one shard is mapped at a
+time.
 """
 
 from __future__ import annotations
@@ -13,31 +13,34 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lowmem.checkpoint.files.reading import one_line, row_numbers
-from lowmem.checkpoint.headers.bin import MAX_PICKLE, check_archive
-from lowmem.checkpoint.source.base import Source, TensorInfo, check_readable, check_rows
+from lowmem.checkpoint.headers.bin import MAX_PICKLE, check_archive, read_bin_header
+from lowmem.checkpoint.source.base import ByteRange, Source, TensorInfo
 from lowmem.errors import SourceError
 
-# Pages that were copied out stay resident while their shard is mapped: map anew after this much.
 REMAP_BYTES = 256 * 2**20
+"""A shard is mapped again after this much was copied out of it: the pages stay resident until then."""
+_LOCAL_HEADER = 1024
+"""Bytes of a zip entry's own header, padding included: PyTorch aligns the data to 64 bytes."""
 _AGAIN = "Download or copy it again"
 
 
 @dataclass(frozen=True)
 class BinShard:
-    """What a shard's zip directory and pickle say: nothing else of it was read."""
+    """A shard's tensors by its zip directory and pickle; no other part of it was read."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
 
 
 def load_shard(path: Path) -> dict[str, torch.Tensor]:
-    """The mapped tensors of a shard, each checked to lie inside the file.
+    """The mapped tensors of a shard, each checked to be inside the file.
 
-    SourceError for anything but a flat dictionary of plain CPU tensors.
+    Raises SourceError for anything but a flat dictionary of plain CPU tensors.
     """
     entry_sizes = set(check_archive(path).sizes.values())
     size = path.stat().st_size
@@ -45,12 +48,12 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
         loaded = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
         raise SourceError(
-            f"{path.name} needs code to be run to be read, or is damaged; nothing of it was run",
+            f"{path.name} cannot be read without running its code, or is damaged; no code was run",
             "Use a safetensors copy of the checkpoint",
         ) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+    except Exception as error:  # each opcode of a damaged pickle fails in its own way
         if "map" in str(error).lower() and "memory" in str(error).lower():
             raise SourceError(
                 f"{path.name} ({size} bytes) cannot be mapped: the system has less memory than the shard",
@@ -62,7 +65,9 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in loaded.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise SourceError(f"{path.name}: entry {str(name)[:200]!r} is {type(tensor).__name__}, no tensor")
+            raise SourceError(
+                f"{path.name}: entry {str(name)[:200]!r} is {type(tensor).__name__}, not a tensor"
+            )
         plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
         if not plain or tensor.is_quantized or tensor.device.type != "cpu":
             raise SourceError(f"{path.name}: tensor {name!r} is not a plain tensor")
@@ -88,21 +93,24 @@ def read_shard_header(path: Path) -> BinShard:
 
 
 class BinSource(Source):
-    """A folder of pickle shards; `files` maps each tensor's name to its shard."""
+    """A folder of pickle shards."""
 
-    kind = "bin"
+    _kind = "bin"
 
-    def __init__(self, path: Path, display: str, files: Mapping[str, BinShard]) -> None:
-        super().__init__(path, display, {name: shard.tensors[name] for name, shard in files.items()})
-        self._paths = {name: shard.path for name, shard in files.items()}
+    def __init__(
+        self, path: Path, display: str, shards: Mapping[str, BinShard], config_json: Mapping[str, Any]
+    ) -> None:
+        """shards: each tensor's name → its shard."""
+        infos = {name: shard.tensors[name] for name, shard in shards.items()}
+        super().__init__(path, display, infos, config_json)
+        self._paths = {name: shard.path for name, shard in shards.items()}
         self._mapped: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._copied = 0
 
     def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
         """See Source.read."""
-        info = self.infos[name]
-        check_readable(name, info)
+        info = self._check_read(name, rows)
         path = self._paths[name]
         if self._mapped != path or self._copied > REMAP_BYTES:
             self.release()  # before the next map: never two at once
@@ -112,12 +120,10 @@ class BinSource(Source):
             raise SourceError(f"{path.name}: tensor {name!r} changed while it was read")
         if rows is None:
             tensor = stored
+        elif isinstance(rows, slice) and (rows.step is None or rows.step > 0):
+            tensor = stored[rows]
         else:
-            check_rows(name, info)
-            if isinstance(rows, slice) and (rows.step is None or rows.step > 0):
-                tensor = stored[rows]
-            else:
-                tensor = stored[torch.tensor(list(row_numbers(rows, info.shape[0])), dtype=torch.int64)]
+            tensor = stored[torch.tensor(list(row_numbers(rows, info.shape[0])), dtype=torch.int64)]
         self._copied += tensor.numel() * tensor.element_size()
         if tensor.dtype == torch.float64:
             return tensor.to(torch.float32, memory_format=torch.contiguous_format)
@@ -134,7 +140,7 @@ class BinSource(Source):
     def shards(self) -> list[tuple[Path, bytes]]:
         """See Source.shards: the pickle and the zip directory, whose checksums cover every tensor."""
         result = []
-        for path in sorted(set(self._paths.values()), key=lambda path: path.name):
+        for path in self.checksummed_shards():
             entry = check_archive(path).pickle
             try:
                 with zipfile.ZipFile(path) as archive:
@@ -147,3 +153,19 @@ class BinSource(Source):
                 raise SourceError(f"{path.name} is damaged: {one_line(error)}", _AGAIN) from error
             result.append((path, header))
         return result
+
+    def checksummed_shards(self) -> list[Path]:
+        """See Source.checksummed_shards: all of them, since each is a zip."""
+        return sorted(set(self._paths.values()), key=lambda path: path.name)
+
+    def _byte_ranges(self, stored: list[str]) -> list[ByteRange]:
+        found: list[ByteRange] = []
+        for path in {self._paths[name]: None for name in stored}:
+            tensors = read_bin_header(path)
+            with zipfile.ZipFile(path) as archive:
+                entries = {entry.filename.rpartition("/data/")[2]: entry for entry in archive.infolist()}
+            for name in stored:
+                if self._paths[name] == path:
+                    entry = entries[tensors[name].key]
+                    found.append(ByteRange(path, entry.header_offset, entry.file_size + _LOCAL_HEADER))
+        return found

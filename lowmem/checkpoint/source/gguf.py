@@ -1,14 +1,15 @@
-"""GGUF checkpoints as sources: names and layouts of transformers' model, one tensor at a time.
+"""A GGUF file as a source, under the names and in the layouts of transformers' model.
 
-Config, tokenizer, names and layouts (such as llama.cpp's permuted q and k rows) come from
-transformers' own GGUF support, block formats from the `gguf` package; only the reading is ours.
+Config, tokenizer, names and layouts (such as llama.cpp's permuted q and k rows) come from transformers' own
+GGUF support, block formats from the `gguf` package; only the reading is ours.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,64 +19,70 @@ import torch
 from lowmem.checkpoint.files.reading import one_line, read_exact, row_numbers, runs
 from lowmem.checkpoint.headers.config import MAX_COUNT
 from lowmem.checkpoint.headers.gguf import GgufHeader, GgufTensor, check_whole_model, read_gguf_header
-from lowmem.checkpoint.source.base import (
-    LICENCE_PATTERNS,
-    Source,
-    TensorInfo,
-    check_readable,
-    check_rows,
-)
+from lowmem.checkpoint.source.base import LICENCE_PATTERNS, ByteRange, Source, TensorInfo
 from lowmem.errors import SourceError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-# Types that keep their width; everything else that ggml knows is unpacked to float32.
 _KEPT = {"F16": torch.float16, "BF16": torch.bfloat16}
-# Stored rows are read and unpacked in pieces of about this much float32.
+"""Types that keep their width; every other type of ggml is unpacked to float32."""
 _PIECE_BYTES = 16 * 2**20
-# transformers' layout functions for these touch no value of these two tensors: rows can be read alone.
+"""Stored rows are read and unpacked in pieces of about this much float32."""
 _TABLES = ("token_embd.weight", "output.weight")
+"""transformers does not change the layout of these, so that their rows can be read alone."""
 
 
 class GgufSource(Source):
     """One GGUF file; `infos` has the state-dict names of transformers' model."""
 
-    kind = "gguf"
+    reads_rows = False
+    _kind = "gguf"
 
     def __init__(self, file: Path, display: str) -> None:
         self.file = file
         self.header: GgufHeader = read_gguf_header(file)
         check_whole_model(self.header)
-        self._config: PretrainedConfig | None = None
-        self._stored: dict[str, GgufTensor] = {}
-        super().__init__(file.parent, display, {})
+        self._gguf: dict[str, GgufTensor] = {}
+        super().__init__(file.parent, display, {}, {})
         self._processor = self._make_processor()
         self.infos = self._map_names()
 
-    def config(self) -> PretrainedConfig:
-        """See Source.config: from the file's own keys."""
-        if self._config is None:
-            from transformers import AutoConfig
+    @property
+    def config_json(self) -> Mapping[str, Any]:
+        """See Source.config_json."""
+        found: dict[str, Any] = self.config().to_dict()
+        return found
 
-            layers = self.header.values.get(f"{self.header.values['general.architecture']}.block_count")
-            if type(layers) is not int or not 0 < layers <= len(self.header.tensors):
-                raise SourceError(
-                    f"{self.file.name} claims {layers} layers, with {len(self.header.tensors)} tensors"
-                )
-            for key, value in self.header.values.items():
-                if key.endswith(("block_count", "expert_count")) and type(value) is int and value > MAX_COUNT:
-                    raise SourceError(f"{self.file.name} claims {value} at {key!r}, which no model has")
-            try:
-                self._config = AutoConfig.from_pretrained(
-                    self.path, gguf_file=self.file.name, local_files_only=True, trust_remote_code=False
-                )
-            except Exception as error:  # the keys are anyone's, and each config class fails its own way
-                raise SourceError(
-                    f"{self.file.name} cannot be read as a transformers model: {one_line(error)}",
-                    "Convert the original safetensors checkpoint instead",
-                ) from error
-        return copy.deepcopy(self._config)
+    @cached_property
+    def _config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        layers = self.header.values.get(f"{self.header.values['general.architecture']}.block_count")
+        if type(layers) is not int or not 0 < layers <= len(self.header.tensors):
+            raise SourceError(
+                f"{self.file.name} claims {layers} layers, with {len(self.header.tensors)} tensors"
+            )
+        for key, value in self.header.values.items():
+            if key.endswith(("block_count", "expert_count")) and type(value) is int and value > MAX_COUNT:
+                raise SourceError(f"{self.file.name} claims {value} at {key!r}, which no model has")
+        try:
+            config = AutoConfig.from_pretrained(
+                self.path, gguf_file=self.file.name, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the keys are not trusted, and each config class fails in its own way
+            raise self._not_a_model(error) from error
+        return config  # type: ignore[no-any-return]
+
+    def _not_a_model(self, error: Exception) -> SourceError:
+        return SourceError(
+            f"{self.file.name} cannot be read as a transformers model: {one_line(error)}",
+            "Convert the original safetensors checkpoint instead",
+        )
+
+    def generation_config(self) -> dict[str, Any]:
+        """See Source.generation_config: none, as the file has no such keys."""
+        return {}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """See Source.tokenizer: from the file's own keys."""
@@ -104,10 +111,7 @@ class GgufSource(Source):
 
     def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
         """See Source.read. Quantized blocks come as float32."""
-        info, stored = self.infos[name], self._stored[name]
-        check_readable(name, info)
-        if rows is not None:
-            check_rows(name, info)
+        info, stored = self._check_read(name, rows), self._gguf[name]
         if rows is not None and stored.name in _TABLES and stored.shape == info.shape:
             numbers = row_numbers(rows, info.shape[0])
             return self._unpack(stored, numbers).to(getattr(torch, info.dtype))
@@ -124,6 +128,12 @@ class GgufSource(Source):
         # A permuted tensor is a copy already; one that numpy owns still needs torch's alignment.
         owned = tensor.is_contiguous() and tensor.data_ptr() % 64 == 0
         return tensor if owned else tensor.clone(memory_format=torch.contiguous_format)
+
+    def _byte_ranges(self, stored: list[str]) -> list[ByteRange]:
+        return [ByteRange(self.file, self._gguf[name].begin, self._gguf[name].nbytes) for name in stored]
+
+    def _described_by(self) -> list[Path]:
+        return []
 
     def _unpack(self, stored: GgufTensor, numbers: range | list[int]) -> torch.Tensor:
         """Stored rows as float32 (rows of the first axis; for 1-D tensors of one element each)."""
@@ -205,10 +215,7 @@ class GgufSource(Source):
                 model = auto.from_config(self.config(), trust_remote_code=False)
             names: dict[str, str] = get_gguf_hf_weights_map(_Shallow(model), self._processor)
         except Exception as error:  # sizes that contradict each other fail anywhere in the model's code
-            raise SourceError(
-                f"{self.file.name} cannot be read as a transformers model: {one_line(error)}",
-                "Convert the original safetensors checkpoint instead",
-            ) from error
+            raise self._not_a_model(error) from error
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         infos: dict[str, TensorInfo] = {}
         for stored in self.header.tensors.values():
@@ -229,7 +236,7 @@ class GgufSource(Source):
             # Norms and biases are float32 whatever they are stored as: some architectures add to them.
             dtype = _KEPT.get(stored.type_name, torch.float32) if len(stored.shape) > 1 else torch.float32
             infos[name] = TensorInfo(shapes[name], str(dtype).removeprefix("torch."), self.file.name)
-            self._stored[name] = stored
+            self._gguf[name] = stored
         return infos
 
 

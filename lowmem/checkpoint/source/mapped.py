@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from lowmem.checkpoint.source.safetensors import SafetensorsHeader
+from lowmem.checkpoint.headers.safetensors import SafetensorsHeader
 
 _PAGE = mmap.PAGESIZE
 _DONTNEED = 4  # of Linux' sys/mman.h

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,12 @@ import torch
 
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.checkpoint.headers.config import read_config
+from lowmem.checkpoint.source.config import model_config
 from lowmem.checkpoint.values import FLOATS
-from lowmem.errors import VerifyError
+from lowmem.errors import SourceError, VerifyError
 
 if TYPE_CHECKING:
     from torch import nn
-
-QUANT_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def meta_model(folder: Path) -> nn.Module:
@@ -25,13 +24,10 @@ def meta_model(folder: Path) -> nn.Module:
 
     Raises VerifyError when transformers cannot make a causal language model of it.
     """
-    from transformers import AutoConfig
-
     try:
-        read_config(folder / "config.json")
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the values are anyone's, and each config class fails its own way
-        raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
+        config = model_config(folder, read_config(folder / "config.json"))
+    except SourceError as error:
+        raise VerifyError(f"config.json makes no model: {error.message}") from error
     return model_of(config)
 
 
@@ -40,8 +36,6 @@ def model_of(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # all that is wrong is told as a problem
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -64,6 +58,14 @@ def unique_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[tuple[str, ...
         shapes[id(tensor)] = tuple(tensor.shape)
     for key, names in groups.items():
         yield names[0], (tuple(names), shapes[key])
+
+
+def expected_shapes(model: nn.Module, stored: Container[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint must hold; a tied head once, under the name in `stored`."""
+    return {
+        next((alias for alias in aliases if alias in stored), name): shape
+        for name, (aliases, shape) in unique_tensors(model)
+    }
 
 
 def misfit(
