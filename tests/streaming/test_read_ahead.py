@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowmem.checkpoint.source.open import open_source
-from lowmem.streaming.read_ahead import ranges, read_ahead
+from lowmem.streaming.read_ahead import read_ahead
 from tests.helpers import save_source, starchat_replica, tiny_model
 
 
@@ -18,10 +18,10 @@ def test_the_requested_bytes_are_the_tensors(layout, tmp_path):
         folder = save_source(tiny_model("llama"), tmp_path / "source", dtype=torch.float16)
     source = open_source(str(folder))
     names = [name for name, info in source.infos.items() if len(info.shape) == 2][:6]
-    found = ranges(source, names)
+    found = source.byte_ranges(names)
     assert len(found) == len(names)
-    for name, (path, begin, size) in zip(names, found, strict=True):
-        data = path.read_bytes()[begin : begin + size]
+    for name, part in zip(names, found, strict=True):
+        data = part.path.read_bytes()[part.begin : part.begin + part.size]
         wanted = source.read(name).contiguous().view(torch.uint8).numpy().tobytes()
         assert wanted in data
         assert len(data) <= len(wanted) + 1024
