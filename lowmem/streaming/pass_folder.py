@@ -40,7 +40,7 @@ class PassFolder:
         return self.path / "last"
 
     def commit(self, finished: int) -> None:
-        """Write that so many layers are finished."""
+        """Record the number of finished layers."""
         write_json(self.path / "state.json", {**self._state, "finished": finished})
 
     def resume(self, layers: int, dtype: torch.dtype) -> tuple[HiddenStates | None, int]:
