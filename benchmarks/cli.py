@@ -1,4 +1,4 @@
-"""`lowmem bench`: dispatch to what is measured. A measurement's imports wait until it is called."""
+"""`lowmem bench`: dispatch to a measurement, whose imports wait until it runs."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ MEASUREMENTS = (
     (
         "quality",
         "lowmem.benchmarks.quality.command",
-        "KL divergence and perplexity of every form against bf16",
+        "KL divergence and perplexity of every version against the unquantized model",
     ),
-    ("humaneval", "lowmem.benchmarks.humaneval.command", "share of HumanEval's problems solved (pass@1)"),
+    ("humaneval", "lowmem.benchmarks.humaneval.command", "share of HumanEval problems solved (pass@1)"),
     (
         "latency",
         "lowmem.benchmarks.latency.command",
-        "load, prefill and decode, beside what the machine allows",
+        "load, prefill and decode times, beside what the machine allows",
     ),
-    ("report", "lowmem.benchmarks.report.command", "a Markdown and an HTML page of what was measured"),
+    ("report", "lowmem.benchmarks.report.command", "make a Markdown and an HTML page of the results"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the words after `lowmem bench`, and the options of each."""
+    """Declare the measurements and their options."""
     words = parser.add_subparsers(
         dest="measurement", metavar="WHAT", required=True, parser_class=type(parser)
     )
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure; the exit code. Raises LowmemError for what the user can mend."""
+    """Run the measurement; its exit code. Raises LowmemError."""
     from lowmem.checkpoint.files.reading import one_line
     from lowmem.errors import MemoryBudgetError
     from lowmem.plan.device import is_out_of_memory
@@ -45,6 +45,6 @@ def run(args: argparse.Namespace) -> int:
             raise
         raise MemoryBudgetError(
             f"out of memory: {one_line(error)}",
-            "Close other programs, or measure smaller --forms, and give the same command again: what is "
-            "measured is kept",
+            "Close other programs or choose smaller --versions, and run the same command again: finished "
+            "results are kept",
         ) from error

@@ -1,16 +1,16 @@
-"""The walls round a process that is about to run untrusted code: asked of Linux itself, without privileges.
+"""Lock a process down before it runs untrusted code, with Linux's own means and without privileges.
 
-Four layers, each enough against most of what could be tried, none of which can be taken off again:
+There are four layers, and none of them can be removed again:
 
-- namespaces of its own (network, mounts, IPC) where the system lends them: no network device at all, and a
-  file system of limited size as its only folder;
-- Landlock: files are read where Python itself lives and written in the one folder; nothing else is opened;
-- a seccomp filter that lists the system calls that may be made. Whatever is not on the list (sockets, new
-  processes and threads, signals to others, ptrace, changes of owners and modes, …) fails with EPERM;
-- resource limits: CPU time, memory, file size, open files, no core.
+- namespaces (network, mounts, IPC), if the system allows them: no network device, and a file system of
+  limited size as the folder;
+- Landlock: only Python's own files can be read, and only the folder can be written;
+- a seccomp filter with a list of allowed system calls. All others (sockets, new processes and threads,
+  signals to other processes, ptrace, changes of owners and modes, …) fail with EPERM;
+- resource limits: CPU time, memory, file size, open files, no core dump.
 
-Landlock and seccomp are not optional: where either is refused, `lock_down` raises and nothing is run. Only
-the standard library is imported here: this runs in a bare interpreter.
+Landlock and seccomp are required: `lock_down` raises if one of them is refused. This runs in a bare
+interpreter and imports only the standard library.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FILES = 256
-"""Files that a program may make in its folder, where the folder is a file system of its own."""
+"""Most files in the folder, if it is a file system of its own."""
 OPEN_FILES = 24
 
 _NEW_USER, _NEW_MOUNTS, _NEW_IPC, _NEW_NET = 0x10000000, 0x00020000, 0x08000000, 0x40000000
@@ -60,16 +60,16 @@ def _table(text: str) -> dict[str, int]:
 
 
 ARCHITECTURES = {"x86_64": (0xC000003E, _table(_X86_64)), "aarch64": (0xC00000B7, _table(_AARCH64))}
-"""Machine → (AUDIT_ARCH, system calls that are let through, with conditions on three of them)."""
+"""Machine → (AUDIT_ARCH, allowed system calls). `_condition` restricts some of them."""
 
 
 class WallError(Exception):
-    """A wall that must stand cannot be built here; in one line."""
+    """A required layer is not available here."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What stands: namespaces and a file system of their own where the system lends them, Landlock's ABI."""
+    """The layers that are in place: namespaces, a file system of its own, and Landlock's ABI."""
 
     namespaces: bool
     own_filesystem: bool
@@ -85,12 +85,12 @@ def lock_down(
     parent: int,
     namespaces: bool = True,
 ) -> Built:
-    """Wall this process in for good, and leave it in `folder`, the only place it can write to (None: none).
+    """Lock this process down for good, with `folder` as its working directory.
 
-    cpu_seconds, memory_bytes (of address space), file_bytes (of a file, and of all of them where the folder
-    is a file system of its own): limits. parent: the process whose end ends this one. namespaces: ask for
-    them. The process must have one thread. Raises WallError where Landlock or seccomp cannot be had; then
-    nothing may be run.
+    folder: the only place that it can write to; None for none. cpu_seconds, memory_bytes (of address space),
+    file_bytes (of one file, and of all files if the folder is a file system of its own): limits. parent: id
+    of the process whose end also ends this one. namespaces: use them if possible. The process must have one
+    thread. Raises WallError without Landlock or seccomp; then no code may be run.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     namespaces = namespaces and _own_namespaces(libc)
@@ -100,17 +100,17 @@ def lock_down(
     abi = _landlock(libc, folder)
     _drop_capabilities(libc)
     _limit(cpu_seconds, memory_bytes, file_bytes)
-    # Last of all but the filter: a change of credentials would take it back.
+    # Before the filter and after everything else: a change of credentials would undo it.
     _call(libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0), "the end with its parent")
     if os.getppid() != parent:
-        raise WallError("the process that started this one is gone")
+        raise WallError("the parent process has ended")
     _seccomp(libc)
     return Built(namespaces, own, abi)
 
 
 def _call(result: int, what: str) -> int:
     if result < 0:
-        raise WallError(f"{what} is not to be had: {os.strerror(ctypes.get_errno())}")
+        raise WallError(f"{what} is not available: {os.strerror(ctypes.get_errno())}")
     return result
 
 
@@ -118,7 +118,7 @@ def _call(result: int, what: str) -> int:
 
 
 def _own_namespaces(libc: ctypes.CDLL) -> bool:
-    """A network without devices, and mounts and IPC that nobody else sees; False where this is not lent."""
+    """Enter new network, mount and IPC namespaces; False if the system refuses."""
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(_NEW_USER | _NEW_MOUNTS | _NEW_IPC | _NEW_NET) != 0:
         return False
@@ -126,13 +126,13 @@ def _own_namespaces(libc: ctypes.CDLL) -> bool:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-    except OSError:  # files stay ours all the same; only our own name is lost
+    except OSError:  # files still belong to this user; only the user's name is lost
         pass
     return True
 
 
 def _own_filesystem(libc: ctypes.CDLL, folder: Path, size: int) -> bool:
-    """Lay a file system in memory over the folder, which bounds what can be written; False if refused."""
+    """Mount a file system in memory, of limited size, over the folder; False if refused."""
     if libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None) != 0:
         return False
     options = f"size={size},nr_inodes={FILES},mode=0700".encode()
@@ -141,7 +141,7 @@ def _own_filesystem(libc: ctypes.CDLL, folder: Path, size: int) -> bool:
 
 
 def _drop_capabilities(libc: ctypes.CDLL) -> None:
-    """Give up every capability: root's, and those that come with a user namespace."""
+    """Drop every capability: root's, and those of a user namespace."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     none = (ctypes.c_uint32 * 6)()
     _call(libc.capset(header, none), "giving up capabilities")
@@ -152,11 +152,11 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same numbers on every architecture
 _WRITE, _READ, _LIST, _REMOVE, _MAKE_FILE, _MAKE_LINK, _TRUNCATE = (1 << b for b in (1, 2, 3, 5, 8, 12, 14))
 _RIGHTS = ((1, (1 << 13) - 1), (2, 1 << 13), (3, _TRUNCATE), (5, 1 << 15))
-"""Landlock's ABI, and the rights to files that it brought; all are taken away unless a rule gives them."""
+"""(Landlock ABI, file rights that it introduced). All are denied unless a rule grants them."""
 
 
 def landlock_abi() -> int:
-    """The version of Landlock here; 0 where there is none."""
+    """The Landlock ABI of this kernel; 0 without Landlock."""
     if sys.platform != "linux":
         return 0
     return max(0, int(ctypes.CDLL(None).syscall(_CREATE_RULESET, None, 0, 1)))
@@ -165,10 +165,10 @@ def landlock_abi() -> int:
 def _landlock(libc: ctypes.CDLL, folder: Path | None) -> int:
     abi = landlock_abi()
     if abi < 1:
-        raise WallError("Landlock is not to be had (Linux 5.13 or newer, with the landlock module on)")
+        raise WallError("Landlock is not available (it needs Linux 5.13 or newer with Landlock enabled)")
     handled = sum(rights for since, rights in _RIGHTS if since <= abi)
     network = 3 if abi >= 4 else 0  # bind and connect of TCP
-    scopes = 3 if abi >= 6 else 0  # signals and abstract sockets of processes outside
+    scopes = 3 if abi >= 6 else 0  # signals and abstract sockets of outside processes
     attributes = struct.pack("QQQ", handled, network, scopes)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     rules = _call(
         libc.syscall(_CREATE_RULESET, attributes, ctypes.c_size_t(len(attributes)), 0), "a Landlock ruleset"
@@ -178,7 +178,7 @@ def _landlock(libc: ctypes.CDLL, folder: Path | None) -> int:
     _allow(libc, rules, Path("/dev/null"), (_READ | _WRITE | _TRUNCATE) & handled)
     for device in ("/dev/zero", "/dev/urandom", "/dev/random"):
         _allow(libc, rules, Path(device), _READ)
-    if folder is not None:  # it stays flat: a tree could be made that is hard to remove
+    if folder is not None:  # no sub-folders: a deep tree is hard to remove
         rights = _WRITE | _READ | _LIST | _REMOVE | _MAKE_FILE | _MAKE_LINK | _TRUNCATE
         _allow(libc, rules, folder, rights & handled)
     _call(libc.syscall(_RESTRICT_SELF, rules, 0), "Landlock")
@@ -197,7 +197,7 @@ def _allow(libc: ctypes.CDLL, rules: int, path: Path, rights: int) -> None:
 
 
 def python_paths() -> list[Path]:
-    """What this interpreter reads while it runs: its standard library, and shared libraries."""
+    """Paths that this interpreter reads while it runs: the standard library and shared libraries."""
     own = [Path(os.__file__).parent, *(Path(entry) for entry in sys.path if entry)]
     prefix = Path(sys.base_prefix)
     shared = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store", "/etc/ld.so.cache"]
@@ -209,13 +209,13 @@ def python_paths() -> list[Path]:
 
 
 def _limit(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
-    # Soft and hard alike: at the limit of CPU time comes SIGKILL, which nobody can ignore.
+    # Soft limits equal hard ones: the CPU limit then sends SIGKILL, which cannot be ignored.
     for what, limit in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_NPROC, 0),  # says nothing to root; the filter does
+        (resource.RLIMIT_NPROC, 0),  # does not apply to root; the filter does
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
     ):
@@ -230,13 +230,13 @@ _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _MASK, _RETURN = 0x20, 0x15, 0x54, 0x06  # BPF: load a word, compare, and with, return
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data, of little-endian machines
 _FCNTL = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC
-"""Not F_SETOWN and F_SETSIG: with them the kernel sends any signal to a process of the same user."""
+"""Without F_SETOWN and F_SETSIG, which make the kernel send any signal to any process of the user."""
 
 
 def filter_program(machine: str) -> bytes:
     """The BPF program (struct sock_filter[]) for one of ARCHITECTURES.
 
-    Another architecture's system calls (32-bit ones on a 64-bit kernel) end the process.
+    System calls of another architecture (32-bit ones on a 64-bit kernel) kill the process.
     """
     architecture, calls = ARCHITECTURES[machine]
     program: list[tuple[int, int, int, int]] = [
@@ -253,21 +253,21 @@ def filter_program(machine: str) -> bytes:
 
 
 def _condition(name: str) -> list[tuple[int, int, int, int]]:
-    """What is done about a system call that is on the list; ends with a return in every case."""
+    """Instructions for one allowed system call; every path ends with a return."""
 
     def argument(position: int) -> tuple[int, int, int, int]:
-        return (_LOAD, 0, 0, _ARGUMENTS + 8 * position)  # its low word: all are ints
+        return (_LOAD, 0, 0, _ARGUMENTS + 8 * position)  # the low word: all arguments are ints
 
     allow, refuse = (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EPERM)
-    if name == "clone3":  # "no such call": the C library then asks for clone, and is refused
+    if name == "clone3":  # "no such call": the C library then tries clone, which is refused
         return [(_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-    if name == "ioctl":  # "no terminal": Python asks every file
+    if name == "ioctl":  # "not a terminal": Python asks for every file
         return [(_RETURN, 0, 0, _ERRNO | errno.ENOTTY)]
     if name == "fcntl":
         tests = [(_EQUAL, len(_FCNTL) - i, 0, command) for i, command in enumerate(_FCNTL)]
         return [argument(1), *tests, refuse, allow]
     if name in ("open", "openat"):
-        # Landlock before ABI 3 lets a file that may be read be emptied.
+        # Landlock before ABI 3 allows truncating a file that can be read.
         flags = argument(1 if name == "open" else 2)
         masked = (_MASK, 0, 0, os.O_ACCMODE | os.O_TRUNC)
         return [flags, masked, (_EQUAL, 0, 1, os.O_RDONLY | os.O_TRUNC), refuse, allow]
@@ -281,7 +281,7 @@ class _Program(ctypes.Structure):
 def _seccomp(libc: ctypes.CDLL) -> None:
     machine = platform.machine()
     if machine not in ARCHITECTURES:
-        raise WallError(f"no list of system calls is kept for {machine}")
+        raise WallError(f"there is no list of system calls for {machine}")
     code = filter_program(machine)
     program = _Program(len(code) // 8, code)
     # 2: SECCOMP_MODE_FILTER

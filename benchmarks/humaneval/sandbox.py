@@ -1,20 +1,19 @@
-"""Generated code, run where it can do no harm; whether it solves a problem is decided out of its reach.
+"""Run generated code in a sandbox, and decide outside of its reach whether it solves a problem.
 
-Each check starts two bare interpreters (`python -I -S`), both walled in by
-`lowmem.benchmarks.humaneval.lockdown` before they run anything: one runs the answer, the other the problem's
-tests, which call the answer's function through pipes (`lowmem.benchmarks.humaneval.sandbox_child`). This
-process only waits, counts and kills. What stands, and what does not:
+Each check starts two bare interpreters (`python -I -S`). Both lock themselves down (`lockdown`) before they
+run anything. One runs the answer. The other runs the problem's tests, which call the answer's function
+through pipes (`sandbox_child`). This process only waits, counts and kills.
 
-- No process or thread can be started, so there is nothing but the process itself to kill, and nothing
-  survives it; no signal, no ptrace, no socket of any kind.
-- Files: read where Python's standard library and shared libraries lie; written in a temporary folder without
-  sub-folders. That folder is a file system of limited size where namespaces are to be had; elsewhere it is
+- Processes: no process or thread can be started, and no signal, ptrace or socket can be used. Nothing
+  survives the interpreter.
+- Files: the standard library and shared libraries can be read; a temporary folder without sub-folders can be
+  written. Where namespaces are available the folder is a file system of limited size; elsewhere it is
   watched, and the program is killed soon after it has written too much. Names and sizes of other files can
-  be asked for (stat), their contents cannot.
-- An answer passes only if the tests' own process says so: neither exit code nor output counts. It hands over
-  plain data (numbers, text, containers); an object with an `==` of its own does not get to judge, and a test
-  does not see arguments that an answer changes in place.
-- The kernel is trusted. Code that exploits a hole in it, or times its caches, is not contained.
+  be queried (stat), their contents cannot.
+- Verdict: an answer passes only if the process with the tests says so; its exit code and output do not count.
+  Only plain data crosses the pipes (numbers, text, containers), so an object with its own `==` cannot decide
+  a test, and tests do not see arguments that an answer changes in place.
+- Not covered: exploits of the kernel, and timing of caches.
 """
 
 from __future__ import annotations
@@ -48,53 +47,60 @@ for name in ("lowmem", "lowmem.benchmarks", "lowmem.benchmarks.humaneval"):
 from lowmem.benchmarks.humaneval import sandbox_child
 sandbox_child.main()
 """
-"""Imports the child from its folder: a bare interpreter has neither site-packages nor an editable install."""
+"""Imports the child from its folder under stub packages: a bare interpreter has no site-packages."""
 _TICK = 0.05
-"""Seconds between two looks at the folder, where a program may write too much."""
+"""Seconds between two checks of the folder's size."""
 _MOST_FILES = 256
 _NAMESPACES = True
-"""Whether namespaces are asked for; not on all systems are they lent, and what is contained is the same."""
+"""Whether to use namespaces where the system allows them; they are a second wall, not a required one."""
 
 
 class SandboxError(LowmemError):
-    """Generated code cannot be contained on this machine, or was not asked to be run."""
+    """Generated code cannot be sandboxed on this machine."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a check may take. seconds: of wall-clock time, both processes together; cpu_seconds: of each.
-    memory_bytes: address space of each. file_bytes: what may lie in the folder. output_bytes: of what is
-    printed, the first that are kept."""
+    """Limits of one check."""
 
     seconds: float = 15.0
+    """Wall-clock time of both processes together."""
     cpu_seconds: int = 5
+    """CPU time of each process."""
     memory_bytes: int = 1 << 30
+    """Address space of each process."""
     file_bytes: int = 16 << 20
+    """Size of the folder's contents."""
     output_bytes: int = 64 << 10
+    """Printed output that is kept; the rest is dropped."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a check ended. detail: why, in one line ("" if it passed). output: what the answer printed."""
+    """How a check ended."""
 
     kind: Kind
     detail: str
+    """The reason in one line; "" if it passed."""
     output: str
+    """What the answer printed."""
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What holds here, tried by a program that was locked in. landlock: its ABI, 0 if there is none.
-    network, files, processes, signals: out of reach. reason: why nothing can be run, "" where it can."""
+    """What the sandbox holds on this machine, tried by a program inside it."""
 
     namespaces: bool = False
     own_filesystem: bool = False
     landlock: int = 0
+    """Landlock's ABI; 0 without Landlock."""
     network: bool = False
+    """Whether the network is out of reach; the same for the next three."""
     files: bool = False
     processes: bool = False
     signals: bool = False
     reason: str = ""
+    """Why no code may be run; "" if it may."""
 
     @property
     def enough(self) -> bool:
@@ -102,7 +108,7 @@ class Capabilities:
         return not self.reason and self.network and self.files and self.processes and self.signals
 
     def describe(self) -> str:
-        """The walls in one line."""
+        """One line."""
         if not self.enough:
             return self.reason
         extra = ", network and mounts of its own" if self.own_filesystem else ""
@@ -111,9 +117,9 @@ class Capabilities:
 
 @functools.cache
 def capabilities() -> Capabilities:
-    """Lock a program in, have it try what it must not, and tell what held."""
+    """Run a program in the sandbox that tries everything it must not do."""
     if sys.platform != "linux":
-        return Capabilities(reason=f"there is no sandbox for {sys.platform}, only for Linux")
+        return Capabilities(reason=f"the sandbox needs Linux, and this is {sys.platform}")
     with tempfile.TemporaryDirectory(prefix="lowmem-probe-") as outside, _folder() as folder:
         other = Path(outside) / "other"
         other.write_text("untouched")
@@ -127,7 +133,7 @@ def capabilities() -> Capabilities:
                 child.kill()
         reply = json.loads(line) if line.endswith(b"\n") else {}
         if reply.get("kind") != "probed":
-            reason = reply.get("detail") or f"a locked-in program {child.ending()}: {_line(child.said)}"
+            reason = reply.get("detail") or f"a sandboxed program {child.ending()}: {_line(child.said)}"
             return Capabilities(reason=reason)
         held = reply["held"]
         held["files"] = held["files"] and other.read_text() == "untouched"
@@ -137,27 +143,27 @@ def capabilities() -> Capabilities:
             own_filesystem=reply["own_filesystem"],
             landlock=reply["landlock"],
             **held,
-            reason=f"a locked-in program still reaches: {open_walls}" if open_walls else "",
+            reason=f"a sandboxed program can still reach: {open_walls}" if open_walls else "",
         )
 
 
 def require() -> Capabilities:
-    """The capabilities here; SandboxError in one line where they are not enough to run anything."""
+    """The sandbox's capabilities on this machine. Raises SandboxError if code must not be run."""
     found = capabilities()
     if not found.enough:
         raise SandboxError(
-            f"generated code cannot be contained here, so it is not run: {found.reason}",
+            f"generated code cannot be sandboxed here, so it is not run: {found.reason}",
             "Use Linux 5.13 or newer with Landlock and seccomp, on x86_64 or aarch64",
         )
     return found
 
 
 def check(program: str, *, prompt: str, test: str, entry_point: str, limits: Limits | None = None) -> Outcome:
-    """Run `program`, which nobody trusts, and tell whether its function passes.
+    """Run an untrusted program and test its function.
 
-    program: defines the function `entry_point`. test: Python that defines check(candidate) and is trusted, as
-    `prompt` is, whose helper functions the tests may use. Nothing outlives the call, and nothing is left on
-    disk. The kind is "refused" where the walls cannot be built; then nothing was run.
+    program: defines the function `entry_point`. test: trusted Python that defines check(candidate). prompt:
+    trusted, too; the tests may use its helper functions. No process survives the call, and nothing is left on
+    disk. The kind is "refused" if the sandbox cannot be built; then nothing was run.
     """
     limits = limits or Limits()
     if sys.platform != "linux":
@@ -180,7 +186,7 @@ def check(program: str, *, prompt: str, test: str, entry_point: str, limits: Lim
 
 
 def _judge(verdict: bytes, late: str, answer: _Child, tests: _Child, limits: Limits) -> Outcome:
-    """The outcome. verdict: the line that the tests' process wrote. late: why they were killed, or ""."""
+    """The outcome. verdict: the line written by the tests. late: why both processes were killed, or ""."""
     output = answer.said.decode("utf-8", errors="replace")
     if late:
         return Outcome("timeout" if "seconds" in late else "failed", late, output)
@@ -189,26 +195,26 @@ def _judge(verdict: bytes, late: str, answer: _Child, tests: _Child, limits: Lim
     if kind == "passed":
         return Outcome("passed", "", output)
     if kind == "refused" or answer.code == 3:
-        return Outcome("refused", detail if kind == "refused" else "the walls could not be built", output)
+        return Outcome("refused", detail if kind == "refused" else "the sandbox could not be built", output)
     if answer.out_of_time or tests.out_of_time:
         return Outcome("timeout", f"took more than {limits.cpu_seconds} seconds of CPU time", output)
     if kind is None:
-        return Outcome("failed", f"the tests' process {tests.ending()}", output)
+        return Outcome("failed", f"the process with the tests {tests.ending()}", output)
     if detail.startswith("the program ended"):
-        detail = f"the program {answer.ending()} before the tests were through"
+        detail = f"the program {answer.ending()} before the tests finished"
     return Outcome("memory" if kind == "memory" else "failed", detail, output)
 
 
 class _Child:
-    """One locked-in interpreter."""
+    """One sandboxed interpreter."""
 
     def __init__(
         self, job: dict[str, str], folder: Path | None, limits: Limits, ends: Mapping[str, FileIO]
     ) -> None:
-        """job: what to do. folder: where it may write. ends: of pipes, by what they are for; closed here."""
+        """job: what it does. folder: that it may write to. ends: of its pipes, by name; closed here."""
         place = str(folder or "/")
         environment = {"HOME": place, "TMPDIR": place, "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
-        if "LD_LIBRARY_PATH" in os.environ:  # or the interpreter itself might not start
+        if "LD_LIBRARY_PATH" in os.environ:  # the interpreter itself may need it
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         self.said = b""
         self.code: int | None = None
@@ -222,7 +228,7 @@ class _Child:
             cwd=place,
             env=environment,
             pass_fds=[end.fileno() for end in ends.values()],
-            start_new_session=True,  # Ctrl-C is for this process alone
+            start_new_session=True,  # Ctrl-C is for the parent alone
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         self.output = self.process.stdout
@@ -240,17 +246,17 @@ class _Child:
         try:
             self.process.stdin.write(json.dumps(whole).encode())
             self.process.stdin.close()
-        except BrokenPipeError:  # it died at once: what it said tells why
+        except BrokenPipeError:  # it ended at once; its output says why
             pass
 
     def read(self) -> bool:
-        """Take what it has printed, the first of it kept; False at its end."""
+        """Read its output, of which the first output_bytes are kept; False at the end."""
         data = os.read(self.output.fileno(), 1 << 16)
         self.said += data[: max(0, self._limits.output_bytes - len(self.said))]
         return bool(data)
 
     def kill(self) -> None:
-        """End it, if it has not ended, and all that it might have started; take its last words."""
+        """Kill it and its process group if it has not ended, and read the rest of its output."""
         if self.code is not None:
             return
         try:
@@ -264,7 +270,7 @@ class _Child:
         try:
             while self.read():
                 pass
-        except BlockingIOError:  # nobody can hold the other end, but that would not be waited for
+        except BlockingIOError:  # no other process can hold the pipe open; do not wait in any case
             pass
         self.output.close()
 
@@ -274,15 +280,15 @@ class _Child:
         if code >= 0:
             return f"ended with exit code {code}"
         try:
-            return f"was ended by {signal.Signals(-code).name}"
+            return f"was killed by {signal.Signals(-code).name}"
         except ValueError:
-            return f"was ended by signal {-code}"
+            return f"was killed by signal {-code}"
 
 
 def _wait(
     children: Sequence[_Child], report: FileIO, folder: Path, limits: Limits, deadline: float
 ) -> tuple[bytes, str]:
-    """(the line of the verdict, why it was not waited for any longer), while outputs are drained."""
+    """Wait for the verdict and drain outputs: (its line, why waiting ended early or "")."""
     verdict, look = b"", 0.0
     with selectors.DefaultSelector() as selector:
         selector.register(report, selectors.EVENT_READ)
@@ -310,13 +316,13 @@ def _wait(
 
 
 def _too_much(folder: Path, most: int) -> bool:
-    """Whether more lies in the folder than may; never, where it is the program's own file system."""
+    """Whether the folder holds too much; not needed if it is a file system of limited size."""
     total = 0
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries, 1):
             try:
                 total += entry.stat(follow_symlinks=False).st_blocks * 512
-            except OSError:  # gone meanwhile
+            except OSError:  # removed meanwhile
                 continue
             if total > most or count > _MOST_FILES:
                 return True
@@ -325,7 +331,7 @@ def _too_much(folder: Path, most: int) -> bool:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A temporary folder for one program, removed whatever it left there."""
+    """A temporary folder for one program, removed with all its contents."""
     folder = Path(tempfile.mkdtemp(prefix="lowmem-sandbox-"))
     try:
         yield folder
@@ -336,7 +342,7 @@ def _folder() -> Iterator[Path]:
 
 @contextmanager
 def _pipe() -> Iterator[tuple[FileIO, FileIO]]:
-    """The read end and the write end of a pipe, closed in the end where they are not yet."""
+    """(read end, write end) of a pipe, closed at the end."""
     read, write = os.pipe()
     with FileIO(read, "rb") as source, FileIO(write, "wb") as sink:
         yield source, sink

@@ -1,12 +1,12 @@
-"""What runs inside the sandbox: the answer in one process, the problem's tests in another.
+"""The sandboxed processes: one runs the answer, the other the problem's tests.
 
-The two exchange plain values through a pair of pipes: the tests' `candidate` is a stand-in that sends its
-arguments to the answer's process and returns what comes back. So the verdict is made where no generated code
-ever ran, and there is nothing in the answer's process with which to forge it: neither the tests, nor what
-they expect, nor the pipe that the verdict goes through. Both processes are locked down alike.
+They exchange plain values through two pipes: the tests' `candidate` is a proxy that sends its arguments to
+the answer's process and returns the result. So the verdict is made in a process that never ran generated
+code, and the answer's process has nothing to forge it with: no tests, no expected values, no pipe for the
+verdict. Both processes are locked down in the same way.
 
-Only the standard library is imported: this runs in a bare interpreter, by `python -I -S`. What few need is
-imported where it is needed, for there are two starts a check.
+This runs in a bare interpreter (`python -I -S`) and imports only the standard library, rarely used modules
+where they are needed, because every check starts it twice.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from typing import Any, BinaryIO
 from lowmem.benchmarks.humaneval.lockdown import Built, WallError, lock_down
 
 MESSAGE_BYTES = 16 << 20
-"""The longest message between the two."""
+"""Longest message between the two processes."""
 _ITEMS = 100_000
-"""Items of an iterator that are sent; there may be no end of them."""
+"""Items of an iterator that are sent; it may be infinite."""
 _PLAIN_INT = 1 << 62
 _TEST_FILE = "test.py"
 _NUMBERS = (("fractions", "Fraction"), ("decimal", "Decimal"))
 
 
 def main() -> None:
-    """Read the job from standard input, lock down, and do it. Never returns to the caller's interpreter."""
+    """Read the job from standard input, lock down, and do it. Ends the process."""
     job = json.loads(sys.stdin.buffer.read())
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def _answer(job: dict[str, Any]) -> None:
-    """Run the generated program, then answer calls of its function until no more come."""
+    """Run the generated program, then serve calls of its function."""
     calls, results = os.fdopen(job["calls"], "rb"), os.fdopen(job["results"], "wb")
     module = types.ModuleType("answer")
     sys.modules["answer"] = module
@@ -92,14 +92,16 @@ def _answer(job: dict[str, Any]) -> None:
 
 
 def _compiled(text: str, name: str) -> types.CodeType:
-    code: types.CodeType = compile(text, name, "exec", dont_inherit=True)  # this file's __future__ is its own
+    code: types.CodeType = compile(
+        text, name, "exec", dont_inherit=True
+    )  # without this file's __future__ imports
     return code
 
 
 def _described(error: BaseException) -> dict[str, Any]:
     try:
         text = str(error)[:200]
-    except BaseException:  # generated too
+    except BaseException:  # its __str__ is generated code, too
         text = ""
     return {"error": [type(error).__name__, text]}
 
@@ -108,7 +110,7 @@ def _flush() -> None:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except BaseException:  # replaced or closed by the answer: its own affair
+    except BaseException:  # the answer replaced or closed them
         pass
 
 
@@ -116,11 +118,11 @@ def _flush() -> None:
 
 
 class _Ended(BaseException):
-    """The answer's process is gone, or says nothing that can be read. No test's `except Exception` is hit."""
+    """The answer's process ended or sent garbage. Tests' own `except Exception` must not catch this."""
 
 
 def _tests(job: dict[str, Any], report: BinaryIO) -> None:
-    """Run the problem's tests against a stand-in for its function, and report the verdict."""
+    """Run the problem's tests against the proxy, and report the verdict."""
     calls, results = os.fdopen(job["calls"], "wb"), os.fdopen(job["results"], "rb")
     os.dup2(0, 1)
     os.dup2(0, 2)
@@ -128,13 +130,13 @@ def _tests(job: dict[str, Any], report: BinaryIO) -> None:
     def receive() -> Any:
         line = results.readline(MESSAGE_BYTES)
         if not line.endswith(b"\n"):
-            raise _Ended("returned too much" if line else "ended before the tests were through")
+            raise _Ended("returned too much" if line else "ended before the tests finished")
         try:
             reply = json.loads(line)
             raised = _rebuilt(*map(str, reply["error"])) if "error" in reply else None
             value = None if raised else decode(reply["value"])
         except (LookupError, TypeError, ValueError, RecursionError, AttributeError, ArithmeticError) as error:
-            raise _Ended("returned what is no value") from error
+            raise _Ended("returned garbage") from error
         if raised is not None:
             raise raised
         return value
@@ -143,14 +145,14 @@ def _tests(job: dict[str, Any], report: BinaryIO) -> None:
         try:
             _send(calls, encode((arguments, keywords)))
         except OSError as error:
-            raise _Ended("ended before the tests were through") from error
+            raise _Ended("ended before the tests finished") from error
         return receive()
 
     verdict = {"kind": "passed", "detail": ""}
     try:
         receive()  # the program has been read
         names: dict[str, Any] = {"__name__": "tests"}
-        exec(_compiled(job["prompt"], "prompt.py"), names)  # helpers that tests use
+        exec(_compiled(job["prompt"], "prompt.py"), names)  # its helper functions
         names[job["entry_point"]] = candidate
         exec(_compiled(job["test"], _TEST_FILE), names)
         names["check"](candidate)
@@ -165,7 +167,7 @@ def _tests(job: dict[str, Any], report: BinaryIO) -> None:
 
 
 def _failed_line(error: BaseException, test: str) -> str:
-    """The line of the tests at which they ended."""
+    """The line of the tests that failed."""
     import traceback
 
     lines = [at for frame, at in traceback.walk_tb(error.__traceback__) if _is_test(frame)]
@@ -177,12 +179,12 @@ def _is_test(frame: types.FrameType) -> bool:
 
 
 def _rebuilt(name: str, text: str) -> Exception:
-    """An exception of the answer as one of this process: a built-in one by its name, no other."""
+    """The answer's exception, if it is a built-in one; else a RuntimeError."""
     kind = getattr(builtins, name, None)
     if isinstance(kind, type) and issubclass(kind, Exception):
         try:
             return kind(text)
-        except TypeError:  # some want more arguments
+        except TypeError:  # some need more arguments
             pass
     return RuntimeError(f"{name}: {text}")
 
@@ -191,10 +193,10 @@ def _rebuilt(name: str, text: str) -> Exception:
 
 
 def encode(value: Any) -> Any:
-    """A value as JSON's own types; what is no plain data becomes {"opaque": its type}.
+    """A value as JSON types; anything but plain data becomes {"opaque": its type}.
 
-    Numbers keep every bit. Iterators are read, up to a limit, and arrive as iterators. Subclasses arrive as
-    the type that they extend, so that no `==` of theirs decides a test.
+    Numbers keep every bit. Iterators are read up to a limit and arrive as iterators. Instances of subclasses
+    arrive as the built-in type, so that their own `==` cannot decide a test.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -229,7 +231,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """The value that `encode` was given. Raises KeyError, TypeError or ValueError for what it never makes."""
+    """The inverse of `encode`. Raises KeyError, TypeError or ValueError for other data."""
     if data is None or isinstance(data, (bool, int, float, str)):
         return data
     if isinstance(data, list):
@@ -268,11 +270,11 @@ def _send(stream: BinaryIO, message: Any) -> None:
 
 
 def _probe(job: dict[str, Any], report: BinaryIO, built: Built) -> None:
-    """Try what must not be possible, and report which walls held."""
+    """Try everything that must be impossible, and report what was refused."""
     import socket
     import threading
 
-    other = job["other"]  # a file of the parent's, outside of the folder
+    other = job["other"]  # a file of the parent, outside the folder
 
     def fork() -> None:
         if os.fork() == 0:
@@ -280,7 +282,7 @@ def _probe(job: dict[str, Any], report: BinaryIO, built: Built) -> None:
 
     def write() -> None:
         with open(other, "a") as file:
-            file.write("written by a program that was locked in\n")
+            file.write("written by a sandboxed program\n")
 
     families = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
     path = Path(other)
@@ -301,7 +303,7 @@ def _probe(job: dict[str, Any], report: BinaryIO, built: Built) -> None:
 
 
 def _all_refused(*actions: Callable[[], object]) -> bool:
-    """Try every one; whether none was possible."""
+    """Try all of them; True if all were refused."""
     possible = 0
     for action in actions:
         try:

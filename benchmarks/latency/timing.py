@@ -203,7 +203,7 @@ def main() -> int:
         from lowmem.plan.device import is_out_of_memory
 
         if is_out_of_memory(error):
-            answer("failure", f"memory ran out: {one_line(error)}")
+            answer("failure", f"out of memory: {one_line(error)}")
         elif isinstance(error, LowmemError):
             answer("failure", str(error))
         else:

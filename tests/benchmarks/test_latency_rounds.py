@@ -178,7 +178,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "raise ValueError('no\\x1b[31m such thing')",
             "failed with exit code 1: ValueError: no?[31m such thing",
         ),
-        ('print(\'{"failure": "memory ran out: 3 GiB"}\'); sys.exit(1)', "memory ran out: 3 GiB"),
+        ('print(\'{"failure": "out of memory: 3 GiB"}\'); sys.exit(1)', "out of memory: 3 GiB"),
         ("sys.exit(0)", "failed with exit code 0: no message"),
     ],
 )
@@ -202,8 +202,8 @@ def test_the_task_reaches_the_process(worker: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        ("MemoryError('3 GiB')", "memory ran out: 3 GiB"),
-        ("RuntimeError('CUDA out of memory. Tried')", "memory ran out: CUDA out of memory. Tried"),
+        ("MemoryError('3 GiB')", "out of memory: 3 GiB"),
+        ("RuntimeError('CUDA out of memory. Tried')", "out of memory: CUDA out of memory. Tried"),
         ("SourceError('m is damaged', 'Convert it again')", "m is damaged. Convert it again"),
         ("KeyError('a bug')", "failed with exit code 1: KeyError: 'a bug'"),
     ],

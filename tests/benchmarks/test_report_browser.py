@@ -22,7 +22,7 @@ from tests.benchmarks.bench_records import (
     latency_record,
     quality_record,
 )
-from tests.benchmarks.test_report import extreme_report, hostile_report
+from tests.benchmarks.report_helpers import extreme_report, hostile_report
 
 SIZES = {"phone": (360, 740), "desktop": (1280, 800)}
 SCHEMES = ("light", "dark")

@@ -1,0 +1,75 @@
+"""What the tests of the sandbox share: how a hostile program is run, and what must be left behind."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from lowmem.benchmarks.humaneval import sandbox
+from lowmem.benchmarks.humaneval.sandbox import Limits, capabilities, check
+
+sandboxed = pytest.mark.skipif(
+    not capabilities().enough, reason=f"code cannot be sandboxed here: {capabilities().reason}"
+)
+QUICK = Limits(seconds=60, cpu_seconds=1)
+PROMPT = 'def f(x):\n    """x itself."""\n'
+TEST = "def check(candidate):\n    assert candidate(1) == 1\n    assert candidate('a') == 'a'\n"
+RIGHT = "\ndef f(x):\n    return x\n"
+PRELUDE = """
+import ctypes, os, signal, socket, subprocess, sys, threading
+libc, X86 = ctypes.CDLL(None, use_errno=True), os.uname().machine == 'x86_64'
+def attempt(name, action):
+    try:
+        action()
+    except BaseException as error:
+        print('held', name, type(error).__name__)
+    else:
+        print('ESCAPED', name)
+def system_call(*arguments):
+    if libc.syscall(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), 'refused')
+"""
+
+
+@pytest.fixture(params=["namespaces", "no namespaces"], autouse=True)
+def world(request, monkeypatch, tmp_path):
+    """A temporary folder for the sandbox's files; afterwards no file and no process is left."""
+    if request.param == "no namespaces":
+        monkeypatch.setattr(sandbox, "_NAMESPACES", False)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    yield tmp_path
+    assert list(temporary.iterdir()) == []
+    assert survivors(str(temporary)) == []
+    with pytest.raises(ChildProcessError):  # no zombie either
+        os.waitpid(-1, os.WNOHANG)
+
+
+once = pytest.mark.parametrize("world", ["namespaces"], indirect=True)
+
+
+def survivors(marker: str) -> list[int]:
+    """Processes with `marker` in their environment, other than this one."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and marker.encode() in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def run(code: str, limits: Limits = QUICK) -> sandbox.Outcome:
+    return check(PRELUDE + code, prompt=PROMPT, test=TEST, entry_point="f", limits=limits)
+
+
+def assert_held(code: str, count: int, limits: Limits = QUICK) -> sandbox.Outcome:
+    """Every attempt of the program was made, and none succeeded."""
+    outcome = run(code + RIGHT, limits)
+    assert "ESCAPED" not in outcome.output, outcome
+    assert outcome.output.count("held ") == count, outcome
+    return outcome
