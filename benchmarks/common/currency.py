@@ -13,7 +13,7 @@ from lowmem.convert.recipe import RECIPE_VERSION
 
 from lowmem.checkpoint.files.reading import read_json
 from lowmem.errors import LowmemError
-from lowmem.kernels.native import library as native
+from lowmem.kernels.native import header as native
 from lowmem.plan.candidates import REPORT_FILE
 
 OURS = "lowmem "

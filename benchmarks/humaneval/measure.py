@@ -34,7 +34,7 @@ from lowmem.benchmarks.humaneval.sandbox import Limits, check
 from lowmem import __version__
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
-from lowmem.kernels.native import library as native
+from lowmem.kernels.native import header as native
 
 if TYPE_CHECKING:
     from lowmem.session import Session

@@ -12,7 +12,7 @@ from lowmem.benchmarks.common.currency import is_current, made_with, outdated, r
 from lowmem.benchmarks.common.record_file import from_json, read_record, to_json, write_record
 from lowmem.benchmarks.common.records import LatencyRecord, MadeWith
 
-from lowmem.kernels.native import library as native
+from lowmem.kernels.native import header as native
 from tests.benchmarks.bench_records import FLOOR, FORMS, a_subject_latency, latency_record
 
 KERNEL = "lowmem AVX2"
