@@ -1,26 +1,25 @@
-"""What can go wrong, in the user's words.
+"""The exceptions of lowmem.
 
-Every error that a user can cause or mend is a `LowmemError`: one line that says what is wrong, and
-one that says what to do next. The command line prints them and exits with 2. Anything else is a bug
-of ours and keeps its traceback.
+A `LowmemError` is a mistake or a limit that the user can act on. The command line prints it in one line and
+exits with 2. Any other exception is a bug and keeps its traceback.
 """
 
 MAX_MESSAGE = 4000
-"""Characters of one."""
+"""Characters of the longest message."""
 
 
 def printable(text: str) -> str:
-    """One line of text that a terminal shows and does not obey: what cannot be shown as Python spells it."""
+    """The text in one line, without control characters: they are escaped as in a Python string."""
     if not text.isprintable():
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    half = MAX_MESSAGE // 2  # what is wrong is often said behind a name
+    half = MAX_MESSAGE // 2  # the problem often follows a long name
     return text if len(text) <= MAX_MESSAGE else f"{text[: half - 1]}…{text[-half:]}"
 
 
 class LowmemError(Exception):
     """A mistake or a limit that the user can act on.
 
-    `message` names the file, tensor or option at fault; `hint` says what to type or change next.
+    message: the problem, with the file, tensor or option at fault. hint: the next step.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -29,20 +28,20 @@ class LowmemError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """One line, whatever names a file brought along: nothing in it steers a terminal."""
+        """One line that is safe to print: names from files are escaped."""
         return printable(f"{self.message}. {self.hint}" if self.hint else self.message)
 
 
 class SourceError(LowmemError):
-    """The checkpoint to read is missing, damaged, or not one that can be converted."""
+    """The checkpoint is missing, damaged, or of a kind that lowmem cannot read."""
 
 
 class ArchitectureError(LowmemError):
-    """The model's structure is not one of decoder layers made of plain linears."""
+    """The model is not a stack of decoder layers with plain linears."""
 
 
 class RecipeError(LowmemError):
-    """The asked quantization is impossible, or differs from that of the job in progress."""
+    """A setting is impossible, or differs from that of the conversion in progress."""
 
 
 class CalibrationError(LowmemError):
@@ -50,19 +49,19 @@ class CalibrationError(LowmemError):
 
 
 class MemoryBudgetError(LowmemError):
-    """The work would not fit the memory that it may use."""
+    """The work does not fit in the available memory."""
 
 
 class OutOfMemoryError(MemoryBudgetError, MemoryError):
-    """Memory that was asked for cannot be had: a `MemoryError` too, so that a smaller form may be tried."""
+    """An allocation failed. Also a `MemoryError`, so that a smaller version is tried."""
 
 
 class OutputError(LowmemError):
-    """The result cannot be written: the folder exists, the disk is full, no permission."""
+    """The output cannot be written: the folder exists, the disk is full, or permission is missing."""
 
 
 class VerifyError(LowmemError):
-    """A converted checkpoint is damaged; `message` names the file and the tensor."""
+    """A converted checkpoint is damaged; the message names the file and the tensor."""
 
 
 class InvalidRequestError(LowmemError):

@@ -1,1 +1,1 @@
-"""The terminal chat: what is typed, what is shown, what is kept."""
+"""The chat of `lowmem run` in a terminal."""

@@ -1,4 +1,4 @@
-"""One line on a model, one line on an answer."""
+"""Lines about a model and about an answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def describe(loaded: LoadedModel, context: int | None = None) -> str:
-    """The model that was loaded: its form, weights, dtype, device, kernel and context."""
+    """The loaded model: version, weights, dtype, device, kernel, context, and time to load."""
     parts = [
         loaded.label or "unquantized",
         f"{format_bytes(loaded.weight_bytes)} of weights",
@@ -29,14 +29,14 @@ def describe(loaded: LoadedModel, context: int | None = None) -> str:
 
 
 def figures(response: Response, memory: MemoryUse, *, stopped: bool = False) -> str:
-    """An answer: tokens of prompt and answer, TTFT, tokens/s, memory, and what ended it too early."""
+    """An answer: tokens of prompt and answer, TTFT, tokens/s, memory, and why it was cut."""
     parts = [
         f"{response.prompt_tokens} + {response.new_tokens} tokens",
         f"TTFT {response.ttft_seconds:.2f} s",
     ]
     if response.tokens_per_second:
         parts.append(f"{response.tokens_per_second:.1f} tokens/s")
-    parts.append(describe_memory(memory))
+    parts.append(f"{format_bytes(memory.card)} on the card" if memory.card else format_bytes(memory.host))
     if stopped:
         parts.append("stopped")
     elif response.finish_reason == "length":
@@ -46,19 +46,12 @@ def figures(response: Response, memory: MemoryUse, *, stopped: bool = False) -> 
     return " · ".join(parts)
 
 
-def describe_memory(memory: MemoryUse) -> str:
-    """What is held now; on a card that is what counts."""
-    if memory.card:
-        return f"{format_bytes(memory.card)} on the card"
-    return format_bytes(memory.host)
-
-
 def memory_now(loaded: LoadedModel) -> MemoryUse:
-    """What this process holds for the model."""
+    """The memory of this process, and of the model's card."""
     return memory_use(loaded.device)
 
 
 def dropped_note(turns: int) -> str:
-    """One line on the turns that were left out to fit the context."""
+    """A line about the turns that were left out to fit the context."""
     what = "the oldest turn was" if turns == 1 else f"the oldest {turns} turns were"
     return f"{what} left out to fit the context"

@@ -1,4 +1,4 @@
-"""What the user types: prompt_toolkit with the keys of a chat."""
+"""The prompt of the chat: prompt_toolkit with the chat's keys, completion and history."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from prompt_toolkit.styles import Style
 from lowmem.chat.store import state_folder
 
 _PROMPT, _CONTINUATION = "> ", "  "
-_LARGEST_ENTRY = 20_000  # characters: a pasted file is not looked for with the arrow key
+_LARGEST_ENTRY = 20_000  # characters; longer messages, such as pasted files, are not kept
 _LARGEST_HISTORY = 4 << 20  # bytes
-_MOST_ENTRIES = 1000  # that the arrow key and Ctrl-R reach, of so many characters in all
-_MOST_CHARACTERS = 1 << 20
+_MOST_ENTRIES = 1000  # messages in memory
+_MOST_CHARACTERS = 1 << 20  # of all messages in memory
 _MOST_WIDTHS = 5000  # entries in prompt_toolkit's cache of widths
 _REFRESH = 0.2  # seconds between two drawings of the status
 _STYLE = Style.from_dict(
@@ -40,8 +40,8 @@ _STYLE = Style.from_dict(
 class Prompt:
     """Reads one message at a time.
 
-    Enter sends, Alt+Enter or Ctrl-J starts a new line, and so does Enter behind a backslash. What is pasted
-    is text, whatever lines it has. Up and Ctrl-R reach the messages of earlier runs.
+    Enter sends; Alt+Enter, Ctrl-J, and Enter after a backslash start a new line. Pasted text may have several
+    lines. Up and Ctrl-R recall messages, also those of earlier runs.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Prompt:
         source: Input | None = None,
         target: Output | None = None,
     ) -> None:
-        """`commands`: name → help. `choices`: what may follow a command. source, target: for tests."""
+        """commands: name → help. choices: words that may follow a command. source, target: for tests."""
         self._aborted = False
         slash = Condition(lambda: self._session.default_buffer.text.startswith("/"))
         self._session: PromptSession[str] = PromptSession(
@@ -63,7 +63,7 @@ class Prompt:
             prompt_continuation=_CONTINUATION,
             history=history,
             completer=CommandCompleter(commands, choices),
-            # The menu takes room below the line, which is only spent when a command is typed.
+            # The menu takes rows below the line, so it is shown for commands only.
             complete_while_typing=slash,
             reserve_space_for_menu=6,
             key_bindings=_keys(),
@@ -109,14 +109,14 @@ class Prompt:
 
 
 class CommandCompleter(Completer):
-    """The names of commands, then what belongs behind them."""
+    """Completes the names of commands, and then their arguments."""
 
     def __init__(self, commands: Mapping[str, str], choices: Mapping[str, Iterable[str]]) -> None:
         self._commands, self._choices = commands, choices
         self._paths = PathCompleter(expanduser=True)
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        """Completions for the text before the cursor, which must be a command on one line."""
+        """Completions of a one-line command before the cursor."""
         text = document.text_before_cursor
         if not text.startswith("/") or "\n" in document.text:
             return
@@ -163,23 +163,23 @@ def _keys() -> KeyBindings:
 
 
 class _Newest(History):
-    """prompt_toolkit's histories keep every message of a run in memory; here only the newest stay there.
+    """Keeps only the newest messages in memory.
 
-    Each prompt goes through all of them, so that they also cost time.
+    prompt_toolkit's histories keep all, and each prompt iterates over them.
     """
 
     def load_history_strings(self) -> Iterable[str]:
-        """Those of earlier runs, newest first."""
+        """The messages of earlier runs, newest first."""
         return _newest(super().load_history_strings())  # type: ignore[safe-super]
 
     def append_string(self, string: str) -> None:
-        """One message more."""
+        """Add a message."""
         super().append_string(string)
         self._loaded_strings = _newest(self._loaded_strings)
 
 
 class _ChatHistory(_Newest, FileHistory):
-    """In a file, which neither ends the chat when the disk is full nor grows for ever."""
+    """In a file of bounded size. A full disk does not end the chat."""
 
     def store_string(self, string: str) -> None:
         if len(string) > _LARGEST_ENTRY:
@@ -193,14 +193,14 @@ class _ChatHistory(_Newest, FileHistory):
 
 
 class _RunHistory(_Newest, InMemoryHistory):
-    """Of this run alone."""
+    """Of this run only."""
 
     def store_string(self, string: str) -> None:
-        """Nowhere: what the arrow key finds is in memory anyway."""
+        """Do nothing: append_string keeps the message in memory."""
 
 
 def open_history(notify: Callable[[str], None]) -> History:
-    """The messages of earlier runs, in a file that only its owner can read; else those of this run."""
+    """The history in a file that only its owner can read, or else of this run only."""
     path = state_folder() / "history"
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -212,7 +212,7 @@ def open_history(notify: Callable[[str], None]) -> History:
         finally:
             os.close(handle)
     except OSError as error:
-        notify(f"the history cannot be kept in {path}: {error.strerror or error}")
+        notify(f"the history cannot be saved in {path}: {error.strerror or error}")
         return _RunHistory()
     return _ChatHistory(path)
 
@@ -225,7 +225,7 @@ def _limit_widths() -> None:
 
 
 def _newest(strings: Iterable[str]) -> list[str]:
-    """The first of `strings`, as many as are kept in memory; one at least."""
+    """The first of `strings` within the limits of memory; at least one."""
     kept: list[str] = []
     left = _MOST_CHARACTERS
     for string in islice(strings, _MOST_ENTRIES):
@@ -237,9 +237,9 @@ def _newest(strings: Iterable[str]) -> list[str]:
 
 
 def _keep_newest(handle: int) -> None:
-    """Cut the older half off a file that is too large, at the start of an entry (`\\n# date`).
+    """Remove the older half of a file that is too large, at the start of an entry (`\\n# date`).
 
-    The newer half is written over the older before the rest goes: an end in between loses nothing of it.
+    The newer half overwrites the older before the file is truncated, so an interruption loses none of it.
     """
     size = os.fstat(handle).st_size
     if size <= _LARGEST_HISTORY:

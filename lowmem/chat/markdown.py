@@ -1,6 +1,6 @@
-"""Markdown → styled lines, one top-level block at a time, so that a block's lines never depend on another.
+"""Markdown as styled lines, one top-level block at a time and independent of the others.
 
-markdown-it parses by the rules of `lowmem.text.markup`, rich lays out; links and images are shown as written.
+markdown-it parses with the rules of `lowmem.text.markup`, rich lays out. Links and images appear as source.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.theme import Theme
 
 from lowmem.text.markup import make_parser
 
-CODE_THEME = "ansi_dark"  # the terminal's own sixteen colours, so that a light one is served as well
+CODE_THEME = "ansi_dark"  # the terminal's own 16 colours, which suit light and dark backgrounds
 THEME = Theme(
     {
         "markdown.code": "cyan",
@@ -35,18 +35,18 @@ THEME = Theme(
         **{f"markdown.h{level}": "bold" for level in range(1, 7)},
     }
 )
-"""rich's own without backgrounds and without colours that only suit dark terminals."""
+"""rich's theme without backgrounds and colours that only suit dark terminals."""
 _TAB = 4
-_DEEPEST = 12  # levels of tokens; markdown-it itself drops what lies deeper than 20
-_NARROWEST = 16 + 2 * _DEEPEST  # columns that the deepest level needs; a narrower terminal wraps its lines
+_DEEPEST = 12  # levels of tokens; markdown-it drops those deeper than 20
+_NARROWEST = 16 + 2 * _DEEPEST  # columns that the deepest level needs; a narrower terminal wraps
 
 Line = list[Segment]
-"""A line of output. One of code may be wider than the terminal, which then wraps it and copies it whole."""
+"""A line of output. Lines of code may be wider than the terminal, which wraps them but copies them whole."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A top-level block: its tokens, and its lines [start, stop) of the source."""
+    """A top-level block: its tokens, and its lines `start` to `stop` (exclusive) of the source."""
 
     tokens: tuple[Token, ...]
     start: int
@@ -54,16 +54,16 @@ class Block:
 
     @property
     def kind(self) -> str:
-        """markdown-it's type of the token that opens it, as `fence` or `bullet_list_open`."""
+        """markdown-it's type of the first token, such as `fence` or `bullet_list_open`."""
         return self.tokens[0].type
 
     def item_starts(self) -> list[int]:
-        """The first lines of a list's own items."""
+        """The first lines of the top-level items of a list."""
         return [t.map[0] for t in self.tokens if t.type == "list_item_open" and t.level == 1 and t.map]
 
 
 def parse(source: str) -> list[Block]:
-    """The top-level blocks in order. Only the last can change when whole lines are added to the source."""
+    """The top-level blocks. Only the last can change when lines are added to the source."""
     blocks: list[Block] = []
     tokens: list[Token] = []
     for token in _PARSER.parse(source):
@@ -78,9 +78,9 @@ def parse(source: str) -> list[Block]:
 def render_block(
     block: Block, source: str, console: Console, width: int, number: int | None = None
 ) -> list[Line]:
-    """The block's lines, at most `width` cells wide unless they are code or `width` is too narrow for any.
+    """The block's lines, at most `width` cells wide, except for code and very narrow terminals.
 
-    number: of the first item, where an ordered list goes on that began before the source did.
+    number: of the first item, where the source continues an ordered list.
     """
     first = block.tokens[0]
     if first.type == "fence":
@@ -101,7 +101,7 @@ def render_block(
 
 
 def render(source: str, console: Console, width: int) -> list[Line]:
-    """A whole text: its blocks with an empty line between them."""
+    """The lines of all blocks, separated by empty lines."""
     lines: list[Line] = []
     for block in parse(source):
         rendered = render_block(block, source, console, width)
@@ -112,21 +112,21 @@ def render(source: str, console: Console, width: int) -> list[Line]:
 
 
 def highlight(code: str, info: str) -> list[Line]:
-    """The lines of a code block, all of them, with the colours of the language that `info` names."""
+    """The lines of a code block, coloured for the language that `info` names."""
     lines = [line.expandtabs(_TAB).rstrip() for line in code.split("\n")]
     if lines and not lines[-1]:
         lines.pop()  # the code ends with a line feed
     plain = "\n".join(lines)
     language = info.split()[0] if info.split() else "text"
-    # Most lexers see no comment in one that is not closed yet; lines below are closed for them.
+    # Most lexers recognize a comment only when it is closed.
     open_comment = plain.rfind("/*") > plain.rfind("*/")
     try:
         syntax = Syntax("", language, theme=CODE_THEME, background_color="default")
         text = syntax.highlight(plain + "\n*/" * open_comment)
-    except Exception:  # a lexer that chokes costs the colours, never the code
+    except Exception:  # a failing lexer costs the colours, not the code
         text = Text(plain)
     styled = text.split("\n", allow_blank=True)[: len(lines)]
-    if [line.plain for line in styled] != lines:  # some lexers drop a byte order mark or a blank line
+    if [line.plain for line in styled] != lines:  # some lexers drop a byte order mark or an empty line
         styled = type(styled)(Text(line) for line in lines)
     return [_line(line) for line in styled]
 
@@ -158,13 +158,13 @@ def fold(line: Line, width: int) -> list[Line]:
 
 
 def _line(text: Text) -> Line:
-    """A text of one line as segments; its own style and spans only."""
+    """A one-line text as segments."""
     console = _PLAIN
     return [segment for segment in text.render(console, end="") if segment.text]
 
 
 def _strip(line: Line) -> Line:
-    """Without the blanks that rich pads with: they would be copied, and wrap when the window narrows."""
+    """Without rich's padding, which would be copied, and would wrap in a narrower window."""
     line = [segment for segment in line if segment.text and not segment.control]
     while line and (line[-1].style is None or line[-1].style.bgcolor is None):
         text = line[-1].text.rstrip()
@@ -176,7 +176,7 @@ def _strip(line: Line) -> Line:
 
 
 def _trim(lines: list[Line]) -> list[Line]:
-    """Without empty lines at either end: what stands between blocks is decided in one place."""
+    """Without empty lines at either end."""
     while lines and not plain_text(lines[0]).strip():
         del lines[0]
     while lines and not plain_text(lines[-1]).strip():
@@ -185,7 +185,7 @@ def _trim(lines: list[Line]) -> list[Line]:
 
 
 class _Heading(markdown.Heading):
-    """Flush left, with its marks: in code without a fence they are comments."""
+    """Flush left, with its # marks: in unfenced code they are comments."""
 
     def on_enter(self, context: markdown.MarkdownContext) -> None:
         super().on_enter(context)
@@ -196,7 +196,7 @@ class _Heading(markdown.Heading):
 
 
 class _CodeBlock(markdown.CodeBlock):
-    """Code inside of a list or a quotation: no background, no frame."""
+    """Code within a list or a quotation, without background and frame."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         for line in highlight(str(self.text), self.lexer_name):
@@ -206,9 +206,9 @@ class _CodeBlock(markdown.CodeBlock):
 
 
 class _ListItem(markdown.ListItem):
-    """A number takes as much room as it needs, and never less than two digits do.
+    """Numbers are at least as wide as two digits.
 
-    rich gives all items the room of the last number, so that the tenth item would shift the nine before.
+    rich makes all as wide as the last, so the tenth item would shift the nine before it.
     """
 
     def render_number(
@@ -226,7 +226,7 @@ class _ListItem(markdown.ListItem):
 
 
 class _Table(markdown.TableElement):
-    """Long words are folded; rich's own cuts them off."""
+    """Folds long words, which rich cuts off."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(box=box.SIMPLE, pad_edge=False, style="markdown.table.border", collapse_padding=True)
@@ -243,7 +243,7 @@ class _Rule(markdown.HorizontalRule):
 
 
 class _Blocks(markdown.Markdown):
-    """rich's renderer on tokens that are parsed already."""
+    """rich's renderer for parsed tokens."""
 
     elements: ClassVar[dict[str, type[markdown.MarkdownElement]]] = {
         **markdown.Markdown.elements,

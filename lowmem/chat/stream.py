@@ -1,9 +1,8 @@
-"""An answer that grows → lines that are final, and a tail that may still change.
+"""A growing markdown text, split into final lines and a tail that may still change.
 
-What scrolled off the screen cannot be drawn again, so a line is given out as final only when no
-continuation of the text can change it: all top-level blocks but the last (CommonMark never reopens a closed
-block), and of a last block that grows long the finished items of a list and the finished lines of code. What
-is final is cut off the source; the tail is parsed anew each time.
+Lines that scrolled off the screen cannot be redrawn, so a line is final only when no continuation of the text
+can change it: lines of all top-level blocks but the last (CommonMark never reopens a closed block), and of a
+long last block the finished list items or code lines. Final source is removed; the tail is parsed each time.
 """
 
 from __future__ import annotations
@@ -16,41 +15,41 @@ from rich.console import Console
 from lowmem.chat.markdown import Block, Line, fold, parse, render_block
 from lowmem.chat.text import clean
 
-# A last line that does not show yet what it will be: `-` may become a heading's line, an item or a rule.
+# A last line whose kind is open: `-` may become the underline of a heading, an item or a rule.
 _UNDECIDED = re.compile(r"\s{0,3}([-=*_+#>|:\s]+|\d{1,9}[.)]?\s*|(`{3}|~{3})[^\n]*)")
 _OPEN_CODE = re.compile(r"(?:[^`]*`[^`]+`)*[^`]*`[^`]+")
 _OPEN_STRONG = re.compile(r"(?:.*[\s(])?\*\*(?=\S)[^*]+")
 _MARKS = "*`~"
-# Rows of a list or of code that stay in the tail. A window that shrinks may push the tail's first rows out of
-# reach, where they stay beside what is drawn for them later: the shorter, the better.
+# Rows of a list or of code that stay in the tail. A window that shrinks may scroll the first of them away,
+# where they remain beside their redrawn copies; so the tail is short.
 _TAIL = 10
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What there is to draw: lines that are final now, and rows of at most the width that are not."""
+    """New final lines, and the rows of the tail, folded to the width."""
 
     final: list[Line]
     tail: list[Line]
 
 
 class MarkdownStream:
-    """The text of one answer so far, without what has been given out as final lines."""
+    """One answer so far, without the source of lines that were returned as final."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._rest = ""  # the source that is not final, from the start of a block
-        self._begun = False  # whether a block before `_rest` was given out
-        self._number: int | None = None  # `_rest` goes on with a list, from this number on
-        self._going_on = False  # `_rest` starts inside of a block: no empty line before it
-        self._code_lines = 0  # lines of the code block that `_rest` starts with that were given out
+        self._rest = ""  # source that is not final, from the start of a block
+        self._begun = False  # whether a block before `_rest` was returned
+        self._number: int | None = None  # number of the first item where `_rest` continues a list
+        self._going_on = False  # `_rest` starts within a block: no empty line before it
+        self._code_lines = 0  # lines returned of the code block at the start of `_rest`
 
     def push(self, text: str) -> None:
-        """Add a piece as the model said it."""
+        """Add a piece of the model's text."""
         self._rest += clean(text)
 
     def show(self, width: int, room: int, *, done: bool = False) -> Shown:
-        """Lines for a text width of `width`, with `room` rows for the tail; done: the text is whole."""
+        """Lines of `width` columns, with at most `room` rows of tail. done: the text is complete."""
         final = self._take_closed(width, done)
         if done:
             return Shown(final, [])
@@ -64,7 +63,7 @@ class MarkdownStream:
         return Shown(final, rows[-room:])
 
     def _take_closed(self, width: int, done: bool) -> list[Line]:
-        """Cut off all blocks that are closed, and give their lines."""
+        """Remove all closed blocks and return their lines."""
         whole = self._rest if done else self._rest[: self._rest.rfind("\n") + 1]
         blocks = parse(whole)
         closed = blocks if done else blocks[:-1]
@@ -77,7 +76,7 @@ class MarkdownStream:
         return lines
 
     def _take_from_open(self, width: int, wanted: int) -> list[Line]:
-        """Cut finished items or lines of code off the last block, `wanted` rows if there are so many."""
+        """Remove finished items or lines of code from the last block: `wanted` rows, or all."""
         whole = self._rest[: self._rest.rfind("\n") + 1]
         blocks = parse(whole)
         if not blocks:
@@ -103,7 +102,7 @@ class MarkdownStream:
         return []
 
     def _take_code(self, whole: str, block: Block, width: int, wanted: int) -> list[Line]:
-        """The block stays in the source: its first lines give the others their colours."""
+        """As `_take_from_open`, but keep the source: the colours of a line depend on those before."""
         taken: list[Line] = []
         rows = 0
         for line in self._lines([block], whole, width):
@@ -122,7 +121,7 @@ class MarkdownStream:
         return self._lines(parse(source), source, width)
 
     def _lines(self, blocks: list[Block], source: str, width: int) -> list[Line]:
-        """The lines of the first blocks of `source`, less those given out, empty lines between blocks."""
+        """The lines of the blocks of `source` that were not returned, separated by empty lines."""
         lines: list[Line] = []
         for position, block in enumerate(blocks):
             first = position == 0
@@ -137,7 +136,7 @@ class MarkdownStream:
         return lines
 
     def _steady(self) -> str:
-        """The source without an end that would only flicker, and with its open markers closed."""
+        """The source without an undecided last line, and with open markers closed, to avoid flicker."""
         _, _, last = self._rest.rpartition("\n")
         head = self._rest[: len(self._rest) - len(last)]
         if _UNDECIDED.fullmatch(last):
@@ -152,14 +151,14 @@ class MarkdownStream:
         return head + last
 
     def _in_text(self, source: str) -> bool:
-        """Whether the source ends in a paragraph or a heading: not in code."""
+        """Whether the source ends in a paragraph or a heading, not in code."""
         blocks = parse(source)
         leaves = [token for token in blocks[-1].tokens if token.nesting >= 0] if blocks else []
         return bool(leaves) and leaves[-1].type == "inline"
 
 
 def _offset(source: str, lines: int) -> int:
-    """Where line number `lines` of the source starts."""
+    """Offset of line number `lines` of the source."""
     position = 0
     for _ in range(lines):
         end = source.find("\n", position)

@@ -1,4 +1,4 @@
-"""The terminal while the chat owns it: no echo into an answer, Ctrl-C where it can be taken, all put back."""
+"""Control of the terminal: echo, Ctrl-C, and restoring its modes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any, NoReturn
 
 try:
     import termios
-except ImportError:  # not on Windows, where the console echoes nothing that is not asked for
+except ImportError:  # Windows, where the console echoes only during a read
     termios = None  # type: ignore[assignment]
 
-TERMINATED = 143  # what a shell reports for a program that SIGTERM ended
-_INPUT_FLAGS, _LOCAL_FLAGS, _CONTROL_CHARACTERS = 0, 3, 6  # places in termios' list of attributes
+TERMINATED = 143  # the exit code that a shell reports for SIGTERM
+_INPUT_FLAGS, _LOCAL_FLAGS, _CONTROL_CHARACTERS = 0, 3, 6  # indexes into termios' list of attributes
 _SHOW_CURSOR, _NO_BRACKETED_PASTE, _WRAP, _NO_COLOUR = "\x1b[?25h", "\x1b[?2004l", "\x1b[?7h", "\x1b[0m"
 
 
 class Interrupts:
-    """Ctrl-C while an answer is made: raised inside of `armed`, remembered anywhere else.
+    """Raises Ctrl-C inside of `armed`, and remembers it in `requested` everywhere else.
 
-    So it ends the model's work at once, and never a drawing or the keeping of what was said.
+    Ctrl-C thereby stops the model at once, and never interrupts drawing or saving.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Interrupts:
 
     @contextmanager
     def armed(self) -> Iterator[None]:
-        """Where KeyboardInterrupt may be raised; at once if Ctrl-C came before."""
+        """KeyboardInterrupt may be raised inside; at once if Ctrl-C was pressed before."""
         self._armed = True
         try:
             if self.requested:
@@ -52,13 +52,13 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if self._armed:
-            self._armed = False  # once is enough
+            self._armed = False  # raise once
             raise KeyboardInterrupt
 
 
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
-    """Keys are not echoed, and wait for the next prompt as they were typed; Ctrl-C works, Ctrl-Z does not."""
+    """Keys are not echoed but kept for the next prompt. Ctrl-C works, Ctrl-Z does not."""
     try:
         handle = sys.stdin.fileno()
         before = termios.tcgetattr(handle) if termios else None
@@ -69,9 +69,9 @@ def quiet_keyboard() -> Iterator[None]:
         return
     quiet: list[Any] = [list(part) if isinstance(part, list) else part for part in before]
     quiet[_LOCAL_FLAGS] &= ~(termios.ECHO | termios.ICANON)
-    quiet[_LOCAL_FLAGS] |= termios.NOFLSH  # or Ctrl-C would throw away what is on its way to the screen
+    quiet[_LOCAL_FLAGS] |= termios.NOFLSH  # or Ctrl-C would discard pending output
     quiet[_INPUT_FLAGS] &= ~termios.ICRNL
-    quiet[_CONTROL_CHARACTERS][termios.VSUSP] = b"\0"  # what is on the screen would be drawn over the shell
+    quiet[_CONTROL_CHARACTERS][termios.VSUSP] = b"\0"  # or the answer would be drawn over the shell
     try:
         termios.tcsetattr(handle, termios.TCSANOW, quiet)
         yield
@@ -80,7 +80,7 @@ def quiet_keyboard() -> Iterator[None]:
 
 
 def forget_typed() -> None:
-    """Drop what was typed ahead: Ctrl-C takes it back, as in a shell."""
+    """Discard keys that were typed ahead, as Ctrl-C does in a shell."""
     try:
         if termios:
             termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
@@ -90,7 +90,7 @@ def forget_typed() -> None:
 
 @contextmanager
 def restored_terminal() -> Iterator[None]:
-    """The terminal is afterwards what it was before, however the block is left; SIGTERM is an exit."""
+    """Restore the terminal's modes after the block, however it ends. SIGTERM raises SystemExit inside."""
     handle, before = None, None
     try:
         handle = sys.stdin.fileno()
@@ -106,7 +106,7 @@ def restored_terminal() -> Iterator[None]:
                 sys.stdout.write(_SHOW_CURSOR + _NO_BRACKETED_PASTE + _WRAP + _NO_COLOUR)
                 sys.stdout.flush()
             except OSError:
-                pass  # the terminal itself has gone
+                pass  # the terminal was closed
         raise
     finally:
         signal.signal(signal.SIGTERM, old)

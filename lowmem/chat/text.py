@@ -1,4 +1,4 @@
-"""What a model or a file says is data: nothing of it may steer the terminal."""
+"""Text of a model or a file, made safe for a terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ __all__ = ["clean", "one_line"]
 
 
 def one_line(text: str, limit: int = 60) -> str:
-    """A text's first words on one line, for messages about it."""
+    """The beginning of a text on one line, without control characters."""
     line = " ".join(clean(text).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"

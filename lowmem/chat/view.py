@@ -1,7 +1,7 @@
-"""How an answer is drawn while it comes: as markdown on a terminal, as it is anywhere else.
+"""Shows an answer while it is generated: as markdown on a terminal, as plain text elsewhere.
 
-A terminal's tail is drawn over itself; final lines go above it and are never touched again. rich's own live
-display cuts what is taller than the screen, and reckons wrongly when the window changes its width.
+On a terminal the last lines are redrawn in place; lines above them are final and never touched again. rich's
+own live display cuts off what is taller than the screen, and miscounts rows when the window is resized.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ TEXT_WIDTH = 100  # columns: longer lines are hard to read
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _TICK = 0.08  # seconds between two drawings
 _UP, _DOWN, _ERASE = "\x1b[{}A", "\x1b[B", "\x1b[K"
-# While the tail is drawn nothing wraps: a character that the terminal holds for wider than rich does would
-# make a row two, and the next drawing would start a row too low.
+# Wrapping is off while the tail is drawn: a character that the terminal draws wider than rich expects would
+# wrap its row, and the next drawing would start a row too low.
 _NO_WRAP, _WRAP = "\x1b[?7l", "\x1b[?7h"
 
 
 class View(Protocol):
-    """What shows one answer; a context manager, since drawing goes on between the pieces."""
+    """Shows one answer. A context manager, since a thread may draw between the pieces."""
 
     def __enter__(self) -> View: ...
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
     def waiting(self, text: str) -> None:
-        """Say what is being done until the first piece comes."""
+        """Show this status until the first piece."""
 
     def push(self, text: str) -> None:
         """Show the next piece of the answer."""
 
 
 class PlainView:
-    """The answer as it is, for NO_COLOR and terminals that can do nothing."""
+    """Plain text, for NO_COLOR, dumb terminals and files."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -60,7 +60,7 @@ class PlainView:
             self._write("\n")
 
     def waiting(self, text: str) -> None:
-        """Nothing: it could not be taken back."""
+        """Show nothing: it could not be erased."""
 
     def push(self, text: str) -> None:
         """Write the piece."""
@@ -78,10 +78,10 @@ class PlainView:
 
 
 class TerminalView:
-    """The answer as markdown, drawn at most every `_TICK` seconds by a thread of its own.
+    """Markdown, drawn at most every `_TICK` seconds by a thread of its own.
 
-    The thread turns the spinner while the model reads, and shows the last pieces of a burst without waiting
-    for the next. All state is under one lock. `threaded` False: only `draw` draws.
+    The thread animates the spinner during prefill, and draws the last pieces of a burst without waiting for
+    the next. One lock guards all state. threaded: False draws only in `draw`.
     """
 
     def __init__(self, console: Console, *, threaded: bool = True) -> None:
@@ -90,9 +90,9 @@ class TerminalView:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True) if threaded else None
-        self._drawn: list[str] = []  # the rows of the tail on the screen, as they were written
-        self._cells: list[int] = []  # and how wide each is
-        self._width = 0  # of the terminal when they were
+        self._drawn: list[str] = []  # the rows of the tail on the screen, as written
+        self._cells: list[int] = []  # and their widths
+        self._width = 0  # of the terminal at that time
         self._status = ""
         self._frame = 0
         self._text_came = False
@@ -110,19 +110,19 @@ class TerminalView:
         self.draw(done=True)
 
     def waiting(self, text: str) -> None:
-        """Show a spinner with this text until the answer begins."""
+        """Show a spinner with this text until the first piece."""
         with self._lock:
             self._status = text
 
     def push(self, text: str) -> None:
-        """Add a piece; it is drawn soon."""
+        """Add a piece, to be drawn soon."""
         with self._lock:
             self._stream.push(text)
             self._text_came = self._text_came or bool(text.strip())
             self._changed = True
 
     def draw(self, *, done: bool = False) -> None:
-        """Bring the screen up to the text. done: all of it is final, and the cursor goes to a new line."""
+        """Draw the text so far. done: all lines are final, and the cursor moves to a new line."""
         with self._lock:
             columns, rows = self._size()
             self._changed = False
@@ -142,12 +142,12 @@ class TerminalView:
                 try:
                     self.draw()
                 except (OSError, ValueError):
-                    return  # the terminal has gone; the main thread will see that, too
-                # A very long block takes time to lay out: the model's own work comes first.
+                    return  # the terminal was closed; the main thread notices too
+                # Laying out a long block takes time, which the model needs more.
                 pause = max(_TICK, 8 * (time.perf_counter() - began))
 
     def _size(self) -> tuple[int, int]:
-        """Columns and rows now: the window may have changed since the last drawing."""
+        """Columns and rows, as the window is now."""
         try:
             size = os.get_terminal_size(self._console.file.fileno())
         except (OSError, ValueError, AttributeError):
@@ -157,15 +157,15 @@ class TerminalView:
     def _write(self, shown: Shown, columns: int, rows: int) -> None:
         final = [self._ansi(line) for line in shown.final]
         tail = [self._ansi(line) for line in shown.tail]
-        keep = 0  # rows of the tail that are right as they stand
+        keep = 0  # rows of the tail that are unchanged
         if not final and columns == self._width:
             while keep < min(len(tail), len(self._drawn)) and tail[keep] == self._drawn[keep]:
                 keep += 1
             if keep == len(tail) == len(self._drawn):
                 return
             keep = max(min(keep, len(self._drawn) - 1, len(tail) - 1), 0)
-        # A window made narrower has wrapped the rows that no longer fit. Rows are erased one by one: told to
-        # erase all below the top, tmux keeps a copy of the whole window.
+        # A narrower window has wrapped the rows that no longer fit. Rows are erased one by one, because tmux
+        # scrolls a copy of the window into its history when all rows are erased at once.
         height = min(sum(max(1, -(-cells // columns)) for cells in self._cells[keep:]), rows)
         up = _UP.format(height - 1) if height > 1 else ""
         output = "\r" + up + _ERASE + (_DOWN + _ERASE) * (height - 1) + up
@@ -178,17 +178,17 @@ class TerminalView:
         self._console.file.flush()
 
     def _ansi(self, line: Line) -> str:
-        """The line with the escape codes of its styles, which are ours, around text that has none."""
+        """The line with the escape codes of its styles; its text has none."""
         with self._console.capture() as capture:
             self._console.print(Segments(line), end="", soft_wrap=True)
         return capture.get()
 
 
 def make_view(console: Console) -> View:
-    """The view that suits the console."""
+    """The view for a console."""
     return PlainView(console) if is_plain(console) else TerminalView(console)
 
 
 def is_plain(console: Console) -> bool:
-    """Whether nothing may be drawn over: no terminal, a dumb one, or colours that nobody wants."""
+    """Whether nothing may be redrawn: no terminal, a dumb one, or NO_COLOR."""
     return not console.is_terminal or console.is_dumb_terminal or console.no_color

@@ -37,9 +37,9 @@ def examine(machine: Machine, *, quick: bool = False, refresh: bool = False, onl
 
 def host_line(refresh: bool) -> str:
     """The memory bandwidth of the host, and when it was measured."""
-    from lowmem.plan.bandwidth import host_measurement
+    from lowmem.plan.bandwidth import host_bandwidth
 
-    found = host_measurement(refresh)
+    found = host_bandwidth(refresh)
     return f"{found.bytes_per_second / 1e9:.1f} GB/s, read by all cores, measured {found.date}"
 
 

@@ -1,12 +1,13 @@
-"""What this machine has: the only place that asks CUDA.
+"""The memory and the devices of this machine.
 
-torch is imported when a card is asked for, not before: a plan for a card that is only named needs none.
+torch is imported only by the functions that ask a card: planning without one must not wait for it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,44 +23,39 @@ _BINARY = {"KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """`8GiB`, `512 MiB`, `8G`, `8GB` or plain bytes. Raises RecipeError naming the option."""
+    """`8GiB`, `512 MiB`, `8G`, `8GB` or plain bytes. Raises RecipeError with the name of the option."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
-    if not match:
-        raise RecipeError(f"{option} {text!r} is not an amount of memory", "Write it as 8GiB or 512MiB")
-    unit = match[2] or ""
-    amount = int(float(match[1]) * {**_UNITS, **_BINARY}[unit])
+    amount = int(float(match[1]) * {**_UNITS, **_BINARY}[match[2] or ""]) if match else 0
     if amount <= 0:
-        raise RecipeError(f"{option} {text!r} is nothing", "Write it as 8GiB or 512MiB")
+        raise RecipeError(f"{option} {text!r} is not an amount of memory", "Write it as 8GiB or 512MiB")
     return amount
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of this process: resident on the host, and allocated by torch on a card, now and at most."""
+    """Memory of this process, in bytes."""
 
     host: int
+    """Resident memory."""
     host_peak: int
     card: int = 0
+    """Allocated by torch on the card."""
     card_peak: int = 0
 
 
 def memory_use(device: torch.device) -> MemoryUse:
-    """What this process holds now, and has held at most."""
-    host, peak = host_memory_used(), host_memory_peak()
+    """The memory that this process uses now, and its peak."""
+    host = host_memory_used()
+    peak = max(host, host_memory_peak())
     if device.type != "cuda":
-        return MemoryUse(host, max(host, peak))
-    import torch
+        return MemoryUse(host, peak)
+    from torch.cuda import max_memory_allocated, memory_allocated
 
-    return MemoryUse(
-        host,
-        max(host, peak),
-        int(torch.cuda.memory_allocated(device)),
-        int(torch.cuda.max_memory_allocated(device)),
-    )
+    return MemoryUse(host, peak, int(memory_allocated(device)), int(max_memory_allocated(device)))
 
 
 def cuda_driver_present() -> bool:
-    """Whether the CUDA driver's library is on this machine; without it no card can be there."""
+    """Whether the library of the CUDA driver is installed; without it there is no usable card."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -70,7 +66,7 @@ def cuda_driver_present() -> bool:
 def resolve_device(name: str) -> torch.device:
     """`auto` (the first CUDA card, or else the CPU), `cpu`, `cuda` or `cuda:N`.
 
-    Raises InvalidRequestError for a name that means nothing, or a card that is not there.
+    Raises InvalidRequestError for an unknown name, or a card that is not in this machine.
     """
     import torch
 
@@ -80,13 +76,13 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     match = re.fullmatch(r"cuda(?::(\d+))?", name)
     if not match:
-        raise InvalidRequestError(f"--device {name!r} is not known", "Use auto, cpu, cuda or cuda:N")
+        raise InvalidRequestError(f"unknown device {name!r}", "Use auto, cpu, cuda or cuda:N")
     index = int(match[1] or 0)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if index >= count:
         found = f"torch sees {count} CUDA card{'s' if count != 1 else ''}"
         raise InvalidRequestError(
-            f"--device {name} is not there: {found}", "Use --device cpu, or install the driver"
+            f"device {name} is not available: {found}", "Use cpu, or install the driver"
         )
     return torch.device("cuda", index)
 
@@ -97,22 +93,32 @@ def host_memory_used() -> int:
 
 
 def host_memory_peak() -> int:
-    """The most resident bytes that this process has had.
-
-    Linux's own high-water mark where there is one: the `ru_maxrss` of a process counts its parent's memory
-    at the time of the fork as well.
-    """
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
+    """Peak of the resident bytes of this process."""
+    peak = _status_bytes("VmHWM:")
+    if peak is None:  # not Linux. There, ru_maxrss includes the parent's memory at the fork.
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak
+
+
+def host_memory_private() -> int:
+    """Resident bytes of this process that no file backs: what it would free by exiting."""
+    private = _status_bytes("RssAnon:")
+    return host_memory_used() if private is None else private
+
+
+def _status_bytes(name: str) -> int | None:
+    """A value of Linux's /proc/self/status, or None elsewhere."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+    except (OSError, StopIteration):
+        return None
 
 
 def host_memory_available() -> int:
-    """Bytes that this process may still take: the machine's, or its container's if that is less."""
+    """Bytes available to this process: of the machine, or of its container if that is less."""
     available = int(psutil.virtual_memory().available)
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -127,10 +133,10 @@ def host_memory_available() -> int:
 
 
 def return_freed_memory(smallest: int = 4 << 20) -> None:
-    """Have the C library give freed blocks of `smallest` bytes and more back to the system at once.
+    """Have glibc return freed blocks of at least `smallest` bytes to the system at once.
 
-    Smaller ones cost time: each block is new pages. glibc keeps blocks of up to 32 MiB for itself once it has
-    seen one freed, which a plan cannot know. Other C libraries are left as they are.
+    By default glibc keeps freed blocks of up to 32 MiB, which a plan cannot predict. A smaller threshold
+    costs time, since each such block is mapped anew. Does nothing with other C libraries.
     """
     mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
     try:
@@ -140,10 +146,10 @@ def return_freed_memory(smallest: int = 4 << 20) -> None:
 
 
 def trim_memory() -> None:
-    """Have the C library give every freed page back to the system that it keeps. Takes half a millisecond.
+    """Have glibc return all freed pages to the system. Takes half a millisecond.
 
-    Small blocks that live on between large ones that went leave pages which neither are used nor go by
-    themselves; how many there are changes from one hour to the next. Other C libraries are left as they are.
+    malloc keeps freed pages between small blocks in use; how many varies between runs. Does nothing with
+    other C libraries.
     """
     try:
         ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
@@ -152,20 +158,20 @@ def trim_memory() -> None:
 
 
 def card_memory_free(device: torch.device) -> int:
-    """Free bytes of a CUDA card as it stands now, this process's own context already taken off."""
+    """Free bytes of a CUDA card now, with this process's CUDA context already allocated."""
     import torch
 
     try:
         free, _total = torch.cuda.mem_get_info(device)
     except RuntimeError as error:
         raise MemoryBudgetError(
-            f"{device} does not tell its free memory: {error}", "Use --device cpu"
+            f"the free memory of {device} cannot be determined: {error}", "Use --device cpu"
         ) from error
     return int(free)
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 run in hardware here."""
+    """Whether the device multiplies bfloat16 matrices in hardware."""
     import torch
 
     if device.type == "cuda":
@@ -173,17 +179,8 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def host_memory_private() -> int:
-    """Resident bytes of this process that no file backs: what it would give back by ending."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
-    except (OSError, StopIteration):
-        return host_memory_used()
-
-
 def packs_nf4() -> bool:
-    """Whether bitsandbytes repacks NF4 weights for this CPU: it does where bfloat16 products are hardware."""
+    """Whether bitsandbytes repacks NF4 weights for this CPU, as it does with AVX-512 BF16."""
     try:
         with open("/proc/cpuinfo") as cpu:
             return any("avx512_bf16" in line for line in cpu if line.startswith("flags"))
@@ -192,12 +189,9 @@ def packs_nf4() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory could not be had, on a card or on the host."""
-    if isinstance(error, MemoryError):
-        return True
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
+    """Whether an exception means that an allocation failed, on a card or on the host."""
+    torch = sys.modules.get("torch")  # not imported: then the error is not torch's
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
     return isinstance(error, (RuntimeError, OSError)) and any(

@@ -138,7 +138,7 @@ def _vram_of_environment() -> int | None:
 
 def _budget(request: ModelRequest, card: torch.device | None, vram: int | None, measure: bool) -> Budget:
     host = request.ram_bytes or machine.host_memory_available() + machine.host_memory_private()
-    rate = host_bandwidth() if measure else None
+    rate = host_bandwidth().bytes_per_second if measure else None
     packs = machine.packs_nf4()
     if card is None and vram is None:
         return Budget("cpu", host, host_bandwidth=rate, packs_nf4=packs)

@@ -16,7 +16,6 @@ from lowmem.plan.bandwidth import (
     MACHINE_FILE,
     card_bandwidth,
     host_bandwidth,
-    host_measurement,
     machine_name,
     measure_host,
 )
@@ -38,7 +37,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_real_measurement_is_plausible(tmp_path: Path) -> None:
     """Slower than a cache by far, faster than a disk: a wide range, since machines differ."""
-    rate = host_bandwidth(folder=tmp_path)
+    rate = host_bandwidth(folder=tmp_path).bytes_per_second
     assert 1e9 < rate < 5e12
     kept = json.loads((tmp_path / MACHINE_FILE).read_text())["host_bandwidth"]
     assert kept["bytes_per_second"] == rate and kept["machine"] == machine_name() and len(kept["date"]) == 10
@@ -62,18 +61,16 @@ def test_every_core_reads_and_all_bytes_count(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_buffer_is_past_the_caches_and_leaves_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowmem.plan import device
-
     assert bandwidth._LEAST_BUFFER <= bandwidth._buffer_bytes() <= bandwidth._MOST_BUFFER
-    monkeypatch.setattr(device, "host_memory_available", lambda: 64 << 20)
+    monkeypatch.setattr(bandwidth, "host_memory_available", lambda: 64 << 20)
     assert bandwidth._buffer_bytes() == 8 << 20
 
 
 def test_it_is_measured_once(tmp_path: Path, counted: list[int]) -> None:
     folder = tmp_path / "not" / "there"
-    assert [host_bandwidth(folder=folder) for _ in range(3)] == [1e9] * 3
-    assert host_bandwidth(refresh=True, folder=folder) == 2e9
-    assert host_bandwidth(folder=folder) == 2e9
+    assert [host_bandwidth(folder=folder).bytes_per_second for _ in range(3)] == [1e9] * 3
+    assert host_bandwidth(refresh=True, folder=folder).bytes_per_second == 2e9
+    assert host_bandwidth(folder=folder).bytes_per_second == 2e9
     assert [path.name for path in folder.iterdir()] == [MACHINE_FILE]
 
 
@@ -83,8 +80,8 @@ def test_another_machine_is_measured_anew(
     """A home folder on a network, or a container that gets more cores."""
     host_bandwidth(folder=tmp_path)
     monkeypatch.setattr(bandwidth, "usable_cores", lambda: set(range(1024)))
-    assert host_bandwidth(folder=tmp_path) == 2e9
-    assert "1024 cores" in host_measurement(folder=tmp_path).machine
+    assert host_bandwidth(folder=tmp_path).bytes_per_second == 2e9
+    assert "1024 cores" in host_bandwidth(folder=tmp_path).machine
 
 
 @pytest.mark.parametrize(
@@ -102,14 +99,14 @@ def test_another_machine_is_measured_anew(
 )
 def test_a_damaged_file_is_measured_over(text: str, tmp_path: Path, counted: list[int]) -> None:
     (tmp_path / MACHINE_FILE).write_text(text.replace("NAME", machine_name()))
-    assert host_bandwidth(folder=tmp_path) == 1e9
-    assert host_bandwidth(folder=tmp_path) == 1e9 and len(counted) == 1
+    assert host_bandwidth(folder=tmp_path).bytes_per_second == 1e9
+    assert host_bandwidth(folder=tmp_path).bytes_per_second == 1e9 and len(counted) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, counted: list[int]) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    assert host_bandwidth(folder=file / "below") == 1e9
+    assert host_bandwidth(folder=file / "below").bytes_per_second == 1e9
 
 
 def test_the_best_pass_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
