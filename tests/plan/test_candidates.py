@@ -129,7 +129,7 @@ def test_anybodys_gptq(tmp_path: Path) -> None:
         ({"context": -1}, InvalidRequestError, "--context -1"),
         ({"vram": 1 << 30}, InvalidRequestError, "machine has none"),
         ({"device": "tpu"}, InvalidRequestError, "tpu"),
-        ({"device": "cuda:3"}, InvalidRequestError, "not there"),
+        ({"device": "cuda:3"}, InvalidRequestError, "is not available"),
     ],
 )
 def test_a_request_that_cannot_be(options: dict[str, object], error: type[Exception], words: str) -> None:
