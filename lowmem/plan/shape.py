@@ -164,7 +164,7 @@ def _shape(
             "Download or copy it again",
         )
     hidden = _int(config, path, "hidden_size", "n_embd", "d_model")
-    heads = _int(config, path, "num_attention_heads", "n_head", "num_heads")
+    heads = _int(config, path, "num_attention_heads", "n_head", "num_heads", "n_heads")
     if not layers or not linears:
         raise SourceError(f"{path} holds no decoder layers", "Give a decoder-only model")
     if config.get("multi_query", config.get("model_type") == "gpt_bigcode"):
@@ -181,7 +181,7 @@ def _shape(
         kv_heads=kv_heads,
         head_dim=_optional(config, "head_dim") or hidden // heads,
         vocab=embedding.shape[0] if embedding else _int(config, path, "vocab_size"),
-        positions=_optional(config, "max_position_embeddings", "n_positions"),
+        positions=_optional(config, "max_position_embeddings", "n_positions", "max_seq_len"),
         stored=_dtype(config, headers),
         tensors=tuple(tensors),
         linears=tuple(sorted(linears)),
