@@ -13,6 +13,8 @@ DEFAULT_CONTEXT = 8192
 context, and some models have more than 100,000 positions."""
 PREFILL_CHUNK = 512
 """Tokens of a prompt in one forward pass. Bounds the workspace at any prompt length."""
+SLICE_WEIGHTS = 1 << 22
+"""Weights that are unpacked at a time, to keep temporaries small: 16 MiB as 32-bit numbers."""
 SLICE_BYTES = 32 << 20
 """Bytes of a stored tensor in host memory at a time while a model is loaded."""
 QUANTIZED_SLICE_BYTES = 8 << 20

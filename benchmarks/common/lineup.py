@@ -192,7 +192,7 @@ def _check_same_model(candidate: Candidate, reference: Candidate, name: str) -> 
         ("decoder layers", one.layers, other.layers),
         ("hidden features", one.hidden, other.hidden),
         ("tokens", one.vocab, other.vocab),
-        ("shapes of linears", one.linears, other.linears),
+        ("shapes of linears", one.linear_sizes, other.linear_sizes),
     )
     for what, found, expected in parts:
         if found != expected:

@@ -10,11 +10,12 @@ from lowmem.convert.stages.context import LayerContext, LinearReport, Stage
 from lowmem.convert.stages.sizes import FLOAT32, LayerSizes, packed_bytes
 from torch import nn
 
+from lowmem.checkpoint.dequantize import PackedWeight, dequantize
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.checkpoint.values import all_finite
 from lowmem.config import QuantConfig
 from lowmem.errors import SourceError
-from lowmem.kernels.reference import dequantize
 from lowmem.models.architecture import LinearSpec
 
 
@@ -146,10 +147,10 @@ def restore(context: LayerContext, linears: tuple[LinearSpec, ...]) -> None:
     """Give linears the weights that readers of their packed tensors will compute."""
     for spec in linears:
         linear = context.linear(spec.name)
-        parts = ("qweight", "qzeros", "scales", "g_idx")
-        qweight, qzeros, scales, g_idx = (context.tensors[f"{spec.name}.{part}"] for part in parts)
-        bits, dtype = context.config(spec).bits, linear.weight.dtype
-        weight = dequantize(qweight, qzeros, scales, g_idx, bits, dtype)
+        config, parts = context.config(spec), ("qweight", "qzeros", "scales", "g_idx")
+        tensors = (context.tensors[f"{spec.name}.{part}"] for part in parts)
+        packed = PackedWeight(LinearFormat(config.bits, config.group_size), *tensors)
+        weight = dequantize(packed, linear.weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
 
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import unpack_rows, unpack_zeros
+from lowmem.config import SLICE_WEIGHTS
 
-_SLICE_VALUES = 1 << 22  # weights dequantized at a time: 16 MiB in float32
 
+class PackedLinear(Protocol):
+    """A linear with its weight in GPTQ's tensors: a PackedWeight, or a module (kernels/quant_linear.py)."""
 
-@dataclass(frozen=True)
-class PackedWeight:
-    """The stored tensors of one quantized linear."""
-
+    format: LinearFormat
     qweight: torch.Tensor
     """int32 [in * bits / 32, out]."""
     qzeros: torch.Tensor
@@ -30,40 +31,89 @@ class PackedWeight:
     """[groups, out], any float."""
     g_idx: torch.Tensor
     """int32 [in], the group of each input column."""
-    bits: int
-    """Bits of a weight: 8, 4, 3 or 2."""
-    zeros_v2: bool = False
-    """`qzeros` holds the zero-points themselves; otherwise each is stored less one."""
+    bias: torch.Tensor | None
+    """[out]."""
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight [out, in] as nn.Linear holds it, in `dtype`."""
-        shape = (self.qweight.shape[1], self.g_idx.numel())
-        weight = torch.empty(shape, dtype=dtype, device=self.qweight.device)
-        for start, part in self.slices():
-            weight[start : start + part.shape[1]] = part.T  # the assignment casts
-        return weight
+    @property
+    def in_features(self) -> int:
+        """Input columns."""
 
-    def slices(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first output column, float32 weight [in, columns]) over all output columns."""
-        zeros = unpack_zeros(self.qzeros, self.bits, v2=self.zeros_v2)  # [groups, out]
-        count, inputs, outputs = self.scales.shape[0], self.g_idx.numel(), self.qweight.shape[1]
-        in_order = self._groups_in_order()
-        groups = self.g_idx.long()
-        step = max(32, _SLICE_VALUES // max(1, inputs))
-        for start in range(0, outputs, step):
-            columns = slice(start, min(start + step, outputs))
-            weight = unpack_rows(self.qweight[:, columns], self.bits).to(torch.float32)
-            zero, scale = zeros[:, columns].to(torch.float32), self.scales[:, columns].to(torch.float32)
-            if in_order:  # the same numbers without a gather of [in, columns]
-                weight.view(count, inputs // count, -1).sub_(zero[:, None]).mul_(scale[:, None])
-            else:
-                weight.sub_(zero[groups]).mul_(scale[groups])
-            yield start, weight
+    @property
+    def out_features(self) -> int:
+        """Outputs."""
 
-    def _groups_in_order(self) -> bool:
-        """Groups of one size follow each other. False on a GPU, where the answer would cost a wait."""
-        groups = self.scales.shape[0]
-        if self.g_idx.device.type != "cpu" or groups == 0 or self.g_idx.numel() % groups:
-            return False
-        numbers = torch.arange(groups, dtype=self.g_idx.dtype)[:, None]
-        return bool((self.g_idx.view(groups, -1) == numbers).all())
+    @property
+    def bits(self) -> int:
+        """Bits of a weight."""
+
+    @property
+    def zeros_v2(self) -> bool:
+        """`qzeros` holds the zero-points themselves; otherwise each is stored less one."""
+
+
+@dataclass
+class PackedWeight:
+    """A PackedLinear that is its stored tensors alone."""
+
+    format: LinearFormat
+    qweight: torch.Tensor
+    qzeros: torch.Tensor
+    scales: torch.Tensor
+    g_idx: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    @property
+    def in_features(self) -> int:
+        """See PackedLinear."""
+        return self.g_idx.numel()
+
+    @property
+    def out_features(self) -> int:
+        """See PackedLinear."""
+        return self.qweight.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """See PackedLinear."""
+        return self.format.bits
+
+    @property
+    def zeros_v2(self) -> bool:
+        """See PackedLinear."""
+        return self.format.zeros_v2
+
+
+def dequantize(linear: PackedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The weight [out, in] as nn.Linear holds it, in `dtype`."""
+    shape = (linear.qweight.shape[1], linear.g_idx.numel())
+    weight = torch.empty(shape, dtype=dtype, device=linear.qweight.device)
+    for start, part in slices(linear):
+        weight[start : start + part.shape[1]] = part.T  # the assignment casts
+    return weight
+
+
+def slices(linear: PackedLinear) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first output column, float32 weight [in, columns]) over all output columns."""
+    qweight, scales, g_idx, bits = linear.qweight, linear.scales, linear.g_idx, linear.bits
+    zeros = unpack_zeros(linear.qzeros, bits, v2=linear.zeros_v2)  # [groups, out]
+    count, inputs, outputs = scales.shape[0], g_idx.numel(), qweight.shape[1]
+    in_order = _groups_in_order(g_idx, count)
+    groups = g_idx.long()
+    step = max(32, SLICE_WEIGHTS // max(1, inputs))
+    for start in range(0, outputs, step):
+        columns = slice(start, min(start + step, outputs))
+        weight = unpack_rows(qweight[:, columns], bits).to(torch.float32)
+        zero, scale = zeros[:, columns].to(torch.float32), scales[:, columns].to(torch.float32)
+        if in_order:  # the same numbers without a gather of [in, columns]
+            weight.view(count, inputs // count, -1).sub_(zero[:, None]).mul_(scale[:, None])
+        else:
+            weight.sub_(zero[groups]).mul_(scale[groups])
+        yield start, weight
+
+
+def _groups_in_order(g_idx: torch.Tensor, groups: int) -> bool:
+    """Groups of one size follow each other. False on a GPU, where the answer would cost a wait."""
+    if g_idx.device.type != "cpu" or groups == 0 or g_idx.numel() % groups:
+        return False
+    numbers = torch.arange(groups, dtype=g_idx.dtype)[:, None]
+    return bool((g_idx.view(groups, -1) == numbers).all())

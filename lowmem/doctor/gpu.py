@@ -114,8 +114,7 @@ def kernel_in_model(bits: int, device: torch.device, dtype: torch.dtype) -> str:
     ids = torch.tensor([_prompt(loaded)], device=device)
     with torch.inference_mode():
         right = loaded.model(input_ids=ids).logits.float()
-        format = LinearFormat(bits, _GROUP_SIZE)
-        name = dispatch.install(loaded.model, format, device, dtype)
+        name = dispatch.install(loaded.model, device, dtype)
         got = loaded.model(input_ids=ids).logits.float()
     error = float((got - right).norm() / right.norm())
     if not error < 0.05:
@@ -157,8 +156,7 @@ def _packed(linear: nn.Linear, bits: int) -> QuantLinear:
     packed = QuantLinear(
         linear.in_features,
         linear.out_features,
-        bits=bits,
-        group_size=_GROUP_SIZE,
+        LinearFormat(bits, _GROUP_SIZE),
         bias=linear.bias is not None,
         device="meta",
     )

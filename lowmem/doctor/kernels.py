@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import unpack_rows, unpack_zeros
 from lowmem.config import BITS
@@ -13,11 +14,10 @@ from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch, reference
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
-from lowmem.kernels.trial import SampleLinear, sample_linear
+from lowmem.kernels.registry import BitsAndBytes
+from lowmem.kernels.trial import sample_linear, sample_spec
 
 _GROUP_SIZE = 128  # of most checkpoints
-# Relative error of a linear: int8 rounds weights and activations to 256 levels, NF4 weights to 16.
-_BNB_TOLERANCES: dict[bnb.Method, float] = {"int8": 0.03, "nf4": 0.15}
 
 
 def kernel_checks(device: torch.device, dtype: torch.dtype) -> Checks:
@@ -44,11 +44,9 @@ def reference_works(device: torch.device) -> str:
     worst = 0.0
     for bits in BITS:
         for sym in (True, False):
-            linear = sample_linear(LinearFormat(bits, 32, sym), device, torch.float32)
+            linear = sample_linear(sample_spec(LinearFormat(bits, 32, sym)), device)
             rows = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(bits))
-            got = reference.linear(
-                rows.to(device), linear.qweight, linear.qzeros, linear.scales, linear.g_idx, bits, linear.bias
-            )
+            got = reference.linear(rows.to(device), linear)
             worst = max(worst, _error(got, linear, rows))
     if not worst < 1e-3:
         raise RuntimeError(f"8, 4, 3 and 2 bits: differs from float64 by {worst:.1g}")
@@ -66,7 +64,8 @@ def native_works(area: str) -> Check | str:
     worst = 0.0
     for bits in BITS:
         for sym in (True, False):
-            linear = sample_linear(LinearFormat(bits, _GROUP_SIZE, sym), torch.device("cpu"), torch.float32)
+            spec = sample_spec(LinearFormat(bits, _GROUP_SIZE, sym))
+            linear = sample_linear(spec, torch.device("cpu"))
             packed = native_linear.Packed.of(linear)
             for count in (1, 4, 40):
                 rows = torch.randn(count, linear.in_features, generator=torch.Generator().manual_seed(bits))
@@ -80,7 +79,7 @@ def native_works(area: str) -> Check | str:
     )
 
 
-def _error(got: torch.Tensor, linear: SampleLinear, rows: torch.Tensor) -> float:
+def _error(got: torch.Tensor, linear: PackedWeight, rows: torch.Tensor) -> float:
     """Relative error in the 2-norm, against rows @ weight in float64."""
     groups = linear.g_idx.cpu().long()
     zeros = unpack_zeros(linear.qzeros.cpu(), linear.bits).double()[groups]
@@ -117,6 +116,6 @@ def bnb_works(method: bnb.Method, device: torch.device, dtype: torch.dtype) -> s
         rows = torch.randn(4, 256, generator=generator)
         got, right = linear(rows.to(device, dtype)).float().cpu(), dense(rows)
     error = float((got - right).norm() / right.norm())
-    if not error < _BNB_TOLERANCES[method]:
+    if not error < BitsAndBytes(method).tolerance("float32"):
         raise RuntimeError(f"differs from the dense linear by {error:.2g} of its norm")
     return f"within {error:.1%} of the dense linear"

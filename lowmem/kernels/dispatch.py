@@ -1,153 +1,172 @@
-"""Which kernel multiplies the packed linears on a device, and why. GPTQModel is imported for a card alone.
-
-On a CPU: our own kernels (native.py), which were compiled when lowmem was installed; else torch's own
-operators for what they can multiply (torch_ops.py); else the reference. LOWMEM_CPU_KERNEL=native, torch or
-reference chooses, for tests and comparisons; what the chosen one cannot multiply keeps the reference.
-"""
+"""Choose the kernel of each packed linear and put it in place."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from lowmem.checkpoint.formats import LinearFormat
-from lowmem.errors import InvalidRequestError
-from lowmem.kernels import torch_ops
-from lowmem.kernels import trial as cuda
-from lowmem.kernels.native import library as native
-from lowmem.kernels.native import linear as native_linear
-from lowmem.kernels.trial import REFERENCE, KernelChoice, PackedLinear, PassedOver
-
-__all__ = [
-    "REFERENCE",
-    "VARIABLE",
-    "KernelChoice",
-    "choose_kernel",
-    "install",
-    "native_name",
-    "why_not_native",
-]
-
-VARIABLE = "LOWMEM_CPU_KERNEL"
-Way = Literal["native", "torch", "reference"]
+from lowmem.kernels.contract import Kernel, LinearSpec
+from lowmem.kernels.native import library
+from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.kernels.registry import REFERENCE, VARIABLE, Reference, kernels_for
+from lowmem.kernels.trial import sample_linear, sample_spec, shape_key, spec_of, trial
 
 
-@runtime_checkable
-class SwitchableLinear(PackedLinear, Protocol):
-    """A packed linear that can be told to use our own kernels."""
+@dataclass(frozen=True)
+class PassedOver:
+    """A kernel that is not used, and why."""
 
-    def use_native(self, activation_bits: int | None = None) -> None:
-        """From now on; raises native_linear.Unsuitable, and stays as it is, when they cannot take it."""
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The kernel for one format on one device."""
+
+    name: str
+    reason: str
+    """One line for the user."""
+    passed_over: tuple[PassedOver, ...] = ()
+    """The preferred ones that are not used."""
+
+
+@dataclass
+class Installed:
+    """What multiplies the linears of a model."""
+
+    used: Counter[str] = field(default_factory=Counter)
+    """How many linears each kernel has, by its name."""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    """Kernels that refused a linear or failed on it, by name, and why the first time."""
+
+    @property
+    def name(self) -> str:
+        """For users: the kernel, or each one with its number of linears."""
+        names = self.used.most_common()
+        if len(names) == 1:
+            return names[0][0]
+        return ", ".join(f"{name} {count}" for name, count in names)
+
+    def __add__(self, other: Installed) -> Installed:
+        return Installed(self.used + other.used, {**other.passed_over, **self.passed_over})
 
 
 def choose_kernel(device: torch.device, format: LinearFormat, dtype: torch.dtype) -> KernelChoice:
-    """The kernel that `install` would try first, tried on a small linear; its reason is for the user.
+    """The kernel that `install` tries first on linears of the format, tried on a small one.
 
     On a card this imports GPTQModel (seconds) and may compile a kernel (minutes, once). Raises
     InvalidRequestError when LOWMEM_CPU_KERNEL names no kernel.
     """
-    return cuda.best_kernel(format, device, dtype) if device.type == "cuda" else _for_cpu(format, dtype)
+    return best_kernel(kernels_for([sample_spec(format)], device), device, format, dtype)
+
+
+def best_kernel(
+    kernels: Sequence[Kernel], device: torch.device, format: LinearFormat, dtype: torch.dtype
+) -> KernelChoice:
+    """The first of `kernels` that computes what the reference does on a small random linear.
+
+    Raises torch.OutOfMemoryError.
+    """
+    passed_over: list[PassedOver] = []
+    for kernel in kernels:
+        sample = sample_linear(sample_spec(format), device, dtype)
+        problem = ""
+        if kernel.trusted:
+            problem = kernel.why_not(sample_spec(format), str(device), str(dtype).removeprefix("torch."))
+        else:
+            problem = trial(kernel, sample, dtype)[1]
+        if not problem:
+            return KernelChoice(kernel.name, kernel.about, tuple(passed_over))
+        passed_over.append(PassedOver(kernel.name, problem))
+    if device.type == "cuda":
+        reason = "no kernel of GPTQModel's works here" if passed_over else "GPTQModel has no kernel for this"
+    elif not kernels:
+        reason = f"plain torch, as {VARIABLE} asks"
+    else:
+        reason = "plain torch on a CPU, slowly"
+    return KernelChoice(REFERENCE, reason, tuple(passed_over))
 
 
 def install(
     model: nn.Module,
-    format: LinearFormat,
     device: torch.device,
     dtype: torch.dtype,
     notify: Callable[[str], None] | None = None,
     activation_bits: int | None = None,
 ) -> str:
-    """Give the packed linears of a filled model their kernels; the name of what was chosen.
+    """Give every QuantLinear of a filled model its kernel; returns the names of the kernels, for users.
 
-    Linears that are not on the card get a CPU's. notify: told before a kernel is tried that may have to be
-    compiled. Raises torch.OutOfMemoryError when a repacked linear does not fit, and InvalidRequestError when
-    LOWMEM_CPU_KERNEL names no kernel.
+    Linears that are not on the card get a CPU's kernels. notify: called with a line before a kernel is tried
+    that may have to be compiled. activation_bits: see QuantLinear.use_native. Raises torch.OutOfMemoryError
+    when a repacked linear does not fit, and InvalidRequestError when LOWMEM_CPU_KERNEL names no kernel.
     """
     names = []
-    if device.type == "cuda":
-        candidates = cuda.gptqmodel_candidates(format, device, dtype)
-        names.append(cuda.replace_linears(model, format, device, dtype, candidates, notify).name)
-    if on_cpu := [
-        m for m in model.modules() if isinstance(m, PackedLinear) and m.qweight.device.type == "cpu"
-    ]:
-        name = _install_on_cpu(model, on_cpu, format, dtype, activation_bits)
-        names.append(name if not names else f"{name} on the CPU")
+    for place in dict.fromkeys((device, torch.device("cpu"))):
+        specs = linear_specs(model, place.type)
+        found = Installed()
+        for format in dict.fromkeys(spec.format for spec in specs.values()):
+            group = {name: spec for name, spec in specs.items() if spec.format == format}
+            kernels = kernels_for(list(group.values()), place, activation_bits)
+            told = notify if place.type == "cuda" else None
+            found += replace_linears(model, group, kernels, dtype, told)
+        if specs:
+            names.append(f"{found.name} on the CPU" if names else found.name)
     return ", ".join(names) or REFERENCE
 
 
-def why_not_native() -> str:
-    """Why our own kernels are not used on a CPU, whatever for: LOWMEM_CPU_KERNEL, or they are not there; ""
-    if they are."""
-    asked = os.environ.get(VARIABLE, "")
-    if asked in ("torch", "reference"):
-        return f"{VARIABLE}={asked}"
-    return native.why_not()
+def linear_specs(model: nn.Module, device_type: str) -> dict[str, LinearSpec]:
+    """The packed linears of a model on devices of a type ("cpu" or "cuda"), by name."""
+    return {
+        name: spec_of(module)
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear) and module.qweight.device.type == device_type
+    }
 
 
-def native_name() -> str:
-    """What a user calls our own kernels: with the instruction set that they use."""
-    return f"lowmem {native.isa_name()}"
-
-
-def _way(format: LinearFormat, dtype: torch.dtype) -> tuple[Way, str, tuple[PassedOver, ...]]:
-    """(which kernels a CPU uses, the reason, what is not used and why)."""
-    asked = os.environ.get(VARIABLE) or "best"
-    if asked not in ("best", "native", "torch", "reference"):
-        raise InvalidRequestError(f"{VARIABLE}={asked} names no kernel", "Use native, torch or reference")
-    passed: list[PassedOver] = []
-    if asked in ("best", "native"):
-        if native.available():
-            own = "torch's threads" if native.threads_are_torchs() else "threads of their own"
-            return "native", f"our own kernels, on {own}", ()
-        passed.append(PassedOver("lowmem's own", native.why_not()))
-    if asked in ("best", "torch"):
-        problem = torch_ops.refuses(format, dtype)
-        if not problem:
-            return "torch", "torch's own operators on repacked weights", tuple(passed)
-        passed.append(PassedOver("torch's operators", problem))
-    if asked == "reference":
-        return "reference", f"plain torch, as {VARIABLE} asks", ()
-    return "reference", "plain torch on a CPU, slowly", tuple(passed)
-
-
-def _for_cpu(format: LinearFormat, dtype: torch.dtype) -> KernelChoice:
-    way, reason, passed = _way(format, dtype)
-    if way == "native":
-        return KernelChoice(native_name(), reason, None, passed)
-    if way == "torch":
-        found = cuda.best_kernel(format, torch.device("cpu"), dtype, torch_ops.candidates(format, dtype))
-        if found.name != REFERENCE:
-            return KernelChoice(found.name, reason, found.cls, passed, found.candidates)
-        passed += found.passed_over
-    return KernelChoice(
-        REFERENCE, reason if way == "reference" else "plain torch on a CPU, slowly", None, passed
-    )
-
-
-def _install_on_cpu(
+def replace_linears(
     model: nn.Module,
-    linears: Sequence[PackedLinear],
-    format: LinearFormat,
+    names: Iterable[str],
+    kernels: Sequence[Kernel],
     dtype: torch.dtype,
-    activation_bits: int | None,
-) -> str:
-    way = _way(format, dtype)[0]
-    if way == "torch":
-        cpu = torch.device("cpu")
-        return cuda.replace_linears(model, format, cpu, dtype, torch_ops.candidates(format, dtype)).name
-    if way == "reference":
-        return REFERENCE
-    used: Counter[str] = Counter()
-    for linear in linears:
-        try:
-            cast(SwitchableLinear, linear).use_native(activation_bits)
-            used[native_name()] += 1
-        except native_linear.Unsuitable:
-            used[REFERENCE] += 1
-    names = used.most_common()
-    return names[0][0] if len(names) == 1 else ", ".join(f"{name} {count}" for name, count in names)
+    notify: Callable[[str], None] | None = None,
+) -> Installed:
+    """Replace each named QuantLinear by the first of `kernels` that is right, or else by the reference.
+
+    One at a time: a kernel that repacks needs a copy of one linear on the device, freed before the next, and
+    a trial another copy on the host. Raises torch.OutOfMemoryError, with the model still whole.
+    """
+    found = Installed()
+    passed: set[tuple[object, ...] | None] = set()
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        linear: Any = model.get_submodule(name)  # the only reference, once it is replaced
+        for kernel in (*kernels, Reference()):
+            if notify and kernel.name not in {*found.used, *found.passed_over, REFERENCE}:
+                notify(f"trying {kernel.name} (a kernel's first use may compile it for minutes)")
+            key = None if kernel.trusted else (kernel.name, *shape_key(linear))
+            module, problem = trial(kernel, linear, dtype, passed=key in passed)
+            if module is not None:
+                if key:
+                    passed.add(key)
+                found.used[kernel.name] += 1
+                setattr(model.get_submodule(parent), child, module)
+                break
+            found.passed_over.setdefault(kernel.name, f"{problem} ({name})")
+    return found
+
+
+def why_not_native() -> str:
+    """Why our kernels are not used on a CPU (LOWMEM_CPU_KERNEL, or none compiled); "" when they are used."""
+    asked = os.environ.get(VARIABLE, "")
+    return f"{VARIABLE}={asked}" if asked in ("torch", "reference") else library.why_not()

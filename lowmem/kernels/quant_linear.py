@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.checkpoint.dequantize import dequantize
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.checkpoint.source.mapped import forget_pages, is_mapped
 from lowmem.errors import SourceError
 from lowmem.kernels import reference
+from lowmem.kernels.contract import Unsuitable
 from lowmem.kernels.native import linear as native_linear
 
 _TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias", "order")
@@ -24,11 +26,8 @@ class QuantLinear(nn.Module):
     Buffers: qweight int32 [in * bits / 32, out], qzeros int32 [groups, out * bits / 32], scales
     [groups, out] (float16 on disk, kept as it is stored), g_idx int32 [in], and bias [out] or None.
     g_idx is kept because act-order checkpoints of other tools do not have their groups side by side.
-    zeros_v2: `qzeros` holds the zero-points as they are, not one less. order: the inputs in the order of
-    qweight's rows (position → input), where `use_native` has brought each group's rows together; None: as
-    they are.
 
-    The reference multiplies until `use_native`, and again when a tensor has been replaced since.
+    The reference multiplies until `use_native`, and again once a tensor has been replaced.
     """
 
     qweight: torch.Tensor
@@ -37,6 +36,7 @@ class QuantLinear(nn.Module):
     g_idx: torch.Tensor
     bias: torch.Tensor | None
     order: torch.Tensor | None
+    """The order of qweight's rows (position → input) once `use_native` has sorted them by group."""
     packed: native_linear.Packed | None
     """The weight as our own kernels read it, while they are used."""
 
@@ -44,22 +44,18 @@ class QuantLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
+        format: LinearFormat,
         *,
-        bits: int,
-        group_size: int,
         bias: bool,
-        zeros_v2: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float16,
     ) -> None:
-        """Empty buffers on `device`; raises ValueError when the features do not fill whole words."""
+        """Empty buffers on `device`. dtype: of the bias. Raises ValueError when words would not be full."""
         super().__init__()
-        shapes = stored_shapes(in_features, out_features, bits, group_size)
+        shapes = stored_shapes(in_features, out_features, format.bits, format.group_size)
         self.in_features = in_features
         self.out_features = out_features
-        self.bits = bits
-        self.group_size = group_size
-        self.zeros_v2 = zeros_v2
+        self.format = format
         self.register_buffer("qweight", torch.empty(shapes.qweight, dtype=torch.int32, device=device))
         self.register_buffer("qzeros", torch.empty(shapes.qzeros, dtype=torch.int32, device=device))
         self.register_buffer("scales", torch.empty(shapes.scales, dtype=torch.float16, device=device))
@@ -69,22 +65,31 @@ class QuantLinear(nn.Module):
         self.packed = None
 
     @property
+    def bits(self) -> int:
+        """Bits of a weight."""
+        return self.format.bits
+
+    @property
+    def zeros_v2(self) -> bool:
+        """Whether `qzeros` holds the zero-points themselves, not one less."""
+        return self.format.zeros_v2
+
+    @property
     def row_invariant(self) -> bool:
-        """Whether a row's bits are the same whatever rows come with it."""
+        """Whether a row of the output has the same bits whatever other rows are multiplied with it."""
         return self.packed is not None
 
     def use_native(self, activation_bits: int | None = None) -> None:
-        """Multiply with our own kernels from now on (kernels/native_linear.py), once all tensors are there.
+        """Multiply with our own kernels from now on (native/linear.py); all tensors must be in place.
 
-        activation_bits: of a 16-bit activation's integer, one of native_linear.ACTIVATION_BITS; None is
-        native_linear.activation_bits. Weights of 8 bits take 16 for 12.
+        activation_bits: bits of the integer that a 16-bit activation becomes, one of
+        native_linear.ACTIVATION_BITS; None chooses by the width of the weight. 8-bit weights take 12 as 16.
 
-        An act-order weight of other tools, its groups scattered, gets its rows in order: memory of its own
-        instead of the file's. Raises native_linear.Unsuitable, and changes nothing, when the kernels cannot
-        take it.
+        An act-order weight of another tool, with scattered groups, gets its rows sorted by group in memory of
+        its own. Raises Unsuitable, and changes nothing, when the kernels cannot take the weight.
         """
         if self.qweight.device.type != "cpu":
-            raise native_linear.Unsuitable("its tensors are not on the CPU")
+            raise Unsuitable("its tensors are not on the CPU")
         order = native_linear.groups_of(self.g_idx, self.scales.shape[0]).order
         if order is not None:
             self.qweight = native_linear.rows_in_order(self.qweight, self.bits, order)
@@ -97,14 +102,14 @@ class QuantLinear(nn.Module):
 
     @property
     def in_file_order(self) -> bool:
-        """Whether `use_tiled_layout` has something to do."""
+        """Whether the kernels read the weight from its file, so that `use_tiled_layout` has work to do."""
         return self.packed is not None and not self.packed.struct.tiled and is_mapped(self.qweight)
 
     def use_tiled_layout(self) -> bool:
-        """Once native: have the kernels read a copy of the weight in their own order; whether they do now.
+        """Copy the weight into the tiled layout that the kernels read fastest; returns whether it did.
 
-        Only where qweight is mapped from its file: its pages go as the copy comes, and are read again should
-        anybody ask for them, so that the weight is not in memory twice.
+        Only where qweight is mapped from its file: pages of the file are dropped as the copy grows, and are
+        read again when someone uses qweight, so that the weight is not in memory twice.
         """
         if self.packed is None or not self.in_file_order:
             return False
@@ -118,19 +123,15 @@ class QuantLinear(nn.Module):
             x = x.index_select(-1, self.order)
         if self.packed is not None and native_linear.takes(x):
             return native_linear.linear(self.packed, x)
-        return reference.linear(
-            x, self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.bias, v2=self.zeros_v2
-        )
+        return reference.linear(x, self)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight [out, in] that the packed integers stand for."""
-        weight = reference.dequantize(
-            self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, dtype, v2=self.zeros_v2
-        )
+        """The weight [out, in]."""
+        weight = dequantize(self, dtype)
         return weight if self.order is None else weight[:, self.order.argsort()]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A tensor that is replaced is no longer the one that the kernels point into."""
+        """Replacing a tensor ends the use of our kernels, which point into the old one."""
         if name in _TENSORS:
             self.__dict__["packed"] = None
         super().__setattr__(name, value)
@@ -140,38 +141,36 @@ class QuantLinear(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the pointers, which mean nothing in a copy."""
+        """Without the pointers, which are wrong in a copy."""
         return {**self.__dict__, "packed": None}
 
     def extra_repr(self) -> str:
-        """in, out, bits and group size, as nn.Linear prints its own."""
+        """The arguments, as nn.Linear prints its own."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bits={self.bits}, group_size={self.group_size}, bias={self.bias is not None}"
+            f"format={self.format.label}, bias={self.bias is not None}"
         )
 
 
 def swap_linears(model: nn.Module, formats: Mapping[str, LinearFormat]) -> None:
     """Replace each nn.Linear that `formats` names by a QuantLinear of that format, on the meta device.
 
-    Raises SourceError for a name that is no nn.Linear of the model, or a linear that cannot be packed.
+    Raises SourceError for a name that is not an nn.Linear of the model, or a linear that cannot be packed.
     """
     modules = dict(model.named_modules())
     for name, format in formats.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise SourceError(
-                f"the checkpoint has a quantized weight for {name}, which is no linear of this model",
+                f"the checkpoint has a quantized weight for {name}, which is not a linear of this model",
                 "The config.json and the weights are not of the same model",
             )
         try:
             quantized = QuantLinear(
                 linear.in_features,
                 linear.out_features,
-                bits=format.bits,
-                group_size=format.group_size,
+                format,
                 bias=linear.bias is not None,
-                zeros_v2=format.zeros_v2,
                 device="meta",
                 dtype=linear.weight.dtype,
             )

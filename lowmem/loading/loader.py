@@ -119,8 +119,7 @@ def load(
     fill(model, source, placement, dtype, progress)
     kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
     if source.format:
-        format = source.format.default
-        kernel = dispatch.install(model, format, device, dtype, activation_bits=activation_bits)
+        kernel = dispatch.install(model, device, dtype, activation_bits=activation_bits)
     connect(model, placement)
     transformers_model: Any = model
     transformers_model.hf_device_map = placement.device_map(len(layers))  # or pipelines would move it

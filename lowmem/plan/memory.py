@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowmem.config import PREFILL_CHUNK, QUANTIZED_SLICE_BYTES, SLICE_BYTES
+from lowmem.kernels.registry import planned
 from lowmem.plan.shape import ModelShape, Tensor
 
 Method = Literal["dense", "gptq", "int8", "nf4"]
@@ -26,8 +27,6 @@ tells us has ours taken off already; this is for cards that are only named."""
 HOST_CONTEXT = 800 << 20
 """What a process of ours holds before it loads a model: Python, torch and transformers, 330 MiB of it code
 that the system could drop and read again (measured: 760 to 811 MiB)."""
-REFERENCE_SLICE = 1 << 22
-"""Weights that the reference kernel unpacks at a time (see kernels/reference.py)."""
 
 
 @dataclass(frozen=True)
@@ -131,32 +130,10 @@ def _activations(shape: ModelShape, form: Form, context: int) -> int:
 
 
 def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> int:
-    """What multiplying by quantized weights takes."""
-    largest, tokens = shape.largest_linear, PREFILL_CHUNK
-    if form.method == "int8":
-        # Inputs in float16 and int8, products in int32 and in float16.
-        return tokens * shape.widest * 9
-    if form.method == "nf4":
-        # Repacking: nibbles as int32, as bytes, in the new order, and both halves of the result. Else the
-        # whole weight in 16 bits.
-        return 7 * largest if packs_nf4 and not cuda else 2 * largest
-    if form.method == "gptq" and cuda:
-        # The kernel that needs no compiler unpacks a whole weight, in 16-bit integers and in the dtype; the
-        # others take less.
-        return largest * (2 + form.itemsize)
-    if form.method == "gptq":
-        # Of the kernel that needs more. The reference: a slice as integers, in float32 and in the dtype.
-        return max(min(largest, REFERENCE_SLICE) * (8 + form.itemsize), _digits(shape, form))
-    return 0
-
-
-def _digits(shape: ModelShape, form: Form) -> int:
-    """What our own kernels make of a chunk's activations: integers of 2 bytes, or 3 for float32, with a scale
-    and three sums a group (csrc/linear/linear.c; each thread's 300 KiB are in SLACK)."""
-    group = shape.format.default.group_size if shape.format else 0
-    group = min(group, 256) if group > 0 else 32
-    planes = 3 if form.itemsize == 4 else 2
-    return PREFILL_CHUNK * shape.widest * planes + PREFILL_CHUNK * shape.widest // group * 16
+    """The most that a kernel which may be used takes for one linear and one prefill chunk."""
+    kernels = planned(form.method, cuda=cuda, packs_nf4=packs_nf4)
+    needs = [k.workspace(linear, PREFILL_CHUNK, form.itemsize) for k in kernels for linear in shape.linears]
+    return max(needs, default=0)
 
 
 def _holes(shape: ModelShape, form: Form) -> int:

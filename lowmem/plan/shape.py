@@ -17,6 +17,7 @@ from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.headers.folder import TensorHeader, gguf_metadata, read_config_json, tensor_headers
 from lowmem.checkpoint.manifest import find_quantization
 from lowmem.errors import SourceError
+from lowmem.kernels.contract import LinearSpec
 
 _LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
 # Of old checkpoints, which no current model reads: masks and rotary tables, computed since.
@@ -68,7 +69,7 @@ class ModelShape:
     positions: int | None
     stored: str
     tensors: tuple[Tensor, ...]
-    linears: tuple[tuple[int, int], ...]
+    linears: tuple[LinearSpec, ...]
     format: QuantizationFormat | None
     learned_positions: int
     """Rows of a table of positions: a step reads one of them."""
@@ -76,19 +77,20 @@ class ModelShape:
     """Tensors are read whole, as a GGUF's are, not in slices."""
 
     @property
-    def widest(self) -> int:
-        """The most features that a linear has at one of its ends."""
-        return max((max(pair) for pair in self.linears), default=self.hidden)
+    def linear_sizes(self) -> frozenset[tuple[int, int]]:
+        """(in, out) of the linears."""
+        return frozenset((linear.in_features, linear.out_features) for linear in self.linears)
 
     @property
-    def largest_linear(self) -> int:
-        """Weights of the largest linear."""
-        return max((a * b for a, b in self.linears), default=0)
+    def widest(self) -> int:
+        """The most features that a linear has at one of its ends."""
+        return max((linear.widest for linear in self.linears), default=self.hidden)
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """Equal for two forms of one model, whatever their bits."""
-        return (self.layers, self.hidden, self.heads, self.kv_heads, self.vocab, self.positions, self.linears)
+        """Equal for two versions of one model, whatever their bits."""
+        counts = (self.layers, self.hidden, self.heads, self.kv_heads, self.vocab, self.positions)
+        return (*counts, self.linear_sizes)
 
 
 def read_shape(path: Path) -> ModelShape:
@@ -114,8 +116,8 @@ def as_converted(source: ModelShape, bits: int) -> ModelShape:
 
     Per linear: qweight and qzeros in 32-bit words, float16 scales, and the group of each input in 32 bits.
     """
-    inputs = [columns for columns, _ in source.linears]
-    group = next((g for g in GROUP_SIZES if all(n % g == 0 for n in inputs)), -1)
+    group = next((g for g in GROUP_SIZES if all(s.in_features % g == 0 for s in source.linears)), -1)
+    format = LinearFormat(bits, group)
     tensors = []
     for tensor in source.tensors:
         if not tensor.linear:
@@ -127,8 +129,14 @@ def as_converted(source: ModelShape, bits: int) -> ModelShape:
         nbytes = 4 * words + 2 * groups * out
         base = tensor.name.removesuffix(".weight")
         tensors.append(Tensor(f"{base}.qweight", tensor.shape, nbytes, tensor.layer, True, False))
-    format = QuantizationFormat(LinearFormat(bits, group))
-    return replace(source, tensors=tuple(tensors), format=format, whole_reads=False, stored="float16")
+    return replace(
+        source,
+        tensors=tuple(tensors),
+        linears=tuple(replace(linear, format=format) for linear in source.linears),
+        format=QuantizationFormat(format),
+        whole_reads=False,
+        stored="float16",
+    )
 
 
 def _shape(
@@ -138,7 +146,8 @@ def _shape(
     format: QuantizationFormat | None,
 ) -> ModelShape:
     tied = config.get("tie_word_embeddings") is not False and any(n.endswith(_EMBEDDINGS) for n in headers)
-    tensors, linears = [], set()
+    tensors: list[Tensor] = []
+    linears: dict[LinearSpec, None] = {}
     for name, header in headers.items():
         if name.endswith(_LEGACY) or (tied and name.endswith(_HEADS)):
             continue
@@ -147,15 +156,18 @@ def _shape(
         packed = format is not None and name.endswith(_PACKED)
         linear = layer >= 0 and not packed and len(header.shape) == 2 and name.endswith(".weight")
         if linear:
-            linears.add((header.shape[1], header.shape[0]))
+            bias = f"{name.removesuffix('.weight')}.bias" in headers
+            linears[LinearSpec(header.shape[1], header.shape[0], bias)] = None
         if packed and name.endswith(".qweight") and format is not None:
             if len(header.shape) != 2:
                 raise SourceError(
                     f"{header.file}: tensor {name!r} has shape {list(header.shape)}, not of two dimensions",
                     "See all that is wrong with: lowmem verify DIR",
                 )
-            bits = format.of_packed(name.removesuffix(".qweight")).bits
-            linears.add((header.shape[0] * 32 // bits, header.shape[1]))
+            base = name.removesuffix(".qweight")
+            own = format.of_packed(base)
+            inputs = header.shape[0] * 32 // own.bits
+            linears[LinearSpec(inputs, header.shape[1], f"{base}.bias" in headers, own)] = None
         tensors.append(Tensor(name, header.shape, header.nbytes, layer, packed, linear))
     layers = 1 + max((tensor.layer for tensor in tensors), default=-1)
     if layers > len(tensors):
@@ -184,7 +196,7 @@ def _shape(
         positions=_optional(config, "max_position_embeddings", "n_positions", "max_seq_len"),
         stored=_dtype(config, headers),
         tensors=tuple(tensors),
-        linears=tuple(sorted(linears)),
+        linears=tuple(linears),
         format=format,
         learned_positions=table.shape[0] if table else 0,
         whole_reads=any(header.file.endswith(".gguf") for header in headers.values()),

@@ -35,6 +35,7 @@ from lowmem.benchmarks.latency.timing import EngineTimer, token_ids
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels import dispatch
 from lowmem.kernels.native import library as native
+from lowmem.kernels.registry import Native
 from lowmem.plan.memory import need_on_device
 from tests.benchmarks.latency_helpers import LENGTHS, TASK, timings, write_model
 
@@ -232,7 +233,7 @@ def test_a_real_task(label: str, entries: list[PlannedVersion], monkeypatch: pyt
     assert [p.tokens for p in found.prompts] == [4, 8] and all(p.ttft > 0 for p in found.prompts)
     assert [(d.context, len(d.gaps)) for d in found.decodes] == [(6, 2), (20, 2)]
     assert found.peak_host_bytes >= entry.entrant.subject.weight_bytes and found.peak_device_bytes == 0
-    packed = dispatch.native_name() if native.available() else dispatch.REFERENCE
+    packed = Native().name if native.available() else dispatch.REFERENCE
     assert found.kernel == ("torch" if label == "bfloat16" else packed)
     assert from_json(Timings, json.loads(json.dumps(to_json(found)))) == found
 

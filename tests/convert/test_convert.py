@@ -63,7 +63,7 @@ def test_the_loaded_result_matches_its_dequantized_integers(family, bits, tmp_pa
     quantized = {n: m for n, m in loaded.model.named_modules() if isinstance(m, QuantLinear)}
     assert len(quantized) == 2 * (4 if "bigcode" in family else 7 if family in ("llama", "qwen2") else 6)
     for name, q in quantized.items():
-        weight = dequantize(q.qweight, q.qzeros, q.scales, q.g_idx, bits, torch.float32)
+        weight = dequantize(q)
         dense.get_submodule(name).weight.data = weight
     assert torch.allclose(logits(loaded.model), logits(dense), atol=1e-4, rtol=1e-4)
     if bits == 8:

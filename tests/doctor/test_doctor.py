@@ -20,8 +20,8 @@ from lowmem.doctor.facts import facts
 from lowmem.doctor.machine import Card, Machine, look
 from lowmem.doctor.report import Check, guarded, passed
 from lowmem.generate.decoders.contract import DecoderRefused
-from lowmem.kernels import dispatch
-from lowmem.kernels.trial import KernelChoice, PassedOver
+from lowmem.kernels import dispatch, gptqmodel
+from lowmem.kernels.dispatch import KernelChoice, PassedOver
 from lowmem.plan import bandwidth
 from tests.helpers import REPO
 
@@ -285,7 +285,7 @@ def test_a_card_that_fails_is_lines_and_no_traceback(monkeypatch: pytest.MonkeyP
     """There is no card here, so everything asked of cuda:0 raises: the doctor finishes all the same."""
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path))
     monkeypatch.setattr(bandwidth, "measure_host", lambda: 4e10)
-    monkeypatch.setattr(dispatch.cuda, "gptqmodel_candidates", lambda *_: ())  # it takes seconds
+    monkeypatch.setattr(gptqmodel, "backends", lambda *_: ())  # it takes seconds
     if torch.cuda.is_available():
         pytest.skip("here it would not fail")
     found = list(examine(HEALTHY))

@@ -1,4 +1,4 @@
-"""lowmem's own kernels behind QuantLinear: what they take and refuse, and what is used without them."""
+"""lowmem's own kernels behind QuantLinear: what they take and refuse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import subprocess
 import sys
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from torch import nn
 
-from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from lowmem.checkpoint.source.mapped import MappedFiles
 from lowmem.config import BITS, PREFILL_CHUNK
 from lowmem.doctor import kernels as doctor
-from lowmem.errors import InvalidRequestError
-from lowmem.kernels import dispatch, torch_ops
-from lowmem.kernels import trial as cuda
 from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.kernels.trial import sample_linear
-from lowmem.plan import memory
-from lowmem.plan.shape import ModelShape
+from lowmem.kernels.registry import Native
+from lowmem.kernels.trial import spec_of
 from tests.helpers import REPO
-from tests.rtn_helpers import rtn
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
@@ -55,7 +48,11 @@ def quant_linear(
 ) -> QuantLinear:
     """Random, with half of the scales negative. g_idx: the groups of the inputs; the default is in order."""
     made = QuantLinear(
-        inputs, outputs, bits=bits, group_size=group_size, bias=bias, zeros_v2=v2, dtype=torch.float32
+        inputs,
+        outputs,
+        LinearFormat(bits, group_size, sym, g_idx is not None, "gptq_v2" if v2 else "gptq"),
+        bias=bias,
+        dtype=torch.float32,
     )
     generator = torch.Generator().manual_seed(seed)
     groups = made.scales.shape[0]
@@ -370,122 +367,18 @@ assert threads() == before, (before, threads())
 
 
 @needs_native
-@pytest.mark.parametrize("form", ["float32", "bfloat16"])
-def test_the_plan_counts_the_workspace(form: str) -> None:
-    """For the widest linear and a whole chunk, the plan counts what the library requires."""
-    inputs, group = 2048, 64
-    linear = quant_linear(inputs, 128, 4, group)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_plan_counts_the_workspace(dtype: torch.dtype) -> None:
+    """Of a whole chunk: what the library takes is what the kernel states, besides the threads' own."""
+    linear = quant_linear(2048, 128, 4, 64)
     linear.use_native()
     assert linear.packed is not None
-    asked = native.library().lm_linear_workspace(
-        linear.packed.address, 8 * PREFILL_CHUNK, native_linear.PLANES[getattr(torch, form)]
+    taken = native.library().lm_linear_workspace(
+        linear.packed.address, 8 * PREFILL_CHUNK, native_linear.PLANES[dtype]
     )
-    shape = ModelShape(
-        "llama",
-        1,
-        inputs,
-        4,
-        4,
-        16,
-        100,
-        100,
-        form,
-        (),
-        ((inputs, 128),),
-        QuantizationFormat(LinearFormat(4, group)),
-        0,
-    )
-    counted = memory._digits(shape, memory.Form("gptq", form))
+    stated = Native().workspace(spec_of(linear), PREFILL_CHUNK, dtype.itemsize)
     threads = native.library().lm_threads()
-    assert counted <= asked <= counted + threads * (320 << 10) + (64 << 10)
-
-
-# What is chosen.
-
-
-class _Two(nn.Module):
-    """A linear that every kernel supports, and one with groups of 48."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.even = quant_linear(96, 64, 4, 32)
-        self.odd = quant_linear(96, 64, 4, 48)
-        self.to(dtype)
-        for linear in (self.even, self.odd):
-            linear.scales = linear.scales.half()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat((self.even(x), self.odd(x)), dim=-1)
-
-
-@pytest.mark.parametrize("way", ["native", "torch", "reference"])
-def test_every_kernel_computes_the_same_model(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "native" and not native.available():
-        pytest.skip(native.why_not())
-    model = _Two(torch.bfloat16)
-    x = torch.randn(7, 96).bfloat16()
-    right = torch.cat((exact(model.even, x), exact(model.odd, x)), dim=-1)
-    monkeypatch.setenv(dispatch.VARIABLE, way)
-    name = dispatch.install(model, LinearFormat(4, 32), CPU, torch.bfloat16)
-    assert error(model(x), right) < 5e-3
-    if way == "native":
-        assert name == f"lowmem {native.isa_name()} 1, reference 1" and model.even.row_invariant
-    elif way == "torch":
-        assert name == "TorchInt4Linear 1, reference 1" and not isinstance(model.even, QuantLinear)
-    else:
-        assert name == "reference" and not model.even.row_invariant
-
-
-def test_without_a_library_torchs_operators_are_next_and_then_the_reference(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    monkeypatch.setattr(native, "_load", lambda: "not compiled: install a C compiler")
-    four = dispatch.choose_kernel(CPU, LinearFormat(4, 128), torch.bfloat16)
-    assert four.name == "TorchInt4Linear" and "torch's own operators" in four.reason
-    assert "install a C compiler" in str(four.passed_over[0])
-    for format, dtype, words in (
-        (LinearFormat(3, 64), torch.bfloat16, "for 4 bits"),
-        (LinearFormat(8, 128), torch.bfloat16, "8 bits without groups"),
-        (LinearFormat(4, 128), torch.float32, "for bfloat16, not float32"),
-    ):
-        choice = dispatch.choose_kernel(CPU, format, dtype)
-        assert choice.name == dispatch.REFERENCE and "slowly" in choice.reason
-        assert any(words in str(over) for over in choice.passed_over)
-    eight = dispatch.choose_kernel(CPU, LinearFormat(8, -1), torch.bfloat16)
-    assert eight.name == "TorchInt8Linear"
-
-
-def test_a_kernel_that_does_not_exist_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.VARIABLE, "fast")
-    with pytest.raises(InvalidRequestError, match=r"LOWMEM_CPU_KERNEL=fast.*native, torch or reference"):
-        dispatch.choose_kernel(CPU, LinearFormat(4, 128), torch.bfloat16)
-
-
-@pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (4, -1), (4, 512), (8, -1)])
-def test_torchs_operators_are_the_reference(bits: int, group_size: int, sym: bool, v2: bool) -> None:
-    """By the same trial as every third-party kernel, with more outputs than one slice has."""
-    format = LinearFormat(bits, group_size, sym, layout="gptq_v2" if v2 else "gptq")
-    offered = torch_ops.candidates(format, torch.bfloat16)
-    if bits == 8 and not sym:
-        assert offered == ()
-        return
-    sample = sample_linear(format, CPU, torch.bfloat16, 1024, 192, seed=5)
-    right = cuda._expected(torch.ones(3, 1024), sample)
-    kernel, problem = cuda.trial(offered[0], sample, torch.bfloat16)
-    assert kernel is not None, problem
-    got = kernel(torch.ones(1, 3, 1024, dtype=torch.bfloat16))
-    assert got.shape == (1, 3, 192) and error(got[0], right.double()) < 0.01
-    assert {"qweight", "qzeros", "g_idx"}.isdisjoint(dict(kernel.named_buffers()))  # no second copy
-
-
-def test_torchs_operators_refuse_scattered_groups() -> None:
-    format = LinearFormat(4, 32, desc_act=True)
-    sample = sample_linear(format, CPU, torch.bfloat16)
-    kernel, problem = cuda.trial(torch_ops.candidates(format, torch.bfloat16)[0], sample, torch.bfloat16)
-    assert kernel is None and "group by group" in problem
+    assert stated <= taken <= stated + threads * (320 << 10) + (64 << 10)
 
 
 # The doctor.
@@ -508,21 +401,3 @@ def test_the_doctor_says_what_to_do_without_it(monkeypatch: pytest.MonkeyPatch) 
     assert not isinstance(check, str)
     assert check.status == "warning" and check.advice == "Install a C compiler"
     assert check.detail == "not compiled when it was installed"
-
-
-@needs_native
-def test_a_model_with_scattered_groups_gets_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in act-order checkpoints of other tools: install accepts them, and outputs are equal."""
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    torch.manual_seed(0)
-    dense = nn.Linear(256, 64)
-    packed = rtn(dense.weight, 4, 64, act_order_seed=4)
-    linear = QuantLinear(256, 64, bits=4, group_size=64, bias=True, dtype=torch.float32)
-    linear.qweight, linear.qzeros = pack_rows(packed.q, 4), pack_zeros(packed.zeros, 4)
-    linear.scales, linear.g_idx, linear.bias = packed.scales, packed.g_idx, dense.bias.data
-    model = nn.Sequential(linear)
-    x = torch.randn(4, 256)
-    dense.weight.data = packed.weight()
-    name = dispatch.install(model, replace(LinearFormat(4, 64), desc_act=True), CPU, torch.float32)
-    assert name == dispatch.native_name() and linear.order is not None
-    assert error(model(x), dense(x).detach().double()) < 1e-5

@@ -31,7 +31,7 @@ def test_equals_the_dense_linear(bits: int, bias: bool, group_size: int) -> None
     dense = nn.Linear(64, 96, bias=bias)
     packed = rtn(dense.weight, bits, group_size)
     dense.weight.data = packed.weight()
-    linear = QuantLinear(64, 96, bits=bits, group_size=group_size, bias=bias, device="meta")
+    linear = QuantLinear(64, 96, LinearFormat(bits, group_size), bias=bias, device="meta")
     shapes = {name: buffer.shape for name, buffer in linear.named_buffers()}
     filled(linear, packed, dense.bias.data if bias else None)
     assert {name: buffer.shape for name, buffer in linear.named_buffers()} == shapes

@@ -1,10 +1,15 @@
-"""The oracle itself, against the formula in float64 and against hand-computed numbers."""
+"""The reference kernel against the formula in float64 and against numbers computed by hand."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from lowmem.checkpoint import dequantize as stored_weights
+from lowmem.checkpoint.dequantize import PackedWeight, dequantize
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS
 from lowmem.kernels import reference
@@ -13,14 +18,15 @@ from tests.rtn_helpers import rtn
 
 def packed(
     bits: int, n_in: int = 96, n_out: int = 64, act_order: bool = False, v2: bool = False
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]:
-    """Stored tensors, and the float64 weight [out, in] that they stand for."""
+) -> tuple[PackedWeight, torch.Tensor]:
+    """A packed weight, and the same in float64 [out, in]."""
     weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(bits))
     r = rtn(weight, bits, 32, act_order_seed=1 if act_order else None)
     zeros = pack_rows(r.zeros.T, bits).T.contiguous() if v2 else pack_zeros(r.zeros, bits)
     rows = r.g_idx.long()
     exact = (r.q.double() - r.zeros.double()[rows]) * r.scales.double()[rows]
-    return (pack_rows(r.q, bits), zeros, r.scales, r.g_idx, bits), exact.T
+    format = LinearFormat(bits, 32, False, act_order, "gptq_v2" if v2 else "gptq")
+    return PackedWeight(format, pack_rows(r.q, bits), zeros, r.scales, r.g_idx), exact.T
 
 
 @pytest.mark.parametrize("slice_values", [1, 96 * 40, 1 << 22], ids=["32-columns", "ragged", "whole"])
@@ -30,10 +36,10 @@ def packed(
 def test_dequantize_is_the_formula(
     bits: int, v2: bool, act_order: bool, slice_values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_SLICE_VALUES", slice_values)
+    monkeypatch.setattr(stored_weights, "SLICE_WEIGHTS", slice_values)
     stored, exact = packed(bits, act_order=act_order, v2=v2)
     # An integer below 256 times a float16 scale has at most 8 + 11 bits: float32 holds it exactly.
-    assert torch.equal(reference.dequantize(*stored, torch.float32, v2=v2).double(), exact)
+    assert torch.equal(dequantize(stored).double(), exact)
 
 
 def test_by_hand() -> None:
@@ -45,7 +51,8 @@ def test_by_hand() -> None:
     scales = torch.ones(2, 8).half()
     scales[0, 0], scales[1, 0] = 0.5, 0.25
     g_idx = torch.arange(16, dtype=torch.int32) // 8
-    weight = reference.dequantize(pack_rows(q, 4), pack_zeros(zeros, 4), scales, g_idx, 4)
+    packed = PackedWeight(LinearFormat(4, 8), pack_rows(q, 4), pack_zeros(zeros, 4), scales, g_idx)
+    weight = dequantize(packed)
     assert weight.shape == (8, 16)
     assert weight[0, 0] == (9 - 8) * 0.5
     assert weight[0, 8] == (3 - 5) * 0.25
@@ -62,12 +69,12 @@ def test_by_hand() -> None:
 def test_linear_against_float64(
     bits: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "_SLICE_VALUES", 96 * 40)
+    monkeypatch.setattr(stored_weights, "SLICE_WEIGHTS", 96 * 40)
     stored, exact = packed(bits)
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(2, 5, 96, generator=generator, dtype=torch.float64)
     bias = torch.randn(64, generator=generator, dtype=torch.float64)
-    result = reference.linear(x.to(dtype), *stored, bias.to(dtype))
+    result = reference.linear(x.to(dtype), replace(stored, bias=bias.to(dtype)))
     assert result.dtype is dtype and result.shape == (2, 5, 64)
     expected = x @ exact.T + bias
     assert (result.double() - expected).abs().max() <= tolerance * expected.abs().max()
@@ -79,4 +86,4 @@ def test_rounding_to_nearest_is_within_a_step() -> None:
     stored, _ = packed(8)
     r = rtn(weight, 8, 32)
     step = r.scales.float()[r.g_idx.long()].T
-    assert bool(((reference.dequantize(*stored) - weight).abs() <= step).all())
+    assert bool(((dequantize(stored) - weight).abs() <= step).all())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.errors import MemoryBudgetError
+from lowmem.kernels.contract import LinearSpec
 from lowmem.plan.candidates import Candidate, by_bits, convertible, ranked
 from lowmem.plan.device import parse_bytes
 from lowmem.plan.memory import HOST_CONTEXT, Form, need_of_split, need_on_device
@@ -40,7 +41,7 @@ def shape_of(layers: int = 4, hidden: int = 512, heads: int = 8, kv_heads: int =
         positions=8192,
         stored="float16",
         tensors=tuple(tensors),
-        linears=linears,
+        linears=tuple(LinearSpec(inputs, outputs) for inputs, outputs in linears),
         format=None,
         learned_positions=0,
     )
@@ -222,7 +223,7 @@ def test_ceiling_is_bytes_over_bandwidth() -> None:
 
 def test_groups_and_words_of_a_conversion() -> None:
     """576 inputs are no multiple of 128: groups of 64, as the converter chooses."""
-    shape = replace(shape_of(), linears=((576, 576), (512, 576)))
+    shape = replace(shape_of(), linears=(LinearSpec(576, 576), LinearSpec(512, 576)))
     assert as_converted(shape, 4).format == QuantizationFormat(LinearFormat(4, 64))
     assert as_converted(shape_of(), 3).format == QuantizationFormat(LinearFormat(3, 128))
 

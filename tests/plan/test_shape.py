@@ -96,7 +96,7 @@ def test_headers_and_probe_agree(family: str, tmp_path: Path) -> None:
     sizes = {(linear.in_features, linear.out_features) for linear in linears}
     assert shape.model_type == architecture.model_type
     assert shape.layers == len(architecture.layers)
-    assert set(shape.linears) == sizes and sum(t.linear for t in shape.tensors) == len(linears)
+    assert shape.linear_sizes == sizes and sum(t.linear for t in shape.tensors) == len(linears)
     assert shape.widest == max(max(pair) for pair in sizes)
     assert sum(t.numel for t in shape.tensors) == sum(
         torch.Size(s).numel() for s in architecture.shapes.values()

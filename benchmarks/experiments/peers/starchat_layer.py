@@ -196,10 +196,10 @@ def measure(work: Path, names: Sequence[str], report: Path) -> None:
     import torch
     from torch import nn
 
+    from lowmem.checkpoint.dequantize import PackedWeight, dequantize
     from lowmem.checkpoint.files.shards import read_shards
     from lowmem.checkpoint.manifest import read_quantization
     from lowmem.checkpoint.source.open import open_source
-    from lowmem.kernels.reference import dequantize
     from lowmem.models.architecture import build_model, decoder_layers, inspect
     from lowmem.streaming.layer_calls import catch_calls, embed
     from lowmem.streaming.weights import ModelWeights, empty, put
@@ -226,10 +226,8 @@ def measure(work: Path, names: Sequence[str], report: Path) -> None:
 
     def packed(name: str, linear: str) -> torch.Tensor:
         format = formats[name].of_packed(linear)
-        words, zeros, scales, groups = (
-            shards[name].read(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
-        )
-        return dequantize(words, zeros, scales, groups, format.bits, v2=format.zeros_v2)
+        parts = (shards[name].read(f"{linear}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx"))
+        return dequantize(PackedWeight(format, *parts))
 
     for index, spec in enumerate(arch.layers):
         layer = layers[index]

@@ -262,7 +262,8 @@ def open_runtime(
 
     from lowmem.config import SamplingParams
     from lowmem.generate.engine import Engine
-    from lowmem.kernels import trial as cuda
+    from lowmem.kernels import dispatch
+    from lowmem.kernels.registry import gptqmodel_kernels
     from lowmem.loading.loader import load
 
     torch.set_num_threads(threads)
@@ -274,9 +275,9 @@ def open_runtime(
     if method == "gptqmodel":
         if loaded.format is None:
             raise LowmemError(f"{path} is not quantized")
-        device, format = torch.device("cpu"), loaded.format.default
-        candidates = cuda.gptqmodel_candidates(format, device, loaded.dtype)
-        kernel = cuda.replace_linears(loaded.model, format, device, loaded.dtype, candidates).name
+        specs = dispatch.linear_specs(loaded.model, "cpu")
+        kernels = gptqmodel_kernels(list(specs.values()), torch.device("cpu"))
+        kernel = dispatch.replace_linears(loaded.model, specs, kernels, loaded.dtype).name
     seconds = time.perf_counter() - start
     engine = Engine(loaded.model, context=context, speculate=False)
     prompt = prompt_of(prompt_tokens, int(loaded.model.get_input_embeddings().weight.shape[0]))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem.checkpoint.dequantize import PackedWeight
+from lowmem.checkpoint.dequantize import PackedWeight, dequantize
 from lowmem.checkpoint.files.links import leads_outside
 from lowmem.checkpoint.files.patterns import (
     CODE_SUFFIXES,
@@ -216,7 +216,7 @@ class Source(ABC):
             raise SourceError(
                 f"tensor {linear}.g_idx names groups {low} to {high} of {shapes.groups}", _MISMATCH
             )
-        return PackedWeight(**parts, bits=format.bits, zeros_v2=format.zeros_v2).dequantize()
+        return dequantize(PackedWeight(format, **parts))
 
     # ---- names
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from lowmem.checkpoint.dequantize import PackedLinear
 from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
 from lowmem.config import BITS
+from lowmem.kernels.contract import Unsuitable
 from lowmem.kernels.native.header import PAIRED, TILE_OUTPUTS, LmDense, LmMatrix, LmPacked
 from lowmem.kernels.native.library import TYPES, loaded, running, workspace
-from lowmem.kernels.trial import PackedLinear
 
 PLANES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
 """Bytes of an activation's integer, by the dtype of the activations. 16-bit ones may take fewer: see
@@ -45,8 +46,6 @@ def planes_of(activation_bits: int) -> int:
     return _PLANES_BY_BITS[activation_bits]
 
 
-class Unsuitable(ValueError):
-    """The library does not support this weight; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Kernels in the place of packed linears: GPTQModel's own on the CPU, and fakes for what a card could do.
+"""The trial of a kernel against the reference: GPTQModel's kernels on the CPU, and fakes for those on a card.
 
-Importing GPTQModel patches transformers, so what needs it runs in a process of its own (this file, as a
-script) and its findings are read back.
+Importing GPTQModel patches transformers, so the tests that need it run in a process of their own (this file,
+as a script), whose findings are read back.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,16 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
-from lowmem.kernels import dispatch, reference
-from lowmem.kernels import gptqmodel as gptqmodel_kernels
-from lowmem.kernels.gptqmodel import Candidate
+from lowmem.kernels import gptqmodel, reference
+from lowmem.kernels.contract import LinearSpec
+from lowmem.kernels.dispatch import REFERENCE, Installed, best_kernel, linear_specs, replace_linears
+from lowmem.kernels.gptqmodel import Backend, Scratch
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.kernels.trial import (
-    REFERENCE,
-    PackedLinear,
-    best_kernel,
-    replace_linears,
-    sample_linear,
-    trial,
-)
+from lowmem.kernels.registry import GPTQModelKernel, gptqmodel_kernels
+from lowmem.kernels.trial import sample_linear, sample_spec, trial
 from lowmem.loading.loader import load
 from tests.helpers import REPO, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -63,28 +60,25 @@ class RightKernel(nn.Module):
         self.qweight.bitwise_not_()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reference.linear(
-            x, ~self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.bias, v2=True
-        )
+        return reference.linear(x, self.weight())
+
+    def weight(self, layout: str = "gptq_v2") -> PackedWeight:
+        format = LinearFormat(self.bits, 32, layout=layout)
+        return PackedWeight(format, ~self.qweight, self.qzeros, self.scales, self.g_idx, self.bias)
 
 
 class OffByOne(RightKernel):
-    """Forgets that format v1 stores zero-points less one."""
+    """Forgets that layout v1 stores zero-points less one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reference.linear(
-            x, ~self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, self.bias, v2=False
-        )
+        return reference.linear(x, self.weight("gptq"))
 
 
 class PositiveScales(RightKernel):
-    """Takes a scale's sign for a mistake."""
+    """Drops the sign of a scale."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scales = self.scales.abs()
-        return reference.linear(
-            x, ~self.qweight, self.qzeros, scales, self.g_idx, self.bits, self.bias, v2=True
-        )
+        return reference.linear(x, replace(self.weight(), scales=self.scales.abs()))
 
 
 class NanForManyRows(RightKernel):
@@ -126,8 +120,19 @@ class NeedsScratch(RightKernel):
         super().post_init()
 
 
-def candidates(*kernels: type[nn.Module]) -> tuple[Candidate, ...]:
-    return tuple(Candidate(kernel.__name__, lambda kernel=kernel: kernel) for kernel in kernels)
+class FakeBackend(Backend):
+    """A class of this file as if it were GPTQModel's."""
+
+    def __init__(self, cls: type[nn.Module], scratch: Scratch | None = None) -> None:
+        super().__init__(cls.__name__, scratch=scratch)
+        self.cls = cls
+
+    def select(self, format: LinearFormat, device: str, dtype: torch.dtype) -> type[nn.Module]:
+        return self.cls
+
+
+def fakes(*classes: type[nn.Module], scratch: Scratch | None = None) -> tuple[GPTQModelKernel, ...]:
+    return tuple(GPTQModelKernel(FakeBackend(cls, scratch)) for cls in classes)
 
 
 def tensors_of(linear: Any) -> dict[str, torch.Tensor]:
@@ -149,19 +154,16 @@ FORMATS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_right_kernel_is_trusted_and_wrong_ones_are_not(format: LinearFormat, dtype: torch.dtype) -> None:
     """At every width: a zero-point off by one, a lost sign and a NaN are all seen, in every dtype."""
-    choice = best_kernel(
-        format, CPU, dtype, candidates(OffByOne, PositiveScales, NanForManyRows, RightKernel, RaisesAtInit)
-    )
-    assert choice.name == "RightKernel" and choice.cls is RightKernel
+    kernels = fakes(OffByOne, PositiveScales, NanForManyRows, RightKernel, RaisesAtInit)
+    choice = best_kernel(kernels, CPU, format, dtype)
+    assert choice.name == "RightKernel"
     assert [over.kernel for over in choice.passed_over] == ["OffByOne", "PositiveScales", "NanForManyRows"]
     assert all("differs from the reference" in over.reason for over in choice.passed_over)
-    assert [candidate.name for candidate in choice.candidates] == ["RightKernel", "RaisesAtInit"]
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_the_sample_is_of_its_format(format: LinearFormat) -> None:
-    sample = sample_linear(format, CPU, torch.bfloat16)
-    assert isinstance(sample, PackedLinear)
+    sample = sample_linear(sample_spec(format), CPU)
     zeros = unpack_zeros(sample.qzeros, format.bits, v2=format.zeros_v2)
     assert bool((zeros == 1 << (format.bits - 1)).all()) == format.sym
     assert 0.2 < float((sample.scales < 0).float().mean()) < 0.8
@@ -171,32 +173,32 @@ def test_the_sample_is_of_its_format(format: LinearFormat) -> None:
 @pytest.mark.parametrize("kernel", [RaisesAtInit, RaisesWhenRepacking, OffByOne])
 def test_after_a_failure_the_linear_is_what_it_was(kernel: type[nn.Module]) -> None:
     """A kernel that repacked in place and then failed must not leave its words behind."""
-    sample = sample_linear(FORMATS[3], CPU, torch.float32)
+    sample = sample_linear(sample_spec(FORMATS[3]), CPU)
     before = tensors_of(sample)
-    found, problem = trial(candidates(kernel)[0], sample, torch.float32)
+    found, problem = trial(fakes(kernel)[0], sample, torch.float32)
     assert found is None and problem and "\n" not in problem
     assert all(torch.equal(tensor, getattr(sample, part)) for part, tensor in before.items())
 
 
 def test_out_of_memory_is_no_verdict_on_a_kernel() -> None:
     """It goes up to whoever planned, and the linear is whole."""
-    sample = sample_linear(FORMATS[3], CPU, torch.float32)
+    sample = sample_linear(sample_spec(FORMATS[3]), CPU)
     before = tensors_of(sample)
     with pytest.raises(torch.OutOfMemoryError):
-        best_kernel(FORMATS[3], CPU, torch.float32, candidates(OutOfMemory, RightKernel))
+        best_kernel(fakes(OutOfMemory, RightKernel), CPU, FORMATS[3], torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
-        trial(candidates(OutOfMemory)[0], sample, torch.float32)
+        trial(fakes(OutOfMemory)[0], sample, torch.float32)
     assert all(torch.equal(tensor, getattr(sample, part)) for part, tensor in before.items())
 
 
 def test_without_a_kernel_the_reference_stays() -> None:
-    choice = best_kernel(FORMATS[0], CPU, torch.float32, candidates(RaisesAtInit, RaisesWhenRepacking))
-    assert choice.name == REFERENCE and choice.cls is None and not choice.candidates
+    choice = best_kernel(fakes(RaisesAtInit, RaisesWhenRepacking), CPU, FORMATS[0], torch.float32)
+    assert choice.name == REFERENCE
     assert [str(over) for over in choice.passed_over] == [
         "RaisesAtInit: needs nvcc",
         "RaisesWhenRepacking: no kernel image is available for execution on the device",
     ]
-    assert best_kernel(FORMATS[0], CPU, torch.float32, ()).name == REFERENCE
+    assert best_kernel((), CPU, FORMATS[0], torch.float32).name == REFERENCE
 
 
 class _Pair(nn.Module):
@@ -210,8 +212,8 @@ class _Pair(nn.Module):
 
     @staticmethod
     def _linear(outputs: int, bits: int, seed: int) -> QuantLinear:
-        made = QuantLinear(64, outputs, bits=bits, group_size=32, bias=True)
-        sample = sample_linear(LinearFormat(bits, 32), CPU, torch.float32, 64, outputs, seed)
+        made = QuantLinear(64, outputs, LinearFormat(bits, 32), bias=True)
+        sample = sample_linear(LinearSpec(64, outputs, True, made.format), CPU, seed=seed)
         for part in ("qweight", "qzeros", "scales", "g_idx", "bias"):
             setattr(made, part, getattr(sample, part))
         return made
@@ -224,16 +226,16 @@ FOUR_BITS = LinearFormat(4, 32)
 ROWS = torch.randn(5, 64, generator=torch.Generator().manual_seed(3))
 
 
-def replace(model: nn.Module, *kernels: type[nn.Module], **options: Any) -> Any:
-    return replace_linears(model, FOUR_BITS, CPU, torch.float32, candidates(*kernels), **options)
+def put(model: nn.Module, *classes: type[nn.Module], **options: Any) -> Installed:
+    return replace_linears(model, linear_specs(model, "cpu"), fakes(*classes), torch.float32, **options)
 
 
 def test_every_linear_gets_the_kernel_and_the_model_computes_the_same() -> None:
     model = _Pair()
     buffers = {name: getattr(model, name).qweight.data_ptr() for name in ("first", "second", "wide")}
     before = model(ROWS)
-    choice = replace(model, RightKernel)
-    assert choice.name == "RightKernel"
+    found = put(model, RightKernel)
+    assert found.name == "RightKernel"
     assert [type(module).__name__ for module in model.children()] == ["RightKernel"] * 3 + ["Linear"]
     assert torch.allclose(model(ROWS), before, atol=1e-5)
     # Handed over, not copied: the kernel holds the memory that the linear held.
@@ -243,20 +245,20 @@ def test_every_linear_gets_the_kernel_and_the_model_computes_the_same() -> None:
 def test_a_shape_that_the_best_kernel_refuses_gets_the_next() -> None:
     model = _Pair()
     before = model(ROWS)
-    choice = replace(model, OnlyWide, OffByOne, RightKernel)
-    assert choice.name == "RightKernel 2, OnlyWide 1"
+    found = put(model, OnlyWide, OffByOne, RightKernel)
+    assert found.name == "RightKernel 2, OnlyWide 1"
     assert torch.allclose(model(ROWS), before, atol=1e-5)
-    assert [over.kernel for over in choice.passed_over] == ["OnlyWide", "OffByOne"]
-    assert "(first)" in choice.passed_over[0].reason
+    assert list(found.passed_over) == ["OnlyWide", "OffByOne"]
+    assert "(first)" in found.passed_over["OnlyWide"]
 
 
 def test_what_no_kernel_can_compute_keeps_the_reference() -> None:
     model = _Pair()
     before = model(ROWS)
-    choice = replace(model, OnlyWide)
-    assert choice.name == "reference 2, OnlyWide 1" and isinstance(model.first, QuantLinear)
+    found = put(model, OnlyWide)
+    assert found.name == "reference 2, OnlyWide 1" and isinstance(model.first, QuantLinear)
     assert torch.allclose(model(ROWS), before, atol=1e-5)
-    assert replace(_Pair(), OffByOne).name == REFERENCE
+    assert put(_Pair(), OffByOne).name == REFERENCE
 
 
 def test_a_shape_is_tried_once_and_its_zero_points_each_time() -> None:
@@ -268,14 +270,14 @@ def test_a_shape_is_tried_once_and_its_zero_points_each_time() -> None:
             tried.append(len(x))
             return super().forward(x)
 
-    replace(_Pair(), Counted)
+    put(_Pair(), Counted)
     assert tried == [1, 64] * 2
     tried.clear()
     model = _Pair()
     zeros = unpack_zeros(model.second.qzeros, 4).int()
     zeros[0, 0] = 3
     model.second.qzeros = pack_rows((zeros - 1).T, 4).T.contiguous()
-    replace(model, Counted)
+    put(model, Counted)
     assert tried == [1, 64] * 3
 
 
@@ -300,8 +302,8 @@ def test_a_config_that_calls_other_zero_points_symmetric_is_not_believed() -> No
     zeros[1, 7] = 3
     model.second.qzeros = pack_rows((zeros - 1).T, 4).T.contiguous()
     before = model(ROWS)
-    choice = replace(model, _TakesTheMiddle)
-    assert choice.name == "_TakesTheMiddle 2, reference 1" and isinstance(model.second, QuantLinear)
+    found = put(model, _TakesTheMiddle)
+    assert found.name == "_TakesTheMiddle 2, reference 1" and isinstance(model.second, QuantLinear)
     assert torch.allclose(model(ROWS), before, atol=1e-5)
 
 
@@ -311,10 +313,9 @@ def test_one_zero_point_beside_the_middle_is_enough() -> None:
     zeros = unpack_zeros(model.first.qzeros, 8).int()
     zeros[1, 7] = 127
     model.first.qzeros = pack_rows((zeros - 1).T, 8).T.contiguous()
-    kernels = candidates(_TakesTheMiddle)
-    choice = replace_linears(model, LinearFormat(8, 32), CPU, torch.bfloat16, kernels)
-    assert isinstance(model.first, QuantLinear) and choice.name == "_TakesTheMiddle 2, reference 1"
-    assert "only symmetric" in choice.passed_over[0].reason
+    found = replace_linears(model, linear_specs(model, "cpu"), fakes(_TakesTheMiddle), torch.bfloat16)
+    assert isinstance(model.first, QuantLinear) and found.name == "_TakesTheMiddle 2, reference 1"
+    assert "only symmetric" in found.passed_over["_TakesTheMiddle"]
 
 
 def test_zero_points_of_zero_are_converted_field_by_field() -> None:
@@ -323,25 +324,22 @@ def test_zero_points_of_zero_are_converted_field_by_field() -> None:
     zeros = torch.full((2, 64), 8)
     zeros[0, 0] = 0
     model.first.qzeros = pack_rows(zeros.T, 4).T.contiguous()
-    model.first.zeros_v2 = True
+    model.first.format = LinearFormat(4, 32, layout="gptq_v2")
     before = model(ROWS)
-    replace(model, RightKernel)
+    put(model, RightKernel)
     assert isinstance(model.first, RightKernel)
     assert torch.allclose(model(ROWS), before, atol=1e-5)
 
 
 def test_linears_elsewhere_are_left_alone() -> None:
-    """Layers that a plan keeps on the CPU keep the reference when the card's linears are replaced."""
-    model = _Pair()
-    choice = replace_linears(
-        model, FOUR_BITS, torch.device("cuda", 0), torch.float32, candidates(RaisesAtInit)
-    )
-    assert choice.name == REFERENCE and isinstance(model.first, QuantLinear)
+    """Layers that a plan keeps on the CPU are not among the card's linears."""
+    assert set(linear_specs(_Pair(), "cpu")) == {"first", "second", "wide"}
+    assert linear_specs(_Pair(), "cuda") == {}
 
 
 def test_the_user_hears_of_a_kernel_before_it_is_tried() -> None:
     heard: list[str] = []
-    replace(_Pair(), RaisesAtInit, RightKernel, notify=heard.append)
+    put(_Pair(), RaisesAtInit, RightKernel, notify=heard.append)
     assert [line.split()[1] for line in heard] == ["RaisesAtInit", "RightKernel"]
 
 
@@ -351,30 +349,11 @@ def test_a_gptqmodel_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.Mon
     def broken() -> Any:
         raise AttributeError("module 'transformers' has no attribute 'no_init_weights'")
 
-    monkeypatch.setattr(gptqmodel_kernels, "_import_gptqmodel", broken)
-    choice = best_kernel(FOUR_BITS, CPU, torch.float32)
+    monkeypatch.setattr(gptqmodel, "_import_gptqmodel", broken)
+    kernels = gptqmodel_kernels([sample_spec(FOUR_BITS)], CPU)
+    choice = best_kernel(kernels, CPU, FOUR_BITS, torch.float32)
     assert choice.name == REFERENCE
     assert "GPTQModel: cannot be imported: module 'transformers'" in str(choice.passed_over[0])
-
-
-def test_on_a_cpu_gptqmodel_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes seconds to import, and the CPU's kernels are ours: test_native_linear.py has the choice."""
-
-    def asked(*_: Any) -> Any:
-        raise AssertionError("GPTQModel was asked")
-
-    monkeypatch.setattr(gptqmodel_kernels, "_import_gptqmodel", asked)
-    monkeypatch.setenv(dispatch.VARIABLE, "reference")
-    write_rtn_checkpoint(tiny_model("llama"), tmp_path / "q")
-    loaded = load(tmp_path / "q")
-    assert loaded.format is not None
-    assert dispatch.install(loaded.model, loaded.format.default, CPU, loaded.dtype) == REFERENCE
-    assert any(isinstance(module, QuantLinear) for module in loaded.model.modules())
-    choice = dispatch.choose_kernel(CPU, FOUR_BITS, torch.float32)
-    assert choice.name == REFERENCE and "LOWMEM_CPU_KERNEL" in choice.reason
-    monkeypatch.delenv(dispatch.VARIABLE)
-    assert dispatch.install(loaded.model, loaded.format.default, CPU, loaded.dtype)
-    assert dispatch.choose_kernel(CPU, FOUR_BITS, torch.float32).name
 
 
 # GPTQModel's own kernels, in a process of their own.
@@ -396,7 +375,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         write_rtn_checkpoint(tiny_model(kind, layers=1), out, bits=bits, group_size=size, tokenizer=True)
     environment = {**os.environ, "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_cuda_kernels", str(folder)],
+        [sys.executable, "-m", "tests.kernels.test_trial", str(folder)],
         cwd=REPO,
         env=environment,
         capture_output=True,
@@ -454,33 +433,29 @@ def test_exllamas_scratch_is_one_weight_and_kept(twins: dict[str, Any]) -> None:
 
 
 def _with_kernels(folder: Path, dtype: torch.dtype, names: tuple[str, ...] | None) -> dict[str, Any]:
-    from lowmem.kernels.gptqmodel import gptqmodel_candidates
-
     loaded = load(folder, dtype=dtype)
-    assert loaded.format is not None
     ids = torch.arange(24).view(2, 12)
     with torch.inference_mode():
         before = loaded.model(ids).logits.float()
+    specs = linear_specs(loaded.model, "cpu")
     # The AVX-512 kernel is left out: a compiler builds it for a minute on first use.
-    found = tuple(
-        candidate
-        for candidate in gptqmodel_candidates(loaded.format.default, CPU, dtype)
-        if candidate.name != "TorchCpuAvx512Linear" and (names is None or candidate.name in names)
-    )
-    choice = replace_linears(loaded.model, loaded.format.default, CPU, dtype, found)
+    kernels = [
+        kernel
+        for kernel in gptqmodel_kernels(list(specs.values()), CPU)
+        if kernel.name != "TorchCpuAvx512Linear" and (names is None or kernel.name in names)
+    ]
+    found = replace_linears(loaded.model, specs, kernels, dtype)
     with torch.inference_mode():
         after = loaded.model(ids).logits.float()
     return {
-        "kernel": choice.name,
-        "passed_over": [str(over) for over in choice.passed_over],
+        "kernel": found.name,
+        "passed_over": [": ".join(over) for over in found.passed_over.items()],
         "left": sum(isinstance(module, QuantLinear) for module in loaded.model.modules()),
         "error": float((after - before).norm() / before.norm()),
     }
 
 
 def _main(folder: Path) -> None:
-    from lowmem.kernels.gptqmodel import gptqmodel_candidates
-
     environment = dict(os.environ)
     found: dict[str, Any] = {}
     for kind, bits, _, name in TWINS:
@@ -497,11 +472,13 @@ def _main(folder: Path) -> None:
     found["environment"] = sorted(changed - {"TORCHINDUCTOR_CACHE_DIR", "GPTQ_TORCH_TRITON_DEQUANT"})
     card = torch.device("cuda", 0)
     found["cuda"] = {
-        str(bits): [c.name for c in gptqmodel_candidates(LinearFormat(bits, 128), card, torch.float16)]
+        str(bits): [b.name for b in gptqmodel.backends([sample_spec(LinearFormat(bits, 128))], card)]
         for bits in (8, 4, 3, 2)
     }
     model = _Pair()
-    replace(model, NeedsScratch)
+    specs = linear_specs(model, "cpu")
+    scratch = Scratch(max(spec.weights for spec in specs.values()))
+    replace_linears(model, specs, fakes(NeedsScratch, scratch=scratch), torch.float32)
     spaces: list[Any] = [model.first.scratch_space, model.wide.scratch_space]
     found["scratch"] = {
         "halves": spaces[0].scratch.numel(),

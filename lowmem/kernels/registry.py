@@ -1,0 +1,255 @@
+"""Every kernel: what it takes, what it needs, and where its code is. Importing this module needs no torch.
+
+To add a kernel, write the module that computes and list a Kernel here, in `kernels_for` or `planned`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from lowmem.config import SLICE_WEIGHTS
+from lowmem.errors import InvalidRequestError
+from lowmem.kernels.contract import Kernel, LinearSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from lowmem.kernels.gptqmodel import Backend
+
+VARIABLE = "LOWMEM_CPU_KERNEL"
+
+
+class Native(Kernel):
+    """Our kernels in C (native/linear.py). They read a weight in the layout of its file, mapped or not."""
+
+    row_invariant = True
+    trusted = True
+
+    def __init__(self, activation_bits: int | None = None) -> None:
+        """activation_bits: see QuantLinear.use_native."""
+        self.activation_bits = activation_bits
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """With the instruction set, where the library is there."""
+        from lowmem.kernels.native import library
+
+        return f"lowmem {library.isa_name()}" if library.available() else "lowmem's own"
+
+    @property
+    def about(self) -> str:  # type: ignore[override]
+        """With whose threads they run on."""
+        from lowmem.kernels.native import library
+
+        own = "torch's threads" if library.threads_are_torchs() else "threads of their own"
+        return f"our own kernels, on {own}"
+
+    def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
+        """See Kernel."""
+        from lowmem.kernels.native import library
+
+        if problem := _not_packed_on_cpu(spec, device):
+            return problem
+        return _odd_groups(spec) or library.why_not()
+
+    def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:
+        """Activations as integers of 2 bytes, or 3 for float32, with a scale and three sums for each group.
+
+        As lm_linear_workspace of csrc/linear/linear.c, without the 300 KiB of each thread.
+        """
+        size = spec.format.group_size if spec.format else 0
+        group = min(size, 256) if size > 0 else 32
+        values = rows * spec.in_features
+        return values * (3 if itemsize == 4 else 2) + values // group * 16
+
+    def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
+        """See Kernel. linear: a QuantLinear."""
+        module: nn.Module = linear
+        linear.use_native(self.activation_bits)
+        return module
+
+
+class TorchOperators(Kernel):
+    """torch's own operators for integer weights on a CPU (torch_ops.py): 4 and 8 bits in bfloat16."""
+
+    name = "torch's operators"
+    about = "torch's own operators on repacked weights"
+
+    def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
+        """See Kernel."""
+        if problem := _not_packed_on_cpu(spec, device):
+            return problem
+        if dtype != "bfloat16":
+            return f"for bfloat16, not {dtype}"
+        assert spec.format is not None
+        if spec.format.desc_act:
+            return "its inputs are not grouped in order"
+        if spec.format.bits == 4:
+            if spec.out_features % 16:
+                return f"{spec.out_features} outputs are not a multiple of 16"
+            return _odd_groups(spec)
+        if spec.format.bits == 8 and spec.group_size == spec.in_features and spec.format.sym:
+            return ""
+        return "for 4 bits in groups of multiples of 32, or 8 bits without groups and zero-points"
+
+    def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:
+        """A slice of the weight as bytes and as two int32 copies; or a bfloat16 product without its bias."""
+        return max(9 * min(spec.weights, SLICE_WEIGHTS), rows * spec.out_features * 2)
+
+    def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
+        """See Kernel. The result holds repacked copies."""
+        from lowmem.kernels.torch_ops import TorchInt4Linear, TorchInt8Linear
+
+        return (TorchInt4Linear if linear.bits == 4 else TorchInt8Linear)(linear)
+
+
+class GPTQModelKernel(Kernel):
+    """One of GPTQModel's kernels (gptqmodel.py)."""
+
+    about = "GPTQModel's best for this device that computes what the reference does"
+
+    def __init__(self, backend: Backend | None = None) -> None:
+        """Without a backend, only to ask for the workspace."""
+        self.name = backend.name if backend else "GPTQModel"
+        self._backend = backend
+
+    def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
+        """See Kernel. Raises torch.OutOfMemoryError."""
+        assert self._backend
+        return self._backend.why_not(spec, device, dtype)
+
+    def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:
+        """Of the kernel that needs no compiler: a whole weight as 16-bit integers and in the dtype.
+
+        The others take less.
+        """
+        return spec.weights * (2 + itemsize)
+
+    def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
+        """See Kernel. The result takes over the linear's tensors and may repack them in place."""
+        assert self._backend
+        return self._backend.prepare(linear, dtype)
+
+
+class Reference(Kernel):
+    """Dequantize and multiply in plain torch (reference.py): any linear, anywhere, slowly."""
+
+    name = "reference"
+    about = "plain torch"
+    trusted = True
+
+    def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
+        """See Kernel."""
+        return "" if spec.format else "its weight is not packed"
+
+    def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:
+        """A slice of the weight as integers, in float32 and in the activations' dtype."""
+        return min(spec.weights, SLICE_WEIGHTS) * (8 + itemsize)
+
+    def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
+        """See Kernel. A QuantLinear multiplies with the reference until it is told otherwise."""
+        module: nn.Module = linear
+        return module
+
+
+class BitsAndBytes(Kernel):
+    """bitsandbytes' int8 and NF4 linears, quantized from 16 bits (bitsandbytes.py)."""
+
+    def __init__(self, method: Literal["int8", "nf4"], packs_nf4: bool = False) -> None:
+        """packs_nf4: bitsandbytes repacks NF4 weights on their first use on this CPU."""
+        self.method: Literal["int8", "nf4"] = method
+        self.name = f"bitsandbytes {'int8' if method == 'int8' else 'NF4'}"
+        self.packs_nf4 = packs_nf4
+
+    def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
+        """See Kernel."""
+        if spec.format:
+            return "its weight is packed already"
+        return "" if importlib.util.find_spec("bitsandbytes") else "bitsandbytes is not installed"
+
+    def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:
+        """int8: inputs in float16 and int8, products in int32 and float16. NF4: the weight in 16 bits.
+
+        To repack NF4 takes the nibbles as int32, as bytes, in the new order, and both halves of the result.
+        """
+        if self.method == "int8":
+            return rows * spec.widest * 9
+        return (7 if self.packs_nf4 else 2) * spec.weights
+
+    def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
+        """See Kernel. linear: an nn.Linear; the loader quantizes slices of rows as it reads them instead."""
+        from lowmem.kernels import bitsandbytes as bnb
+
+        module: Any = bnb.empty_linear(self.method, linear)
+        device = linear.weight.device
+        bnb.quantize_into(module, iter([(0, linear.weight.detach().to(dtype))]), device, dtype)
+        module.bias = linear.bias
+        return module.eval()  # type: ignore[no-any-return]
+
+    def tolerance(self, dtype: str) -> float:
+        """int8 rounds weights and activations to 256 levels, NF4 weights to 16."""
+        return {"int8": 0.03, "nf4": 0.15}[self.method]
+
+
+REFERENCE = Reference.name
+"""Shown where no kernel is better."""
+
+
+def kernels_for(
+    specs: Sequence[LinearSpec], device: torch.device, activation_bits: int | None = None
+) -> tuple[Kernel, ...]:
+    """Kernels to try for packed linears of one format on `device`, best first; after them, the reference.
+
+    On a card this imports GPTQModel, which takes seconds. On a CPU the variable LOWMEM_CPU_KERNEL may name
+    the only one to try: native, torch or reference. Raises InvalidRequestError when it names no kernel.
+    """
+    if device.type == "cuda":
+        return gptqmodel_kernels(specs, device)
+    on_cpu: dict[str, tuple[Kernel, ...]] = {
+        "native": (Native(activation_bits),),
+        "torch": (TorchOperators(),),
+        "reference": (),
+    }
+    asked = os.environ.get(VARIABLE) or "best"
+    if asked == "best":
+        return tuple(kernel for kernels in on_cpu.values() for kernel in kernels)
+    if asked not in on_cpu:
+        raise InvalidRequestError(f"{VARIABLE}={asked} is not a kernel", "Use native, torch or reference")
+    return on_cpu[asked]
+
+
+def gptqmodel_kernels(specs: Sequence[LinearSpec], device: torch.device) -> tuple[Kernel, ...]:
+    """GPTQModel's kernels for linears of one format on `device`, also a CPU, in its order of preference."""
+    from lowmem.kernels.gptqmodel import backends
+
+    return tuple(GPTQModelKernel(backend) for backend in backends(specs, device))
+
+
+def planned(method: str, *, cuda: bool, packs_nf4: bool = False) -> tuple[Kernel, ...]:
+    """The kernels that a plan must leave room for, as any of them may be used.
+
+    method: "dense", "gptq", "int8" or "nf4". On a card these are GPTQModel's: the one that needs no compiler
+    takes the most memory.
+    """
+    if method in ("int8", "nf4"):
+        return (BitsAndBytes(method, packs_nf4 and not cuda),)  # type: ignore[arg-type]
+    if method == "gptq":
+        return (GPTQModelKernel(),) if cuda else (Native(), TorchOperators(), Reference())
+    return ()
+
+
+def _not_packed_on_cpu(spec: LinearSpec, device: str) -> str:
+    if spec.format is None:
+        return "its weight is not packed"
+    return "" if device == "cpu" else "for the CPU only"
+
+
+def _odd_groups(spec: LinearSpec) -> str:
+    """What is wrong with the groups, which must be of whole multiples of 32 inputs; "" if nothing is."""
+    common = math.gcd(spec.in_features, spec.group_size)
+    return f"groups of {common} inputs are not multiples of 32" if common % 32 else ""
