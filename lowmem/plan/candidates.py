@@ -1,4 +1,4 @@
-"""Every form of a model that this machine can run, best first: converted, as published, on the fly."""
+"""Every version of a model that this machine can run, best first: converted, as published, on the fly."""
 
 from __future__ import annotations
 
@@ -16,39 +16,42 @@ from lowmem.plan.shape import ModelShape, as_converted, read_shape
 
 REPORT_FILE = "lowmem-report.json"
 MEASURED = "measured"
-"""Of a manifest: what was measured of its checkpoint since it was made (`kld`)."""
+"""Key of a manifest: measurements of the checkpoint since it was made (`kld`)."""
 _NEIGHBOURS = 500
-"""Folders beside a source that are looked at."""
+"""How many folders beside a source are searched."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One form of the model. bits: of a linear's weights. kld: its measured KL divergence, where its
-    manifest has one. path: a folder, or a weight file."""
+    """One version of a model."""
 
     label: str
+    """Shown to users, as "4-bit g128"."""
     bits: int
+    """Of a linear's weights."""
     form: Form
     path: Path
+    """A folder, or a weight file."""
     shape: ModelShape
     kld: float | None = None
+    """Its measured KL divergence, where the manifest has one."""
     command: str = ""
-    """Of a form that is not there yet: what makes it."""
+    """The command that makes it, if it does not exist yet."""
 
     @property
     def where(self) -> str:
-        """The folder, or how the form comes about."""
+        """The folder, or how the version is made."""
         if self.command:
             return self.command
         return "on the fly" if self.form.method in ON_THE_FLY else str(self.path)
 
 
 def find_candidates(model: str, *, cuda: bool, dtype: str | None = None) -> list[Candidate]:
-    """All forms of `model` on this machine, ranked: see `ranked`.
+    """All versions of `model` on this machine, in the order of `ranked`.
 
-    model: a folder or weight file, a hub id, or a name from `lowmem list`. A quantized checkpoint is its only
-    form; a 16-bit one comes with what was converted from it, beside it and in lowmem's cache. Only headers
-    are read. Raises SourceError saying what to type when there is none.
+    model: a folder or weight file, a hub id, or a name from `lowmem list`. A quantized checkpoint has one
+    version; a 16-bit one also has its conversions, in folders beside it and in lowmem's cache. Only headers
+    are read. Raises SourceError, which says what to type, when there is no version.
     """
     path = Path(model).expanduser()
     if _exists(path):
@@ -60,12 +63,12 @@ def find_candidates(model: str, *, cuda: bool, dtype: str | None = None) -> list
             folders = [e.path for e in cache.entries_for(model) if e.complete] + downloaded
         if not folders:
             raise _missing(model)
-        found = [c for folder in folders for c in _forms(folder, cuda, dtype)]
+        found = [c for folder in folders for c in _versions(folder, cuda, dtype)]
     return ranked(found)
 
 
 def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> list[Candidate]:
-    """The forms that `lowmem convert` could make of a 16-bit source among `candidates`, and has not yet."""
+    """The versions that `lowmem convert` could still make of a 16-bit source among `candidates`."""
     found = list(candidates)
     source = next((c for c in found if c.form.method == "dense"), None)
     if source is None:
@@ -86,7 +89,7 @@ def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> l
 def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
     """Best quality first: by bits, GPTQ before bitsandbytes, small groups before large ones.
 
-    Those whose KL divergence was measured then change places among themselves so that it rises.
+    Candidates with a measured KL divergence are then sorted by it, within the places that they hold.
     """
     order = sorted(candidates, key=by_bits)
     places = [i for i, c in enumerate(order) if c.kld is not None]
@@ -97,7 +100,7 @@ def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
 
 
 def by_bits(candidate: Candidate) -> tuple[int, int, int, str]:
-    """The order of `ranked` where nothing was measured."""
+    """The sort key of `ranked` without measurements."""
     method = ("dense", "gptq", "int8", "nf4").index(candidate.form.method)
     format = candidate.shape.format
     group = format.default.group_size if format and format.default.group_size > 0 else 1 << 30
@@ -106,12 +109,12 @@ def by_bits(candidate: Candidate) -> tuple[int, int, int, str]:
 
 def _of_path(path: Path, model: str, cuda: bool, dtype: str | None) -> list[Candidate]:
     if path.is_dir() and not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
-        found = [c for child in _checkpoints_in(path) for c in _forms(child, cuda, dtype)]
+        found = [c for child in _checkpoints_in(path) for c in _versions(child, cuda, dtype)]
         if len({c.shape.signature for c in found}) > 1:
             raise SourceError(f"{model} holds checkpoints of several models", "Give one of its folders")
         if found:
             return found
-    found = _forms(path, cuda, dtype)
+    found = _versions(path, cuda, dtype)
     shape = found[0].shape
     if shape.format:
         return found
@@ -121,8 +124,8 @@ def _of_path(path: Path, model: str, cuda: bool, dtype: str | None) -> list[Cand
     return found
 
 
-def _forms(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
-    """The forms of one checkpoint: one of a quantized, those of a 16- or 32-bit one with bitsandbytes'."""
+def _versions(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
+    """The versions of one checkpoint: one if it is quantized; else the dense ones and bitsandbytes'."""
     shape = read_shape(path)
     if shape.format:
         return [_packed(path, shape, cuda, dtype)]
@@ -151,19 +154,19 @@ def _run_dtype(shape: ModelShape, cuda: bool, dtype: str | None) -> str:
 
 
 def _converted(folder: Path, source: ModelShape, cuda: bool, dtype: str | None) -> list[Candidate]:
-    """A converted folder as a form of the source; none if it is not, or cannot be read."""
+    """A converted folder as a version of the source; none if it is of another model or cannot be read."""
     try:
         shape = read_shape(folder)
     except LowmemError:
         return []
     if shape.format is None or shape.signature != source.signature:
         return []
-    # The source says in which dtype it runs; a GGUF's converted form may have been written in another.
+    # The source decides the dtype of the run; a conversion of a GGUF may be stored in another.
     return [_packed(folder, replace(shape, stored=source.stored), cuda, dtype)]
 
 
 def _neighbours(source: Path) -> list[Path]:
-    """Folders beside the source that were made of it: by their report, or by a name that begins alike."""
+    """Folders beside the source that were converted from it, by report or by the start of their name."""
     base = source.stem if source.is_file() else source.name
     folders = [f for f in _checkpoints_in(source.parent) if f != source]
     return [f for f in folders if _base_model(f) in (source.name, base) or f.name.startswith(base)]
@@ -187,7 +190,7 @@ def _measured_kld(folder: Path) -> float | None:
     except LowmemError:
         measured = None
     value = measured.get("kld") if isinstance(measured, dict) else _report(folder).get("kld")
-    # A whole number may have thousands of digits, and a float be infinite.
+    # An integer may have thousands of digits, and a float may be infinite.
     return float(value) if isinstance(value, (int, float)) and 0 <= value <= 1e6 else None
 
 
@@ -199,7 +202,7 @@ def _report(folder: Path) -> dict[str, object]:
 
 
 def _downloaded(model: str) -> list[Path]:
-    """The snapshot of a hub repository that is on this machine already."""
+    """The downloaded snapshot of a hub repository, if there is one."""
     from lowmem.checkpoint.source.hub import download
 
     try:
@@ -218,8 +221,8 @@ def _exists(path: Path) -> bool:
 def _missing(model: str) -> SourceError:
     if is_hub_id(model):
         return SourceError(
-            f"{model} is not on this machine: neither converted nor downloaded, and no folder of that name",
-            f"With a network: lowmem convert {model}",
+            f"{model} is not on this machine: neither converted nor downloaded, nor a folder of that name",
+            f"To download and convert it: lowmem convert {model}",
         )
     return SourceError(
         f"{model!r} does not exist",

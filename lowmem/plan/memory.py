@@ -1,7 +1,7 @@
 """Bytes that a model needs to run: pure integers, from its shape.
 
 Weights and KV cache are exact. The workspace is what a prefill chunk, the sampler and the kernels hold beside
-them; each term says what it is. `python -m lowmem.benchmarks.experiments.full_size.memory` compares it all with what processes take.
+them. benchmarks/experiments compares the sum with the memory that processes take.
 """
 
 from __future__ import annotations
@@ -15,42 +15,45 @@ from lowmem.plan.shape import ModelShape, Tensor
 
 Method = Literal["dense", "gptq", "int8", "nf4"]
 ON_THE_FLY = {"int8": "int8 bnb", "nf4": "NF4 bnb"}
-"""bitsandbytes' methods, and what a user calls them."""
+"""bitsandbytes' methods, and their names for users."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = 24 << 20
 """Small buffers of the libraries and the allocator's rounding (measured: 13 to 30 MiB)."""
 RETURNED = 1 << 20
-"""Freed blocks of so many bytes go back to the system at once where int8 runs on a CPU (see loader.py)."""
+"""Freed blocks of this size or more return to the system at once when int8 runs on a CPU (see loader.py)."""
 CUDA_CONTEXT = 512 << 20
-"""An allowance for a process's own CUDA context, its kernels and cuBLAS' workspace. Free memory that a card
-tells us has ours taken off already; this is for cards that are only named."""
+"""An allowance for a process's own CUDA context, its kernels and cuBLAS' workspace, on cards that are only
+named. The free memory that a card reports already excludes them."""
 HOST_CONTEXT = 800 << 20
-"""What a process of ours holds before it loads a model: Python, torch and transformers, 330 MiB of it code
+"""Memory of a lowmem process before it loads a model: Python, torch and transformers. 330 MiB of it is code
 that the system could drop and read again (measured: 760 to 811 MiB)."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes on one device: what is there all the time, and the most that comes on top of it for a moment."""
+    """Bytes on one device."""
 
     weights: int
     kv_cache: int
     workspace: int
+    """The most that is allocated beside weights and KV cache at one moment."""
     context: int = 0
-    """The device's own context."""
+    """Of the process itself: the CUDA context on a card, Python and its libraries on a host."""
 
     @property
     def total(self) -> int:
-        """All of it together."""
+        """The sum."""
         return self.weights + self.kv_cache + self.workspace + self.context
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a model is held: the method, and the dtype of its activations and dense weights."""
+    """How a model is held in memory."""
 
     method: Method
+    """How the linears of the decoder layers are stored."""
     dtype: str
+    """Of activations and dense weights, as "bfloat16"."""
 
     @property
     def itemsize(self) -> int:
@@ -59,7 +62,10 @@ class Form:
 
 
 def weights_bytes(shape: ModelShape, form: Form, layers: range | None = None, outside: bool = True) -> int:
-    """Bytes of the weights: of the given decoder layers (None: all), and of what lies outside of them."""
+    """Bytes of weights in memory.
+
+    layers: the decoder layers to count (None: all). outside: count embeddings, head and final norm.
+    """
     total = 0
     for tensor in shape.tensors:
         wanted = outside if tensor.layer < 0 else layers is None or tensor.layer in layers
@@ -68,7 +74,7 @@ def weights_bytes(shape: ModelShape, form: Form, layers: range | None = None, ou
 
 
 def _held(tensor: Tensor, form: Form) -> int:
-    """Bytes of one tensor in the model."""
+    """Bytes of one tensor in memory."""
     if tensor.packed:
         return tensor.nbytes
     if tensor.linear and form.method == "int8":
@@ -79,7 +85,7 @@ def _held(tensor: Tensor, form: Form) -> int:
 
 
 def kv_cache_bytes(shape: ModelShape, form: Form, context: int, layers: int | None = None) -> int:
-    """Bytes of keys and values of `context` tokens in so many decoder layers (None: all)."""
+    """Bytes of keys and values of `context` tokens in a number of decoder layers (None: all)."""
     count = shape.layers if layers is None else layers
     return 2 * count * shape.kv_heads * shape.head_dim * form.itemsize * context
 
@@ -87,7 +93,7 @@ def kv_cache_bytes(shape: ModelShape, form: Form, context: int, layers: int | No
 def workspace_bytes(
     shape: ModelShape, form: Form, context: int, *, cuda: bool, packs_nf4: bool = False
 ) -> int:
-    """The most that is held beside weights and KV cache at one moment, while loading or running.
+    """The most bytes held beside weights and KV cache at one moment, while loading or running.
 
     packs_nf4: bitsandbytes repacks NF4 weights on their first use on this CPU.
     """
@@ -103,10 +109,10 @@ def workspace_bytes(
 
 
 def _loading(shape: ModelShape, form: Form) -> int:
-    """A slice of the largest stored tensor and what becomes of it; bitsandbytes makes float32 of it and more.
+    """A slice of the largest stored tensor and its copies; bitsandbytes casts it to float32 and makes more.
 
-    A GGUF is read a whole tensor at a time, and dequantized in float32; part of what is loaded later has its
-    place there.
+    A GGUF is read a whole tensor at a time and dequantized to float32. Weights that are loaded later reuse
+    part of that memory.
     """
     largest = max(tensor.numel for tensor in shape.tensors)
     if shape.whole_reads:
@@ -117,10 +123,10 @@ def _loading(shape: ModelShape, form: Form) -> int:
 
 
 def _activations(shape: ModelShape, form: Form, context: int) -> int:
-    """Of one prefill chunk inside one decoder layer.
+    """Activations of one prefill chunk inside one decoder layer.
 
-    The MLP holds its widest activation before and after its non-linearity, the residual stream, the
-    normed input and the output; attention holds queries, keys and output, and the mask.
+    The MLP holds its widest activation before and after the non-linearity, the residual stream, the normed
+    input and the output. Attention holds queries, keys, output and the mask.
     """
     tokens = min(PREFILL_CHUNK, context)
     mlp = tokens * (2 * shape.widest + 3 * shape.hidden) * form.itemsize
@@ -137,8 +143,10 @@ def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> in
 
 
 def _holes(shape: ModelShape, form: Form) -> int:
-    """What bitsandbytes' products leave in the C library's heap on a CPU: small blocks, about an int8 input a
-    linear (measured on SmolLM2: 30 to 90 MiB)."""
+    """Small blocks that malloc keeps after bitsandbytes' products on a CPU: about one int8 input per linear.
+
+    Measured on SmolLM2: 30 to 90 MiB.
+    """
     if form.method not in ON_THE_FLY:
         return 0
     inputs = (PREFILL_CHUNK * tensor.shape[1] for tensor in shape.tensors if tensor.linear)
@@ -146,7 +154,7 @@ def _holes(shape: ModelShape, form: Form) -> int:
 
 
 def _sampling(shape: ModelShape) -> int:
-    """Logits in float32, scaled, sorted with their order, as probabilities, for a few rows of drafts."""
+    """Logits in float32, scaled, sorted with their indices, and as probabilities, for a few draft tokens."""
     return shape.vocab * 4 * 24
 
 
@@ -169,8 +177,11 @@ def need_on_device(
 
 
 def _never_looked_up(shape: ModelShape, form: Form, context: int) -> int:
-    """Bytes of the positions past the context. Beside packed weights in bfloat16 a float16 table stays in its
-    file, of which only pages that are looked up come into memory (see stored_embeddings.py)."""
+    """Bytes of position embeddings past the context, which never come into memory.
+
+    With packed weights and bfloat16 activations a float16 table stays mapped from its file, and only pages
+    that are looked up are read (see stored_embeddings.py).
+    """
     if form != Form("gptq", "bfloat16") or shape.stored != "float16":
         return 0
     return max(0, shape.learned_positions - context) * shape.hidden * form.itemsize
@@ -179,7 +190,7 @@ def _never_looked_up(shape: ModelShape, form: Form, context: int) -> int:
 def need_of_split(
     shape: ModelShape, form: Form, context: int, split: int, *, packs_nf4: bool = False, own_context: int = 0
 ) -> tuple[Need, Need]:
-    """(card, host) with the first `split` decoder layers on a card and the others on the CPU."""
+    """(card, host), with the first `split` decoder layers on a card and the others on the CPU."""
     card = Need(
         weights_bytes(shape, form, range(split)),
         kv_cache_bytes(shape, form, context, split),
@@ -198,7 +209,7 @@ def need_of_split(
 def bytes_read_a_token(
     shape: ModelShape, form: Form, layers: range | None = None, outside: bool = True
 ) -> int:
-    """Bytes of weights that decoding one token reads: all but the rows of tables that are looked up."""
+    """Bytes of weights that one decode step reads: all but the embedding tables, of which it reads a row."""
     total = weights_bytes(shape, form, layers, outside)
     if outside:
         total -= (shape.learned_positions + _looked_up(shape)) * shape.hidden * form.itemsize
@@ -206,6 +217,6 @@ def bytes_read_a_token(
 
 
 def _looked_up(shape: ModelShape) -> int:
-    """Rows of an embedding that is not the head as well: a step reads one of them."""
+    """Rows of the token embedding, if it is not tied to the head; else 0."""
     tables = [t for t in shape.tensors if t.layer < 0 and len(t.shape) == 2 and t.shape[0] == shape.vocab]
     return shape.vocab if len(tables) > 1 else 0

@@ -1,8 +1,9 @@
-"""(candidates, what the device has, context) → what to run, with its reasons. Pure: nothing is measured here.
+"""(candidates, memory budget, context) → the version to run, with the reason. Pure: nothing is measured here.
 
-The best candidate that fits the device whole. If none does, one with some decoder layers on the CPU: the best
-of which at least half stays on the card, or else the one with the fewest bytes on the CPU. If not even that
-fits, the best that fits the host's memory. A refusal names the least memory that would do.
+The planner takes the best candidate that fits the device whole. If none does, it moves decoder layers to the
+CPU: it takes the best candidate that keeps at least half of them on the card, or else the one with the fewest
+bytes on the CPU. If that does not fit either, it takes the best that fits the host's memory. A refusal names
+the least memory that would be enough.
 """
 
 from __future__ import annotations
@@ -31,66 +32,70 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Budget:
-    """What there is: bytes that may be taken on the card (None: no card) and on the host.
-
-    device: "cpu", "cuda:0", or what a card is called that is only named. own_context: bytes that the
-    process's own CUDA context will take of `card`. bandwidths in bytes a second, where they are known.
-    packs_nf4: see memory.workspace_bytes.
-    """
+    """The memory that may be used, and how fast it is."""
 
     device: str
+    """"cpu", "cuda:0", or a description of a card that is not in this machine."""
     host: int
+    """Bytes of host memory."""
     card: int | None = None
+    """Bytes of the card's memory; None without a card."""
     own_context: int = 0
+    """Bytes of `card` that the process's own CUDA context will take."""
     host_bandwidth: float | None = None
+    """Bytes a second; None where unknown."""
     card_bandwidth: float | None = None
+    """Bytes a second; None where unknown."""
     packs_nf4: bool = False
+    """See memory.workspace_bytes."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One candidate on this budget.
-
-    device: "card", "split" or "cpu". cpu_layers: decoder layers on the CPU. need: on the device that decides
-    (the card where there is one); host: what the host needs besides. short: bytes that are missing there, 0
-    if it fits. longest: the longest context that fits, 0 if none does. ceiling: tokens/s that the measured
-    bandwidth allows, each weight read once, or None.
-    """
+    """One candidate in one place."""
 
     candidate: Candidate
     device: str
+    """"card", "split" or "cpu"."""
     cpu_layers: int
+    """Decoder layers on the CPU beside a card."""
     need: Need
+    """Memory of the card, or of the host when `device` is "cpu"."""
     host: Need | None
+    """Memory of the host when `device` is "split"."""
     short: int
+    """Bytes by which `need` exceeds the budget; 0 if it fits."""
     longest: int
+    """The longest context that fits; 0 if none does."""
     ceiling: float | None
+    """Tokens/s at the measured memory bandwidth, each weight read once; None where that is unknown."""
 
     @property
     def fits(self) -> bool:
-        """It fits whole, where it is planned."""
+        """Whether it fits the budget."""
         return self.short == 0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found. chosen: the option to run. options: all, ranked, as they are on the device whole.
-
-    fallbacks: what to try next, in order, when an allocation fails in spite of the plan. possible: forms that
-    a conversion would make.
-    """
+    """Which version to run, and the alternatives."""
 
     context: int
+    """Tokens of prompt and answer together."""
     budget: Budget
     chosen: Option
     options: tuple[Option, ...]
+    """Every candidate whole on the device, best first."""
     fallbacks: tuple[Option, ...]
+    """Options to try next, in order, when an allocation fails in spite of the plan."""
     possible: tuple[Option, ...]
+    """Versions that a conversion would make."""
     reason: str
+    """One or two sentences for the user."""
 
 
 def default_context(candidates: Sequence[Candidate]) -> int:
-    """The model's positions, DEFAULT_CONTEXT at most."""
+    """The model's longest context, DEFAULT_CONTEXT at most."""
     return min(candidates[0].shape.positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
 
 
@@ -99,8 +104,8 @@ def make_plan(
 ) -> Plan:
     """Choose among ranked candidates for `context` tokens of prompt and answer together.
 
-    possible: forms that are not there yet, and what they would need. Raises MemoryBudgetError, naming the
-    least memory that would do, when nothing fits anywhere.
+    possible: versions that do not exist yet. Raises MemoryBudgetError, naming the least memory that would be
+    enough, when nothing fits anywhere.
     """
     options = tuple(_whole(c, budget, context) for c in candidates)
     others = tuple(_whole(c, budget, context) for c in possible)
@@ -120,7 +125,7 @@ def make_plan(
 
 
 def _whole(candidate: Candidate, budget: Budget, context: int) -> Option:
-    """The candidate on the device that decides: the card, or the CPU where there is none."""
+    """The candidate whole on the card, or on the CPU without a card."""
     return _alone(candidate, budget, context, cuda=budget.card is not None)
 
 
@@ -143,7 +148,7 @@ def _alone(candidate: Candidate, budget: Budget, context: int, *, cuda: bool) ->
 
 
 def _split(candidate: Candidate, budget: Budget, context: int) -> Option | None:
-    """As many decoder layers on the card as fit, the others on the CPU; None where that does not fit."""
+    """As many decoder layers on the card as fit and the others on the CPU; None where that does not fit."""
     shape, form, card = candidate.shape, candidate.form, budget.card
     assert card is not None
 
@@ -161,7 +166,7 @@ def _split(candidate: Candidate, budget: Budget, context: int) -> Option | None:
         return None
 
     def least(tokens: int) -> int:
-        """Bytes over the tighter of the two budgets, as if both were the card's."""
+        """The need of the tighter side, shifted so that it can be compared with the card's budget."""
         first, second = needs(split, tokens)
         return max(first.total, second.total - budget.host + card)
 
@@ -180,7 +185,7 @@ def _read_on_host(shape: ModelShape, form: Form, split: int) -> int:
 
 
 def _longest(need: Callable[[int], int], have: int, candidate: Candidate) -> int:
-    """The most tokens whose need is at most `have`, by bisection: the need only grows."""
+    """The most tokens whose need is at most `have`, by bisection: the need grows with the tokens."""
     low, high = 0, candidate.shape.positions or 1 << 20
     while low < high:
         middle = (low + high + 1) // 2
@@ -205,7 +210,7 @@ def _host_weights(option: Option) -> int:
 
 
 def _weights(option: Option) -> int:
-    """Bytes of weights in all, on both sides."""
+    """Bytes of weights on both devices."""
     return option.need.weights + _host_weights(option)
 
 
@@ -218,68 +223,69 @@ def _reason(chosen: Option, options: Sequence[Option], budget: Budget, context: 
         layers, host = candidate.shape.layers, chosen.host
         assert host is not None
         return (
-            f"No form fits {budget.device} whole: {candidate.label} with {layers - chosen.cpu_layers} of "
+            f"No version fits {budget.device} whole: {candidate.label} with {layers - chosen.cpu_layers} of "
             f"{layers} decoder layers on it ({format_bytes(need.total)} of {format_bytes(have)}) and "
             f"{chosen.cpu_layers} on the CPU ({format_bytes(host.total)} of memory)."
         )
     where = "the CPU" if chosen.device == "cpu" else budget.device
     if chosen.device == "cpu" and budget.card is not None:
         return (
-            f"Not even some layers fit {budget.device}, which has {format_bytes(budget.card)} free: "
+            f"Not even a few layers fit {budget.device}, which has {format_bytes(budget.card)} free: "
             f"{candidate.label} on the CPU {size}."
         )
     better = options[: options.index(chosen)]
     if not better:
-        what = "is the best form here" if len(options) > 1 else "is the form that there is"
-        return f"{candidate.label} {what}, and fits {where} with a context of {context}: it {size}."
+        what = "is the best version here" if len(options) > 1 else "is the only version available"
+        return f"{candidate.label} {what} and fits {where} with a context of {context}: it {size}."
     nearest = min(better, key=lambda option: option.short)
     return (
-        f"{candidate.label} is the best form that fits {where} with a context of {context}: it {size}; "
+        f"{candidate.label} is the best version that fits {where} with a context of {context}: it {size}; "
         f"{nearest.candidate.label} would need {format_bytes(nearest.short)} more."
     )
 
 
 def _advice(chosen: Option, possible: Sequence[Option]) -> str:
-    """That a conversion would give something better which fits, if so.
+    """A sentence on a conversion that would give a better version which fits, if there is one.
 
-    Whatever fits whole is better than layers on the CPU; else the order of quality decides.
+    A version that fits whole is better than one with layers on the CPU; otherwise `by_bits` decides.
     """
     for option in possible:
         better = chosen.cpu_layers > 0 or by_bits(option.candidate) < by_bits(chosen.candidate)
         if option.fits and better:
-            return f" Better, and it would fit: {option.candidate.label}, made by {option.candidate.command}."
+            better_one = option.candidate
+            return f" {better_one.label} would be better and fit: make it with {better_one.command}."
     return ""
 
 
 def _refusal(
     candidates: Sequence[Candidate], budget: Budget, context: int, possible: Sequence[Option]
 ) -> MemoryBudgetError:
-    """What the least form would need, in whole MiB: with as much, a plan is found."""
+    """The error that names the least memory with which a plan is found, in whole MiB."""
     on_host = (_alone(c, budget, context, cuda=False) for c in candidates)
     smallest = min(on_host, key=lambda option: option.need.total)
     least, ram = smallest.candidate, math.ceil(smallest.need.total / _MIB)
     kv = math.ceil(kv_cache_bytes(least.shape, least.form, context) / _MIB)
     made = next((o.candidate for o in possible if o.fits), None)
     convert = f"make one that fits: {made.command}" if made else "convert to fewer bits"
-    other = f"or {convert}, or ask for a shorter --context (its KV cache is {kv} MiB of that)"
+    other = f"or {convert}, or use a shorter --context (its KV cache is {kv} MiB of that)"
     if budget.card is None:
         return MemoryBudgetError(
-            f"no form of this model fits {format_bytes(budget.host)} of free memory "
+            f"no version of this model fits {format_bytes(budget.host)} of free memory "
             f"with a context of {context}",
-            f"The least that would do is {ram}MiB ({least.label}); {other}",
+            f"The least that would be enough is {ram}MiB ({least.label}); {other}",
         )
     cards = {c.label: _least_card(c, budget, context) for c in candidates}
     best = min(cards, key=lambda label: cards[label])
     return MemoryBudgetError(
-        f"no form of this model fits {budget.device} with {format_bytes(budget.card)} free, nor with layers "
-        f"in the {format_bytes(budget.host)} of free memory, at a context of {context}",
-        f"The least that would do is --vram {math.ceil(cards[best] / _MIB)}MiB ({best}), or {ram}MiB of "
-        f"memory ({least.label}); {other}",
+        f"no version of this model fits {budget.device} with {format_bytes(budget.card)} free, nor with "
+        f"layers in the {format_bytes(budget.host)} of free memory, at a context of {context}",
+        f"The least that would be enough is --vram {math.ceil(cards[best] / _MIB)}MiB ({best}), or {ram}MiB "
+        f"of memory ({least.label}); {other}",
     )
 
 
 def _least_card(candidate: Candidate, budget: Budget, context: int) -> int:
-    """The fewest bytes of card with which this candidate runs, with or without layers on this host."""
+    """The fewest bytes of card memory with which the candidate runs, with or without layers on the CPU."""
     shape, form = candidate.shape, candidate.form
     least = need_on_device(shape, form, context, cuda=True, own_context=budget.own_context).total
     for split in range(1, shape.layers):

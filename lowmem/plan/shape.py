@@ -1,8 +1,8 @@
-"""What a model's memory depends on, read off headers and config.json: no torch, no weights.
+"""The sizes that a model's memory depends on, read from headers and config.json without torch or weights.
 
-Nothing is written down per model family beyond the spellings of the same few config keys. A decoder layer is
-what shares the first number in its tensors' names (`transformer.h.7.`, `model.layers.7.`, `blk.7.`), and a
-linear is a matrix inside of one.
+No model family is known by name, only several spellings of the same few config keys. Tensors of one decoder
+layer share the first number in their names (`transformer.h.7.`, `model.layers.7.`, `blk.7.`); a linear is
+a matrix in a decoder layer. tests/plan/test_shape.py holds the result equal to models/architecture.py.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
 
 _LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
-# Of old checkpoints, which no current model reads: masks and rotary tables, computed since.
+# Masks and rotary tables of old checkpoints, which current models compute.
 _LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "rope_freqs.weight")
 _HEADS = ("lm_head.weight",)
 _EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "token_embd.weight", "embed_in.weight")
 GROUP_SIZES = (128, 64, 32)
-"""What the converter tries, in this order: the first that divides every linear's inputs."""
+"""The converter takes the first that divides the inputs of every linear."""
 _PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor as the model will have it. layer: its decoder layer, or -1 outside of them.
-
-    packed: it keeps its stored bytes (the parts of a quantized linear); else it is held in the run's dtype.
-    linear: it is the weight of a decoder layer's linear, [out, in].
-    """
+    """A tensor of the model."""
 
     name: str
     shape: tuple[int, ...]
     nbytes: int
+    """Of its stored data."""
     layer: int
+    """Its decoder layer, or -1 outside of them."""
     packed: bool
+    """It is part of a quantized linear and keeps its stored bytes; else it is cast to the run's dtype."""
     linear: bool
+    """It is the weight [out, in] of a decoder layer's linear."""
 
     @property
     def numel(self) -> int:
@@ -52,12 +52,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes that a plan is made of.
-
-    tensors: all that the model holds, a tied head not twice. linears: (in, out) of every distinct linear.
-    positions: the longest context, or None where the model has no limit. stored: the dtype that the config
-    names, or else that of most weights.
-    """
+    """The sizes that a plan is computed from."""
 
     model_type: str
     layers: int
@@ -67,14 +62,19 @@ class ModelShape:
     head_dim: int
     vocab: int
     positions: int | None
+    """The longest context; None for a model without a limit."""
     stored: str
+    """The dtype that the config names, or else the dtype of most weights."""
     tensors: tuple[Tensor, ...]
+    """All tensors of the model; a tied head counts once."""
     linears: tuple[LinearSpec, ...]
+    """Every distinct linear of the decoder layers."""
     format: QuantizationFormat | None
+    """How quantized linears are stored; None for a model in 16 or 32 bits."""
     learned_positions: int
-    """Rows of a table of positions: a step reads one of them."""
+    """Rows of the table of position embeddings; 0 without one."""
     whole_reads: bool = False
-    """Tensors are read whole, as a GGUF's are, not in slices."""
+    """Tensors are read whole, as from a GGUF, not in slices."""
 
     @property
     def linear_sizes(self) -> frozenset[tuple[int, int]]:
@@ -83,7 +83,7 @@ class ModelShape:
 
     @property
     def widest(self) -> int:
-        """The most features that a linear has at one of its ends."""
+        """The most inputs or outputs of a linear."""
         return max((linear.widest for linear in self.linears), default=self.hidden)
 
     @property
@@ -96,7 +96,7 @@ class ModelShape:
 def read_shape(path: Path) -> ModelShape:
     """The shape of the checkpoint at `path`: a folder, or a .safetensors or .gguf file.
 
-    Raises SourceError for a checkpoint that is damaged, or says too little about itself.
+    Raises SourceError for a checkpoint that is damaged, or whose config lacks sizes.
     """
     headers = tensor_headers(path)
     if any(header.file.endswith(".gguf") for header in headers.values()):
@@ -112,7 +112,7 @@ def read_shape(path: Path) -> ModelShape:
 
 
 def as_converted(source: ModelShape, bits: int) -> ModelShape:
-    """What `lowmem convert --bits` makes of a 16-bit model, with the group size that it would choose.
+    """The shape that `lowmem convert --bits` gives a 16-bit model, with the group size that it would choose.
 
     Per linear: qweight and qzeros in 32-bit words, float16 scales, and the group of each input in 32 bits.
     """
@@ -204,7 +204,7 @@ def _shape(
 
 
 def _dtype(config: Mapping[str, object], headers: Mapping[str, TensorHeader]) -> str:
-    """The config's dtype, or else the one that most bytes are stored in; a GGUF's own types are 16 bits."""
+    """The config's dtype, or else that of most stored bytes; a GGUF's quantized types count as float16."""
     named = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     if named in ("float32", "float16", "bfloat16"):
         return named

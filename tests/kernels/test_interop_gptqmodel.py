@@ -304,7 +304,7 @@ def _with_gptqmodel(job: Job, checkpoint: Path) -> Any:
 
 
 def _with_transformers(job: Job, checkpoint: Path) -> Any:
-    """from_pretrained, which can load GPTQ of llama (but not of gpt_bigcode: see lowmem/loading/loader.py)."""
+    """from_pretrained, which loads GPTQ of llama but not of gpt_bigcode: see lowmem/loading/loader.py."""
     from transformers import AutoModelForCausalLM, GPTQConfig
 
     # Of this, from_pretrained takes the backend alone, the rest is the checkpoint's own.

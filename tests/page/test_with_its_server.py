@@ -121,7 +121,7 @@ def test_plan_speed_and_memory_are_shown(chat):
     assert "tiny-starchat" in shown and re.search(r"\d+ MiB", shown) and "100.0 tokens/s" in shown
     status.click()
     dialog = chat.page.get_by_role("dialog", name="About this server")
-    assert "bfloat16 is the best form here" in dialog.text_content()
+    assert "bfloat16 is the best version here" in dialog.text_content()
     assert "1,024 tokens" in dialog.text_content()
 
 

@@ -34,7 +34,7 @@ def test_the_kv_cache_has_one_head(plans: dict[str, Plan]) -> None:
 
 
 def test_plan_of_the_real_layout_is_the_golden_one(plans: dict[str, Plan]) -> None:
-    """Any change of a byte shows here; `python -m lowmem.benchmarks.experiments.full_size.starchat_plan --write` renews the file."""
+    """To the byte. `python -m lowmem.benchmarks.experiments.full_size.starchat_plan --write` renews the file."""
     golden = json.loads(starchat_plan.RESULT.read_text(encoding="utf-8"))
     assert starchat_plan.golden(plans) == golden
 
