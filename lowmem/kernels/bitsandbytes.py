@@ -1,9 +1,9 @@
 """bitsandbytes' linears, quantized while a 16-bit checkpoint is read: int8 and NF4.
 
-For a model that nobody has converted yet. LLM.int8() (Dettmers et al. 2022) with transformers' threshold of
+For a model that has not been converted. LLM.int8() (Dettmers et al. 2022) with transformers' threshold of
 6 for outlier columns; NF4 (Dettmers et al. 2023) with blocks of 64 and float32 statistics, transformers'
 default. The same calls run on the CPU and on CUDA. A weight is quantized a slice of rows at a time, so that
-its 16-bit form is never whole in memory.
+it is never whole in memory in 16 bits.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ OUTLIER_THRESHOLD = 6.0
 BLOCK = 64
 """Weights that share a scale in NF4."""
 CPU_ROWS = 32
-"""bitsandbytes packs NF4 for the CPU in blocks of so many output rows."""
+"""Output rows in a block of bitsandbytes' NF4 layout for the CPU."""
 
 RowSlices = Iterator[tuple[int, torch.Tensor]]
 """(first row, 16- or 32-bit weights [rows, in]) in order, covering all rows."""
 
 
 def quiet() -> None:
-    """Keep bitsandbytes from telling at every start what it would like to have installed."""
+    """Silence bitsandbytes' advice on optional packages, which it logs at every start."""
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -61,9 +61,9 @@ def empty_linear(method: Method, linear: nn.Linear) -> nn.Module:
 
 
 def quantize_into(module: nn.Module, slices: RowSlices, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill a linear of `empty_linear` from its weight's rows, on `device`; `dtype` is of the activations.
+    """Fill a linear of `empty_linear` on `device` from slices of its weight. dtype: of the activations.
 
-    Slices of NF4 must hold whole blocks: any number of rows when the inputs are a multiple of 64, else all.
+    Slices for NF4 must be whole blocks: any number of rows when the inputs are a multiple of 64, else all.
     """
     import bitsandbytes as bnb
 
@@ -76,7 +76,7 @@ def quantize_into(module: nn.Module, slices: RowSlices, device: torch.device, dt
 def is_empty(module: nn.Module) -> bool:
     """Whether this is a linear of `empty_linear` that has not been filled yet."""
     if type(module).__module__ != "bitsandbytes.nn.modules":
-        return False  # without importing bitsandbytes for a model that has none of it
+        return False  # without importing bitsandbytes for a model that does not use it
     weight = module.weight
     return isinstance(weight, torch.Tensor) and weight.is_meta
 
@@ -95,7 +95,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def scale_bytes(module: nn.Module) -> int:
-    """Bytes of a linear's statistics, which are neither parameters nor buffers; 0 for other modules."""
+    """Bytes of a bitsandbytes linear's scales, which are not parameters or buffers; 0 for other modules."""
     if type(module).__module__ != "bitsandbytes.nn.modules":
         return 0
     statistics = [getattr(module.weight, "SCB", None), getattr(getattr(module, "state", None), "SCB", None)]

@@ -1,4 +1,4 @@
-"""A linear whose weight stays packed, and the swap of a model's nn.Linear for it."""
+"""A linear whose weight stays packed, and its replacement for a model's nn.Linear."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class QuantLinear(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantLinear:
-        self.packed = None  # moved or cast
+        self.packed = None  # its tensors are moved or cast
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Embeddings and heads in the float16 that they are stored in, beside activations in bfloat16 on a CPU.
+"""Embeddings and heads that keep the float16 of their file while activations are bfloat16, on a CPU.
 
-A float16 model runs in bfloat16 there (`loader.default_dtype`). To cast its embeddings took most of a load,
-rounded every value, and put a copy beside the file's pages: 0.7 GB of StarChat Alpha. Now the tables stay in
-their file. Rows are cast as they are looked up, and our own kernels multiply by the head as it is: exactly.
+A float16 model runs in bfloat16 on a CPU (`loader.default_dtype`). Casting its embeddings took most of the
+load time, rounded every value, and needed memory beside the page cache: 0.7 GB for StarChat Alpha. Instead
+the tables stay mapped. Rows are cast on lookup, and our kernels multiply by the float16 head itself.
 
-The tables are buffers: transformers takes the dtype of a model's first parameter for that of its activations,
-and a tensor that is no parameter is still known as one of its file.
+The tables are buffers, since transformers takes the dtype of a model's first parameter for the dtype of its
+activations.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from lowmem.kernels import dispatch
 from lowmem.kernels.native import header
 from lowmem.kernels.native import linear as native_linear
 
-_CAST_WEIGHTS = 1 << 21  # of a head at a time, for more rows than our own kernels take: 12 MiB of copies
+_CAST_WEIGHTS = 1 << 21  # of a head, cast at a time for more rows than our kernels take: 12 MiB of copies
 
 
 class StoredEmbedding(nn.Embedding):
-    """ids → rows in `activations`, a dtype, of a table in float16. Empty, on meta, until it is filled."""
+    """ids → rows of a float16 table, cast to the dtype `activations`. On the meta device until filled."""
 
     def __init__(self, embedding: nn.Embedding, activations: torch.dtype) -> None:
         super().__init__(
@@ -42,7 +42,7 @@ class StoredEmbedding(nn.Embedding):
 
 
 class StoredHead(nn.Linear):
-    """x [..., in] → [..., out] in x's dtype, with a float16 weight. Empty, on meta, until it is filled."""
+    """x [..., in] → [..., out] in x's dtype, with a float16 weight. On the meta device until filled."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(
@@ -61,18 +61,18 @@ class StoredHead(nn.Linear):
         result = input.new_empty((*input.shape[:-1], self.out_features))
         for first in range(0, self.out_features, step):
             rows = slice(first, first + step)
-            # By way of float32, as torch casts fastest (see placing.py).
+            # Through float32, which is the fastest way for torch (see placing.py).
             weight, bias = self.weight[rows].float(), None if self.bias is None else self.bias[rows]
             result[..., rows] = nn.functional.linear(input, weight.to(input.dtype), bias)
         return result
 
 
 def keep_as_stored(model: nn.Module, names: Iterable[str], activations: torch.dtype) -> None:
-    """Swap the tables among the named tensors, which are stored in float16, for ones that keep it.
+    """Replace embeddings and head of a model by ones that stay in float16.
 
-    model: on meta, its tied weights tied. names: of the model's tensors. Only plain embeddings outside of the
-    decoder layers (of tokens and of positions) and a plain head are swapped, and of what is tied all or
-    nothing. Nothing at all for other `activations` than bfloat16, or without our own kernels.
+    model: on the meta device, with tied weights tied. names: of tensors that are stored in float16. Only
+    plain embeddings outside the decoder layers (tokens and positions) and a plain head are replaced; of tied
+    tables, all or none. Does nothing unless `activations` is bfloat16 and our kernels are available.
     """
     if activations is not torch.bfloat16 or dispatch.why_not_native():
         return
