@@ -12,6 +12,7 @@ import torch
 from lowmem.convert.recipe import ConvertOptions
 from safetensors.torch import load_file
 
+from lowmem.checkpoint.dequantize import dequantize
 from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.verify.converted import verify
 from lowmem.config import QuantConfig, SamplingParams
@@ -24,7 +25,6 @@ from lowmem.errors import (
     SourceError,
 )
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.kernels.reference import dequantize
 from lowmem.loading.loader import load
 from lowmem.session import Session
 from tests.convert.convert_helpers import quick_convert
