@@ -69,7 +69,7 @@ class Bar(Progress):
         """Print a line on a finished part; a bar shows it in `update` instead."""
 
     def update(self, done: int, total: int, text: str = "") -> None:
-        self._bar.update(self._task, completed=done, total=total, **({"description": text} if text else {}))
+        self._bar.update(self._task, completed=done, total=total, description=text or None)
 
     def close(self) -> None:
         self._bar.stop()

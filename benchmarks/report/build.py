@@ -99,6 +99,7 @@ def versions_section(subjects: Sequence[Subject]) -> Section:
 
 def provenance_of(record: QualityRecord | HumanEvalRecord | LatencyRecord) -> Provenance:
     """Command, date, hardware and software of a record, and what else belongs to this kind."""
+    own: tuple[tuple[str, str], ...]
     if isinstance(record, QualityRecord):
         peak = "taken from the cache"
         if record.reference_peak_bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import pytest
 from lowmem.benchmarks.report.build import make_report
@@ -10,15 +11,9 @@ from lowmem.benchmarks.report.inputs import Records
 from lowmem.benchmarks.report.page import to_html
 from lowmem.benchmarks.report.svg import NARROW, WIDE
 
-from tests.benchmarks.bench_records import (
-    FORMS,
-    KLD,
-    a_subject_latency,
-    latency_record,
-)
+from lowmem.errors import InvalidRequestError
+from tests.benchmarks.bench_records import FORMS, KLD, a_subject_latency, latency_record, quality_record
 from tests.benchmarks.report_helpers import COMMAND, Cells, drawings
-
-# --- drawings ----------------------------------------------------------------------------------------------
 
 
 def test_drawings_have_titles_and_ids_of_their_own(report):
@@ -90,3 +85,9 @@ def test_a_phone_shows_the_narrow_drawing_in_its_own_size(report):
         assert width in (NARROW, WIDE)
         for text in drawing.iter("{http://www.w3.org/2000/svg}text"):
             assert float(re.search(r"font-size: ([\d.]+)px", text.attrib["style"])[1]) >= 12
+
+
+def test_without_matplotlib_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InvalidRequestError, match=r"pip install 'lowmem\[report\]'"):
+        make_report(Records(quality_record(FORMS[:1], ("one",))), COMMAND)

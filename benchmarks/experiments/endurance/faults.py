@@ -269,7 +269,7 @@ def _replace_times(root: Path) -> None:
     from lowmem.benchmarks.latency.roofline import Rates
     from lowmem.benchmarks.latency.tasks import DecodeTime, PromptTime, Timings, TimingTask
 
-    def run_task(task: TimingTask, step: Any) -> Timings:
+    def run_task(task: TimingTask, tell: Any) -> Timings | str:
         rates = Rates(1e9, 4e9, 1e10)
         found = Timings(
             1,
