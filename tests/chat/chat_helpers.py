@@ -1,4 +1,4 @@
-"""A terminal and a session that tests of the chat share."""
+"""A simulated terminal and a scripted session for tests of the chat."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CODES = re.compile(r"\x1b\[(\?)?([0-9;]*)([A-Za-z])")
 
 
 class Terminal(io.StringIO):
-    """A terminal of fixed size that remembers what scrolled off; a file to write to.
+    """A terminal of fixed size with scrollback, as a file to write to.
 
     It knows line feeds, carriage returns, cursor up and down, erasing to the right, wrapping on and off, and
     colours. Anything else that is no printable character is a fault of what was written, and raises.
@@ -107,7 +107,7 @@ class Terminal(io.StringIO):
             self.row -= 1
 
     def lines(self) -> list[str]:
-        """Everything that can be seen or scrolled back to, without blanks at the ends of lines."""
+        """The scrollback and the screen, without trailing spaces."""
         found = []
         last = max([self.row, *(number for number, line in enumerate(self.screen) if line)])
         for line in [*self.scrolled, *self.screen[: last + 1]]:
@@ -141,7 +141,7 @@ def terminal_console(columns: int = 60, rows: int = 20) -> tuple[Console, Termin
 
 @dataclass
 class Answer:
-    """What a FakeSession says next: pieces, with a pause before each; raises `error` after them."""
+    """An answer of a FakeSession: pieces with a pause before each, then perhaps an error."""
 
     pieces: Sequence[str]
     pause: float = 0.0
@@ -155,7 +155,7 @@ REPACKING = SimpleNamespace(in_background=nullcontext)
 
 @dataclass
 class FakeSession:
-    """A Session without a model: one token a word, answers from a list, and what was asked is kept."""
+    """A Session without a model: answers from a list, one token per word; records the requests."""
 
     answers: list[Answer]
     context: int = 1000

@@ -1,6 +1,6 @@
-"""Imported once by a fork server, so that each of its children is at work at once.
+"""Imported once by a fork server, so that its children start at once.
 
-transformers imports most of itself when it is first used, so what a conversion uses is used here.
+transformers imports most modules on first use, so a conversion runs here.
 """
 
 import tempfile

@@ -1,4 +1,4 @@
-"""Keys, pastes and history, through prompt_toolkit's own pipe instead of a terminal."""
+"""Keys, pastes and history, with prompt_toolkit's pipe instead of a terminal."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_an_empty_prompt_can_be_left(keys: PipeInput, key: str, end: type[BaseEx
         prompt(keys).read()
 
 
-def test_messages_of_earlier_runs(keys: PipeInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_messages_of_earlier_runs_can_be_recalled(
+    keys: PipeInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     notes: list[str] = []
     first = prompt(keys, open_history(notes.append))
@@ -92,10 +94,10 @@ def test_an_old_history_is_made_private_and_short(tmp_path: Path, monkeypatch: p
     assert path.stat().st_size <= 1000
 
 
-def test_a_history_stays_short_while_the_chat_goes_on(
+def test_a_history_stays_short_during_a_chat(
     keys: PipeInput, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """prompt_toolkit keeps all of a run's messages in memory, pasted files too; the file grew with them."""
+    """prompt_toolkit keeps all messages of a run in memory, also pasted files."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setattr(input, "_LARGEST_HISTORY", 1000)
     monkeypatch.setattr(input, "_MOST_CHARACTERS", 1000)
@@ -115,10 +117,8 @@ def test_a_history_stays_short_while_the_chat_goes_on(
     assert reader.read() == "entry 199"
 
 
-def test_widths_of_texts_are_not_remembered_for_ever(
-    keys: PipeInput, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """prompt_toolkit keeps the width of every short text that it has shown."""
+def test_the_cache_of_widths_is_bounded(keys: PipeInput, monkeypatch: pytest.MonkeyPatch) -> None:
+    """prompt_toolkit caches the width of every short text that it has shown."""
     monkeypatch.setattr(input, "_MOST_WIDTHS", 200)
     reader = prompt(keys)
     for number in range(300):
@@ -128,9 +128,7 @@ def test_widths_of_texts_are_not_remembered_for_ever(
     assert 0 < len(utils._CHAR_SIZES_CACHE) < 200 and utils.get_cwidth("日本") == 4
 
 
-def test_a_history_that_cannot_be_kept_is_no_reason_not_to_chat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chat_works_without_a_writable_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lowmem").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""The chat on a session of scripted answers: what is asked, kept, taken back, shown and refused."""
+"""The chat with a session of scripted answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Typing = str | BaseException | Callable[[], str]
 
 
 class Script:
-    """A user: messages, or what happens instead of one; Ctrl-D at the end."""
+    """A user: messages or exceptions in order, then Ctrl-D."""
 
     def __init__(self, *lines: Typing) -> None:
         self.lines = list(lines)
@@ -62,7 +62,7 @@ def asked(chat: Chat) -> list[Any]:
     return [request["prompt"] for request in chat.session.asked]  # type: ignore[attr-defined]
 
 
-def test_a_turn_brings_the_turns_before() -> None:
+def test_a_request_contains_the_earlier_turns() -> None:
     chat, terminal = talk("a", "b")
     assert asked(chat) == [
         [("user", "a")],
@@ -73,8 +73,8 @@ def test_a_turn_brings_the_turns_before() -> None:
     assert sum("7 + 2 tokens · TTFT 0.25 s · 12.5 tokens/s · " in line for line in lines) == 2
 
 
-def test_what_an_answer_took_is_given_back_before_the_next_prompt() -> None:
-    """Small blocks that live between large ones that went hold pages, unless glibc is asked for them."""
+def test_freed_memory_is_returned_before_the_next_prompt() -> None:
+    """glibc keeps pages between small blocks in use until malloc_trim."""
     before, seen = _anonymous(), []
     kept: list[bytearray] = []
 
@@ -96,7 +96,7 @@ def _anonymous() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024
 
 
-def test_system_and_settings_hold_from_the_next_turn() -> None:
+def test_system_and_settings_apply_from_the_next_turn() -> None:
     chat, terminal = talk(
         "a", "/system Be brief.", "/set temperature 0.9", "b", "/system", "/system none", "c"
     )
@@ -114,14 +114,14 @@ def test_undo_and_reset() -> None:
     assert "the conversation is empty" in terminal.text()
 
 
-def test_retry_asks_again_with_another_seed() -> None:
+def test_retry_uses_another_seed() -> None:
     chat, _ = talk("a", "b", "/retry", "/retry")
     assert asked(chat)[1] == asked(chat)[2] == asked(chat)[3]
     assert [r["params"].seed for r in chat.session.asked] == [5, 5, 6, 7]  # type: ignore[attr-defined]
     assert [e.answer for e in chat.conversation.exchanges] == ["one.", "four."]
 
 
-def test_a_retry_that_fails_keeps_the_answer_before() -> None:
+def test_a_failed_retry_keeps_the_previous_answer() -> None:
     answers = [Answer(["one."]), Answer([], error=InvalidRequestError("no"))]
     chat, terminal = talk("a", "/retry", answers=answers)
     assert [e.answer for e in chat.conversation.exchanges] == ["one."]
@@ -129,7 +129,7 @@ def test_a_retry_that_fails_keeps_the_answer_before() -> None:
 
 
 def pressing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Press Ctrl-C (a real signal) just before piece `number` of an answer is computed."""
+    """Send SIGINT just before piece `number` of an answer is computed."""
     from tests.chat import chat_helpers
 
     calls = [0]
@@ -142,7 +142,7 @@ def pressing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(chat_helpers.time, "sleep", sleep)
 
 
-def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_the_answer_and_keeps_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     pressing(monkeypatch, 3)
     before = signal.getsignal(signal.SIGINT)
     chat, terminal = talk("a", "b", answers=[Answer(["one ", "two ", "three"]), Answer(["ok"])])
@@ -153,14 +153,14 @@ def test_ctrl_c_ends_the_answer_and_keeps_what_was_said(monkeypatch: pytest.Monk
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_ctrl_c_before_the_first_word_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_before_the_first_token_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pressing(monkeypatch, 1)
     chat, terminal = talk("a", "b", answers=[Answer(["one"]), Answer(["ok"])])
     assert asked(chat)[1] == [("user", "b")]
     assert "not kept" in terminal.text()
 
 
-def test_ctrl_c_waits_while_something_is_drawn() -> None:
+def test_ctrl_c_is_deferred_outside_of_armed() -> None:
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
         reached = True
@@ -169,9 +169,8 @@ def test_ctrl_c_waits_while_something_is_drawn() -> None:
     assert reached
 
 
-def test_ctrl_c_between_an_answer_and_the_prompt_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For some milliseconds after an answer neither the chat nor the prompt took SIGINT, and Python's own
-    handler ended the program: all that was said was lost."""
+def test_ctrl_c_between_an_answer_and_the_prompt_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own handler would end the program there and lose the conversation."""
     monkeypatch.setattr(
         "lowmem.chat.chat.figures", lambda *a, **k: os.kill(os.getpid(), signal.SIGINT) or "figures"
     )
@@ -201,7 +200,7 @@ def test_leaving() -> None:
         assert asked(talk(word, "never read")[0]) == []
 
 
-def test_dropped_turns_are_told() -> None:
+def test_dropped_turns_are_reported() -> None:
     answers = [Answer(["a"]), Answer(["b"], dropped_turns=1), Answer(["c"], dropped_turns=2)]
     chat, terminal = talk("1", "2", "3", "/context", answers=answers)
     assert "the oldest turn was left out to fit the context" in terminal.text()
@@ -209,7 +208,7 @@ def test_dropped_turns_are_told() -> None:
     assert chat.dropped == 2 and terminal.text().count("(left out)") == 2
 
 
-def test_an_answer_that_was_cut_says_why() -> None:
+def test_a_cut_answer_says_why() -> None:
     answers = [Answer(["a"], finish_reason="length"), Answer(["b"], finish_reason="context")]
     _, terminal = talk("1", "2", answers=answers)
     assert "cut at 1 new tokens" in terminal.text()
@@ -230,7 +229,7 @@ def test_out_of_memory_does_not_end_the_chat() -> None:
     assert [e.question for e in chat.conversation.exchanges] == ["a", "c"]
 
 
-def test_a_fault_of_ours_keeps_its_traceback_and_the_conversation(
+def test_a_bug_keeps_its_traceback_and_saves_the_conversation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
@@ -290,7 +289,7 @@ def test_a_model_without_a_template_continues_single_messages() -> None:
         ("see /help", "see /help"),
     ],
 )
-def test_what_is_a_command(text: str, meaning: Typed | str) -> None:
+def test_commands_and_messages(text: str, meaning: Typed | str) -> None:
     assert commands.parse(text) == meaning
 
 
@@ -310,7 +309,7 @@ def test_an_unknown_command_names_the_nearest() -> None:
 
 
 def test_escape_codes_of_a_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    """What was saved is as untrusted as what is said: the Terminal raises for a code that is not ours."""
+    """A saved file is untrusted. The Terminal raises for any unexpected escape code."""
     path = tmp_path / "talk.json"
     evil = "\x1b[2Jevil\x07"
     messages = [{"role": "user", "content": evil}, {"role": "assistant", "content": evil}]
@@ -329,7 +328,7 @@ def test_settings_of_the_chat_do_not_change_in_place() -> None:
     assert chat.params == replace(SamplingParams(seed=5), seed=None)
 
 
-def test_a_chat_that_starts_from_a_saved_conversation_shows_where_it_was() -> None:
+def test_a_resumed_chat_shows_the_last_exchange() -> None:
     session = FakeSession([Answer(["new"])])
     console, terminal = terminal_console(100, 50)
     chat = Chat(

@@ -43,7 +43,7 @@ CARD = SamplingParams()
 
 @settings(deadline=None, max_examples=100)
 @given(conversation=CONVERSATION, params=PARAMS)
-def test_what_is_saved_is_loaded(
+def test_saved_conversations_round_trip(
     tmp_path_factory: pytest.TempPathFactory, conversation: Conversation, params: SamplingParams
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "talk.json"
@@ -53,7 +53,7 @@ def test_what_is_saved_is_loaded(
     assert loaded.params == params
 
 
-def test_the_file_is_private_whole_and_alone(tmp_path: Path) -> None:
+def test_the_file_is_private_and_complete(tmp_path: Path) -> None:
     path = save(str(tmp_path / "talk.json"), ChatState(TALK, model="tiny"))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == ["talk.json"]
@@ -149,7 +149,7 @@ def test_a_file_that_save_would_not_write_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_keys_are_from_the_future_and_ignored(tmp_path: Path) -> None:
+def test_unknown_keys_are_ignored(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text(json.dumps({**GOOD, "mood": 1, "settings": {"mirostat": 2, "top_k": 7}}))
     saved = load(str(path), CARD)
@@ -160,7 +160,7 @@ def test_unknown_keys_are_from_the_future_and_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"nonsense", b"\xff", b"[" * 200_000, b'"text"', b"[]", b"1" * 5000]
 )
-def test_what_is_not_ours_is_one_line(tmp_path: Path, content: bytes) -> None:
+def test_other_files_are_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "talk.json"
     path.write_bytes(content)
     with pytest.raises(ConversationError, match="JSON") as caught:
@@ -181,7 +181,7 @@ def test_wrong_places_to_load_from(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         save(str(tmp_path / "talk"), ChatState(TALK))
 
 
-def test_settings_as_a_person_types_them() -> None:
+def test_typed_settings() -> None:
     params = with_setting(CARD, "max-new-tokens", "7")
     params = with_setting(params, "Temperature", "0.75")
     params = with_setting(params, "stop", r"### \n\n")

@@ -1,4 +1,4 @@
-"""The chat in a real terminal: typed into, interrupted, saved, left, and come back to."""
+"""The chat in a real terminal (tmux): typing, interrupting, saving, leaving and resuming."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import REPO, TINY_STARCHAT
 
-PATIENCE = 60  # seconds for one thing to appear, on a machine that others use as well
+PATIENCE = 60  # seconds to wait for each output, on a busy machine
 
 if shutil.which("tmux") is None and not os.environ.get("CI"):
     pytest.skip("tmux is not installed", allow_module_level=True)
@@ -58,7 +58,7 @@ class Tmux:
         return result.stdout
 
     def keys(self, *keys: str) -> None:
-        """Press keys by tmux's names, as Enter and C-c."""
+        """Press keys by tmux's names, such as Enter and C-c."""
         self("send-keys", *keys)
 
     def type(self, text: str) -> None:
@@ -67,11 +67,11 @@ class Tmux:
         self.keys("Enter")
 
     def text(self) -> str:
-        """All that is in the window and was scrolled off it."""
+        """The window with its scrollback."""
         return self("capture-pane", "-p", "-S", "-5000")
 
     def wait(self, found: str | Callable[[str], object]) -> str:
-        """Poll until a text is there, or until a condition holds; the text of the window then."""
+        """Poll until a text appears or a condition holds; returns the window's text."""
         deadline = time.monotonic() + PATIENCE
         while True:
             text = self.text()
@@ -89,7 +89,7 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
 
 
 def ready(text: str) -> bool:
-    """An empty prompt waits at the end."""
+    """Whether an empty prompt is at the end."""
     return text.rstrip().endswith("\n>")
 
 
@@ -98,7 +98,7 @@ def answered(count: int) -> Callable[[str], bool]:
 
 
 def with_positions(folder: Path, count: int) -> Path:
-    """tiny-starchat with so many positions, the learned ones over and over: answers of any length."""
+    """tiny-starchat with `count` positions, by repeating the learned ones, for long answers."""
     shutil.copytree(TINY_STARCHAT, folder)
     tensors = load_file(folder / "model.safetensors")
     name = "transformer.wpe.weight"
@@ -111,14 +111,14 @@ def with_positions(folder: Path, count: int) -> Path:
 
 
 def test_a_chat(tmux: Tmux) -> None:
-    # An answer of 8000 tokens is no end before Ctrl-C, however late this process is woken.
+    # 8000 tokens, so that the answer does not end before Ctrl-C.
     model = with_positions(tmux.folder / "model", 8192)
     run = f"{sys.executable} -m lowmem run {model} --temperature 0 --max-new-tokens"
     tmux.wait("shell>")
     tmux.type(f"{run} 8000 --no-speculation; echo left with $?")
     tmux.wait(lambda text: "MiB of weights" in text and ready(text))
 
-    # An answer grows, is stopped in the middle, and the chat goes on.
+    # An answer is stopped in the middle, and the chat continues.
     tmux.type("Write a function that sorts a list.")
     first = tmux.wait(lambda text: len(said(text)) > 40)
     assert "TTFT" not in first
@@ -163,7 +163,7 @@ def test_a_chat(tmux: Tmux) -> None:
     tmux.wait("left with 0")
     assert_restored(tmux)
 
-    # A second run remembers what was typed in the first.
+    # A second run recalls messages of the first.
     tmux.type(f"{run} 8; echo left with $?")
     tmux.wait(lambda text: "MiB of weights" in text and ready(text))
     tmux.keys("Up")
@@ -266,14 +266,14 @@ print("finished")
     ("sizes", "copies"),
     [
         ([(100, 30), (100, 14), (120, 24), (120, 40), (140, 16)], 0),
-        # A narrower window makes rows out of rows, and tmux pushes some of the tail out of reach.
+        # A narrower window wraps rows, and tmux scrolls some of the tail away.
         ([(60, 24), (100, 30), (50, 12), (80, 24), (70, 14)], 25),
     ],
 )
 def test_the_window_changes_its_size_while_an_answer_comes(
     tmux: Tmux, sizes: list[tuple[int, int]], copies: int
 ) -> None:
-    """A real terminal reflows what it shows: every line must still be there, and once where that can be."""
+    """A terminal reflows its text: every line must still appear, and only once where possible."""
     (tmux.folder / "stream.py").write_text(STREAM)
     tmux.wait("shell>")
     tmux.type(f"{sys.executable} stream.py")
@@ -288,7 +288,7 @@ def test_the_window_changes_its_size_while_an_answer_comes(
 
 
 def assert_restored(tmux: Tmux) -> None:
-    """The terminal echoes, and gives lines, as a shell needs it."""
+    """Echo and line mode are on again."""
     tmux.type("stty -a | grep -ow -e '-echo' -e echo -e '-icanon' -e icanon; echo done")
     tmux.wait("\ndone")
     modes = tmux.text().rpartition("echo done")[2].split()
@@ -299,10 +299,10 @@ def assert_restored(tmux: Tmux) -> None:
 
 
 def said(text: str) -> str:
-    """What stands below the first question."""
+    """The text below the first question."""
     return text.partition("> Write a function that sorts a list.")[2].strip()
 
 
 def squeeze(text: str) -> str:
-    """Without blanks and the marks that are shown as styles."""
+    """Without spaces and markdown marks."""
     return re.sub(r"[\s*`]", "", text)

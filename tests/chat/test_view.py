@@ -1,4 +1,4 @@
-"""What is on the screen after an answer is its markdown, whatever its pieces and the window's size."""
+"""The screen after an answer shows its markdown, for any pieces and window sizes."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def pieces(text: str, cuts: list[int]) -> list[str]:
 
 
 def wrapped(text: str, columns: int) -> list[str]:
-    """The rows that the whole text fills on a terminal."""
+    """The rows of the whole text on a terminal."""
     console, _ = terminal_console(columns)
     lines = render(clean(text), console, columns)
     return [plain_text(row).rstrip() for line in lines for row in fold(line, columns)]
@@ -133,7 +133,7 @@ CUTS = st.lists(st.integers(0, 10_000), max_size=60)
 @settings(deadline=None, max_examples=150)
 @given(text=DOCUMENT, cuts=CUTS, columns=st.integers(24, 90), rows=st.integers(3, 30))
 def test_the_screen_holds_the_whole_answer_once(text: str, cuts: list[int], columns: int, rows: int) -> None:
-    """Nothing is lost and nothing is there twice, in the window and in what scrolled off it."""
+    """Nothing is lost or repeated in the window and its scrollback."""
     terminal = stream(text, cuts, columns, rows)
     assert terminal.lines() == ["before", *wrapped(text, columns), ""]
 
@@ -143,7 +143,7 @@ def test_the_screen_holds_the_whole_answer_once(text: str, cuts: list[int], colu
     text=DOCUMENT, cuts=CUTS, sizes=st.lists(st.tuples(st.integers(30, 90), st.integers(4, 30)), min_size=1)
 )
 def test_no_size_of_the_window_loses_a_word(text: str, cuts: list[int], sizes: list[tuple[int, int]]) -> None:
-    """Each drawing may find another window; what is final of all of them is the whole answer."""
+    """The window may change between drawings; their final lines are the whole answer."""
     console, _ = terminal_console(90)
     answer = MarkdownStream(console)
     final = []
@@ -155,7 +155,7 @@ def test_no_size_of_the_window_loses_a_word(text: str, cuts: list[int], sizes: l
         assert all(len(fold(row, columns)) == 1 for row in shown.tail)
         final += shown.final
     final += answer.show(90, 20, done=True).final
-    # Lines break elsewhere, cells of a table above all: the characters that are not blank are compared.
+    # Lines break elsewhere, so only the non-blank characters are compared.
     whole = "".join(plain_text(line) for line in render(clean(text), console, 90))
     strip = str.maketrans("", "", " ─▌•")
     assert Counter("".join(map(plain_text, final)).translate(strip)) == Counter(whole.translate(strip))
@@ -163,8 +163,8 @@ def test_no_size_of_the_window_loses_a_word(text: str, cuts: list[int], sizes: l
 
 @settings(deadline=None, max_examples=100)
 @given(text=DOCUMENT)
-def test_no_character_of_prose_and_code_is_swallowed(text: str) -> None:
-    """What CommonMark would take for tags, references and rules of its own stays to be read."""
+def test_no_character_of_prose_and_code_is_lost(text: str) -> None:
+    """Text that CommonMark would parse as tags or references stays visible."""
     assume("|---|" not in text)  # cells are folded, so words of theirs are not in one piece
     console, _ = terminal_console(90)
     shown = "".join(plain_text(line) for line in render(clean(text), console, 90)).replace(" ", "")
@@ -178,7 +178,7 @@ def shown(text: str, columns: int = 60) -> list[str]:
 
 
 def test_code_without_a_fence_can_be_copied() -> None:
-    """Small models forget the fence: Python's own marks must survive a markdown parser."""
+    """Small models forget the fence; Python's marks must survive the markdown parser."""
     code = "def __init__(self, *args, **kwargs):\n    x = a*b*c\n\n    return x[0](1) > 2 and y<z>1"
     assert shown(code) == code.split("\n")
     assert shown(">>> f(2)\n4") == [">>> f(2)", "4"]
@@ -196,7 +196,7 @@ def test_marks_become_styles() -> None:
     assert styles["def"] and styles["def"].color and styles["def"].bgcolor.is_default
 
 
-def test_a_comment_that_is_not_closed_yet_looks_like_one() -> None:
+def test_an_unclosed_comment_is_coloured_as_one() -> None:
     console, _ = terminal_console()
     whole = render("```java\n/** Sorts\n * numbers.\n */\nint x;\n```", console, 60)
     assert render("```java\n/** Sorts\n * numbers.\n", console, 60) == whole[:2]
@@ -207,13 +207,13 @@ def test_a_lists_numbers_do_not_shift_when_it_grows() -> None:
 
 
 def test_long_lines_of_code_are_left_to_the_terminal() -> None:
-    """So that a copy of them has no line end that the code has not."""
+    """Copies of them thereby contain no extra line ends."""
     code = "x = " + "y" * 200
     assert shown(f"```\n{code}\n```") == [code]
 
 
 @given(st.text())
-def test_cleaned_text_steers_no_terminal(text: str) -> None:
+def test_cleaned_text_has_no_control_characters(text: str) -> None:
     cleaned = clean(text)
     assert all(c in "\n\t" or (ord(c) >= 0x20 and not 0x7F <= ord(c) < 0xA0) for c in cleaned)
     cleaned.encode("utf-8")
@@ -227,7 +227,7 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m \x1b[1;1Hcode\x08\x08 \r\u202etxt.exe &#2
     "frame", ["{}", "```\n{}\n```", "- {}", "`{}`", "| {} |\n|---|\n| {} |", "```{}\n```"]
 )
 def test_an_answers_escape_codes_do_not_reach_the_terminal(frame: str) -> None:
-    """The Terminal of these tests raises for any code that is not one of ours."""
+    """The Terminal of these tests raises for any unexpected code."""
     terminal = stream(frame.replace("{}", EVIL), [3, 5, 9, 11, 20], 60, 10)
     if "```{" not in frame:
         assert "[bold]nomarkup[/bold]" in "".join(terminal.text().split())
@@ -235,7 +235,7 @@ def test_an_answers_escape_codes_do_not_reach_the_terminal(frame: str) -> None:
 
 
 def test_a_half_written_mark_does_not_flicker() -> None:
-    """While it comes, `**bo` is bold already, and `-` is not yet the underline of a heading."""
+    """In a growing text `**bo` is already bold, and `-` not yet the underline of a heading."""
     console, _ = terminal_console()
     answer = MarkdownStream(console)
     answer.push("Some **bo")
@@ -249,7 +249,7 @@ def test_a_half_written_mark_does_not_flicker() -> None:
 
 
 def test_finished_blocks_are_not_drawn_again() -> None:
-    """Only the tail is: what is above may be in the scrollback, where nothing can be drawn."""
+    """Only the tail is redrawn: lines above may be in the scrollback."""
     console, terminal = terminal_console()
     written: list[str] = []
     real = terminal.write
@@ -281,7 +281,7 @@ def test_the_spinner_turns_and_goes() -> None:
     assert terminal.lines() == ["Answer", ""]
 
 
-def test_an_answer_without_a_word_leaves_nothing() -> None:
+def test_an_empty_answer_leaves_nothing() -> None:
     console, terminal = terminal_console()
     view = TerminalView(console, threaded=False)
     view.waiting("reading")

@@ -1,4 +1,4 @@
-"""`lowmem` command lines, many of them in one fresh process: a start imports torch, which takes seconds."""
+"""Runs many `lowmem` command lines in one new process, since importing torch takes seconds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ print(json.dumps([done(arguments) for arguments in json.loads(sys.argv[1])]))
 
 @dataclass(frozen=True)
 class Done:
-    """What a command line left: its exit code, all that it printed, and the names in its folder after it."""
+    """The result of a command line: exit code, output, and the names in its folder afterwards."""
 
     returncode: int
     stdout: str
@@ -52,9 +52,9 @@ class Done:
 
 
 def in_one_process(commands: Sequence[Sequence[str]], cwd: Path) -> list[Done]:
-    """Run command lines, without the word lowmem, one after another in a new process that works in `cwd`.
+    """Run command lines, without the word lowmem, one after another in a new process in `cwd`.
 
-    What a library says when it is imported stands with the first command that imports it.
+    A library's output on import appears with the first command that imports it.
     """
     result = subprocess.run(
         [sys.executable, "-c", _CHILD, json.dumps([list(command) for command in commands])],

@@ -23,7 +23,7 @@ def lowmem(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProc
 
 
 def in_this_process(*arguments: str) -> int:
-    """The exit code. What a conversion does at SIGTERM goes with it."""
+    """The exit code; restores the SIGTERM handler that a conversion replaces."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         return main(arguments)
@@ -42,7 +42,7 @@ def in_this_process(*arguments: str) -> int:
     ],
 )
 def test_help_and_mistakes_do_not_load_torch(arguments):
-    """Answers at once: the libraries that take seconds are not imported for a typo."""
+    """A typo is reported without importing libraries that take seconds."""
     code = (
         "import sys\nfrom lowmem.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
@@ -90,7 +90,7 @@ MISTAKES: list[tuple[list[str], str]] = [
 
 @pytest.fixture(scope="module")
 def mistakes(tmp_path_factory: pytest.TempPathFactory) -> list[Done]:
-    """All of them, in their order."""
+    """The results of MISTAKES, in order."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "empty.safetensors").touch()
     return in_one_process([arguments for arguments, _ in MISTAKES], folder)
@@ -135,7 +135,7 @@ def arguments_for(source: Path, out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(source: Path) -> dict[str, Done]:
-    """Conversions, and what is done with one, in a process that has imported nothing before."""
+    """Conversions and what uses them, in a new process."""
     base = source.parent
     commands = {
         "quiet": [*arguments_for(source, base / "quiet"), "--quiet"],
@@ -159,7 +159,7 @@ def test_convert_verify_run(source, done):
     assert answer.returncode == 0, answer.stderr
     assert "tokens/s" in answer.stderr
     assert "tokens/s" not in answer.stdout
-    # A damaged byte is found, and the file and tensor at fault are named.
+    # A damaged byte is found, and its file named.
     out = source.parent / "out"
     shard = out / "model.safetensors"
     data = bytearray(shard.read_bytes())
@@ -171,7 +171,7 @@ def test_convert_verify_run(source, done):
 
 
 def test_quiet_says_nothing(done):
-    """Nor does what it imports: it is the first command of its process."""
+    """Neither do the libraries: it is the first command of its process."""
     result = done["quiet"]
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -186,7 +186,7 @@ def test_plain_is_gptq_alone(source, done):
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """A source that takes a while, and the bytes of its whole conversion."""
+    """A source that takes a while to convert, and the digests of its conversion."""
     folder = tmp_path_factory.mktemp("long")
     source = save_source(tiny_model("gpt_bigcode_mqa", layers=24), folder / "source")
     assert in_this_process(*arguments_for(source, folder / "whole")) == 0
@@ -194,7 +194,7 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_leaves_a_job_and_says_how_to_go_on(tmp_path, number, long):
+def test_ctrl_c_leaves_a_job_that_can_be_resumed(tmp_path, number, long):
     source, whole = long
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -202,7 +202,7 @@ def test_ctrl_c_leaves_a_job_and_says_how_to_go_on(tmp_path, number, long):
         stderr=subprocess.PIPE,
         text=True,
         env=ENVIRONMENT,
-        # A shell starts its background jobs with Ctrl-C switched off, and that is inherited.
+        # Background jobs of a shell ignore SIGINT, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None

@@ -42,7 +42,7 @@ COUNTERS = SimpleNamespace(cached_tokens=0, drafted_tokens=0, accepted_tokens=0)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list[list[int]]:
-    """Engines say `ids`; the returned list hears the prompts."""
+    """Make engines generate `ids`; returns the list that collects the prompts."""
     heard: list[list[int]] = []
 
     def generate(self: Engine, prompt: list[int], params: SamplingParams, on_prefill: Any = None) -> Any:
@@ -67,7 +67,7 @@ def test_the_middle_is_what_the_model_generates(loaded: LoadedModel) -> None:
 
 
 def test_texts_cannot_forge_the_tokens(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Source code that speaks of fill-in-the-middle is source code."""
+    """Source code that contains the tokens' names stays text."""
     heard = scripted(monkeypatch, [0])
     list(Session(loaded).fill_in("a = '<fim_suffix>'", "b = '<fim_middle><|endoftext|>'", GREEDY))
     (ids,) = heard
@@ -125,7 +125,7 @@ def expected(loaded: LoadedModel) -> str:
 def test_the_middle_alone_is_on_stdout(
     folder: Path, expected: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Greedy unless asked otherwise, and not a character more: it may go into a file."""
+    """Greedy by default, and no further character, since it may go into a file."""
     (tmp_path / "a").write_text(PREFIX)
     (tmp_path / "b").write_text(SUFFIX)
     files = ["--prefix-file", str(tmp_path / "a"), "--suffix-file", str(tmp_path / "b")]
@@ -168,7 +168,7 @@ def test_one_file_with_a_marker(
 def test_the_whole_file_keeps_its_bytes(
     folder: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    """Line ends, a byte order mark and what is no ASCII stay as they are."""
+    """Line ends, a byte order mark and non-ASCII characters are unchanged."""
     before, after = "\ufeff# naïve\r\nx = 1\r".encode(), "\r\n# 😀 no line end".encode()
     file = tmp_path / "crlf.py"
     file.write_bytes(before + MARKER.encode() + after)
@@ -177,7 +177,9 @@ def test_the_whole_file_keeps_its_bytes(
     assert out.startswith(before) and out.endswith(after) and len(out) > len(before + after)
 
 
-def test_what_did_not_fit_is_told(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_left_out_tokens_are_reported(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "long.py"
     file.write_text("x = 1\n" * 200 + MARKER + "y = 2\n" * 200)
     assert main(["fim", str(folder), str(file), *OPTIONS, "--context", "64"]) == 0
@@ -213,7 +215,7 @@ def test_mistakes_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And they come before the model is opened: there is none at this path."""
+    """They are reported before the model is opened: the path does not exist."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").touch()
     if content is not None:

@@ -1,4 +1,4 @@
-"""lowmem's cache of converted checkpoints: where things go, what is listed, and what rm may touch."""
+"""lowmem's cache of converted checkpoints: paths, `lowmem list` and `lowmem rm`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers import save_source, tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
 ALPHA = "HuggingFaceH4/starchat-alpha"
-# The commands' own modules, whether the command line lists them already or not.
+# The modules of the commands.
 DRIVER = (
     "import sys\nfrom lowmem import cli\nknown = {c.name for c in cli.COMMANDS}\n"
     "for name in ('list', 'rm'):\n"
@@ -54,7 +54,7 @@ def lowmem(root: Path, *arguments: str, cwd: Path | None = None, **options) -> s
 
 
 def finished(source: str, config: QuantConfig, size: int = 1000) -> Path:
-    """A folder as a conversion leaves it, but for the weights."""
+    """A converted folder without weights."""
     folder = cache.claim(source, cache.label_of(config))
     folder.mkdir()
     quantization = quantization_config_dict(config, version="0")
@@ -65,7 +65,7 @@ def finished(source: str, config: QuantConfig, size: int = 1000) -> Path:
 
 
 def begun(source: str, config: QuantConfig, layers: int = 3) -> Path:
-    """A job as an interruption leaves it."""
+    """A job as left by an interruption."""
     folder = cache.claim(source, cache.label_of(config))
     job = folder.with_name(folder.name + ".partial")
     job.mkdir()
@@ -80,7 +80,7 @@ def names() -> list[str]:
     return [entry.name for entry in cache.entries()]
 
 
-# ---- where things go
+# ---- paths
 
 
 def test_the_root_and_its_variables(monkeypatch, tmp_path):
@@ -107,13 +107,13 @@ def test_keys_of_hub_ids_and_local_sources(root, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("a/model v2")
     assert one == cache.entry_folder("link", "4bit-g128").parent
     assert one != cache.entry_folder("b/model v2", "4bit-g128").parent
-    # A folder that is here is local, whatever it looks like.
+    # An existing folder is local, whatever its name.
     Path(ALPHA).mkdir(parents=True)
     assert "--" not in cache.entry_folder(ALPHA, "4bit-g128").parent.name
     assert not root.exists()
 
 
-def test_what_is_no_source_has_no_entries(root):
+def test_an_invalid_source_has_no_entries(root):
     finished(ALPHA, QuantConfig(group_size=128))
     for source in ("", "a\0b", "~nobody/x", "../..", "/", "x" * 5000, "HuggingFaceH4--starchat-alpha"):
         assert cache.entries_for(source) == []
@@ -148,10 +148,10 @@ def test_labels_tell_recipes_apart():
         cache.label_of(QuantConfig())
 
 
-# ---- what is listed
+# ---- listing
 
 
-def test_entries_say_what_they_are(root):
+def test_entries_have_their_state(root):
     assert cache.entries() == []
     done = finished(ALPHA, QuantConfig(bits=8, group_size=128), size=12_345)
     job = begun("/somewhere/else", QuantConfig(bits=3, group_size=64), layers=7)
@@ -165,13 +165,13 @@ def test_entries_say_what_they_are(root):
     assert cache.entries_for(ALPHA) == [eight]
     assert cache.entries_for("/somewhere/else") == [three]
     assert cache.entries_for("HuggingFaceH4/starchat-beta") == []
-    # The same again, with --force, and not to its end.
+    # An interrupted second conversion with --force.
     begun(ALPHA, QuantConfig(bits=8, group_size=128))
     (again,) = cache.entries_for(ALPHA)
     assert again.complete and again.state == "ready, and an unfinished job"
 
 
-def test_use_is_noted_in_the_cache_only(root, tmp_path):
+def test_use_is_recorded_in_the_cache_only(root, tmp_path):
     done = finished(ALPHA, QuantConfig(group_size=128))
     for folder in (done, tmp_path):
         os.utime(folder, (1000, 1000))
@@ -214,7 +214,7 @@ def test_names_are_found_by_their_beginning(root):
     key = "HuggingFaceH4--starchat-alpha"
     assert cache.find(f"{key}/8bit-g128").path.name == "8bit-g128"
     assert cache.find("8bit-g128").name == cache.find("8").name == f"{key}/8bit-g128"
-    assert cache.find("4bit-g128").name == f"{key}/4bit-g128"  # exact, though another begins so
+    assert cache.find("4bit-g128").name == f"{key}/4bit-g128"  # an exact name, also the beginning of another
     assert cache.find("bigcode/santacoder").name == "bigcode--santacoder/4bit-g64"
     assert cache.find("bigcode").name == "bigcode--santacoder/4bit-g64"
     for text in ("4bit", key, "HuggingFaceH4", ALPHA):
@@ -233,7 +233,7 @@ def test_names_are_found_by_their_beginning(root):
             cache.find(text)
 
 
-def test_the_same_label_of_two_models_is_no_name(root):
+def test_a_label_of_two_models_is_ambiguous(root):
     for source in (ALPHA, "bigcode/santacoder"):
         finished(source, QuantConfig(group_size=128))
     with pytest.raises(InvalidRequestError, match=r"could be HuggingFaceH4--.*, bigcode--"):
@@ -257,7 +257,7 @@ def test_remove_takes_the_entry_and_its_job_and_no_more(root):
             cache.remove(name)
 
 
-def test_what_a_removal_left_half_done_can_be_removed(root):
+def test_an_interrupted_removal_can_be_finished(root):
     job = begun(ALPHA, QuantConfig(group_size=128))
     waste = job.with_name(job.name + ".done")
     job.rename(waste)
@@ -279,7 +279,7 @@ def test_a_link_is_removed_and_never_followed(root, tmp_path):
     for name in names():
         cache.remove(name)
     assert list((root / "models").iterdir()) == []
-    # A whole model that lies elsewhere.
+    # A link to a whole model elsewhere.
     (tmp_path / "elsewhere" / "4bit-g128").mkdir(parents=True)
     (root / "models" / "moved").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OutputError, match="outside of the cache"):
@@ -394,7 +394,7 @@ def convert_arguments(source: Path) -> list[str]:
 def convert_here(
     source: Path, bits: int = 4, out: Path | None = None, reporter: Reporter | None = None, **options: Any
 ) -> Path:
-    """The same as the command with `convert_arguments`, without a process of its own."""
+    """Run the command with `convert_arguments` in this process."""
     calibration = CalibrationSpec(str(calibration_file(source.parent)), 4, 64)
     config = QuantConfig(bits=bits)
     summary = convert(
@@ -413,9 +413,9 @@ def test_convert_without_out_writes_into_the_cache(root, source, tmp_path):
     lines = result.stderr.splitlines()
     assert f"converting into {entry.path}" in lines
     assert lines[-1] == f"use it with: lowmem run {source}"
-    # The very same bytes as into a folder that was named.
+    # The same bytes as with an explicit folder.
     assert digest_of(entry.path) == digest_of(convert_here(source, out=tmp_path / "out"))
-    # Again: nothing is done, and the way on is told; another width is another entry.
+    # Again: nothing is converted; another width is another entry.
     with pytest.raises(OutputError, match="already converted") as caught:
         convert_here(source)
     assert str(entry.path) in caught.value.message and f"lowmem run {source}" in caught.value.hint
@@ -443,20 +443,20 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 class Listening(Reporter):
-    """Notes how many layers were there from before."""
+    """Records how many layers were already converted."""
 
     def started(self, plan: object, layers: int, finished: int, note: str) -> None:
         self.found = finished
 
 
-def test_an_interrupted_conversion_is_listed_and_goes_on(root, tmp_path):
+def test_an_interrupted_conversion_is_listed_and_resumed(root, tmp_path):
     source = save_source(tiny_model("gpt_bigcode_mqa", layers=16), tmp_path / "long")
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, *convert_arguments(source)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        # A shell starts its background jobs with Ctrl-C switched off, and that is inherited.
+        # Background jobs of a shell ignore SIGINT, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""One answer for a pipe: text alone on stdout, one JSON object, one line for every mistake."""
+"""`lowmem run -p`: the answer on standard output, as text or JSON; one line for every mistake."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def session(folder: Path) -> Session:
 
 @pytest.fixture(autouse=True)
 def no_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading standard input is a fault unless a test gives one."""
+    """Reading standard input fails unless a test provides one."""
 
     def read(*_: Any) -> str:
         raise AssertionError("standard input was read")
@@ -100,7 +100,7 @@ def test_where_the_prompt_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert read_prompt("Explain:", "-") == "Explain:\n\npiped"
 
 
-def test_a_prompt_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_prompt_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty").write_bytes(b" \n")
     for words, match in (
@@ -118,7 +118,7 @@ def test_a_prompt_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         run("model")
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
-    monkeypatch.setattr("sys.stdin", terminal)  # and stdout is a file: there is nobody to chat with
+    monkeypatch.setattr("sys.stdin", terminal)  # and stdout is a file, so no chat starts
     with pytest.raises(InvalidRequestError, match="prompt is missing"):
         run("model")
     monkeypatch.setattr(command_line, "LARGEST", 10)
@@ -169,7 +169,7 @@ def test_options_reach_the_session(
     assert params == replace(expected, max_new_tokens=2)
 
 
-def test_a_saved_conversation_goes_on(
+def test_a_saved_conversation_is_resumed(
     folder: Path, tmp_path: Path, session: Session, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = save(str(tmp_path / "talk.json"), ChatState(Conversation("S", (Exchange("a", "b"),)), GREEDY))
@@ -209,7 +209,7 @@ def test_escape_codes_reach_a_file_but_no_terminal(
     assert "[2J" in out and "\x1b" not in out
 
 
-def test_a_reader_that_goes_is_no_failure(folder: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(folder: Path) -> None:
     """`lowmem run M -p x | head -1` ends without a traceback."""
     command = (
         f'"{sys.executable}" -m lowmem run "{folder}" -p Hi --max-new-tokens 60 --temperature 0 | head -c 1'

@@ -1,4 +1,4 @@
-"""`lowmem serve` as a user starts and ends it."""
+"""`lowmem serve`: options, access, start and shutdown."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def refused(*words: str) -> str:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "box.lan"])
-def test_other_machines_need_a_key_unless_told_explicitly(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_machines_need_a_key_or_an_explicit_option(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert host in refused("--host", host) and "--no-api-key" in refused("--host", host)
     assert access("--host", host, "--no-api-key").keys == ()
     monkeypatch.setenv(KEYS, KEY)
@@ -58,7 +58,7 @@ def test_other_machines_need_a_key_unless_told_explicitly(host: str, monkeypatch
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
-def test_this_machine_needs_none(host: str) -> None:
+def test_this_machine_needs_no_key(host: str) -> None:
     assert access("--host", host).keys == ()
 
 
@@ -82,13 +82,13 @@ def test_keys_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: p
 
 
 def test_a_key_on_the_command_line_is_refused_and_not_shown() -> None:
-    """Everybody on the machine sees the arguments of a process."""
+    """Every user of the machine can read the arguments of a process."""
     message = refused("--api-key", KEY)
     assert KEY not in message and "--api-key-file" in message
 
 
 @pytest.mark.parametrize("name", ["http://box.lan", "box.lan:80", "", "a b/"])
-def test_names_of_hosts_have_no_scheme_and_no_port(name: str) -> None:
+def test_host_names_have_no_scheme_and_no_port(name: str) -> None:
     assert "--allow-host" in refused("--allow-host", name)
 
 
@@ -117,7 +117,7 @@ def test_a_model_is_called_by_the_last_part_of_its_path(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_mistakes_are_one_line_and_two(
+def test_mistakes_are_one_line_and_exit_code_2(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -128,7 +128,7 @@ def test_mistakes_are_one_line_and_two(
     assert code == 2 and len(lines) == 1 and said in lines[0]
 
 
-def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_reported_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -138,7 +138,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(capsys: pytest.C
     assert f"127.0.0.1:{port} is in use" in line and "--port" in line
 
 
-def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "/nowhere/model", "--port", "0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "/nowhere/model" in line
@@ -146,7 +146,7 @@ def test_a_model_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str
 
 @contextmanager
 def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
-    """A process of its own, once it listens."""
+    """A server process that is listening."""
     process = subprocess.Popen(
         [
             sys.executable,
@@ -176,7 +176,7 @@ def serving(*words: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]
         process.communicate()
 
 
-def test_a_signal_lets_the_answer_that_has_begun_come_to_its_end() -> None:
+def test_the_first_signal_lets_the_running_answer_finish() -> None:
     with serving("--served-name", "one", "--served-name", "two") as (process, client):
         assert [card.id for card in client.models.list().data] == ["one", "two"]
         several = client.chat.completions.create(
@@ -196,7 +196,7 @@ def test_a_signal_lets_the_answer_that_has_begun_come_to_its_end() -> None:
 
 
 @pytest.mark.slow
-def test_the_second_signal_is_the_end() -> None:
+def test_the_second_signal_ends_at_once() -> None:
     with serving("--shutdown-seconds", "600") as (process, client):
         stream = client.chat.completions.create(
             model="tiny-starchat", messages=user(QUESTION), temperature=0, max_tokens=900, n=16, stream=True

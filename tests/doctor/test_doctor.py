@@ -1,4 +1,4 @@
-"""The doctor: facts of made-up machines, checks that break, and a card's checks on the CPU."""
+"""The doctor: facts of made-up machines, failing checks, and a card's checks on the CPU."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ NO_CARD = replace(HEALTHY, driver=None, driver_cuda=None, cards=(), cuda_build=N
 
 
 def line(found: Any, name: str) -> Check:
-    """The one line with this name."""
+    """The only check with this name."""
     lines = [check for check in found if check.name == name]
     assert len(lines) == 1, (name, [check.name for check in found])
     return lines[0]
@@ -67,7 +67,7 @@ def test_a_healthy_machine_has_no_warning() -> None:
 
 
 def test_a_machine_without_a_card_is_healthy_too() -> None:
-    """And it is not told to install a compiler for a card that it has not."""
+    """It gets no advice about compilers for a card."""
     found = list(facts(NO_CARD))
     assert {check.status for check in found} == {"ok"}
     assert "CPU" in line(found, "driver").detail
@@ -92,22 +92,20 @@ def test_a_machine_without_a_card_is_healthy_too() -> None:
         ({"disk_free": GIB}, "cache", "warning", "lowmem rm"),
     ],
 )
-def test_what_is_wrong_is_said_with_what_to_do(
-    change: dict[str, Any], name: str, status: str, advice: str
-) -> None:
+def test_problems_come_with_advice(change: dict[str, Any], name: str, status: str, advice: str) -> None:
     found = list(facts(replace(HEALTHY, **change)))
     check = line(found, name)
     assert check.status == status and advice in check.advice
     assert passed(found) == (status != "missing")
 
 
-def test_a_containers_limit_is_told() -> None:
+def test_a_containers_limit_is_reported() -> None:
     found = facts(replace(HEALTHY, limit=8 * GIB))
     assert "limited to 8.00 GiB" in line(found, "memory").detail
     assert "limited" not in line(facts(replace(HEALTHY, limit=64 * GIB)), "memory").detail
 
 
-def test_a_check_that_breaks_is_a_line() -> None:
+def test_a_failing_check_is_a_line() -> None:
     def breaks() -> str:
         raise RuntimeError("CUDA error: an illegal memory access\nmore\nlines")
 
@@ -117,7 +115,7 @@ def test_a_check_that_breaks_is_a_line() -> None:
 
 
 def test_this_machine() -> None:
-    """The real facts; each is there, and they are those of Linux's own files where it has them."""
+    """The facts of this machine agree with Linux's files."""
     found = look()
     assert found.python == ".".join(map(str, sys.version_info[:3])) and found.torch_error == ""
     assert found.memory_total > GIB and 0 < found.memory_available <= found.memory_total
@@ -149,7 +147,7 @@ def test_bitsandbytes_is_checked_for_real(method: Any, monkeypatch: pytest.Monke
 
 
 def test_the_kernel_of_each_width_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card without nvcc: Triton works, the better ones say what they need."""
+    """Without nvcc Triton works, and better kernels say what they need."""
     choice = KernelChoice(
         "TritonV2Linear", "GPTQModel's best here", passed_over=(PassedOver("MarlinLinear", "needs nvcc"),)
     )
@@ -162,7 +160,7 @@ def test_the_kernel_of_each_width_and_why(monkeypatch: pytest.MonkeyPatch) -> No
     assert slow.status == "warning" and "slowly" in slow.advice
 
 
-# A card's checks, on the CPU.
+# The checks of a card, run on the CPU.
 
 
 def test_a_cards_checks_pass_on_the_cpu() -> None:
@@ -180,8 +178,8 @@ def test_a_cards_checks_pass_on_the_cpu() -> None:
     assert "24 tokens, logits within" in line(found, "compiled decode").detail
 
 
-def test_a_card_that_computes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another model on "the card", a kernel that is wrong, a decode that is refused."""
+def test_a_card_with_wrong_results_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong kernel, another model, and a refused compiled decode."""
     install = dispatch.install
 
     def wrong(model: Any, *rest: Any) -> str:
@@ -215,7 +213,7 @@ def test_a_card_that_computes_something_else_is_found_out(monkeypatch: pytest.Mo
 
 
 def test_packing_in_place_keeps_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At 8 bits the embedded model stays what it is, so that the kernels are compared on sensible numbers."""
+    """At 8 bits the logits barely change, so the kernels are compared on sensible numbers."""
     dense, packed = (gpu.load(gpu._tiny(), dtype=torch.float32) for _ in range(2))
     gpu.pack_model(packed, 8)
     ids = torch.tensor([gpu._prompt(dense)])
@@ -229,7 +227,7 @@ def test_packing_in_place_keeps_the_model(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def no_computing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
-    """Every device computes as the CPU does, quickly; what was asked for is noted."""
+    """Replaces the checks that compute by ones that record their device."""
     asked: list[str] = []
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path))
     monkeypatch.setattr(bandwidth, "measure_host", lambda: 4e10)
@@ -274,15 +272,15 @@ def test_quick_computes_nothing(no_computing: list[str]) -> None:
     assert line(found, "all").status == "skipped", "what is not tried is not called ok"
 
 
-def test_a_broken_torch_is_told_and_nothing_more_is_tried(no_computing: list[str]) -> None:
+def test_a_broken_torch_is_reported_and_nothing_else_is_tried(no_computing: list[str]) -> None:
     broken = replace(HEALTHY, torch_error="ImportError: libcudnn.so.9", cards=())
     found = list(examine(broken))
     assert not passed(found) and "libcudnn" in line(found, "torch").detail
     assert no_computing == []
 
 
-def test_a_card_that_fails_is_lines_and_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """There is no card here, so everything asked of cuda:0 raises: the doctor finishes all the same."""
+def test_a_failing_card_gives_lines_and_no_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a card every check of cuda:0 raises, and the doctor still finishes."""
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path))
     monkeypatch.setattr(bandwidth, "measure_host", lambda: 4e10)
     monkeypatch.setattr(gptqmodel, "backends", lambda *_: ())  # it takes seconds
@@ -296,7 +294,7 @@ def test_a_card_that_fails_is_lines_and_no_traceback(monkeypatch: pytest.MonkeyP
     assert not passed(found)
 
 
-def test_the_hub_is_asked_only_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_is_checked_only_with_online(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline() -> str:
         raise OSError("Network is unreachable")
 
@@ -326,7 +324,7 @@ def test_lines_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def test_exit_codes_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A warning leaves 0, what is missing gives 1."""
+    """A warning exits with 0, a missing requirement with 1."""
     assert command(monkeypatch, replace(HEALTHY, nvcc=None), "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert record["ok"] and {"area", "name", "status", "detail", "advice"} == set(record["checks"][0])
@@ -337,7 +335,7 @@ def test_exit_codes_and_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Texts of drivers are no markup."""
+    """Texts of drivers are not markup."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     odd = replace(RTX, name="[bold]Card[/bold]")
     assert command(monkeypatch, replace(HEALTHY, cards=(odd,), nvcc=None)) == 0
