@@ -220,8 +220,10 @@ def _exit(chat: Chat, argument: str) -> None:
 def is_exit(text: str) -> bool:
     """Whether a typed line is the command that leaves the chat."""
     typed = parse(text)
-    command = None if isinstance(typed, str) else _BY_NAME.get(typed.name)
-    return command is not None and command.run is _exit and not typed.argument
+    if isinstance(typed, str) or typed.argument:
+        return False
+    command = _BY_NAME.get(typed.name)
+    return command is not None and command.run is _exit
 
 
 def _exchanges(count: int) -> str:

@@ -30,8 +30,10 @@ from lowmem.benchmarks.experiments.endurance.soak_worker import (
 from rich.console import Console
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lowmem.chat.chat import Chat
+from lowmem.chat.conversation import ChatState
 from lowmem.chat.markdown import THEME
-from lowmem.chat.repl import Chat
+from lowmem.chat.repl import talk
 from lowmem.chat.view import TerminalView
 from lowmem.config import SamplingParams
 from lowmem.generate.prefix_store import PrefixStore
@@ -195,10 +197,9 @@ def test_turns_and_resets_of_a_chat_leave_nothing(loaded: LoadedModel, tmp_path:
         def once() -> None:
             _Interrupting.pieces = 0
             chat.params = SamplingParams(max_new_tokens=8, seed=1)
-            chat._reader = _Script(lines)  # the chat itself goes on
-            assert chat.run() == 0
+            assert talk(chat, _Script(lines)) == 0
 
-        chat = Chat(session, console, _Script([]), params=SamplingParams(), quiet=True, view=_Interrupting)
+        chat = Chat(session, console, ChatState(), view=_Interrupting)
         found = grown(once)
         assert chat.answers > 5 * (WARM + ROUNDS) and _Interrupting.pieces > 9
     assert_flat(found)

@@ -277,9 +277,10 @@ class SessionRound:
             self._talk = self._talk.with_exchange(Exchange(question, text))
 
     def _save_and_load(self) -> None:
+        from lowmem.chat.conversation import ChatState
         from lowmem.chat.store import load, save
 
-        save(str(self._file), self._talk, self._params, "soak")
+        save(str(self._file), ChatState(self._talk, self._params, "soak"))
         self._talk = load(str(self._file), self._params).conversation
 
     def _other(self) -> None:
