@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.benchmarks.experiments.full_size.replicas import STARCHAT_VOCAB, starchat_config
+from lowmem.benchmarks.experiments.starchat.dimensions import VOCAB as STARCHAT_VOCAB
+from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
 
 from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import SourceError
@@ -214,7 +215,7 @@ def starchat_replica(
     save_source(
         model, folder, format="bin", shards=4, dtype=torch.float16, duplicate_head=True, tokenizer=False
     )
-    config = starchat_config(layers=layers, n_embd=n_embd, heads=heads, n_positions=n_positions)
+    config = Dimensions(layers, n_embd, heads, n_positions).config()
     _write_json(folder / "config.json", config)
     _write_json(
         folder / "generation_config.json",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem.benchmarks.experiments.data.make_prose import DATA, calibration_texts, shingles
+from lowmem.benchmarks.experiments.data.prose import DATA, calibration_texts, shingles
 from lowmem.benchmarks.quality.texts import BUILT_IN, humaneval_problems, read_texts
 
 from lowmem.checkpoint.source.open import open_source

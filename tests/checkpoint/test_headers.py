@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from lowmem.benchmarks.experiments.full_size.replicas import gptq_header_replica, starchat_header_replica
+from lowmem.benchmarks.experiments.starchat.replicas import gptq_header_replica, starchat_header_replica
 from safetensors import safe_open
 from safetensors.torch import save_file
 

@@ -182,7 +182,7 @@ def forms() -> int:
     _find_lowmem()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
-    from lowmem.benchmarks.experiments.full_size.replicas import gptq_header_replica
+    from lowmem.benchmarks.experiments.starchat.replicas import gptq_header_replica
     from vllm.distributed import parallel_state
 
     from lowmem.checkpoint.manifest import quantization_config_dict

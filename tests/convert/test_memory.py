@@ -138,7 +138,7 @@ def test_starchat_alpha_converts_in_8_gib():
 
 
 def test_16_rows_take_4_and_a_half_gib():
-    """What benchmarks/experiments/peers/starchat_layer.py converts: 8,192 tokens."""
+    """What `python -m lowmem.benchmarks.experiments.peers.layer` converts: 8,192 tokens."""
     assert starchat_plan(64 << 30, rows=16).host_peak <= 4.5 * (1 << 30)
     tuned = starchat_plan(64 << 30, rows=16, config=QuantConfig(bits=4, group_size=128, tune_steps=32))
     assert tuned.host_peak <= 4.75 * (1 << 30)

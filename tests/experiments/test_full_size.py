@@ -1,4 +1,4 @@
-"""The series at StarChat's size: steps that go on, and a report of nothing but their output."""
+"""The series at StarChat's size: steps resume, and the report comes from their output alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lowmem.benchmarks.common.record_file import read, to_json
-from lowmem.benchmarks.experiments.full_size import command as full_size
-from lowmem.benchmarks.experiments.full_size.command import (
+from lowmem.benchmarks.common.record_file import to_json
+from lowmem.benchmarks.experiments.full_size import __main__ as full_size
+from lowmem.benchmarks.experiments.full_size.__main__ import (
     EIGHT,
     FEW,
     FOUR,
@@ -24,17 +24,13 @@ from lowmem.benchmarks.experiments.full_size.command import (
     main,
     run_step,
 )
-from lowmem.benchmarks.experiments.full_size.record import PHASES, RESULTS, FullSize, collect
+from lowmem.benchmarks.experiments.full_size.record import PHASES, collect
 from lowmem.benchmarks.experiments.full_size.report import REPORT, markdown
 
 from lowmem.errors import SourceError
 from tests.helpers import REPO
 
 TINY = REPO / "benchmarks" / "results" / "tiny-starchat"
-
-
-def silent(_line: str) -> None:
-    """Nothing is said."""
 
 
 def test_a_step_is_watched_and_an_interrupted_one_goes_on(tmp_path: Path) -> None:
@@ -52,9 +48,9 @@ def test_a_step_is_watched_and_an_interrupted_one_goes_on(tmp_path: Path) -> Non
     (tmp_path / SOURCE).mkdir()
     step = Step("make", ("-c", code, SOURCE))
     assert not done(step, tmp_path)
-    assert run_step(step, tmp_path, silent) == -signal.SIGKILL
+    assert run_step(step, tmp_path) == -signal.SIGKILL
     assert not done(step, tmp_path)
-    assert run_step(step, tmp_path, silent) == 0
+    assert run_step(step, tmp_path) == 0
     assert done(step, tmp_path)
     first, second = (json.loads((tmp_path / "logs" / f"make.{n}.json").read_bytes()) for n in (1, 2))
     assert (first["exit_code"], second["exit_code"]) == (-9, 0)
@@ -141,8 +137,8 @@ def test_the_record_is_what_the_steps_printed(tmp_path: Path) -> None:
     assert str(tmp_path) not in text and '"tiny-starchat' in text
     page = markdown(record)
     assert "convert it to 4 bits (run 1 of 2, killed) | 10 |" in page
-    assert "A layer took 100 s (90 to 120)" in page and "took 1.16 of one of the first" in page
-    assert "0.67 h for 40 at that pace" in page  # 60 s each
+    assert "A layer took 100 (90 to 120) s" in page and "took 1.16 times as long" in page
+    assert "0.67 h for 40 at that rate" in page  # 60 s each
     assert "Planned 10.00 GiB, measured 4.00 GiB (-60.0 %)" in page
     assert all(f"python -m {step.name}.1" in page for step in STEPS)
 
@@ -161,9 +157,9 @@ def test_output_that_is_damaged_is_refused(damage: str, tmp_path: Path) -> None:
 
 
 def test_the_committed_report_is_that_of_the_committed_record(capsys: pytest.CaptureFixture[str]) -> None:
-    record = read(FullSize, RESULTS, "lowmem.benchmarks.experiments.full_size.command")
-    assert REPORT.read_text(encoding="utf-8") == markdown(record)
+    record = full_size.FULL_SIZE.read()
+    assert REPORT.read_text(encoding="utf-8") == markdown(record) + "\n"
     assert len(record.four.layers) == 40 and all(record.of(step.name)[-1].exit_code == 0 for step in STEPS)
     assert main(["--show"]) == 0
-    assert capsys.readouterr().out == markdown(record)
+    assert capsys.readouterr().out == markdown(record) + "\n"
     assert sys.executable not in REPORT.read_text(encoding="utf-8")

@@ -1,49 +1,49 @@
-"""`lowmem.benchmarks.experiments.pace.command`: what is counted, what is compared with what, and who takes turns with whom; no times."""
+"""`pace`: what is counted, what is compared with what, and which workers take turns; no times."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from lowmem.benchmarks.common.record_file import read, to_json, write
+from lowmem.benchmarks.common.record_file import to_json
 from lowmem.benchmarks.common.records import Machine, Origin
-from lowmem.benchmarks.experiments.full_size.shaped import (
-    Dimensions,
-    write_packed,
-    write_source,
-    write_with_vocabulary,
-)
-from lowmem.benchmarks.experiments.pace import command as pace
+from lowmem.benchmarks.experiments.common import repeated, write
+from lowmem.benchmarks.experiments.pace import __main__ as pace
+from lowmem.benchmarks.experiments.pace import first_answer
 from lowmem.benchmarks.experiments.pace import linears as pace_linears
 from lowmem.benchmarks.experiments.pace import load as pace_load
-from lowmem.benchmarks.experiments.pace import worker as pace_worker
-from lowmem.benchmarks.experiments.pace.linears import Case, LinearTimes
+from lowmem.benchmarks.experiments.pace.linears import Case, Linear
 from lowmem.benchmarks.experiments.pace.load import Load
-from lowmem.benchmarks.experiments.pace.models import PaceModel, llama_models, our_models
+from lowmem.benchmarks.experiments.pace.models import PaceModel, llama_models, other_models, our_models
 from lowmem.benchmarks.experiments.pace.record import (
     BESIDE,
     EIGHT,
     FOUR,
     THREE,
-    ModelFacts,
     PaceRecord,
     Share,
     Timing,
     goals,
     ratio,
-    repeated,
     whole_model,
 )
 from lowmem.benchmarks.experiments.pace.table import render
-from lowmem.benchmarks.experiments.pace.worker import Batch, Runtime
-from lowmem.benchmarks.experiments.peers.run import Peers
 from lowmem.benchmarks.experiments.peers.to_gguf import write_gguf
-from lowmem.benchmarks.experiments.peers.worker import Started, Worker, WorkerError, prompt_of
+from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
+from lowmem.benchmarks.experiments.starchat.random_weights import (
+    write_packed,
+    write_source,
+    write_with_vocabulary,
+)
+from lowmem.benchmarks.experiments.workers import lowmem_worker, turns
+from lowmem.benchmarks.experiments.workers.interpreters import Peers
+from lowmem.benchmarks.experiments.workers.lowmem_worker import Batch, Runtime
+from lowmem.benchmarks.experiments.workers.protocol import prompt_of
+from lowmem.benchmarks.experiments.workers.turns import RuntimeFacts, WorkerError
 from safetensors import safe_open
 
 from lowmem.checkpoint.headers.gguf import read_gguf_header
@@ -52,7 +52,8 @@ from lowmem.generate.decoders.contract import Feed, StepOutput
 from lowmem.kernels.native import library as native
 from lowmem.loading.loader import load
 
-SMALL = Dimensions(2, hidden=128, heads=2, positions=512, vocab=4096)
+ALL = ("GPTQModel", "bitsandbytes")
+SMALL = Dimensions(2, n_embd=128, heads=2, n_positions=512, vocab=4096)
 needs_library = pytest.mark.skipif(not native.available(), reason="our kernels were not compiled")
 
 
@@ -67,7 +68,8 @@ def runtime(packed: Path) -> Runtime:
 
 
 def ask(runtime: Runtime, what: str, **request: Any) -> dict[str, Any]:
-    return runtime.answer(json.dumps({"what": what, **request}))
+    """As `serve` does."""
+    return getattr(runtime, what)(**request)
 
 
 # --- made-up models -----------------------------------------------------------------------------------------
@@ -84,7 +86,10 @@ def test_another_vocabulary_shares_the_layers(packed: Path, tmp_path: Path) -> N
 
 
 def test_labels_are_unique() -> None:
-    labels = [model.label for model in [*our_models(Path("x")), *llama_models(Path("x"))]]
+    labels = [
+        model.label
+        for model in [*our_models(Path("x")), *llama_models(Path("x")), *other_models(Path("x"), ALL)]
+    ]
     assert len(set(labels)) == len(labels) and {FOUR, EIGHT, THREE, "llama.cpp Q4_0"} <= set(labels)
 
 
@@ -101,7 +106,6 @@ def test_bytes_of_a_step_by_hand(runtime: Runtime) -> None:
         "head": 4096 * 128 * 2,
         "vectors": 2 * (2 * (outputs + 4 * 128) + 2 * 128),
         "kv": 2 * 2 * 64 * 2 * 10,
-        "total": sum(v for k, v in ask(runtime, "bytes", context=10).items() if k != "total"),
     }
 
 
@@ -134,7 +138,7 @@ def test_a_share_lies_between_reads_of_the_models_own_weights(
 ) -> None:
     """Every packed weight, all scales and the head once before and once after; then as much of a buffer."""
     read: list[torch.Tensor] = []
-    monkeypatch.setattr(pace_worker, "_LARGE", 0)
+    monkeypatch.setattr(lowmem_worker, "_LARGE", 0)
     monkeypatch.setattr(native, "read", lambda tensor: read.append(tensor) or 0)
     found = ask(runtime, "share", context=40, steps=3, batches=2)
     parts = ask(runtime, "bytes", context=41)
@@ -143,7 +147,7 @@ def test_a_share_lies_between_reads_of_the_models_own_weights(
     own = (len(read) - 2) // 4
     assert addresses[:own] == addresses[own : 2 * own] and len(set(addresses[:own])) == own
     assert sum(tensor.nbytes for tensor in read[:own]) == matrices == read[2 * own].nbytes
-    assert found["bytes"] == parts["total"]
+    assert found["bytes"] == sum(parts.values())
     assert [len(batch["seconds"]) for batch in found["batches"]] == [3, 3]
 
 
@@ -224,7 +228,7 @@ def test_a_linear_counts_weights_and_scales(
     monkeypatch.setattr(native, "read", lambda tensor: read.append(tensor) or 0)
     for panels in (False, True):
         read.clear()
-        (found,) = pace_linears.measure(pool, bits, group, 256, 128, [2], panels=panels)
+        (found,) = pace_linears.measure(pool, Linear(bits, group, 256, 128), [2], panels=panels)
         assert found.rows == 2 and found.bytes == 256 * 128 * bits // 8 + 256 // group * 128 * 2
         assert found.copies == (1 << 20) // found.bytes
         mapped = [
@@ -232,76 +236,76 @@ def test_a_linear_counts_weights_and_scales(
         ]
         assert all(mapped) != panels and any(mapped) != panels
         assert sum(tensor.nbytes for tensor in read) == 5 * found.copies * found.bytes  # a warm-up, and 3 + 1
-        assert (found.torch_seconds is None) == (bits in (3, 2))
+        assert (found.torch_seconds is None) == (
+            bits in (3, 2)
+        ) and f"{bits}-bit g{group} 256→128, 2 rows" in str(found)
 
 
 # --- turns --------------------------------------------------------------------------------------------------
 
 
 class FakeWorker:
-    """A worker whose answers are its requests; "bad" fails in its second turn."""
+    """A worker that notes its requests; "bad" fails in its second turn."""
 
     asked: ClassVar[list[tuple[str, str]]] = []
+    load_seconds = 1.0
 
-    def __init__(self, command: list[str], log: Path, environment: dict[str, str]) -> None:
-        self.name = Path(command[3]).name
+    def __init__(self, command: list[str], log: Path, threads: int) -> None:
+        self.name = Path(command[4]).name
         if self.name == "missing":
             raise WorkerError("no such file")
-        self.started = Started(f"kernel of {self.name}", 1.0)
+        self.kernel = f"kernel of {self.name}"
 
-    def ask(self, request: str) -> dict[str, Any]:
-        what = json.loads(request)["what"]
-        if what == "bytes":
-            return {"packed": 7, "kv": 512, "total": 519}
-        self.asked.append((self.name, what))
-        if self.name == "bad" and self.asked.count(("bad", "decode")) == 2:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if request["what"] == "bytes":
+            return {"packed": 7, "kv": 512}
+        self.asked.append((self.name, request["what"]))
+        if self.name == "bad" and self.asked.count(("bad", "decode")) == 3:  # one is the warm-up
             raise WorkerError("it fell over")
-        return {"name": self.name}
+        return {"seconds": [1.0, 3.0, 2.0]}
+
+    def peak_bytes(self) -> int:
+        return 9
 
     def close(self) -> None:
         self.asked.append((self.name, "close"))
 
 
-def test_models_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another one begins each round; who fails is left out from then on, with its reason."""
+def test_a_group_of_models_is_timed_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "Worker", FakeWorker)
-    monkeypatch.setattr(pace, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(FakeWorker, "asked", [])
-    args = pace._parser().parse_args(["--work", str(tmp_path)])
+    args = pace.parser().parse_args(["--work", str(tmp_path)])
     models = [PaceModel("lowmem", name, "small", tmp_path / name) for name in ("a", "missing", "bad", "c")]
-    peers = Peers(frozenset(), sys.executable, sys.executable, ())
-    with pace.Group(models, args, peers) as group:
-        FakeWorker.asked.clear()
-        found = group.turns("decode", 3, {"what": "decode"})
-        assert [name for name, _ in FakeWorker.asked] == ["a", "bad", "c", "bad", "c", "a", "c", "a"]
-        assert [len(found[label]) for label in ("lowmem a", "lowmem bad", "lowmem c")] == [3, 1, 3]
-        assert group.facts["lowmem missing"].failure == "no such file"
-        assert group.facts["lowmem bad"].failure == "it fell over"
-        assert group.bytes_of("lowmem a", 1024) == 7 + 1024
-    assert [name for name, what in FakeWorker.asked if what == "close"] == ["c", "bad", "a"]
-
-
-def test_a_worker_answers_requests(tmp_path: Path) -> None:
-    script = (
-        "import sys; from lowmem.benchmarks.experiments.peers.worker import Started, answer_requests\n"
-        "sys.exit(answer_requests(lambda: (Started('k', 1.0), lambda line: {'heard': line.strip()})))"
-    )
-    worker = Worker([sys.executable, "-c", script], tmp_path / "log", {})
-    assert worker.ask("one") == {"heard": "one"} and worker.ask("two") == {"heard": "two"}
-    worker.close()
+    with pace.Group(models, args, Peers()) as group:
+        begun = len(FakeWorker.asked)
+        group.decode(512, 3)
+        decoded = [name for name, what in FakeWorker.asked[begun:] if what == "decode"]
+        assert decoded == ["a", "bad", "c", "bad", "c", "a", "c", "a"]
+        facts = {facts.label: facts for facts in group.facts(models)}
+        assert facts["lowmem missing"].failure == "no such file"
+        assert facts["lowmem bad"].failure == "it fell over"
+        assert dict(facts["lowmem a"].bytes) == {"packed": 7, "kv": 512}
+        assert [(t.model, t.seconds.values) for t in group.timings] == [
+            ("lowmem a", (2.0,) * 3),
+            ("lowmem bad", (2.0,)),
+            ("lowmem c", (2.0,) * 3),
+        ]
+        assert group.timings[0].bytes == group.bytes_of("lowmem a", 512 + pace.STEPS // 2) == 7 + 516
+    assert [name for name, what in FakeWorker.asked if what == "close"] == ["bad", "c", "a"]
 
 
 # --- goals and tables ---------------------------------------------------------------------------------------
 
 
 def timing(model: str, what: str, *seconds: float, tokens: int = 1) -> Timing:
-    return Timing(model, what, tokens, repeated(list(seconds)), 1000)
+    return Timing(model, what, tokens, repeated(seconds), 1000)
 
 
 def a_record() -> PaceRecord:
     machine = Machine("a CPU", (), 2, 1, "cpu", 0)
     origin = Origin(
-        "python -m lowmem.benchmarks.experiments.pace.command",
+        "python -m lowmem.benchmarks.experiments.pace",
         "2026-11-23",
         machine,
         (("lowmem", "1"),),
@@ -327,12 +331,11 @@ def a_record() -> PaceRecord:
     # The larger model's counts.
     small_load = Load(2, 1000, 5.0, 9.0, 9.0, 0.3, 1, 1, (0.2, 0.3), 0.4, 0.1, "k")
     loads = (small_load, Load(4, 1000, 5.0, 0.2, 0.09, 0.3, 3_000_000, 2_000_000, (0.2, 0.3), 0.4, 0.1, "k"))
-    linear = LinearTimes(4, 128, 256, 128, 1, 1000, 3, 3, 0.5, 4000.0, 0.5, 0.4, 0.6, "int4pack_mm", 0.25)
     facts = (
-        ModelFacts(FOUR, "k", 1.0, (("packed", 1), ("head", 2))),
-        ModelFacts(EIGHT, "", 0.0, (), "it broke"),
+        RuntimeFacts(FOUR, "k", 1.0, bytes=(("packed", 1), ("head", 2))),
+        RuntimeFacts(EIGHT, failure="it broke"),
     )
-    return PaceRecord(origin, 4, 2, 2, "0.3.36", facts, timings, (share,), loads, (linear,))
+    return PaceRecord(origin, 4, 2, 2, "0.3.36", facts, timings, (share,), loads)
 
 
 def test_goals_compare_what_they_say() -> None:
@@ -366,7 +369,7 @@ def test_a_whole_model_is_layers_and_one_head() -> None:
         timing("llama.cpp Q4_0", "decode 512", 7.0),
         timing(label, "decode 512", 0.020 + 0.049156),
     )
-    models = tuple(ModelFacts(name, "k", 1.0, ()) for name in ("llama.cpp Q4_0", label))
+    models = tuple(RuntimeFacts(name, "k", 1.0) for name in ("llama.cpp Q4_0", label))
     record = dataclasses.replace(a_record(), models=models, timings=timings)
     assert whole_model(record, 40) == {label: pytest.approx(0.2 + 0.049156)}
 
@@ -374,25 +377,31 @@ def test_a_whole_model_is_layers_and_one_head() -> None:
 def test_a_record_is_written_read_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "pace.json"
     write(a_record(), file)
-    assert to_json(read(PaceRecord, file, "lowmem.benchmarks.experiments.pace.command")) == to_json(
-        a_record()
-    )
+    assert to_json(pace.PACE.read(file)) == to_json(a_record())
     assert pace.main(["--show", "--out", str(file)]) == 0
     text = capsys.readouterr().out
     assert text.strip() == render(a_record())
     for part in (
-        "3 MB, 2 of it",
-        "1.45 × (1.40 to 1.50) | met",
-        "| ≥ 1.35 × | 1.20 × (1.20 to 1.20) | missed",
+        "3 MB, 2 MB of it",
+        "1.45 × (1.40 × to 1.50 ×) | met",
+        "| ≥ 1.35 × | 1.20 × (1.20 × to 1.20 ×) | missed",
         "it broke",
     ):
         assert part in text
-    assert "llama-cpp-python 0.3.36" in text and "int4pack_mm 250.00" in text
+    assert "llama-cpp-python 0.3.36" in text
     with pytest.raises(SourceError, match=r"python -m lowmem\.benchmarks\.experiments\.pace"):
-        read(PaceRecord, tmp_path / "nothing.json", "lowmem.benchmarks.experiments.pace.command")
+        pace.PACE.read(tmp_path / "nothing.json")
 
 
-def test_the_committed_measurement_is_readable() -> None:
-    if not pace.RESULTS.is_file():
-        pytest.skip("not measured yet")
-    assert render(read(PaceRecord, pace.RESULTS, "lowmem.benchmarks.experiments.pace.command"))
+@pytest.mark.parametrize("name", ["pace.json", "pace_decode.json"])
+def test_the_committed_record_is_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pace.main(["--show", "--out", str(pace.RESULTS / name)]) == 0
+    assert "lowmem 4-bit g128" in capsys.readouterr().out
+
+
+def test_first_answers_are_shown_by_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    assert first_answer.main(["--show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "40 layers" in lines[0] and [line.split(":")[0] for line in lines[1:]] == [
+        f"asked after {wait} s" for wait in (0, 5, 10, 20)
+    ]

@@ -1,9 +1,10 @@
-"""`lowmem.benchmarks.experiments.peers.command` without any peer: turns, failures, kept steps, tables, and our side of the figures."""
+"""`peers` without any peer: turns, failures, kept steps, tables, and lowmem's side of the figures."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -12,50 +13,56 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from lowmem.benchmarks.common.record_file import read, to_json, write
-from lowmem.benchmarks.common.records import Machine, Origin, Repeated, Spread, Subject, TextQuality
-from lowmem.benchmarks.experiments.peers import command as peers
-from lowmem.benchmarks.experiments.peers import run as peers_run
-from lowmem.benchmarks.experiments.peers import speed as peers_speed
-from lowmem.benchmarks.experiments.peers.forms import (
-    Form,
-    FormResult,
+from lowmem.benchmarks.common.record_file import to_json
+from lowmem.benchmarks.common.records import Machine, Origin, Spread, Subject, TextQuality
+from lowmem.benchmarks.experiments.common import rows, typed_command, write
+from lowmem.benchmarks.experiments.peers import __main__ as peers
+from lowmem.benchmarks.experiments.peers.record import (
     PeersRecord,
-    SpeedTable,
-    quality_forms,
-    speed_forms,
+    Version,
+    VersionResult,
+    all_versions,
 )
-from lowmem.benchmarks.experiments.peers.run import Peers, Run, StepError, find_peers, measure_forms
-from lowmem.benchmarks.experiments.peers.speed import in_turns
+from lowmem.benchmarks.experiments.peers.run import Run, StepError, measure_versions
 from lowmem.benchmarks.experiments.peers.steps import logits_of, mean_square_inputs, stored_size
 from lowmem.benchmarks.experiments.peers.table import render
 from lowmem.benchmarks.experiments.peers.to_gguf import write_gguf
-from lowmem.benchmarks.experiments.peers.worker import Round, Worker, WorkerError, prompt_of, timed
+from lowmem.benchmarks.experiments.workers import interpreters, turns
+from lowmem.benchmarks.experiments.workers.interpreters import Peers, find_peers
+from lowmem.benchmarks.experiments.workers.protocol import gaps, prompt_of
+from lowmem.benchmarks.experiments.workers.turns import (
+    LLAMA,
+    Turns,
+    Worker,
+    WorkerError,
+    llama_command,
+)
 
 from lowmem.errors import InvalidRequestError, OutputError, SourceError
 from tests.helpers import save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
 ALL = frozenset({"GPTQModel", "AutoRound", "bitsandbytes", "llama.cpp"})
-NOBODY = Peers(frozenset(), sys.executable, sys.executable, ())
 WORKER = """
 import itertools, sys
-from lowmem.benchmarks.experiments.peers.worker import Round, Started, serve
+from lowmem.benchmarks.experiments.workers.protocol import serve
 print("a library's banner")
-count = itertools.count()
-def one():
-    number = next(count)
-    if number == {fails}:
-        raise RuntimeError("the kernel is gone")
-    print("a library's chatter")
-    return Round(1.0 + number, (0.25, 0.5 + number, 0.25))
-sys.exit(serve(lambda: (Started("{kernel}", 2.0), one)))
+class Runtime:
+    kernel, load_seconds = "{kernel}", 2.0
+    count = itertools.count()
+    def visit(self, offset):
+        number = next(self.count)
+        if number == {fails}:
+            raise RuntimeError("the kernel is gone")
+        print("a library's chatter")
+        return dict(number=offset + number)
+sys.exit(serve(Runtime))
 """
 
 
 def run_in(work: Path, source: str = "nowhere", **options: object) -> Run:
     work.mkdir(exist_ok=True)
-    return dataclasses.replace(Run(source, work, NOBODY, 200, None, 1), **options)
+    return dataclasses.replace(Run(source, work, Peers(), 200, None, 1), **options)
 
 
 # --- workers and turns --------------------------------------------------------------------------------------
@@ -63,46 +70,46 @@ def run_in(work: Path, source: str = "nowhere", **options: object) -> Run:
 
 def worker(tmp_path: Path, kernel: str, fails: int = -1) -> Worker:
     command = [sys.executable, "-c", WORKER.format(kernel=kernel, fails=fails)]
-    return Worker(command, tmp_path / f"{kernel}.log", {})
+    return Worker(command, tmp_path / f"{kernel}.log")
 
 
-@pytest.mark.parametrize("keep_open", [True, False], ids=["together", "anew"])
-def test_runtimes_take_turns_after_a_warm_up(tmp_path, monkeypatch, keep_open):
-    """Every runtime once a round, another first each time; what fails is left out and says why."""
-    monkeypatch.setattr(peers_speed, "SETTLE_SECONDS", 0)
+def test_runtimes_take_turns_after_a_warm_up(tmp_path, monkeypatch):
+    """Every runtime once a round, another first each time; a failure excludes a runtime and says why."""
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 0)
     started: list[str] = []
 
     def start(kernel: str, fails: int = -1) -> Worker:
         started.append(kernel)
         return worker(tmp_path, kernel, fails)
 
-    rounds = 2
-    times = in_turns(
-        {"a": lambda: start("a"), "b": lambda: start("b"), "bad": lambda: start("bad", 1)},
-        rounds,
-        keep_open=keep_open,
+    openers = {"a": lambda: start("a"), "b": lambda: start("b"), "bad": lambda: start("bad", 1)}
+    openers["absent"] = lambda: Worker(
+        [sys.executable, "-c", "raise SystemExit('no such runtime')"], tmp_path / "log"
     )
-    assert started == (["a", "b", "bad"] if keep_open else ["a", "b", "bad", "b", "a"])
-    assert [r.prefill_seconds for r in times["a"].rounds] == ([2.0, 3.0] if keep_open else [2.0, 2.0])
-    assert "the kernel is gone" in times["bad"].failure and times["bad"].rounds == ()
-    speed = times["a"].speed("peer", "a", 100)
-    assert speed.kernel == "a" and speed.load_seconds == 2.0 and len(speed.load_averages) == rounds
-    assert speed.peak_bytes > 1 << 20
-    assert speed.decode == Repeated(0.25, 0.25, 0.25, (0.25, 0.25))
-    assert speed.prefill is not None and speed.prefill.values[0] == 50.0
-    failed = times["bad"].speed("peer", "bad", 100)
-    assert failed.prefill is None and failed.decode is None and failed.failure
+    visit = {"what": "visit", "offset": 10}
+    with Turns(openers, [visit]) as taken:
+        answers = taken.ask("visits", 2, visit)
+        assert started == ["a", "b", "bad"] and set(taken.workers) == {"a", "b"}
+        only = taken.ask("visits", 1, visit, labels=["b"])
+    numbers = [answer["visit"]["number"] for answer in answers["a"]]
+    assert numbers == [11, 12]
+    assert set(answers) == {"a", "b"} and set(only) == {"b"}
+    facts = taken.facts["a"]
+    assert facts.kernel == "a" and facts.load_seconds == 2.0 and len(facts.load_averages) == 2
+    assert facts.peak_bytes > 1 << 20 and not facts.failure
+    assert "the kernel is gone" in taken.facts["bad"].failure and "no such" in taken.facts["absent"].failure
+    assert not taken.workers
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path):
     with pytest.raises(WorkerError, match="no such runtime"):
-        Worker([sys.executable, "-c", "raise SystemExit('no such runtime')"], tmp_path / "log", {})
+        Worker([sys.executable, "-c", "raise SystemExit('no such runtime')"], tmp_path / "log")
 
 
 def test_timing_stops_when_it_takes_too_long(monkeypatch):
-    clock = iter([0.0, 3.0, 4.0, 6.0, 9.0])
+    clock = iter([3.0, 4.0, 4.0, 6.0, 6.0, 9.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    assert timed(iter(range(100)), most_seconds=5) == Round(3.0, (1.0, 2.0, 3.0))
+    assert gaps(iter(range(100)), most_seconds=5) == [1.0, 2.0, 3.0]
 
 
 def test_a_prompt_is_of_the_vocabulary_and_repeats_nothing():
@@ -110,6 +117,85 @@ def test_a_prompt_is_of_the_vocabulary_and_repeats_nothing():
         ids = prompt_of(512, vocabulary)
         assert len(ids) == 512 and 0 < min(ids) <= max(ids) < vocabulary
         assert all(one != two for one, two in pairwise(ids))
+
+
+FAKE_LLAMA = """
+import ctypes, types
+import numpy as np
+class Params(types.SimpleNamespace): pass
+class Batch:
+    def __init__(self, n):
+        self.token, self.pos, self.n_seq_id, self.logits = ([0] * n for _ in range(4))
+        self.seq_id = [[0] for _ in range(n)]
+held = np.zeros((600, 5), np.float32)
+LLAMA_FLASH_ATTN_TYPE_DISABLED = 0
+def llama_decode(context, batch):
+    wanted = [i for i in range(batch.n_tokens) if batch.logits[i]]
+    for row, i in enumerate(wanted):
+        held[row] = np.arange(5) == (batch.token[i] + batch.pos[i]) % 5
+    return 0
+def llama_get_logits(context): return held.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+def llama_print_system_info(): return b"CPU : AVX2 = 1 | AVX512_VNNI = 1 | REPACK = 1"
+def llama_model_quantize(source, out, params):
+    open(out, "wb").write(open(source, "rb").read() + bytes([params._obj.ftype])); return 0
+class Quantize(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int) for n in ("nthread", "ftype", "token_embedding_type", "output_tensor_type")]
+llama_model_quantize_default_params = Quantize
+def llama_vocab_n_tokens(vocab): return 5
+def llama_batch_init(n, a, b): return Batch(n)
+def __getattr__(name): return lambda *a: Params()
+"""
+
+
+@pytest.fixture
+def peer_python(tmp_path: Path) -> str:
+    """An interpreter with a made-up llama_cpp and numpy, in which neither lowmem nor torch can be imported."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "llama_cpp.py").write_text(FAKE_LLAMA)
+    about = site / "llama_cpp_python-0.0.1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: 0.0.1\n")
+    for folder in Path(np.__file__).parent.parent.glob("numpy*"):
+        (site / folder.name).symlink_to(folder)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nunset PYTHONPATH\nPYTHONPATH="{site}" exec "{sys.executable}" -S "$@"\n')
+    python.chmod(0o755)
+    check = "import lowmem"
+    assert subprocess.run([str(python), "-c", check], capture_output=True, cwd=tmp_path).returncode == 1
+    return str(python)
+
+
+def test_the_scripts_for_peers_run_where_lowmem_is_not_installed(tmp_path, monkeypatch, peer_python):
+    """By path, with the standard library, the peer and the file beside them alone."""
+    monkeypatch.setattr(turns, "PAUSE_SECONDS", 0)
+    peers_found = find_peers(peer_python)
+    assert "llama.cpp" in peers_found.names and peers_found.llama_version() == "0.0.1"
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    command = llama_command(peer_python, file, 32, 1)
+    requests = [{"what": "prefill", "tokens": 6}, {"what": "decode", "context": 6, "tokens": 3},
+                {"what": "rows", "context": 6, "rows": 4, "steps": 2}]  # fmt: skip
+    with Turns({"x": lambda: Worker(command, tmp_path / "log")}, requests) as taken:
+        (found,) = taken.ask("all", 1, *requests)["x"]
+    assert taken.facts["x"].kernel == "llama.cpp AVX512_VNNI REPACK"
+    assert found["prefill"]["seconds"] > 0 and len(found["decode"]["seconds"]) == 3
+    assert len(found["rows"]["one"]) == len(found["rows"]["many"]) == 2
+    np.save(tmp_path / "rows.npy", np.array([[1, 2, 3], [4, 4, 4]], np.int32))
+    step = [peer_python, str(LLAMA), "logits", str(file), "--rows", str(tmp_path / "rows.npy")]
+    subprocess.run([*step, "--out", str(tmp_path / "logits.npy")], check=True, cwd=tmp_path)
+    assert np.load(tmp_path / "logits.npy").argmax(-1).tolist() == [[1, 3, 0], [4, 0, 1]]
+    run = run_in(tmp_path / "work", peers=Peers(frozenset({"llama.cpp"}), llama=peer_python))
+    run.keep("prepared", {"calibration": "", "fingerprint": "", "dtype": "bfloat16", "texts": []})
+    (run.work / "importance.npz").touch()
+    (run.work / "source.gguf").write_bytes(b"GGUF")
+    (result,) = measure_versions(
+        dataclasses.replace(run, only=("llama-Q8_0",)), [Version("llama-Q8_0", "llama.cpp", "Q8_0")]
+    )
+    assert (run.work / "llama-Q8_0.gguf").read_bytes() == b"GGUF\x07"
+    assert json.loads(result.recipe)["embedding"] == "BF16" and result.conversion is not None
+    assert dict(run.peer_versions()) == {"llama-cpp-python": "0.0.1"}
+    assert result.failure  # nothing measures a file that is no GGUF
 
 
 # --- steps that are kept ------------------------------------------------------------------------------------
@@ -124,10 +210,7 @@ def test_a_folder_is_of_one_run(tmp_path):
     (run.work / "lowmem-4").mkdir()
     run.begin(())
     assert run.kept("lowmem-4.conversion") == {"a": 1}
-    (run.work / "shaped-2").mkdir()
-    (run.work / "shaped-2" / "lowmem-4.quality.json").write_text("{}")
     run.begin(("lowmem",))
-    assert not list((run.work / "shaped-2").iterdir())
     assert run.kept("lowmem-4.conversion") is None and not (run.work / "lowmem-4").exists()
     assert run.kept("llama-Q4_0.quality") == {"b": 2}
     with pytest.raises(OutputError, match="of other iterations"):
@@ -151,19 +234,19 @@ def test_one_failure_is_recorded_and_the_rest_goes_on(tmp_path, monkeypatch):
         raise StepError("killed for its memory")
 
     monkeypatch.setattr(Run, "process", no_process)
-    found = measure_forms(run, quality_forms(ALL, "bfloat16"))
-    assert [form.failure for form in found] == ["", "killed for its memory", "", ""]
-    assert [form.subject.bits_per_weight for form in found] == [8.2, 0.0, 3.2, 2.2]
+    found = measure_versions(run, all_versions(ALL, "bfloat16"))
+    assert [version.failure for version in found] == ["", "killed for its memory", "", ""]
+    assert [version.subject.bits_per_weight for version in found] == [8.2, 0.0, 3.2, 2.2]
     assert found[0].texts[0].kld.mean == 0.0025 and found[0].subject.method == "gptq"
 
 
 def test_which_peers_are_here(monkeypatch):
-    monkeypatch.setattr(peers_run.importlib.util, "find_spec", lambda name: None)
-    found = find_peers(None, None)
+    monkeypatch.setattr(interpreters.importlib.util, "find_spec", lambda name: None)
+    found = find_peers()
     assert found.names == frozenset() and len(found.left_out) == 4
     assert any("pip install auto-round" in line and "--autoround-python" in line for line in found.left_out)
     with pytest.raises(InvalidRequestError, match="cannot be run"):
-        find_peers("/nowhere/python", None)
+        find_peers("/nowhere/python")
 
 
 def test_a_named_interpreter_must_have_its_peer(tmp_path):
@@ -171,15 +254,13 @@ def test_a_named_interpreter_must_have_its_peer(tmp_path):
     fake.write_text("#!/bin/sh\nexit 1\n")
     fake.chmod(0o755)
     with pytest.raises(InvalidRequestError, match="has no llama-cpp-python"):
-        find_peers(str(fake), None)
+        find_peers(str(fake))
 
 
-def test_forms_have_names_of_their_own():
-    forms = quality_forms(ALL, "bfloat16")
-    assert len({form.key for form in forms}) == len({form.label for form in forms}) == len(forms)
-    assert {form.peer for form in quality_forms(frozenset(), "bfloat16")} == {"none", "lowmem"}
-    timed_forms = speed_forms(ALL, "bfloat16")
-    assert set(timed_forms) < set(forms) and not any(form.importance for form in timed_forms)
+def test_versions_have_names_of_their_own():
+    versions = all_versions(ALL, "bfloat16")
+    assert len({v.key for v in versions}) == len({v.label for v in versions}) == len(versions)
+    assert {v.peer for v in all_versions(frozenset(), "bfloat16")} == {"none", "lowmem"}
 
 
 # --- our side of the figures --------------------------------------------------------------------------------
@@ -259,7 +340,7 @@ def text_quality(kld: float = 0.0025) -> TextQuality:
 def a_record() -> PeersRecord:
     machine = Machine("AMD EPYC", ("avx2",), 2, 1 << 34, "cpu", 0)
     origin = Origin(
-        "python -m lowmem.benchmarks.experiments.peers.command",
+        "python -m lowmem.benchmarks.experiments.peers",
         "2026-01-02T03:04:05+00:00",
         machine,
         (("lowmem", "1"),),
@@ -269,18 +350,16 @@ def a_record() -> PeersRecord:
     )
     ours = Subject("lowmem 4-bit g128", "gptq", "float32", "lowmem-4", 4.16, 9)
     theirs = Subject("AutoRound 4-bit g128", "gptq", "float32", "autoround-4", 0.0, 0)
-    good = FormResult("lowmem", ours, "{}", None, (text_quality(),), "")
-    bad = FormResult("AutoRound", theirs, '{"iters": 200, "bits": 4}', None, (), "a | b")
-    return PeersRecord(origin, "rows", 200, (("auto-round", "0.16.1"),), ("x is left out",), (good, bad), ())
+    good = VersionResult("lowmem", ours, "{}", None, (text_quality(),), "")
+    bad = VersionResult("AutoRound", theirs, '{"iters": 200, "bits": 4}', None, (), "a | b")
+    return PeersRecord(origin, "rows", 200, (("auto-round", "0.16.1"),), ("x is left out",), (good, bad))
 
 
 def test_the_record_is_read_as_it_was_written(tmp_path, capsys):
     record = a_record()
-    table = SpeedTable("tiny", 512, 64, 2, 1, 20.0, ())
-    record = dataclasses.replace(record, speed=(table,))
     file = tmp_path / "peers.json"
     write(record, file)
-    assert read(PeersRecord, file, "lowmem.benchmarks.experiments.peers.command") == record
+    assert peers.PEERS.read(file) == record
     assert peers.main(["--show", "--out", str(tmp_path / "peers.json")]) == 0
     shown = capsys.readouterr().out
     assert "| lowmem 4-bit g128 | 4.16 | 0.002500 | 95.46% | 25.400 |" in shown
@@ -288,24 +367,40 @@ def test_the_record_is_read_as_it_was_written(tmp_path, capsys):
     assert render(record) + "\n" == shown
     (tmp_path / "peers.json").write_text(json.dumps({"origin": 1}))
     with pytest.raises(SourceError, match="cannot be read"):
-        read(PeersRecord, file, "lowmem.benchmarks.experiments.peers.command")
+        peers.PEERS.read(file)
     assert peers.main(["--show", "--out", str(tmp_path / "absent.json")]) == 2
 
 
 def test_the_command_names_no_place_of_one_machine():
-    words = ["--llama-python", "/home/me/python", "--rounds", "3", "--work=/tmp/x", "--shaped", "2"]
+    words = ["--llama-python", "/home/me/python", "--threads", "3", "--work=/tmp/x", "--only", "llama"]
     assert (
-        peers.typed_command("lowmem.benchmarks.experiments.peers.command", words)
-        == "python -m lowmem.benchmarks.experiments.peers.command --rounds 3 --shaped 2"
+        typed_command("peers", words)
+        == "python -m lowmem.benchmarks.experiments.peers --threads 3 --only llama"
     )
-    assert peers._shown(str(peers.embedded_model())) == "lowmem/data/tiny-starchat"
-    assert peers._shown("/somewhere/else/model") == "model"
+    assert peers.shown(str(peers.embedded_model())) == "lowmem/data/tiny-starchat"
+    assert peers.shown("/somewhere/else/model") == "model"
 
 
-def test_a_form_on_the_fly_lies_in_the_source(tmp_path):
+def test_a_version_made_on_the_fly_is_loaded_from_the_source(tmp_path):
     run = run_in(tmp_path / "work", source=str(tmp_path))
-    assert peers_run.path_of(run, Form("bnb-nf4", "bitsandbytes", "NF4")) == tmp_path
+    assert run.path_of(Version("bnb-nf4", "bitsandbytes", "NF4")) == tmp_path
     inner = run.work / "autoround-4" / "model-w4g128"
     inner.mkdir(parents=True)
     (inner / "config.json").write_text("{}")
-    assert peers_run.path_of(run, Form("autoround-4", "AutoRound", "4-bit g128", 4, 128)) == inner
+    assert run.path_of(Version("autoround-4", "AutoRound", "4-bit g128", 4, 128)) == inner
+
+
+def test_json_has_one_row_to_a_line():
+    data = {
+        "a": [1, 2],
+        "samples": [[float(i), i] * 20 for i in range(3)],
+        "b": {"c" * 60: "d" * 60, "e": None},
+    }
+    text = rows(data)
+    assert json.loads(text) == data
+    assert text.splitlines()[1] == ' "a": [1, 2],' and len(text.splitlines()) == 2 + 1 + 5 + 4
+
+
+def test_the_committed_record_is_shown(capsys):
+    assert peers.main(["--show"]) == 0
+    assert "| lowmem 4-bit g128 |" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import random
@@ -19,8 +18,18 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.benchmarks.common.record_file import write
-from lowmem.benchmarks.experiments.endurance.soak import SHOWN, Record, judge, table, trend_of
+from lowmem.benchmarks.common.records import Machine, Origin
+from lowmem.benchmarks.experiments.common import write
+from lowmem.benchmarks.experiments.endurance.soak import (
+    SHOWN,
+    SOAK,
+    Soak,
+    Watch,
+    Watched,
+    main,
+    render,
+    trend_of,
+)
 from lowmem.benchmarks.experiments.endurance.soak_worker import (
     Census,
     SessionRound,
@@ -214,34 +223,40 @@ def census(number: int, **figures: Any) -> dict[str, Any]:
 MINUTES = [number / 4 for number in range(240)]
 
 
+def judge(
+    counts: list[dict[str, Any]], name: str = "x", wrong: tuple[str, ...] = (), **turns: int
+) -> Watched:
+    return Watch(name, MINUTES[: len(counts)], counts, list(wrong)).judge(turns)
+
+
 def test_noise_is_flat_and_a_leak_is_not() -> None:
     steady = [census(number) for number in range(240)]
-    assert judge("x", {}, MINUTES, steady).faults == ()
+    assert judge(steady).faults == ()
     # 5 MiB an hour beneath 1 MiB of noise, and the type of what leaks is named.
     leaking = [
         census(n, types={"builtins.list": 7 + n, "builtins.set": 3}) | {"anonymous": value}
         for n, value in enumerate(count["anonymous"] + n * (5 << 20) // 240 for n, count in enumerate(steady))
     ]
-    watched = judge("x", {}, MINUTES, leaking)
+    watched = judge(leaking)
     assert len(watched.faults) == 1 and watched.faults[0].startswith("anonymous may rise by 5 MiB")
     assert watched.growing == (("builtins.list", 120),)
-    assert watched.trends["anonymous"].slope == pytest.approx(5 << 20, rel=0.2)
+    assert {t.figure: t for t in watched.trends}["anonymous"].slope == pytest.approx(5 << 20, rel=0.2)
 
 
 def test_what_filled_in_the_first_quarter_is_no_leak() -> None:
     filling = [census(n, heap=min(n, 60) << 20) for n in range(240)]
-    assert judge("x", {}, MINUTES, filling).faults == ()
+    assert judge(filling).faults == ()
 
 
 @pytest.mark.parametrize("figure", ["descriptors", "threads"])
 def test_one_descriptor_or_thread_more_is_a_leak(figure: str) -> None:
     counts = [census(n, **{figure: 6 if n > 200 else 5}) for n in range(240)]
-    assert judge("x", {}, MINUTES, counts).faults == (f"{figure} are 6, and were 5 in the second quarter",)
+    assert judge(counts).faults == (f"{figure} are 6, and were 5 in the second quarter",)
 
 
 def test_what_went_wrong_is_a_fault_and_few_samples_are_no_judgement() -> None:
     counts = [census(n) for n in range(5)]
-    watched = judge("x", {"ask": 3}, MINUTES[:5], counts, ["it ended with 1"])
+    watched = judge(counts, wrong=("it ended with 1",), ask=3)
     assert watched.faults == ("it ended with 1", "5 samples are too few to judge") and not watched.trends
 
 
@@ -249,32 +264,24 @@ def test_neighbours_that_move_together_count_for_less() -> None:
     """Alternating residuals are independent at best; those that wander are fewer than they look."""
     wave = [float(n // 30 % 2) for n in range(240)]
     flicker = [float(n % 2) for n in range(240)]
-    slow, fast = trend_of(MINUTES, wave), trend_of(MINUTES, flicker)
+    slow, fast = trend_of("x", MINUTES, wave), trend_of("x", MINUTES, flicker)
     assert slow.correlation > 0.8 and fast.correlation == 0.0
     assert slow.error > 4 * fast.error
 
 
-@pytest.fixture
-def record() -> Record:
-    watched = judge("terminal", {"ask": 9}, MINUTES, [census(n) for n in range(240)])
-    return Record(
-        *(
-            "python -m lowmem.benchmarks.experiments.endurance.soak",
-            "2026-01-01T00:00:00Z",
-            "m",
-            "4-bit g128",
-            "lowmem AVX2",
-            512,
-            60.0,
-        ),
-        *(240, SHOWN, {"anonymous": 1.0}, (watched,), {"cpu": "c"}, {"python": "3"}),
+def test_a_record_is_written_read_and_shown(tmp_path: Path) -> None:
+    watched = judge([census(n) for n in range(240)], "terminal", ask=9)
+    origin = Origin("python", "2026-01-01", Machine("c", (), 2, 1, "cpu", 0), (), "m", "", 0.5)
+    record = Soak(origin, "AVX2", 512, 60.0, 240, SHOWN, (("anonymous", 1.0),), (watched,))
+    write(record, tmp_path / "soak.json")
+    assert len((tmp_path / "soak.json").read_text().splitlines()) < 240 + 80  # a sample a line
+    assert SOAK.read(tmp_path / "soak.json") == record
+    assert record.watched[0].samples[7][1 + SHOWN.index("anonymous")] == census(7)["anonymous"]
+    assert (
+        record.passed and "terminal: 9 turns (9 ask)" in render(record) and "| anonymous |" in render(record)
     )
 
 
-def test_a_record_is_written_and_shown(record: Record, tmp_path: Path) -> None:
-    write(record, tmp_path / "soak.json")
-    written = json.loads((tmp_path / "soak.json").read_bytes())
-    (watched,) = written["watched"]
-    assert watched["samples"][7][1 + SHOWN.index("anonymous")] == census(7)["anonymous"]
-    assert watched["trends"]["anonymous"]["slope"] == record.watched[0].trends["anonymous"].slope
-    assert record.passed and "terminal: 9 turns (9 ask)" in table(record) and "anonymous" in table(record)
+def test_the_committed_record_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--show"]) == 0
+    assert "session: 18840 turns" in capsys.readouterr().out

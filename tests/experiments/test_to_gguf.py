@@ -126,8 +126,8 @@ def test_vocabulary_with_gaps():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "no byte-level BPE"),
-        ({"normalizer": {"type": "NFC"}}, "no byte-level BPE"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "not a byte-level BPE"),
+        ({"normalizer": {"type": "NFC"}}, "not a byte-level BPE"),
     ],
 )
 def test_tokenizers_that_llama_cpp_would_misread(tmp_path, changes, message):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem.benchmarks.experiments.full_size.replicas import gptq_header_replica, starchat_header_replica
+from lowmem.benchmarks.experiments.starchat.replicas import gptq_header_replica, starchat_header_replica
 
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.manifest import write_manifest

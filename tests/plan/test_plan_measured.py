@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lowmem.benchmarks.experiments.full_size import memory
-from lowmem.benchmarks.experiments.full_size.shaped import Dimensions, write_packed, write_source
+from lowmem.benchmarks.experiments.full_size import peak_memory as memory
+from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
+from lowmem.benchmarks.experiments.starchat.random_weights import write_packed, write_source
 
 from lowmem.plan.request import ModelRequest, plan_for
 from tests.helpers import TINY_STARCHAT
 
 CONTEXT = 1024
-DIMENSIONS = Dimensions(layers=2, hidden=2048, heads=16)
+DIMENSIONS = Dimensions(layers=2, n_embd=2048, heads=16)
 
 
 @pytest.fixture(scope="module")
@@ -73,5 +74,5 @@ def test_positions_that_are_never_looked_up_stay_in_the_file(shaped: Path) -> No
         )
         return plan_for(request).chosen.need.weights
 
-    assert weights(8192) - weights(1024) == (8192 - 1024) * DIMENSIONS.hidden * 2
+    assert weights(8192) - weights(1024) == (8192 - 1024) * DIMENSIONS.n_embd * 2
     assert weights(8192, "float32") == weights(1024, "float32")  # cast whole

@@ -1,4 +1,4 @@
-"""StarChat Alpha's plan: the published figures, the golden file, and the README's table."""
+"""StarChat Alpha's plan: the published figures, the golden file, and the table in docs/run.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lowmem.benchmarks.experiments.full_size import starchat_plan
+from lowmem.benchmarks.experiments.starchat import plan as starchat_plan
 
 from lowmem.plan.planner import Plan
 from tests.commands.command_lines import ENVIRONMENT
@@ -34,13 +34,13 @@ def test_the_kv_cache_has_one_head(plans: dict[str, Plan]) -> None:
 
 
 def test_plan_of_the_real_layout_is_the_golden_one(plans: dict[str, Plan]) -> None:
-    """To the byte. `python -m lowmem.benchmarks.experiments.full_size.starchat_plan --write` renews the file."""
+    """To the byte. `python -m lowmem.benchmarks.experiments.starchat.plan --write` renews the file."""
     golden = json.loads(starchat_plan.RESULT.read_text(encoding="utf-8"))
     assert starchat_plan.golden(plans) == golden
 
 
-def test_the_readme_has_this_table(plans: dict[str, Plan]) -> None:
-    assert starchat_plan.markdown(plans) in (REPO / "README.md").read_text(encoding="utf-8")
+def test_the_guide_has_this_table(plans: dict[str, Plan]) -> None:
+    assert starchat_plan.markdown(plans) in (REPO / "docs" / "run.md").read_text(encoding="utf-8")
 
 
 def test_the_command_says_the_same_and_loads_no_torch(plans: dict[str, Plan], tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.benchmarks.experiments.full_size.shaped import Dimensions, write_source
+from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
+from lowmem.benchmarks.experiments.starchat.random_weights import write_source
 
 from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import OutputError, SourceError
@@ -259,7 +260,7 @@ def peaks(tmp_path: Path, layers: int, hidden: int, heads: int) -> tuple[int, in
     """(peak resident bytes, bytes of all layers in float32) of a pass of a StarChat-shaped model."""
     from lowmem.benchmarks.common.processes import run_process
 
-    dimensions = Dimensions(layers, hidden, heads, positions=512)
+    dimensions = Dimensions(layers, hidden, heads, n_positions=512)
     folder = write_source(tmp_path / f"{layers}", dimensions)
     command = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / f"work{layers}")]
     usage = run_process(command, tmp_path / "log")

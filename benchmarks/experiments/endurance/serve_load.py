@@ -1,14 +1,14 @@
-"""Many clients at once against `lowmem serve`: some leave in the middle, some send rubbish.
+"""Many clients at once against `lowmem serve`: some disconnect, some send malformed requests.
 
-    python -m lowmem.benchmarks.experiments.endurance.serve_load [MODEL] [--clients 64] [--seconds 60] [--json FILE]
+    python -m lowmem.benchmarks.experiments.endurance.serve_load [MODEL] [--clients 64] [--seconds 60]
 
-The queue has room for three quarters of them. Every whole answer is compared with the one that the same
-request got alone, before. What is counted: answers
-that were right, answers that were not (there must be none), what became of clients that left and of rubbish,
-and the server's resident memory while it goes on. Ends with 1 where something was not as it has to be.
+The queue has room for three quarters of the clients. Every complete answer is compared with the answer that
+the same request got alone, before. Correct and wrong answers, disconnected clients and malformed requests are
+counted, and the server's resident memory is sampled. Ends with 1 if an answer was wrong, a status unexpected
+or memory grew.
 
-Unless --dtype says otherwise the server computes in float32: in 16 bits a prompt's rows are rounded a little
-differently with other numbers of them, so that what was cached could be seen in the answers.
+The server computes in float32 unless --dtype says otherwise: in 16 bits, rounding depends on the number of
+rows in a prefill, so the prefix cache would show in the answers.
 """
 
 from __future__ import annotations
@@ -23,40 +23,41 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-from lowmem.benchmarks.common.origin import machine_here, versions
+from lowmem.benchmarks.common.records import Origin
+from lowmem.benchmarks.demo import embedded_model
+from lowmem.benchmarks.experiments.common import RESULTS, Experiment, made_with, origin_here, say, table
 
 from lowmem.text.units import format_bytes
 
-TINY = Path(__file__).resolve().parents[3] / "lowmem" / "data" / "tiny-starchat"
 SERVED = "model"
 PATIENCE = 120.0
-_GROWTH = 16 << 20  # bytes of resident memory that are no leak: buffers of the largest requests so far
+GROWTH = 16 << 20
+"""Bytes of resident memory that are no leak: buffers of the largest requests so far."""
 
-# Bodies that are no request; each has to be answered with a 4xx.
-_RUBBISH: tuple[tuple[str, bytes], ...] = (
+
+def _chat(rest: str) -> bytes:
+    return b'{"model": "model", "messages": [{"role": "user", "content": ' + rest.encode() + b"}"
+
+
+MALFORMED: tuple[tuple[str, bytes], ...] = (
     ("no JSON", b'{"model": '),
     ("brackets", b"[" * 50_000),
     ("no messages", b'{"model": "model", "messages": []}'),
-    ("no text", b'{"model": "model", "messages": [{"role": "user", "content": {"a": 1}}]}'),
-    (
-        "no number",
-        b'{"model": "model", "messages": [{"role": "user", "content": "x"}], "temperature": "hot"}',
-    ),
-    ("no such model", b'{"model": "other", "messages": [{"role": "user", "content": "x"}]}'),
-    ("tools", b'{"model": "model", "messages": [{"role": "user", "content": "x"}], "tools": [{}]}'),
-    (
-        "too long",
-        b'{"model": "model", "messages": [{"role": "user", "content": "' + b"word " * 50_000 + b'"}]}',
-    ),
+    ("no text", _chat('{"a": 1}') + b"]}"),
+    ("no number", _chat('"x"') + b'], "temperature": "hot"}'),
+    ("no such model", _chat('"x"').replace(b'"model": "model"', b'"model": "other"') + b"]}"),
+    ("tools", _chat('"x"') + b'], "tools": [{}]}'),
+    ("too long", _chat('"' + "word " * 50_000 + '"') + b"]}"),
     ("too large", b" " * (3 << 20)),
 )
+"""Bodies that must be answered with a 4xx."""
 
 
 @dataclass(frozen=True)
@@ -70,81 +71,86 @@ class Asked:
 
 @dataclass
 class Tally:
-    """What came of all requests.
-
-    wrong: whole answers that were another's, or broken. unexpected: statuses and errors that should not have
-    been, by kind.
-    """
+    """What came of all requests."""
 
     right: int = 0
     wrong: int = 0
     left: int = 0
-    rubbish: int = 0
+    """Clients that disconnected."""
+    malformed: int = 0
+    """Malformed requests that were refused."""
     busy: int = 0
+    """429s: the queue was full."""
     tokens: int = 0
     unexpected: Counter[str] = field(default_factory=Counter)
+    """Statuses and errors that must not occur, by kind."""
     first_token: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
 
+    def compare(self, text: str, asked: Asked) -> None:
+        """Count an answer as right or wrong."""
+        self.right += text == asked.answer
+        self.wrong += text != asked.answer
+
 
 @dataclass(frozen=True)
-class Record:
-    """The figures of a run; seconds and bytes. memory: resident, once a second."""
+class ServeLoad:
+    """`serve_load.json`; seconds and bytes. For the counts see `Tally`."""
 
-    model: str
+    origin: Origin
     clients: int
     seconds: float
     right: int
     wrong: int
     left: int
-    rubbish: int
+    malformed: int
     busy: int
     tokens: int
-    unexpected: dict[str, int]
+    unexpected: tuple[tuple[str, int], ...]
     first_token_median: float
     first_token_worst: float
     whole_median: float
     whole_worst: float
     cancelled: int
+    """Answers that the server gave up."""
     memory: tuple[int, ...]
+    """Resident, once a second."""
     memory_idle_before: int
     memory_idle_after: int
-    date: str
-    machine: dict[str, Any]
-    versions: dict[str, str]
 
-    @property
-    def growth(self) -> int:
-        """Bytes by which the last quarter's memory is above that of the quarter after the start."""
-        quarter = max(1, len(self.memory) // 4)
-        return max(self.memory[-quarter:]) - max(self.memory[quarter : 2 * quarter] or self.memory[:quarter])
+    def quarters(self) -> list[int]:
+        """The most memory in each quarter of the time."""
+        size = max(1, len(self.memory) // 4)
+        parts = [self.memory[at : at + size] for at in range(0, 4 * size, size)]
+        return [max(part) for part in parts if part]
 
     @property
     def passed(self) -> bool:
-        """Nothing was wrong, and memory flat."""
-        return not self.wrong and not self.unexpected and self.right > 0 and self.growth <= _GROWTH
+        """Nothing was wrong, and memory did not grow after the first quarter."""
+        quarters = self.quarters()
+        growth = quarters[-1] - quarters[min(1, len(quarters) - 1)]
+        return not self.wrong and not self.unexpected and self.right > 0 and growth <= GROWTH
 
 
 def requests_of(count: int, seed: int) -> list[Asked]:
-    """Different requests of every kind: chats, texts, holes; greedy, or with a seed."""
-    random_of = random.Random(seed)
+    """Different requests of every kind: chats, completions, fill-in; greedy, or sampled with a seed."""
+    dice = random.Random(seed)
     things = ("list", "dictionary", "file", "string", "socket", "thread", "matrix", "date", "queue", "tree")
     deeds = ("sorts", "reverses", "reads", "copies", "prints", "merges", "counts", "checks")
     made = []
     for number in range(count):
-        what = f"Write function number {number} that {random_of.choice(deeds)} a {random_of.choice(things)}."
-        sampling: dict[str, Any] = {"temperature": 0}
-        if number % 3 == 1:
-            sampling = {"temperature": 1.0, "seed": number}
-        fields = {"model": SERVED, "max_tokens": random_of.choice((8, 24, 60)), **sampling}
+        what = f"Write function number {number} that {dice.choice(deeds)} a {dice.choice(things)}."
+        sampling = {"temperature": 1.0, "seed": number} if number % 3 == 1 else {"temperature": 0}
+        body: dict[str, Any] = {"model": SERVED, "max_tokens": dice.choice((8, 24, 60)), **sampling}
+        path = "/v1/chat/completions"
         if number % 4 == 3:
-            prompt = f"def function_{number}(a, b):\n    "
-            suffix = {"suffix": f"\n\nprint(function_{number}(1, 2))\n"} if number % 8 == 7 else {}
-            made.append(Asked("/v1/completions", {"prompt": prompt, **suffix, **fields}))
+            path = "/v1/completions"
+            body["prompt"] = f"def function_{number}(a, b):\n    "
+            if number % 8 == 7:
+                body["suffix"] = f"\n\nprint(function_{number}(1, 2))\n"
         else:
-            made.append(
-                Asked("/v1/chat/completions", {"messages": [{"role": "user", "content": what}], **fields})
-            )
+            body["messages"] = [{"role": "user", "content": what}]
+        made.append(Asked(path, body))
     return made
 
 
@@ -161,7 +167,7 @@ async def whole_answer(client: httpx.AsyncClient, asked: Asked) -> tuple[str, in
 async def streamed_answer(
     client: httpx.AsyncClient, asked: Asked, *, leave_after: int | None = None
 ) -> tuple[str, float]:
-    """The text of a stream and the seconds to its first; leaves after so many events."""
+    """The text of a stream and the seconds to its first event; disconnects after `leave_after` events."""
     start, first, events = time.perf_counter(), 0.0, 0
     parts: list[str] = []
     async with client.stream("POST", asked.path, json={**asked.body, "stream": True}) as response:
@@ -185,22 +191,29 @@ async def streamed_answer(
     raise ValueError("a stream ended without [DONE]")
 
 
-async def behave(
-    client: httpx.AsyncClient, known: Sequence[Asked], tally: Tally, dice: random.Random
-) -> None:
-    """One request of one client, of whatever kind the dice say."""
+async def malformed(client: httpx.AsyncClient, asked: Asked, tally: Tally, dice: random.Random) -> None:
+    """Send a malformed request."""
+    name, body = dice.choice(MALFORMED)
+    try:
+        response = await client.post(asked.path, content=body, headers={"Content-Type": "application/json"})
+    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
+        if name != "too large":  # the server closes the connection unread, which may lose its answer
+            raise
+        tally.malformed += 1
+        return
+    if 400 <= response.status_code < 500 and response.json()["error"]["message"]:
+        tally.malformed += 1
+    else:
+        tally.unexpected[f"{name}: {response.status_code}"] += 1
+
+
+async def visit(client: httpx.AsyncClient, known: Sequence[Asked], tally: Tally, dice: random.Random) -> None:
+    """One request of one client, of a random kind."""
     asked, kind = dice.choice(known), dice.random()
     start = time.perf_counter()
     try:
         if kind < 0.15:
-            name, body = dice.choice(_RUBBISH)
-            response = await client.post(
-                asked.path, content=body, headers={"Content-Type": "application/json"}
-            )
-            if 400 <= response.status_code < 500 and response.json()["error"]["message"]:
-                tally.rubbish += 1
-            else:
-                tally.unexpected[f"{name}: {response.status_code}"] += 1
+            await malformed(client, asked, tally, dice)
         elif kind < 0.25:
             try:
                 await asyncio.wait_for(whole_answer(client, asked), dice.uniform(0.01, 0.5))
@@ -210,15 +223,14 @@ async def behave(
         elif kind < 0.35:
             await streamed_answer(client, asked, leave_after=dice.randint(1, 4))
             tally.left += 1
-        elif kind < 0.7:
-            text, first = await streamed_answer(client, asked)
-            _count(tally, text == asked.answer)
-            tally.first_token.append(first)
-            tally.whole.append(time.perf_counter() - start)
         else:
-            text, tokens = await whole_answer(client, asked)
-            _count(tally, text == asked.answer)
-            tally.tokens += tokens
+            if kind < 0.7:
+                text, first = await streamed_answer(client, asked)
+                tally.first_token.append(first)
+            else:
+                text, tokens = await whole_answer(client, asked)
+                tally.tokens += tokens
+            tally.compare(text, asked)
             tally.whole.append(time.perf_counter() - start)
     except httpx.HTTPStatusError as error:
         if error.response.status_code == 429 and int(error.response.headers["retry-after"]) >= 1:
@@ -226,58 +238,47 @@ async def behave(
             await asyncio.sleep(dice.uniform(0.2, 1.0))
         else:
             tally.unexpected[f"status {error.response.status_code}"] += 1
-    except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError) as error:
-        # A body that is refused unread ends its connection: the answer may be lost with it.
-        if kind < 0.15 and name == "too large":
-            tally.rubbish += 1
-        else:
-            tally.unexpected[type(error).__name__] += 1
     except (httpx.HTTPError, ValueError) as error:
         tally.unexpected[f"{type(error).__name__} {str(error)[:60]}"] += 1
 
 
-def _count(tally: Tally, right: bool) -> None:
-    tally.right += right
-    tally.wrong += not right
-
-
-async def load(
-    url: str, pid: int, clients: int, seconds: float, seed: int
-) -> tuple[Tally, list[int], int, int]:
-    """All clients for so long: what came of it, the memory each second, and that before and after."""
-    process = psutil.Process(pid)
+async def load(url: str, pid: int, args: argparse.Namespace) -> tuple[Tally, list[int], int, int]:
+    """All clients for --seconds: the tally, memory once a second, and idle memory before and after."""
+    process, tally = psutil.Process(pid), Tally()
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as client:
+
+    def connect() -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits)
+
+    async with connect() as client:
         known = []
-        for asked in requests_of(4 * clients, seed):
+        for asked in requests_of(4 * args.clients, args.seed):
             text, _ = await whole_answer(client, asked)
             known.append(Asked(asked.path, asked.body, text))
         idle_before = process.memory_info().rss
-        tally, end = Tally(), time.monotonic() + seconds
+        end, memory = time.monotonic() + args.seconds, []
 
         async def one(number: int) -> None:
-            dice = random.Random(seed * 1000 + number)
-            async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits) as own:
+            dice = random.Random(args.seed * 1000 + number)
+            async with connect() as own:
                 while time.monotonic() < end:
-                    await behave(own, known, tally, dice)
-
-        memory: list[int] = []
+                    await visit(own, known, tally, dice)
 
         async def watch() -> None:
             while time.monotonic() < end:
                 memory.append(process.memory_info().rss)
                 await asyncio.sleep(1.0)
 
-        await asyncio.gather(watch(), *(one(number) for number in range(clients)))
-        await settled(client)
-        for asked in known[:8]:  # it answers as before
+        await asyncio.gather(watch(), *(one(number) for number in range(args.clients)))
+        await at_rest(client)
+        for asked in known[:8]:  # it still answers as before
             text, _ = await whole_answer(client, asked)
-            _count(tally, text == asked.answer)
+            tally.compare(text, asked)
         return tally, memory, idle_before, process.memory_info().rss
 
 
-async def settled(client: httpx.AsyncClient) -> None:
-    """Until nothing waits and nothing is written."""
+async def at_rest(client: httpx.AsyncClient) -> None:
+    """Wait until the server answers nothing and its queue is empty."""
     for _ in range(int(PATIENCE * 10)):
         status = (await client.get("/page/status")).json()
         if not status["busy"] and not status["queue"]:
@@ -287,40 +288,25 @@ async def settled(client: httpx.AsyncClient) -> None:
 
 
 def cancelled(url: str) -> int:
-    """Answers that the server gave up."""
+    """Answers that the server gave up, from its metrics."""
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     return int(float(next(line for line in lines if line.startswith("lowmem_cancelled_total")).split()[1]))
 
 
-def measure(
-    model: str, dtype: str, clients: int, seconds: float, seed: int, say: Callable[[str], None]
-) -> Record:
+def measure(args: argparse.Namespace, words: Sequence[str]) -> ServeLoad:
     """Start a server, load it, and end it."""
-    command = [
-        sys.executable,
-        "-m",
-        "lowmem",
-        "serve",
-        model,
-        "--port",
-        "0",
-        "--served-name",
-        SERVED,
-        "--quiet",
-        "--dtype",
-        dtype,
-    ]
-    process = subprocess.Popen(
-        [*command, "--queue", str(max(1, clients * 3 // 4))], stdout=subprocess.PIPE, text=True
-    )
+    origin = origin_here("endurance.serve_load", words, Path(args.model).name)
+    command = [sys.executable, "-m", "lowmem", "serve", args.model, "--port", "0", "--served-name", SERVED]
+    command += ["--quiet", "--dtype", args.dtype, "--queue", str(max(1, args.clients * 3 // 4))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         if " at http" not in line:
             raise SystemExit(f"the server did not start: {line!r}")
         url = line.partition(" at ")[2].partition(" ")[0]
-        say(f"{clients} clients for {seconds:g} s against {url}")
-        tally, memory, before, after = asyncio.run(load(url, process.pid, clients, seconds, seed))
+        say(f"{args.clients} clients for {args.seconds:g} s against {url}")
+        tally, memory, before, after = asyncio.run(load(url, process.pid, args))
         given_up = cancelled(url)
         process.terminate()
         if process.wait(PATIENCE) != 0:
@@ -328,17 +314,15 @@ def measure(
     finally:
         process.kill()
         process.wait()
-    return Record(
-        model=Path(model).name,
-        clients=clients,
-        seconds=seconds,
-        right=tally.right,
-        wrong=tally.wrong,
-        left=tally.left,
-        rubbish=tally.rubbish,
-        busy=tally.busy,
-        tokens=tally.tokens,
-        unexpected=dict(tally.unexpected),
+    counts = {
+        name: getattr(tally, name) for name in ("right", "wrong", "left", "malformed", "busy", "tokens")
+    }
+    return ServeLoad(
+        origin=origin,
+        clients=args.clients,
+        seconds=args.seconds,
+        **counts,
+        unexpected=tuple(tally.unexpected.items()),
         first_token_median=statistics.median(tally.first_token or [0.0]),
         first_token_worst=max(tally.first_token, default=0.0),
         whole_median=statistics.median(tally.whole or [0.0]),
@@ -347,65 +331,46 @@ def measure(
         memory=tuple(memory),
         memory_idle_before=before,
         memory_idle_after=after,
-        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        machine=asdict(machine_here()),
-        versions=dict(versions(("torch", "transformers", "fastapi", "uvicorn"))),
     )
 
 
-def table(record: Record) -> str:
-    """The figures in lines."""
-    quarter = max(1, len(record.memory) // 4)
-    rows = (
-        ("answers that were right", record.right),
-        ("answers that were not", record.wrong),
-        ("clients that left", f"{record.left} ({record.cancelled} answers given up)"),
-        ("rubbish that was refused", record.rubbish),
-        ("429, the queue was full", record.busy),
-        ("anything else", record.unexpected or 0),
+def render(record: ServeLoad) -> str:
+    """The figures as Markdown."""
+    idle = (record.memory_idle_before, record.memory_idle_after)
+    lines = (
+        ("correct answers", str(record.right)),
+        ("wrong answers", str(record.wrong)),
+        ("clients that disconnected", f"{record.left} ({record.cancelled} answers given up)"),
+        ("malformed requests refused", str(record.malformed)),
+        ("429, the queue was full", str(record.busy)),
+        ("anything else", ", ".join(f"{name}: {count}" for name, count in record.unexpected) or "0"),
         (
             "first token, median and worst",
             f"{record.first_token_median:.2f} s, {record.first_token_worst:.2f} s",
         ),
         ("whole answer, median and worst", f"{record.whole_median:.2f} s, {record.whole_worst:.2f} s"),
-        (
-            "resident memory by quarters",
-            ", ".join(
-                format_bytes(max(record.memory[at : at + quarter]))
-                for at in range(0, quarter * 4, quarter)
-                if record.memory[at : at + quarter]
-            ),
-        ),
-        (
-            "idle before and after",
-            f"{format_bytes(record.memory_idle_before)}, {format_bytes(record.memory_idle_after)}",
-        ),
+        ("resident memory by quarter", ", ".join(map(format_bytes, record.quarters()))),
+        ("idle memory before and after", ", ".join(map(format_bytes, idle))),
     )
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    verdict = "passed" if record.passed else "NOT passed"
+    title = f"{record.clients} clients for {record.seconds:g} s"
+    return f"{table((title, ''), lines)}\n\n{verdict}; {made_with(record.origin)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lowmem.benchmarks.experiments.endurance.serve_load", description=__doc__
-    )
-    parser.add_argument("model", nargs="?", default=str(TINY))
+    """The command; the exit code."""
+    experiment = Experiment("endurance.serve_load", ServeLoad, RESULTS / "serve_load.json", render)
+    parser = experiment.parser(__doc__)
+    parser.add_argument("model", nargs="?", default=str(embedded_model()))
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--dtype", default="float32", help="as of lowmem serve (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the record there")
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    record = measure(
-        args.model, args.dtype, args.clients, args.seconds, args.seed, lambda line: print(line, flush=True)
-    )
-    print(table(record))
-    if args.json:
-        args.json.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
-    print("passed" if record.passed else "NOT passed")
-    return 0 if record.passed else 1
+    code = experiment.run(args, lambda: measure(args, words))
+    return code or int(not experiment.read(args.out).passed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A person at `lowmem run`'s terminal, for hours: a pty whose turns are drawn by lot."""
+"""`lowmem run` in a pty with a simulated user, for hours."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from typing import Any
 from lowmem.benchmarks.experiments.endurance.soak_worker import GREEDY_ANSWER, text_of, warm_texts
 
 PATIENCE = 300.0  # seconds for a prompt to come back, on a machine that others use as well
-_OPEN, _CLOSED, _WHERE = b"\x1b[?2004h", b"\x1b[?2004l", b"\x1b[6n"  # a prompt's begin, its end; the cursor?
+_OPEN, _CLOSED, _WHERE = b"\x1b[?2004h", b"\x1b[?2004l", b"\x1b[6n"  # prompt opens, closes; cursor query
 _SIZES = ((80, 24), (120, 40), (40, 12), (100, 30))
-_QUIET = 0.15  # seconds without output after which a prompt that is there stays
+_QUIET = 0.15  # seconds without output after which a prompt is taken as final
 
 
 class Stuck(Exception):
@@ -31,7 +31,7 @@ class Stuck(Exception):
 
 
 class Terminal:
-    """`lowmem run` in a pty, with someone who types; `turns` counts what was typed, by kind."""
+    """`lowmem run` in a pty, and its user; `turns` counts the user's turns by kind."""
 
     def __init__(self, model: str, context: int, folder: Path, seed: int) -> None:
         self._dice, self._folder, self._count = random.Random(seed), folder, 0
@@ -40,17 +40,11 @@ class Terminal:
         self._handle, theirs = os.openpty()
         self._resize(80, 24)
         words = [model, "--context", str(context), "--device", "cpu", "--max-new-tokens", "40"]
+        worker = "lowmem.benchmarks.experiments.endurance.soak_worker"
         environment = {**os.environ, "XDG_STATE_HOME": str(folder / "state"), "TERM": "xterm-256color"}
         environment.pop("NO_COLOR", None)
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "lowmem.benchmarks.experiments.endurance.soak_worker",
-                "terminal",
-                str(self._samples),
-                *words,
-            ],
+            [sys.executable, "-m", worker, "terminal", str(self._samples), *words],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
@@ -59,7 +53,7 @@ class Terminal:
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
         os.close(theirs)
-        self._seen = b""  # the end of the output, as much as may begin a code
+        self._seen = b""  # the end of the output
         self._opened = self._shut = 0
         self._kinds = (
             *(self._ask,) * 4,
@@ -79,15 +73,15 @@ class Terminal:
         )
         self._prompt(0)
         for text in warm_texts(self._dice):
-            self._line(f"\x1b[200~{text}\x1b[201~")  # too long, so that it is only tokenized
+            self._line(f"\x1b[200~{text}\x1b[201~")  # too long to answer: it is only tokenized
 
     @property
     def kept(self) -> int:
-        """Bytes of the files that the chat has written: conversations and the history."""
+        """Bytes of the files that the chat has written: conversations and history."""
         return sum(file.stat().st_size for file in self._folder.rglob("*") if file != self._samples)
 
     def round(self, turns: int) -> None:
-        """So many turns, then a reset and the same short question always. Raises Stuck."""
+        """`turns` turns, then a reset and the same short question always. Raises Stuck."""
         for _ in range(turns):
             kind = self._dice.choice(self._kinds)
             self.turns[kind.__name__.strip("_").replace("_", " ")] += 1
@@ -105,8 +99,8 @@ class Terminal:
             self._line(line)
 
     def census(self) -> dict[str, Any]:
-        """What the process holds now, as it says itself. Raises Stuck."""
-        self._settle()
+        """The process's own `soak_worker.Census`. Raises Stuck."""
+        self._wait_quiet()
         before = self._samples.stat().st_size if self._samples.exists() else 0
         os.kill(self._process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + PATIENCE
@@ -120,8 +114,8 @@ class Terminal:
         raise Stuck("no sample came")
 
     def leave(self) -> int:
-        """/exit; the exit code, or -1 where it goes on. Raises Stuck."""
-        self._settle()
+        """Type /exit; the exit code, or -1 if it does not end. Raises Stuck."""
+        self._wait_quiet()
         self._type("/exit\r")
         deadline = time.monotonic() + PATIENCE
         while self._process.poll() is None and time.monotonic() < deadline:
@@ -130,7 +124,7 @@ class Terminal:
         return -1 if code is None else code
 
     def close(self) -> None:
-        """End the process, however it is, and give the terminal back."""
+        """End the process, and close the terminal."""
         if self._process.poll() is None:
             self._process.kill()
         self._process.wait()
@@ -147,7 +141,7 @@ class Terminal:
         self._line(f"\x1b[200~{text}\x1b[201~")
 
     def _paste_too_much(self) -> None:
-        text = "\n".join(text_of(self._dice, 10) for _ in range(400))  # is refused, in one line
+        text = "\n".join(text_of(self._dice, 10) for _ in range(400))  # refused in one line
         self._line(f"\x1b[200~{text}\x1b[201~")
 
     def _interrupt(self) -> None:
@@ -158,12 +152,12 @@ class Terminal:
             self._read(0.01)
         self._type("\x03")
         self._prompt(opened)
-        self._settle()  # where the answer had ended, that was Ctrl-C at the next prompt
+        self._wait_quiet()  # if the answer had ended, that was Ctrl-C at the next prompt
 
     def _clear_line(self) -> None:
-        self._settle()
+        self._wait_quiet()
         self._type("half a line\x03")
-        self._settle()
+        self._wait_quiet()
 
     def _undo(self) -> None:
         self._line("/undo")
@@ -183,10 +177,10 @@ class Terminal:
         self._line(f"/set stop {self._dice.choice(('the', 'none', 'a , e'))}")
 
     def _again(self) -> None:
-        """The message before, fetched with the arrow key, and a word in front of it."""
-        self._settle()
+        """The previous message, by the arrow key, with a word inserted before it."""
+        self._wait_quiet()
         self._type("\x1b[A")
-        self._settle()
+        self._wait_quiet()
         self._line("\x01And ")
 
     def _size(self) -> None:
@@ -202,7 +196,7 @@ class Terminal:
         fcntl.ioctl(self._handle, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def _line(self, text: str) -> None:
-        """Type it, and wait for the next prompt."""
+        """Type a line, and wait for the next prompt."""
         opened = self._opened
         self._type(text + "\r")
         self._prompt(opened)
@@ -214,20 +208,20 @@ class Terminal:
             _, writable, _ = select.select([], [self._handle], [], 0.01)
             if writable:
                 data = data[os.write(self._handle, data[:512]) :]
-            self._read(0.0)  # or both sides would wait for each other
+            self._read(0.0)  # otherwise both sides may wait for each other
             if time.monotonic() > deadline:
-                raise Stuck("nobody reads what is typed")
+                raise Stuck("the process does not read its input")
 
     def _prompt(self, opened: int) -> None:
-        """Until a prompt is there that was not when `opened` were counted."""
+        """Wait for a prompt later than the `opened`-th."""
         deadline = time.monotonic() + PATIENCE
         while self._opened <= max(opened, self._shut):
             self._read(0.05)
             if time.monotonic() > deadline:
                 raise Stuck(f"no prompt after {PATIENCE:g} s; the screen ended with {self._seen[-200:]!r}")
 
-    def _settle(self) -> None:
-        """Until a prompt is there and nothing more comes."""
+    def _wait_quiet(self) -> None:
+        """Wait until a prompt is open and output has stopped."""
         quiet = time.monotonic()
         deadline = quiet + PATIENCE
         while self._opened <= self._shut or time.monotonic() < quiet + _QUIET:
@@ -237,7 +231,7 @@ class Terminal:
                 raise Stuck("the terminal does not come to rest")
 
     def _read(self, seconds: float) -> bool:
-        """Take what was written, if anything comes in so long; answers where the cursor is asked for."""
+        """Read output for at most `seconds`; whether there was any. Answers cursor queries."""
         readable, _, _ = select.select([self._handle], [], [], seconds)
         if not readable:
             return False

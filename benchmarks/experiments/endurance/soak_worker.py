@@ -1,7 +1,7 @@
-"""The two processes that `lowmem.benchmarks.experiments.endurance.soak` watches, and how each counts what it holds.
+"""The two processes that `soak` watches, and how each counts what it holds.
 
-`session`: turns on lowmem's Session, as Python calls it; one round for each line on stdin, and after it one
-line of JSON. `terminal`: `lowmem run` as it is, which also appends such a line to a file on SIGUSR1.
+`session`: random turns on lowmem's Session; answers requests (`workers/protocol.py`). `terminal`: `lowmem run`
+as it is, which appends a census to a file on SIGUSR1.
 """
 
 from __future__ import annotations
@@ -19,69 +19,63 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lowmem.benchmarks.experiments.workers.protocol import serve
+
 GREEDY_ANSWER = 24  # tokens of the question that ends every round, so that samples are of the same state
 _STORE = 2 << 20  # bytes of the prefix store: room for a few of a small model's sequences, so that some go
 
 
 @dataclass(frozen=True)
 class Census:
-    """What a process holds, by its own account. Bytes, unless it says otherwise.
-
-    rss, pss: resident, and with pages that are shared counted in shares. anonymous: resident pages that no
-    file is behind: a leak is here. private, shared: pages that this process alone has, and others too.
-    heap: what malloc has given out and was not given back. descriptors, threads, objects (that Python's
-    collector knows), blocks (of Python's allocator), tensors: numbers. tensor_bytes: their storages. cached:
-    KV caches and prefix stores among them. types: objects by their type.
-    """
+    """What a process holds, by its own account. Sizes are bytes."""
 
     rss: int
+    """Resident."""
     pss: int
+    """The same, shared pages counted in shares."""
     anonymous: int
+    """Resident pages without a file: a leak shows here."""
     private: int
+    """Pages of this process alone."""
     shared: int
     heap: int
+    """Allocated by malloc and not freed."""
     descriptors: int
     threads: int
     objects: int
+    """Known to Python's collector."""
     blocks: int
+    """Of Python's allocator."""
     tensors: int
     tensor_bytes: int
+    """Of their storages."""
     cached: int
+    """KV caches and prefix stores among them."""
     types: dict[str, int]
+    """Objects by type."""
+
+
+_MALLINFO = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
 
 
 class _Mallinfo(ctypes.Structure):
     """glibc's `struct mallinfo2`."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_size_t)
-        for name in (
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        )
-    )
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO.split())
 
 
 def rebuild_interned() -> None:
-    """Have Python rebuild its table of interned strings now, which it does once it was filled.
+    """Have Python resize its table of interned strings now, instead of at a random minute.
 
-    The table counts strings that are gone as well, and is then made anew for three times those that are left:
-    3.7 MiB more, once, at whatever minute the last room is taken; never again while no more strings live.
+    The table counts freed strings too. Once full, it is rebuilt for three times the strings that are left:
+    3.7 MiB more, once in the life of a process.
     """
     for number in range(200_000):
         sys.intern(f"made up {number}")
 
 
 def take_census() -> Census:
-    """Count now. Memory comes first, so that the counting is not in it."""
+    """Count now, memory first, so that the counting does not show in it."""
     rollup = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, _, amount = line.partition(":")
@@ -125,7 +119,7 @@ def _by_name(types: Counter[type]) -> Counter[str]:
 
 
 def _heap() -> int:
-    """Bytes that malloc has given out; 0 where the C library does not tell."""
+    """Bytes allocated by malloc; 0 where the C library does not say."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallinfo2"):
         return 0
@@ -135,21 +129,21 @@ def _heap() -> int:
 
 
 def _storage(tensor: Any) -> tuple[int, int] | None:
-    """Which storage is a tensor's, and its bytes; None where it has none of its own, as a sparse one.
+    """The identity of a tensor's storage and its bytes; None for a tensor without one, such as a sparse one.
 
-    The storage's own address names it: of tensors that only stand for others there is none of their data.
+    The storage object's address is the identity: wrapper tensors have no data address.
     """
     if tensor.device.type == "meta":
         return None
     try:
         storage = tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # torch's word for such a tensor
+    except (NotImplementedError, RuntimeError):  # torch raises these for such a tensor
         return None
     return storage._cdata, storage.nbytes()
 
 
 def _kinds() -> tuple[Any, tuple[Any, ...]]:
-    """The types of tensors, and of lowmem's own stores of them."""
+    """The types of tensors, and of lowmem's stores of them."""
     import torch
 
     from lowmem.generate.cache.contract import KVCache
@@ -159,7 +153,7 @@ def _kinds() -> tuple[Any, tuple[Any, ...]]:
 
 
 class SessionRound:
-    """Turns of every kind on one Session; what is random comes from the dice."""
+    """Turns of every kind on one Session, drawn from the dice."""
 
     def __init__(self, session: Any, folder: Path, dice: random.Random, *, new_tokens: int = 40) -> None:
         from lowmem.chat.conversation import Conversation
@@ -184,7 +178,7 @@ class SessionRound:
         )
 
     def run(self, turns: int) -> None:
-        """So many turns, then a reset and the same short question always."""
+        """`turns` turns, then a reset and the same short question always."""
         for _ in range(turns):
             self.dice.choice(self._kinds)()
         self._reset()
@@ -224,7 +218,7 @@ class SessionRound:
         self._talk = self._talk.with_exchange(Exchange(question, text))
 
     def _ask_much(self) -> None:
-        self._ask(self._session.context // 4)  # more than half of the context in tokens: old turns go
+        self._ask(self._session.context // 4)  # over half of the context in tokens: old turns are dropped
 
     def _leave(self) -> None:
         responses: Any = self._stream(self._question())
@@ -233,7 +227,7 @@ class SessionRound:
         responses.close()
 
     def _abandon(self) -> None:
-        next(self._stream(self._question()))  # nobody closes it
+        next(self._stream(self._question()))  # never closed
 
     def _interrupt(self) -> None:
         def stop(done: int, total: int) -> None:
@@ -255,7 +249,7 @@ class SessionRound:
                 self._session.stream(prompt, params)
             except InvalidRequestError:
                 continue
-            raise AssertionError("a request that cannot be served was taken")
+            raise AssertionError("an invalid request was accepted")
 
     def _fill(self) -> None:
         from lowmem.models.dialogue import fim_tokens
@@ -284,7 +278,7 @@ class SessionRound:
         self._talk = load(str(self._file), self._params).conversation
 
     def _other(self) -> None:
-        """A conversation of someone else comes between: the prefix store keeps this one's rows."""
+        """Another conversation in between: the prefix store keeps this one's rows."""
         self._session.complete(self._question(30), self._sampling(), system=self._question(20))
 
     def _reset(self) -> None:
@@ -301,7 +295,7 @@ _WORDS = _PHRASE.split()
 
 
 def text_of(dice: random.Random, words: int, made_up: float = 0.125) -> str:
-    """A text of so many words; that share of them is made up, so that no cache of words can hold them all."""
+    """A text of `words` words; the made-up share of them keeps word caches from holding them all."""
     return " ".join(
         "".join(dice.choices("abcdefghijklmnop_äß", k=dice.randint(3, 9)))
         if dice.random() < made_up
@@ -311,26 +305,31 @@ def text_of(dice: random.Random, words: int, made_up: float = 0.125) -> str:
 
 
 def warm_texts(dice: random.Random) -> list[str]:
-    """More words than the tokenizer keeps in its cache, which is 10,000: else that would fill for a while."""
+    """More words than the tokenizer's cache of 10,000, which would otherwise fill for a while."""
     return [text_of(dice, 3000, made_up=1.0) for _ in range(5)]
 
 
-def _session(model: str, context: int, folder: Path, seed: int, turns: int) -> int:
-    import lowmem
-    from lowmem.generate.prefix_store import PrefixStore
-    from lowmem.session import Session
+class SessionRuntime:
+    """A Session that runs a round and takes a census for each request."""
 
-    session = Session(lowmem.open_model(model, context=context, device="cpu"))
-    session.engine.store = PrefixStore(_STORE)
-    rounds = SessionRound(session, folder, random.Random(seed))
-    for text in warm_texts(rounds.dice):
-        session.count(text)
-    rebuild_interned()
-    print(json.dumps({"form": session.loaded.label, "kernel": session.loaded.kernel}), flush=True)
-    for _ in sys.stdin:
-        rounds.run(turns)
-        print(json.dumps(asdict(take_census())), flush=True)
-    return 0
+    def __init__(self, model: str, context: int, folder: Path, seed: int) -> None:
+        import lowmem
+        from lowmem.generate.prefix_store import PrefixStore
+        from lowmem.session import Session
+
+        session = Session(lowmem.open_model(model, context=context, device="cpu"))
+        session.engine.store = PrefixStore(_STORE)
+        self._rounds = SessionRound(session, folder, random.Random(seed))
+        self.kernel = f"{session.loaded.label}, {session.loaded.kernel}"
+        self.load_seconds = session.loaded.load_seconds
+        for text in warm_texts(self._rounds.dice):
+            session.count(text)
+        rebuild_interned()
+
+    def round(self, turns: int) -> dict[str, Any]:
+        """A round of `turns` turns; the census after it."""
+        self._rounds.run(turns)
+        return asdict(take_census())
 
 
 def _terminal(file: str, words: list[str]) -> int:
@@ -357,5 +356,6 @@ def _terminal(file: str, words: list[str]) -> int:
 if __name__ == "__main__":
     kind, *rest = sys.argv[1:]
     if kind == "session":
-        sys.exit(_session(rest[0], int(rest[1]), Path(rest[2]), int(rest[3]), int(rest[4])))
+        folder, context, saved, seed = rest
+        sys.exit(serve(lambda: SessionRuntime(folder, int(context), Path(saved), int(seed))))
     sys.exit(_terminal(rest[0], rest[1:]))

@@ -1,13 +1,13 @@
-"""The report of `lowmem.benchmarks.experiments.full_size.command`, of its record alone."""
+"""The report of `full_size`, made from its record alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from statistics import median
 
-from lowmem.benchmarks.common.processes import ROOT
 from lowmem.benchmarks.common.records import SubjectLatency
+from lowmem.benchmarks.experiments.common import RESULTS, spread, table
 from lowmem.benchmarks.experiments.full_size.record import (
     FEW_LAYERS,
     PHASES,
@@ -17,9 +17,10 @@ from lowmem.benchmarks.experiments.full_size.record import (
     Run,
 )
 
-REPORT = ROOT / "benchmarks" / "results" / "full_size.md"
+REPORT = RESULTS / "full_size.md"
 LAYERS = 40
 GIB, GB = 2**30, 10**9
+COMMAND = "python -m lowmem.benchmarks.experiments.full_size"
 TITLES = {
     "make": "write the 16-bit checkpoint, 40 layers",
     "convert-4": "convert it to 4 bits",
@@ -32,41 +33,33 @@ TITLES = {
     "quality": "quality against the unquantized model",
 }
 LIMITS = """\
-What this shows: that every step works at the real size on a machine that could never hold the model, what it
-takes there, and that memory and disk are what was promised. What it cannot show: the weights are made up, so
-the divergences and errors below are of no trained model (those are measured on one: README, "Quality"), and
-no GPU was at hand, so nothing here is a card's figure. `lowmem doctor` runs, on a card of yours, the same
-checks that are run here on the CPU: every kernel against the reference, a CUDA graph's decode step against
-the eager one, and the memory that is really free."""
+This shows that every step works at the real size on a machine that cannot hold the model, what it takes
+there, and that memory and disk are what the plan promised. The weights are made up, so the divergences and
+errors below say nothing about a trained model (docs/measurements.md has those). No GPU was available:
+nothing here is a GPU's figure. `lowmem doctor` runs the same checks on a GPU: every kernel against the
+reference, a CUDA graph's decode step against the eager one, and the memory that is really free."""
 
 
 def markdown(record: FullSize) -> str:
     """The whole report."""
     machine = record.machine
     names = ", ".join(f"{name} {version}" for name, version in record.versions)
+    heads = (
+        "step", "time, s", "CPU, s", "peak memory, GiB", "of it anonymous, GiB", "disk, GB", "load before",
+    )  # fmt: skip
+    steps = (row for step in TITLES for row in _runs(_with_workers(record, step)))
     parts = [
         "# StarChat Alpha's size on a small machine",
         f"{machine.cpu}, {machine.cores} cores ({', '.join(machine.flags)}), "
         f"{machine.memory_bytes / GIB:.1f} GiB of memory, no GPU. {names}.",
-        "`python -m lowmem.benchmarks.experiments.full_size.command --work DIR` made the figures, "
-        "`python -m lowmem.benchmarks.experiments.full_size.command --show` prints this from results/full_size.json.",
+        f"`{COMMAND} --work DIR` made the figures, `{COMMAND} --show` prints this report from "
+        "results/full_size.json.",
         LIMITS,
         "## Steps",
-        _table(
-            (
-                "step",
-                "time, s",
-                "CPU, s",
-                "peak memory, GiB",
-                "of it not in files, GiB",
-                "disk, GB",
-                "load before",
-            ),
-            (row for step in TITLES for row in _runs(_with_workers(record, step))),
-        ),
-        "Peak memory is what was resident, mapped files included. Disk is the most by which the work folder "
-        "grew; — is what was not watched. Load before: the machine's load average when the step began; its "
-        "two cores were not always free for it.",
+        table(heads, steps),
+        "Peak memory is resident memory, mapped files included. Disk is the most by which the work folder "
+        "grew; — was not watched. Load before: the machine's load average when the step began; other "
+        "programs sometimes used its two cores.",
         "```sh\n" + "\n".join(dict.fromkeys(run.command for run in record.runs)) + "\n```",
         "## Conversion",
         *_conversion(record),
@@ -77,7 +70,7 @@ def markdown(record: FullSize) -> str:
         "## Quality",
         *_quality(record),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _verify(record: FullSize) -> str:
@@ -90,7 +83,7 @@ def _verify(record: FullSize) -> str:
 
 
 def _with_workers(record: FullSize, step: str) -> tuple[Run, ...]:
-    """The runs of a step; what is timed is loaded by a process of its own, whose memory counts."""
+    """The runs of a step; `bench latency` loads the model in another process, whose memory counts."""
     if step != "latency":
         return record.of(step)
     most = record.latency.subjects[0].peak_host_bytes
@@ -99,7 +92,7 @@ def _with_workers(record: FullSize, step: str) -> tuple[Run, ...]:
     )
 
 
-def _runs(runs: Sequence[Run]) -> Iterable[tuple[str, ...]]:
+def _runs(runs: Sequence[Run]) -> Iterator[tuple[str, ...]]:
     for number, run in enumerate(runs, 1):
         title = TITLES[run.step]
         if len(runs) > 1:
@@ -116,104 +109,91 @@ def _runs(runs: Sequence[Run]) -> Iterable[tuple[str, ...]]:
         )
 
 
-def _conversion(record: FullSize) -> Iterable[str]:
+def _conversion(record: FullSize) -> Iterator[str]:
     four, eight = record.four, record.eight
     peak = max(run.peak_bytes for run in record.of("convert-4"))
     yield (
         f"To 4 bits, 8192 calibration tokens, {len(four.layers)} layers: {four.source_bytes / GB:.2f} GB "
-        f"become {four.output_bytes / GB:.2f} GB. Promised before it began: at most "
-        f"{four.predicted_bytes / GIB:.2f} GiB; measured: {peak / GIB:.2f} GiB. "
-        f"A layer took {_spread(four.layers)}, "
-        f"{sum(layer.seconds for layer in four.layers) / 3600:.2f} h in all."
+        f"become {four.output_bytes / GB:.2f} GB. The plan promised at most "
+        f"{four.predicted_bytes / GIB:.2f} GiB; measured: {peak / GIB:.2f} GiB. A layer took "
+        f"{_seconds(four)}, all layers {sum(layer.seconds for layer in four.layers) / 3600:.2f} h."
     )
-    yield _table(("layers", "seconds a layer, median", *PHASES, "output error"), _tens(four.layers))
-    yield f"What the {len(four.layers)} layers took grows by the layer and by nothing else: {_linear(four)}."
+    yield _tens(four)
+    half = len(four.layers) // 2
+    first, second = (median(x.seconds for x in part) for part in (four.layers[:half], four.layers[half:]))
+    yield (
+        f"Time is linear in layers: the median layer of the second half took {second / first:.2f} times as "
+        "long as that of the first."
+    )
     peak = max(run.peak_bytes for run in record.of("convert-8"))
     mean = sum(layer.seconds for layer in eight.layers) / len(eight.layers)
     yield (
-        f"To 8 bits, the first {len(eight.layers)} layers: a layer took {_spread(eight.layers)}; "
-        f"{mean * LAYERS / 3600:.2f} h for {LAYERS} at that pace. Promised {eight.predicted_bytes / GIB:.2f} "
+        f"To 8 bits, the first {len(eight.layers)} layers: a layer took {_seconds(eight)}; "
+        f"{mean * LAYERS / 3600:.2f} h for {LAYERS} at that rate. Promised {eight.predicted_bytes / GIB:.2f} "
         f"GiB, measured {peak / GIB:.2f} GiB; {eight.output_bytes / GB:.2f} GB were written."
     )
-    yield _table(("layers", "seconds a layer, median", *PHASES, "output error"), _tens(eight.layers))
+    yield _tens(eight)
 
 
-def _tens(layers: Sequence[LayerTime]) -> Iterable[tuple[str, ...]]:
-    for first in range(0, len(layers), 10):
-        part = layers[first : first + 10]
-        yield (
+def _seconds(conversion: Conversion) -> str:
+    return spread([layer.seconds for layer in conversion.layers], "{:.0f}") + " s"
+
+
+def _tens(conversion: Conversion) -> str:
+    """Medians of ten layers at a time."""
+
+    def row(part: Sequence[LayerTime]) -> tuple[str, ...]:
+        return (
             f"{part[0].layer}–{part[-1].layer}",
             f"{median(layer.seconds for layer in part):.0f}",
             *(f"{median(getattr(layer, phase) for layer in part):.1f}" for phase in PHASES),
             f"{median(layer.error for layer in part):.2e}",
         )
 
-
-def _linear(conversion: Conversion) -> str:
-    """The time of the second half of the layers over that of the first, by medians."""
-    half = len(conversion.layers) // 2
-    first, second = (
-        median(layer.seconds for layer in part)
-        for part in (conversion.layers[:half], conversion.layers[half:])
-    )
-    return f"the median layer of the second half took {second / first:.2f} of one of the first"
+    layers = conversion.layers
+    tens = (row(layers[first : first + 10]) for first in range(0, len(layers), 10))
+    return table(("layers", "seconds a layer, median", *PHASES, "output error"), tens)
 
 
-def _spread(layers: Sequence[LayerTime]) -> str:
-    seconds = sorted(layer.seconds for layer in layers)
-    return f"{median(seconds):.0f} s ({seconds[0]:.0f} to {seconds[-1]:.0f})"
-
-
-def _run(record: FullSize) -> Iterable[str]:
-    answer, (run, *_) = record.answer, record.of("run")[::-1]
+def _run(record: FullSize) -> Iterator[str]:
+    answer, run = record.answer, record.of("run")[-1]
     subject = record.latency.subjects[0]
     rate = record.latency.roofline.read_bytes_per_second
     yield (
         f"`lowmem run`, {answer.label} by {answer.kernel}, context {answer.context}: loaded in "
         f"{answer.load_seconds:.1f} s, first token of {answer.prompt_tokens} after "
         f"{answer.ttft_seconds:.2f} s, then {answer.tokens_per_second:.2f} tokens/s over "
-        f"{answer.new_tokens}, each followed by putting weights into the order that is read fastest, for as "
-        f"long again. Planned {answer.predicted_bytes / GIB:.2f} GiB, measured "
-        f"{run.peak_bytes / GIB:.2f} GiB ({(run.peak_bytes / answer.predicted_bytes - 1) * 100:+.1f} %)."
+        f"{answer.new_tokens}, each followed by repacking weights for as long again. Planned "
+        f"{answer.predicted_bytes / GIB:.2f} GiB, measured {run.peak_bytes / GIB:.2f} GiB "
+        f"({(run.peak_bytes / answer.predicted_bytes - 1) * 100:+.1f} %)."
     )
     yield (
-        f"`lowmem bench latency`, {record.latency.rounds} rounds, memory read at "
-        f"{rate.median / GB:.1f} GB/s ({rate.low / GB:.1f} to {rate.high / GB:.1f}) meanwhile, the "
-        "weights in that order. A prompt's roofline is torch's product in bfloat16, which products of bytes "
-        "may pass:"
+        f"`lowmem bench latency`, {record.latency.rounds} rounds, weights repacked, memory bandwidth "
+        f"{rate.median / GB:.1f} GB/s ({rate.low / GB:.1f} to {rate.high / GB:.1f}). A prompt's roofline is "
+        "torch's matrix product in bfloat16; products of bytes may exceed it:"
     )
-    yield _table(("", "tokens/s", "lowest to highest", "share of the roofline"), _latency(subject))
+    yield table(("", "tokens/s", "lowest to highest", "share of the roofline"), _latency(subject))
 
 
-def _latency(subject: SubjectLatency) -> Iterable[tuple[str, ...]]:
+def _latency(subject: SubjectLatency) -> Iterator[tuple[str, ...]]:
     for prefill in subject.prefill:
         found = prefill.tokens_per_second
-        yield (
-            f"prefill of {prefill.prompt_tokens}",
-            f"{found.median:.1f}",
-            f"{found.low:.1f} to {found.high:.1f}",
-            f"{prefill.share:.0%}",
-        )
+        extremes = f"{found.low:.1f} to {found.high:.1f}"
+        yield f"prefill of {prefill.prompt_tokens}", f"{found.median:.1f}", extremes, f"{prefill.share:.0%}"
     for decode in subject.decode:
-        fastest, slowest = 1 / decode.tpot.low, 1 / decode.tpot.high
-        yield (
-            f"decode after {decode.context_tokens}",
-            f"{1 / decode.tpot.median:.2f}",
-            f"{slowest:.2f} to {fastest:.2f}",
-            f"{decode.share:.0%}",
-        )
+        rate, extremes = 1 / decode.tpot.median, f"{1 / decode.tpot.high:.2f} to {1 / decode.tpot.low:.2f}"
+        yield f"decode after {decode.context_tokens}", f"{rate:.2f}", extremes, f"{decode.share:.0%}"
 
 
-def _quality(record: FullSize) -> Iterable[str]:
-    quality = record.quality
-    runs = record.of("quality")
+def _quality(record: FullSize) -> Iterator[str]:
+    quality, runs = record.quality, record.of("quality")
     yield (
         f"`lowmem bench quality`, the reference in {quality.reference_dtype}, one decoder layer in memory at "
         f"a time: {quality.reference_seconds:.0f} s and {quality.reference_peak_bytes / GIB:.2f} GiB for the "
-        f"unquantized model, {quality.reference_cache_bytes / 2**20:.0f} MiB kept of it; the whole command "
-        f"{sum(run.wall_seconds for run in runs):,.0f} s and "
-        f"{max(run.peak_bytes for run in runs) / GIB:.2f} GiB. Of made-up weights, which say nothing of "
-        "StarChat Alpha:"
+        f"unquantized model, {quality.reference_cache_bytes / 2**20:.0f} MiB of cached states; the whole "
+        f"command {sum(run.wall_seconds for run in runs):,.0f} s and "
+        f"{max(run.peak_bytes for run in runs) / GIB:.2f} GiB. The weights are made up; the figures say "
+        "nothing about StarChat Alpha:"
     )
     rows = (
         (
@@ -229,17 +209,7 @@ def _quality(record: FullSize) -> Iterable[str]:
         for text in subject.texts
     )
     heads = (
-        "form",
-        "text",
-        "tokens",
-        "KL divergence",
-        "same top token",
-        "perplexity (reference's)",
+        "version", "text", "tokens", "KL divergence", "same top token", "perplexity (reference's)",
         "time, s",
-    )
-    yield _table(heads, rows)
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    )  # fmt: skip
+    yield table(heads, rows)

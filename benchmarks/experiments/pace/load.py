@@ -2,9 +2,8 @@
 
     python -m lowmem.benchmarks.experiments.pace.load FOLDER THREADS BEGAN
 
-
-BEGAN: time.time() when the process was started. Prints a line of JSON: see `Load`. What the reads of the
-same bytes take is measured in the same process, before and after.
+BEGAN: time.time() when the process was started. Prints a line of JSON: see `Load`. Reads of the same bytes
+are timed in the same process, before and after.
 """
 
 from __future__ import annotations
@@ -12,38 +11,45 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lowmem.benchmarks.common.processes import resident
+from lowmem.benchmarks.common.processes import ROOT, resident
+from lowmem.benchmarks.common.record_file import from_json
+from lowmem.benchmarks.experiments.common import say
 
 CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
 class Load:
-    """Seconds. start: process start and imports. load: the call of `load`; first: from its end to the first
-    token of a prompt of one token. ordered: of bringing all weights into the order in which they are read
-    fastest, which a session does between its first tokens. bytes: of the safetensors files. peak: the most
-    memory that was resident, mapped pages included, when all that was done; libraries: what was resident
-    before the load. read: of read() of all files into one reused buffer, before and after the load. mapped:
-    of the library's read loop over a new mapping of them, in which every page is touched for the first time,
-    and again."""
+    """Times are seconds, sizes bytes."""
 
     layers: int
     bytes: int
+    """Of the safetensors files."""
     start: float
+    """Process start and imports."""
     load: float
+    """The call of `load`."""
     first: float
-    ordered: float
+    """From its end to the first token of a prompt of one token."""
+    repacking: float
+    """Repacking all weights, which a session does between its first tokens."""
     peak: int
+    """Peak resident memory after all that, mapped pages included."""
     libraries: int
+    """Resident memory before the load."""
     read: tuple[float, float]
+    """read() of all files into one buffer, before and after the load."""
     mapped: float
+    """The kernels' read loop over a new mapping of the files: every page is touched for the first time."""
     mapped_again: float
+    """The same again."""
     kernel: str
 
     @property
@@ -53,8 +59,24 @@ class Load:
 
     @property
     def read_seconds(self) -> float:
-        """Of read(), the mean of both."""
+        """The mean of both reads."""
         return sum(self.read) / 2
+
+
+def measure_loads(folder: Path, rounds: int, threads: int, log: Path) -> list[Load]:
+    """Loads of `folder` in processes of their own, after one that warms the page cache."""
+    found: list[Load] = []
+    for number in range(rounds + 1):
+        say(f"load: {number} of {rounds} …")
+        module = "lowmem.benchmarks.experiments.pace.load"
+        command = [sys.executable, "-m", module, str(folder), str(threads), str(time.time())]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        with log.open("wb") as errors:
+            answer = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, check=True
+            ).stdout
+        found.append(from_json(Load, json.loads(answer.splitlines()[-1])))
+    return found[1:]
 
 
 def read_once(files: Sequence[Path]) -> float:
@@ -69,7 +91,7 @@ def read_once(files: Sequence[Path]) -> float:
 
 
 def read_mapped(files: Sequence[Path]) -> tuple[float, float]:
-    """Seconds of the library's loop over a new mapping, and over the same again."""
+    """Seconds of the kernels' read loop over a new mapping, and over the same again."""
     import torch
 
     from lowmem.kernels.native import library as native
@@ -92,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     """The process."""
     folder, threads, began = Path(argv[0]), int(argv[1]), float(argv[2])
     import torch
-    from transformers import AutoTokenizer, GPTBigCodeForCausalLM  # noqa: F401  (what `load` imports)
+    from transformers import AutoTokenizer, GPTBigCodeForCausalLM  # noqa: F401  (imported by `load`)
 
     from lowmem.config import SamplingParams
     from lowmem.loading.loader import load
@@ -110,14 +132,24 @@ def main(argv: Sequence[str]) -> int:
     next(engine.generate([1], SamplingParams(max_new_tokens=1, temperature=0)))
     first_at = time.perf_counter()
     engine.repacking.finish()
-    ordered = time.perf_counter() - first_at
+    repacking = time.perf_counter() - first_at
     peak = resident(os.getpid())["VmHWM"]
     after = read_once(files)
+    mapped, mapped_again = read_mapped(files)
     found = Load(
-        loaded.model.config.num_hidden_layers,
-        sum(file.stat().st_size for file in files), start, loaded_at - clock, first_at - loaded_at,
-        ordered, peak, libraries, (before, after), *read_mapped(files), loaded.kernel,
-    )  # fmt: skip
+        layers=loaded.model.config.num_hidden_layers,
+        bytes=sum(file.stat().st_size for file in files),
+        start=start,
+        load=loaded_at - clock,
+        first=first_at - loaded_at,
+        repacking=repacking,
+        peak=peak,
+        libraries=libraries,
+        read=(before, after),
+        mapped=mapped,
+        mapped_again=mapped_again,
+        kernel=loaded.kernel,
+    )
     print(json.dumps(asdict(found)))
     return 0
 

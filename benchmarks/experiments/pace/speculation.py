@@ -1,10 +1,10 @@
 """Prompt-lookup speculation on prompts whose answer repeats code, as an edit's does.
 
-    python -m lowmem.benchmarks.experiments.pace.speculation MODEL [--prompts 8] [--tokens 128] [--dtype float32] [--temperature 0]
+    python -m lowmem.benchmarks.experiments.pace.speculation MODEL [--prompts 8] [--tokens 128]
 
-Each prompt is a piece of held-out Python, and its beginning once more: a small model goes on copying, as a
-large one does when it is asked for a change in a file. Each is answered without and with drafts, in turns,
-and the decode times (the first token to the last) are compared. The last line is JSON.
+Each prompt is a piece of held-out Python followed by its first lines again: a small model continues to copy,
+as a large one does when it edits a file. Each prompt is answered without and with drafts, in turns, and the
+decode rates (from the first token to the last) are compared. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SPACING = 9000  # characters of held-out code from one prompt to the next
 
 
 @dataclass(frozen=True)
-class Run:
-    """One prompt's figures. rates: tokens a second after the first one, without and with drafts."""
+class Answered:
+    """One prompt. Rates are tokens a second after the first token."""
 
     rate: float
     rate_with_drafts: float
@@ -38,6 +38,13 @@ class Run:
     same_tokens: bool
     drafted: int
     accepted: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rate:7.1f} tokens/s, with drafts {self.rate_with_drafts:7.1f} "
+            f"({self.rate_with_drafts / self.rate:.2f}x), {self.accepted} of {self.drafted} drafted tokens "
+            f"accepted, {'same' if self.same_tokens else 'OTHER'} tokens"
+        )
 
 
 def decode(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> tuple[list[int], float]:
@@ -50,14 +57,14 @@ def decode(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> tup
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a line a prompt, the median speed-up, and all figures as JSON."""
+    """Print a line for each prompt, the median speed-up, and all figures as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128, help="of each answer")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="the loader's choice")
+    parser.add_argument("--tokens", type=int, default=128, help="of each answer (%(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="(the loader's choice)")
     parser.add_argument("--temperature", type=float, default=0.0)
     args = parser.parse_args(argv)
 
@@ -72,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     context = min(context_length(loaded.model), CODE_TOKENS + AGAIN_TOKENS + args.tokens)
     plain = Engine(loaded.model, context=context, speculate=False)
     drafting = Engine(loaded.model, context=context)
-    runs: list[Run] = []
+    runs: list[Answered] = []
     for number in range(args.prompts):
         part = loaded.tokenizer(code[number * SPACING :][: 8 * CODE_TOKENS]).input_ids[:CODE_TOKENS]
         prompt = [*part, *part[:AGAIN_TOKENS]]
@@ -83,22 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         ids, faster = decode(drafting, prompt, params)
         assert drafting.sequence is not None
         drafted, accepted = drafting.sequence.drafted_tokens, drafting.sequence.accepted_tokens
-        runs.append(Run(rate, faster, len(ids), ids == expected, drafted, accepted))
-        print(
-            f"prompt {number}: {rate:7.1f} tokens/s, with drafts {faster:7.1f} ({faster / rate:.2f}x), "
-            f"{accepted} of {drafted} drafted tokens right, "
-            f"{'same' if ids == expected else 'OTHER'} tokens",
-            flush=True,
-        )
+        runs.append(Answered(rate, faster, len(ids), ids == expected, drafted, accepted))
+        print(f"prompt {number}: {runs[-1]}", flush=True)
     speed_up = statistics.median(run.rate_with_drafts / run.rate for run in runs)
     same = sum(run.same_tokens for run in runs)
     print(f"median {speed_up:.2f}x; the same tokens in {same} of {len(runs)} answers")
-    machine = {"threads": torch.get_num_threads(), "load_average": round(os.getloadavg()[0], 2)}
     figures = {
         "model": args.model,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "torch": torch.__version__,
-        **machine,
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
         "temperature": args.temperature,
         "speed_up": speed_up,
         "runs": [asdict(run) for run in runs],

@@ -2,155 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import median
 
-from lowmem.benchmarks.common.records import Repeated
-from lowmem.benchmarks.experiments.pace.linears import LinearTimes
+from lowmem.benchmarks.experiments.common import made_with, spread, table
 from lowmem.benchmarks.experiments.pace.load import Load
-from lowmem.benchmarks.experiments.pace.record import (
-    Goal,
-    ModelFacts,
-    PaceRecord,
-    Share,
-    goals,
-    rows_ratio,
-    whole_model,
-)
+from lowmem.benchmarks.experiments.pace.record import Goal, PaceRecord, goals, rows_ratio, whole_model
 
 LAYERS = 40
 """StarChat Alpha's."""
+MB, GB = 1e-6, 1e-9
 
 
 def render(record: PaceRecord) -> str:
     """All tables, and what they were measured with."""
-    lines: list[str] = []
+    parts: list[str] = []
     if record.timings or record.loads:
-        lines += [*_goals(record), ""]
+        parts.append(table(("", "goal", "found", ""), map(_goal, goals(record)), numbers=False))
     if record.models:
-        lines += [*_models(record), ""]
+        parts.append(_models(record))
     if whole := whole_model(record, LAYERS):
-        lines += [*_whole(whole), ""]
+        title = f"{LAYERS} layers and StarChat's vocabulary, by arithmetic"
+        rows = ((label, f"{1e3 * seconds:.0f}", f"{1 / seconds:.2f}") for label, seconds in whole.items())
+        parts.append(table((title, "decode 512, ms", "tokens/s"), rows))
     if record.shares:
-        lines += [*_shares(record.shares), ""]
+        parts.append(_shares(record))
     for layers in sorted({load.layers for load in record.loads}):
-        lines += [*_loads(tuple(load for load in record.loads if load.layers == layers)), ""]
-    if record.linears:
-        lines += [*_linears(record.linears), ""]
-    origin = record.origin
-    versions = dict(origin.versions) | ({"llama-cpp-python": record.llama} if record.llama else {})
-    named = ", ".join(f"{name} {number}" for name, number in versions.items())
-    lines.append(
-        f"`{origin.command}`, {origin.date[:10]}, {origin.machine.cpu}, {record.threads} threads, "
-        f"{record.layers} layers; {named}. Median of the rounds (lowest to highest)."
+        parts.append(_loads([load for load in record.loads if load.layers == layers]))
+    parts.append(
+        made_with(record.origin, [("llama-cpp-python", record.llama)] if record.llama else [])
+        + f" {record.threads} threads, {record.layers} layers. Median of the rounds (lowest to highest)."
     )
-    return "\n".join(lines)
+    return "\n\n".join(parts)
 
 
-def _goals(record: PaceRecord) -> Iterator[str]:
-    yield "| | goal | found | |"
-    yield "|---|---|---|---|"
-    for goal in goals(record):
-        word = {None: "not measured", True: "met", False: "missed"}[goal.met]
-        sign = "≥" if goal.least else "≤"
-        if goal.bound < 1:
-            yield f"| {goal.name} | {sign} {goal.bound:.0%} | {_percent(goal.found)} | {word} |"
-        else:
-            yield f"| {goal.name} | {sign} {goal.bound:g} × | {_times(goal)} | {word} |"
+def _goal(goal: Goal) -> tuple[str, ...]:
+    word = {None: "not measured", True: "met", False: "missed"}[goal.met]
+    sign = "≥" if goal.least else "≤"
+    bound, form = (f"{goal.bound:.0%}", "{:.1%}") if goal.bound < 1 else (f"{goal.bound:g} ×", "{:.2f} ×")
+    return goal.name, f"{sign} {bound}", spread(goal.found.values, form) if goal.found else "", word
 
 
-def _times(goal: Goal) -> str:
-    found = goal.found
-    return f"{found.median:.2f} × ({found.low:.2f} to {found.high:.2f})" if found else ""
-
-
-def _percent(found: Repeated | None) -> str:
-    return f"{found.median:.1%} ({found.low:.1%} to {found.high:.1%})" if found else ""
-
-
-def _models(record: PaceRecord) -> Iterator[str]:
+def _models(record: PaceRecord) -> str:
     whats = [what for what in ("decode 512", "decode 8128") if any(t.what == what for t in record.timings)]
-    yield (
-        "| | reads a token, MB: layers + head | "
-        + " | ".join(f"{what}, ms | GB/s" for what in whats)
-        + " | prefill 512, tokens/s | 4 rows / 1 row | kernel |"
-    )
-    yield "|---" * (5 + 2 * len(whats)) + "|"
+    heads = ["", "reads a token, MB: layers + head"]
+    for what in whats:
+        heads += [f"{what}, ms", "GB/s"]
+    heads += ["prefill 512, tokens/s", "4 rows / 1 row", "kernel"]
+    rows = []
     for model in record.models:
-        cells = [_bytes(model)]
+        found = dict(model.bytes)
+        layers = sum(found.get(name, 0) for name in ("packed", "scales", "vectors"))
+        cells = [model.label, f"{layers * MB:.0f} + {found.get('head', 0) * MB:.0f}"]
         for what in whats:
             timing = record.timing(model.label, what)
-            cells.append(_ms(timing.seconds) if timing else "")
-            cells.append(f"{timing.bytes / timing.seconds.median * 1e-9:.1f}" if timing else "")
-        prefill = record.timing(model.label, "prefill 512")
+            cells.append(spread([1e3 * seconds for seconds in timing.seconds.values]) if timing else "")
+            cells.append(f"{timing.bytes / timing.seconds.median * GB:.1f}" if timing else "")
+        prefill, ratio = record.timing(model.label, "prefill 512"), rows_ratio(record, model.label)
         cells.append(f"{prefill.rate:.0f}" if prefill else "")
-        rows = rows_ratio(record, model.label)
-        cells.append(f"{rows.median:.2f}" if rows else "")
-        yield f"| {model.label} | {' | '.join(cells)} | {model.failure or model.kernel} |"
+        cells.append(f"{ratio.median:.2f}" if ratio else "")
+        rows.append([*cells, model.failure or model.kernel])
+    return table(heads, rows)
 
 
-def _whole(found: dict[str, float]) -> Iterator[str]:
-    yield f"| {LAYERS} layers and StarChat's vocabulary, by arithmetic | decode 512, ms | tokens/s |"
-    yield "|---|---|---|"
-    for label, seconds in found.items():
-        yield f"| {label} | {1e3 * seconds:.0f} | {1 / seconds:.2f} |"
-
-
-def _bytes(model: ModelFacts) -> str:
-    found = dict(model.bytes)
-    layers = sum(found.get(name, 0) for name in ("packed", "scales", "vectors"))
-    return f"{layers * 1e-6:.0f} + {found.get('head', 0) * 1e-6:.0f}"
-
-
-def _ms(found: Repeated) -> str:
-    return f"{1e3 * found.median:.2f} ({1e3 * found.low:.2f} to {1e3 * found.high:.2f})"
-
-
-def _shares(shares: tuple[Share, ...]) -> Iterator[str]:
-    yield "| decode between reads | bytes a token | decoding | its weights read | a buffer read | share |"
-    yield "|---|---|---|---|---|---|"
-    for share in shares:
-        values = sorted(share.shares())
+def _shares(record: PaceRecord) -> str:
+    rows = []
+    for share in record.shares:
         decoding = median(share.bytes / median(batch.seconds) for batch in share.batches)
         read = median((batch.before + batch.after) / 2 for batch in share.batches)
         buffer = median(batch.buffer for batch in share.batches)
-        yield (
-            f"| {share.model} | {share.bytes * 1e-6:.0f} MB | {decoding * 1e-9:.1f} GB/s "
-            f"| {read * 1e-9:.1f} GB/s | {buffer * 1e-9:.1f} GB/s | {median(values):.1%} "
-            f"({values[0]:.1%} to {values[-1]:.1%}) |"
-        )
+        rates = [f"{rate * GB:.1f} GB/s" for rate in (decoding, read, buffer)]
+        rows.append([share.model, f"{share.bytes * MB:.0f} MB", *rates, spread(share.shares(), "{:.1%}")])
+    heads = (
+        "decode between reads", "bytes a token", "decoding", "its weights read", "a buffer read", "share",
+    )  # fmt: skip
+    return table(heads, rows)
 
 
-def _loads(loads: tuple[Load, ...]) -> Iterator[str]:
-    def middle(values: list[float]) -> str:
-        return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def _loads(loads: Sequence[Load]) -> str:
+    def row(title: str, values: Iterator[float]) -> tuple[str, str]:
+        return title, spread(list(values), "{:.3f}")
 
-    layers = loads[0].layers
-    yield f"| load of {layers} layers, 4-bit g128, StarChat's vocabulary, page cache warm | seconds |"
-    yield "|---|---|"
-    size = f"{loads[0].bytes * 1e-6:.0f} MB"
-    yield f"| read() of its {size} once, into one buffer | {middle([x.read_seconds for x in loads])} |"
-    yield f"| the read loop over a new mapping | {middle([x.mapped for x in loads])} |"
-    yield f"| the same again, all pages mapped | {middle([x.mapped_again for x in loads])} |"
-    yield f"| load | {middle([x.load for x in loads])} |"
-    yield f"| load to first token | {middle([x.whole for x in loads])} |"
-    yield f"| all weights into order, between the next tokens | {middle([x.ordered for x in loads])} |"
-    yield f"| with process start and imports | {middle([x.start + x.whole for x in loads])} |"
-    yield ""
-    peak, libraries = (max(getattr(x, name) for x in loads) * 1e-6 for name in ("peak", "libraries"))
-    yield f"The most that was resident then: {peak:.0f} MB, {libraries:.0f} of it Python and libraries."
-
-
-def _linears(linears: tuple[LinearTimes, ...]) -> Iterator[str]:
-    yield "| linear | rows | ms | GB/s | read, GB/s | share | GFLOP/s | time / 1 row | torch's operator, ms |"
-    yield "|---|---|---|---|---|---|---|---|---|"
-    ones = {(x.bits, x.inputs, x.outputs): x.seconds for x in linears if x.rows == 1}
-    for x in linears:
-        one = ones.get((x.bits, x.inputs, x.outputs))
-        rival = f"{x.torch_name} {1e3 * x.torch_seconds:.2f}" if x.torch_seconds else ""
-        yield (
-            f"| {x.bits}-bit g{x.group} {x.inputs}→{x.outputs} | {x.rows} | {1e3 * x.seconds:.3f} "
-            f"| {x.bytes / x.seconds * 1e-9:.1f} | {x.read * 1e-9:.1f} "
-            f"| {x.share:.0%} ({x.share_low:.0%} to {x.share_high:.0%}) | {x.flops * 1e-9:.0f} "
-            f"| {f'{x.seconds / one:.2f}' if one else ''} | {rival} |"
-        )
+    title = f"load of {loads[0].layers} layers, 4-bit g128, StarChat's vocabulary, page cache warm"
+    rows = (
+        row(f"read() of its {loads[0].bytes * MB:.0f} MB into one buffer", (x.read_seconds for x in loads)),
+        row("the kernels' read loop over a new mapping", (x.mapped for x in loads)),
+        row("the same again, all pages mapped", (x.mapped_again for x in loads)),
+        row("load", (x.load for x in loads)),
+        row("load to first token", (x.whole for x in loads)),
+        row("repacking all weights, between the next tokens", (x.repacking for x in loads)),
+        row("load to first token, with process start and imports", (x.start + x.whole for x in loads)),
+    )
+    peak, libraries = max(x.peak for x in loads) * MB, max(x.libraries for x in loads) * MB
+    memory = f"Peak resident memory: {peak:.0f} MB, {libraries:.0f} MB of it Python and libraries."
+    return f"{table((title, 'seconds'), rows)}\n\n{memory}"

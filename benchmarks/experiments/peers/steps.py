@@ -1,26 +1,19 @@
-"""What `lowmem.benchmarks.experiments.peers.command` does in lowmem's own interpreter, each in a process of its own.
+"""The steps of `peers` that run in lowmem's own interpreter, each in a process of its own.
 
 prepare     token rows for every converter, texts, the reference's logits, llama.cpp's importance matrix
-gptqmodel   one conversion with GPTQModel, its own defaults
+gptqmodel   one conversion with GPTQModel, with its defaults
 gguf        the source as GGUF
-shape       StarChat Alpha's dimensions with made-up weights, in lowmem's forms and as GGUF's source
-measure     one form against the reference's logits: statistics, stored bits and bytes
-serve       one form, timed in turns with the others (see peers_worker)
+measure     one version against the reference's logits: statistics, stored bits and bytes
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from lowmem.benchmarks.experiments.peers.worker import Round, Started, prompt_of, serve, timed
-
-from lowmem.errors import LowmemError
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +26,11 @@ GPTQMODEL_SETTINGS = (
 )  # fmt: skip
 
 
-# --- once for all forms -------------------------------------------------------------------------------------
+# --- once for all versions ----------------------------------------------------------------------------------
 
 
 def prepare(source: str, work: Path, importance: bool) -> None:
-    """Write what all forms share into `work`, and prepared.json, which says what it is."""
+    """Write what all versions share to `work`; prepared.json describes it."""
     import numpy as np
     import torch
     from lowmem.benchmarks.experiments.peers.to_gguf import ARCHITECTURES
@@ -73,19 +66,6 @@ def prepare(source: str, work: Path, importance: bool) -> None:
     (work / "prepared.json").write_text(json.dumps(data))
 
 
-def make_shaped(layers: int, work: Path) -> None:
-    """StarChat Alpha's dimensions: source/ and packed-BITS/ in `work`, and prepared.json (without texts)."""
-    from lowmem.benchmarks.experiments.full_size.shaped import Dimensions, write_packed, write_source
-    from lowmem.benchmarks.experiments.peers.forms import WIDTHS
-
-    dimensions = Dimensions(layers)
-    write_source(work / "source", dimensions)
-    for bits, group_size in WIDTHS:
-        write_packed(work / f"packed-{bits}", dimensions, bits, group_size)
-    data = {"texts": [], "calibration": "", "fingerprint": "", "dtype": "float16"}
-    (work / "prepared.json").write_text(json.dumps(data))
-
-
 def stored_dtype(source: str) -> torch.dtype:
     """The dtype of the source's linears."""
     from lowmem.checkpoint.source.open import open_source
@@ -115,17 +95,16 @@ def _save_logits(file: Path, model: Any, rows: torch.Tensor, vocabulary: int) ->
 
 
 def mean_square_inputs(model: Any, rows: torch.Tensor) -> dict[str, Any]:
-    """float32 [inputs] of each linear of the decoder layers, by llama.cpp's name of its weight: the mean over
-    all tokens of the squared input, which is what llama.cpp's own tool (llama-imatrix) collects."""
-    import gguf
-    from lowmem.benchmarks.experiments.peers.to_gguf import ARCHITECTURES
+    """The mean squared input of each linear, as llama.cpp's own tool (llama-imatrix) collects it.
+
+    Returns float32 [inputs] by llama.cpp's name of the linear's weight; the mean is over all tokens.
+    """
+    from lowmem.benchmarks.experiments.peers.to_gguf import name_map
     from torch import nn
 
     from lowmem.models.architecture import decoder_layers
 
-    architecture = ARCHITECTURES[model.config.model_type]
-    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(number, model.config.num_hidden_layers)
+    names = name_map(model.config)
     layers_name, layers = decoder_layers(model, model.config)
     sums: dict[str, torch.Tensor] = {}
     handles = []
@@ -146,29 +125,44 @@ def mean_square_inputs(model: Any, rows: torch.Tensor) -> dict[str, Any]:
     return {name: (total / rows.numel()).float().numpy() for name, total in sums.items()}
 
 
-# --- one form -----------------------------------------------------------------------------------------------
+# --- one version --------------------------------------------------------------------------------------------
 
 
-def convert_with_gptqmodel(
-    source: str, tokens: Path, out: Path, bits: int, group_size: int
-) -> dict[str, object]:
-    """Convert with GPTQModel, its own defaults, on the token rows in `tokens`; its settings."""
+def convert_with_gptqmodel(args: argparse.Namespace) -> dict[str, object]:
+    """Convert with GPTQModel, its own defaults, on the token rows of tokens.json: settings and seconds."""
     from importlib.metadata import version
+
+    marks = {"": time.perf_counter()}
+
+    def mark(phase: str) -> None:
+        marks[phase] = time.perf_counter()
 
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    rows = json.loads(tokens.read_bytes())
-    config = QuantizeConfig(bits=bits, group_size=group_size)
-    model = GPTQModel.load(source, config)
-    model.quantize([{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=4)
-    model.save(str(out))
+    mark("import")
+    rows = json.loads((args.work / "tokens.json").read_bytes())
+    config = QuantizeConfig(bits=args.bits, group_size=args.group_size)
+    model = GPTQModel.load(args.source, config)
+    mark("load")
+    dtype = str(getattr(model.model, "dtype", None)).removeprefix("torch.")
+    model.quantize(
+        [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows], batch_size=ROWS_AT_A_TIME
+    )
+    mark("quantize")
+    model.save(str(args.path))
+    mark("save")
     settings = {name: _plain(getattr(config, name)) for name in GPTQMODEL_SETTINGS if hasattr(config, name)}
-    return {"settings": settings, "versions": {"gptqmodel": version("gptqmodel")}}
+    settings |= {"compute_dtype": dtype, "rows_at_a_time": ROWS_AT_A_TIME}
+    seconds = {n: round(end - begin, 3) for (n, end), begin in zip([*marks.items()][1:], marks.values())}  # noqa: B905
+    return {"settings": settings, "seconds": seconds, "versions": {"gptqmodel": version("gptqmodel")}}
 
 
 def measure(work: Path, method: str, path: Path, source: str) -> dict[str, Any]:
-    """One form on every text, and its size. method: dense, gptq, int8, nf4 (all computed in float32, but for
-    dense: in the dtype that the source stores), or gguf (whose logits lie beside it already)."""
+    """One version on every text, and its size.
+
+    method: dense (computed in the source's dtype), gptq, int8, nf4 (computed in float32), or gguf (whose
+    logits are in files beside it).
+    """
     import numpy as np
     import torch
     from lowmem.benchmarks.common.record_file import to_json
@@ -205,7 +199,7 @@ def _parts(logits: Any) -> Iterator[torch.Tensor]:
 
 
 def packed_bits_per_weight(folder: Path) -> float:
-    """All stored bits of the packed linears over their weights, off the headers."""
+    """Stored bits per weight of the packed linears, from headers."""
     from lowmem.checkpoint.headers.safetensors import read_header
 
     config = json.loads((folder / "config.json").read_bytes())["quantization_config"]
@@ -220,13 +214,13 @@ def packed_bits_per_weight(folder: Path) -> float:
 
 
 def stored_size(method: str, path: Path, source: str, model: Any = None) -> tuple[float, int]:
-    """(all stored bits of the decoder layers' linears over their weights, stored bytes of the whole model).
+    """(stored bits per weight of the decoder layers' linears, stored bytes of the whole model).
 
-    Off headers; of int8 and nf4, which are stored nowhere, off the loaded `model`.
+    From headers; for int8 and nf4, which are not stored, from the loaded `model`.
     """
     from lowmem.checkpoint.headers.gguf import read_gguf_header
-    from lowmem.checkpoint.headers.safetensors import read_header
     from lowmem.checkpoint.source.open import open_source
+    from lowmem.checkpoint.headers.safetensors import read_header
     from lowmem.kernels.bitsandbytes import scale_bytes
     from lowmem.models.architecture import inspect
 
@@ -251,89 +245,35 @@ def stored_size(method: str, path: Path, source: str, model: Any = None) -> tupl
     return 8 * after / weights, whole - before + after
 
 
-# --- speed --------------------------------------------------------------------------------------------------
-
-
-def open_runtime(
-    method: str, path: Path, threads: int, prompt_tokens: int, new_tokens: int, most_seconds: float
-) -> tuple[Started, Callable[[], Round]]:
-    """For `serve`. method: dense, gptq (lowmem's own kernels), gptqmodel (its kernels), int8 or nf4."""
-    import torch
-
-    from lowmem.config import SamplingParams
-    from lowmem.generate.engine import Engine
-    from lowmem.kernels import dispatch
-    from lowmem.kernels.registry import gptqmodel_kernels
-    from lowmem.loading.loader import load
-
-    torch.set_num_threads(threads)
-    start = time.perf_counter()
-    context = prompt_tokens + new_tokens + 1
-    on_the_fly: Any = method if method in ("int8", "nf4") else None
-    loaded = load(path, on_the_fly=on_the_fly, context=context)
-    kernel = loaded.kernel
-    if method == "gptqmodel":
-        if loaded.format is None:
-            raise LowmemError(f"{path} is not quantized")
-        specs = dispatch.linear_specs(loaded.model, "cpu")
-        kernels = gptqmodel_kernels(list(specs.values()), torch.device("cpu"))
-        kernel = dispatch.replace_linears(loaded.model, specs, kernels, loaded.dtype).name
-    seconds = time.perf_counter() - start
-    engine = Engine(loaded.model, context=context, speculate=False)
-    prompt = prompt_of(prompt_tokens, int(loaded.model.get_input_embeddings().weight.shape[0]))
-    params = SamplingParams(max_new_tokens=new_tokens + 1, temperature=0)
-
-    def run_round() -> Round:
-        engine.reset()
-        return timed(engine.generate(prompt, params), most_seconds)
-
-    return Started(f"{kernel}, {str(loaded.dtype).removeprefix('torch.')}", seconds), run_round
-
-
 def _plain(value: Any) -> Any:
     """A setting as JSON has it."""
     return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """One step."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("step", choices=("prepare", "gguf", "shape", "gptqmodel", "measure", "serve"))
-    parser.add_argument("source", help="a model's folder, or for shape the number of layers")
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--path", type=Path)
+def main() -> int:
+    """One step; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=("prepare", "gguf", "gptqmodel", "measure"))
+    parser.add_argument("source", help="a model's folder")
+    for option in ("--work", "--path", "--report"):
+        parser.add_argument(option, type=Path)
     parser.add_argument("--method")
-    parser.add_argument("--report", type=Path)
     parser.add_argument("--importance", action="store_true")
     parser.add_argument("--bits", type=int)
     parser.add_argument("--group-size", type=int)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--most-seconds", type=float, default=20)
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     if args.step == "prepare":
         prepare(args.source, args.work, args.importance)
     elif args.step == "gguf":
         from lowmem.benchmarks.experiments.peers.to_gguf import write_gguf
 
         write_gguf(args.source, args.path)
-    elif args.step == "shape":
-        make_shaped(int(args.source), args.work)
     elif args.step == "gptqmodel":
-        tokens = args.work / "tokens.json"
-        report = convert_with_gptqmodel(args.source, tokens, args.path, args.bits, args.group_size)
-        args.report.write_text(json.dumps(report))
-    elif args.step == "measure":
-        args.report.write_text(json.dumps(measure(args.work, args.method, args.path, args.source)))
+        args.report.write_text(json.dumps(convert_with_gptqmodel(args)))
     else:
-        return serve(
-            lambda: open_runtime(
-                args.method, args.path, args.threads, args.prompt_tokens, args.new_tokens, args.most_seconds
-            )
-        )
+        args.report.write_text(json.dumps(measure(args.work, args.method, args.path, args.source)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

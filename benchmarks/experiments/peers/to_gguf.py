@@ -1,8 +1,11 @@
-"""An unquantized model as GGUF, for llama.cpp: `python -m lowmem.benchmarks.experiments.peers.to_gguf SOURCE OUT.gguf`.
+"""An unquantized model as GGUF, for llama.cpp.
 
-gpt_bigcode becomes llama.cpp's architecture "starcoder", llama its "llama"; names come from PyPI's gguf,
-which llama.cpp publishes. Matrices keep the bits that the source stores; norms, biases and positions become
-float32, which holds them exactly and which llama.cpp adds without rounding. A tensor at a time is in memory.
+    python -m lowmem.benchmarks.experiments.peers.to_gguf SOURCE OUT.gguf
+
+gpt_bigcode becomes llama.cpp's architecture "starcoder", llama its "llama"; tensor names come from PyPI's
+gguf, which llama.cpp publishes. Matrices keep the dtype of the source; norms, biases and positions become
+float32, which holds them exactly and which llama.cpp adds without rounding. One tensor is in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -32,33 +35,37 @@ END_OF_TURN = "<|end|>"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the file: under which name of the model it is read, its shape, its type (F32, F16, BF16)
-    and what becomes of its rows."""
+    """A tensor of the file."""
 
     name: str
     source: str
+    """Its name in the model."""
     shape: tuple[int, ...]
     kind: str
+    """F32, F16 or BF16."""
     rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Reorders its rows."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens as llama.cpp's keys have them: by id, gaps filled. types: gguf's TokenType. pre: llama.cpp's
-    name of how text is split before merges."""
+    """The tokenizer in llama.cpp's keys."""
 
     tokens: tuple[str, ...]
+    """By id, gaps filled."""
     types: tuple[int, ...]
+    """gguf's TokenType of each."""
     merges: tuple[str, ...]
     pre: str
+    """llama.cpp's name of the split before merges."""
     end_of_turn: int | None
 
 
 def write_gguf(source: str, out: Path) -> Path:
     """Write the model at `source` (see open_source) as one GGUF file, whole or not at all; returns `out`.
 
-    Raises SourceError for a model or a tokenizer that llama.cpp would read as another than it is, OutputError
-    where the file cannot be written.
+    Raises SourceError for a model or a tokenizer that llama.cpp would compute differently, OutputError where
+    the file cannot be written.
     """
     from lowmem.checkpoint.source.open import open_source
     from lowmem.models.architecture import inspect
@@ -68,8 +75,9 @@ def write_gguf(source: str, out: Path) -> Path:
     config = opened.config()
     if config.model_type not in ARCHITECTURES:
         raise SourceError(
-            f"{source} is of type {config.model_type!r}, and GGUF files are written of "
-            + " and ".join(ARCHITECTURES),
+            f"{source} is of type {config.model_type!r}; only "
+            + " and ".join(ARCHITECTURES)
+            + " can be written as GGUF",
             "Leave llama.cpp out for this model",
         )
     arch = inspect(config)
@@ -96,7 +104,7 @@ def write_gguf(source: str, out: Path) -> Path:
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     """A fast byte-level BPE tokenizer in llama.cpp's keys, for an embedding of `size` rows.
 
-    Raises SourceError for any other kind: llama.cpp would split texts otherwise than the model's own.
+    Raises SourceError for any other kind: llama.cpp would split texts differently.
     """
     import gguf
 
@@ -104,15 +112,15 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     model, pre = data["model"], _pre_tokenizer(data)
     if model["type"] != "BPE" or pre is None:
         raise SourceError(
-            "the tokenizer is no byte-level BPE that llama.cpp knows by name",
-            "GGUF files are written of models with GPT-2's or StarCoder's tokenizer",
+            "the tokenizer is not a byte-level BPE that llama.cpp knows by name",
+            "Only models with GPT-2's or StarCoder's tokenizer can be written as GGUF",
         )
     kinds = gguf.TokenType
     found = {number: (token, kinds.NORMAL) for token, number in model["vocab"].items()}
     for token in data["added_tokens"]:
         kind = kinds.CONTROL if token["special"] else kinds.USER_DEFINED
         found[token["id"]] = (token["content"], kind)
-    # A row of the embedding that no token has: a name that no text encodes to.
+    # Rows of the embedding without a token get a name that no text encodes to.
     listed = [found.get(number, (f"[PAD{number}]", kinds.UNUSED)) for number in range(size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     end = next((number for number, (token, _) in found.items() if token == END_OF_TURN), None)
@@ -137,11 +145,8 @@ def _pre_tokenizer(data: dict[str, Any]) -> str | None:
 
 
 def plan_tensors(arch: Architecture, config: Any, dtypes: Mapping[str, str], tied: bool) -> Iterator[Stored]:
-    """Every tensor of the file, in the model's order. dtypes: as the source stores them. tied: no head."""
-    import gguf
-
-    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[arch.model_type])
-    names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+    """Every tensor of the file, in the model's order. dtypes: the source's, by name. tied: write no head."""
+    names = name_map(config)
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     for name, shape in arch.shapes.items():
         if tied and name == arch.head:
@@ -153,12 +158,21 @@ def plan_tensors(arch: Architecture, config: Any, dtypes: Mapping[str, str], tie
         yield Stored(stored, name, shape, "F32" if small else kinds[dtypes[name]], _rows(name, config))
 
 
+def name_map(config: Any) -> Any:
+    """gguf's map from transformers' tensor names to llama.cpp's."""
+    import gguf
+
+    architecture = ARCHITECTURES[config.model_type]
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(number, config.num_hidden_layers)
+
+
 def _rows(name: str, config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """llama.cpp's order of the rows of an attention's projections, or None where it is the model's."""
+    """Brings the rows of an attention projection into llama.cpp's order; None where it is the model's."""
     heads = config.num_attention_heads
     if config.model_type == "gpt_bigcode":
-        # Of several KV heads the model stores q, k, v a head; llama.cpp wants all q, all k, all v.
-        # (One KV head is stored as llama.cpp wants it.)
+        # With several KV heads the model stores q, k, v of each head; llama.cpp expects all q, all k, all v.
+        # With one KV head both orders are the same.
         if ".c_attn." in name and not config.multi_query:
             return lambda tensor: _swapped(tensor, heads, 3)
         return None
@@ -177,7 +191,7 @@ def _swapped(tensor: torch.Tensor, heads: int, parts: int, *, inside: bool = Fal
 
 
 def _add_keys(writer: Any, config: Any, plan: Sequence[Stored]) -> None:
-    """The model's dimensions. Raises SourceError for what llama.cpp computes differently."""
+    """Write the model's dimensions. Raises SourceError for what llama.cpp computes differently."""
     import gguf
 
     writer.add_block_count(config.num_hidden_layers)
@@ -239,7 +253,7 @@ def _declare(writer: Any, stored: Stored) -> None:
     kind = gguf.GGMLQuantizationType[stored.kind]
     block, size = gguf.GGML_QUANT_SIZES[kind]
     count = int(np.prod(stored.shape))
-    # The dtype says how many bytes an element has, and the type what they are.
+    # gguf wants a dtype only for the size of an element.
     writer.add_tensor_info(stored.name, stored.shape, np.dtype(np.float16), count // block * size, kind)
 
 
@@ -254,7 +268,7 @@ def _as_numpy(tensor: torch.Tensor, kind: str) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def _writer(out: Path, architecture: str) -> Iterator[Any]:
-    """gguf's writer on a file beside `out`, which takes its place at the end."""
+    """gguf's writer on a file beside `out`, renamed to `out` at the end."""
     import gguf
 
     part = out.with_name(out.name + ".part")
@@ -274,9 +288,7 @@ def _writer(out: Path, architecture: str) -> Iterator[Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="lowmem.benchmarks.experiments.peers.to_gguf", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", help="folder, file or hub id of an unquantized model")
     parser.add_argument("out", type=Path, help="the GGUF file to write")
     args = parser.parse_args(argv)

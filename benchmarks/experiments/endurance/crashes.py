@@ -1,8 +1,8 @@
 """Faults at random moments: is anything lost, half visible, or different afterwards?
 
-    python -m lowmem.benchmarks.experiments.endurance.crash_trials                       all trials; writes results/crash_trials.json
-    python -m lowmem.benchmarks.experiments.endurance.crash_trials --only convert:kill   some of them, printed and not written
-    python -m lowmem.benchmarks.experiments.endurance.crash_trials --show                the committed record as a table
+    python -m lowmem.benchmarks.experiments.endurance.crashes                       all trials; writes results/crash_trials.json
+    python -m lowmem.benchmarks.experiments.endurance.crashes --only convert:kill   some of them, printed and not written
+    python -m lowmem.benchmarks.experiments.endurance.crashes --show                the committed record as a table
 
 Real commands on a model of two layers, each in a process that is forked with the libraries loaded: `lowmem
 convert` into a folder, over an older result, and into lowmem's cache; `lowmem bench quality`, and `bench
@@ -38,7 +38,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.benchmarks.common import record_file
-from lowmem.benchmarks.experiments.endurance.crash_scenarios import (
+from lowmem.benchmarks.experiments.endurance.faults import Child, Disk, Fault, Outcome, can_mount, marks_of
+from lowmem.benchmarks.experiments.endurance.scenarios import (
     SCENARIOS,
     Material,
     Scenario,
@@ -46,7 +47,6 @@ from lowmem.benchmarks.experiments.endurance.crash_scenarios import (
     make_material,
     tree,
 )
-from lowmem.benchmarks.experiments.endurance.faults import Child, Disk, Fault, Outcome, can_mount, marks_of
 
 from lowmem.errors import LowmemError
 
@@ -93,7 +93,7 @@ class CrashRecord:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the trials and write or print what came of them."""
     parser = argparse.ArgumentParser(
-        prog="python -m lowmem.benchmarks.experiments.endurance.crash_trials", description=__doc__
+        prog="python -m lowmem.benchmarks.experiments.endurance.crashes", description=__doc__
     )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", action="append", metavar="SCENARIO[:FAULT]", help="may be repeated")
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", action="store_true", help="the committed record, and run nothing")
     args = parser.parse_args(argv)
     if args.show:
-        _print(record_file.read(CrashRecord, RESULTS, "lowmem.benchmarks.experiments.endurance.crash_trials"))
+        _print(record_file.read(CrashRecord, RESULTS, "lowmem.benchmarks.experiments.endurance.crashes"))
         return 0
     plan = {
         (scenario, fault): args.trials or count
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = CrashRecord(
         " ".join(
             [
-                "python -m lowmem.benchmarks.experiments.endurance.crash_trials",
+                "python -m lowmem.benchmarks.experiments.endurance.crashes",
                 *(argv if argv is not None else sys.argv[1:]),
             ]
         ),

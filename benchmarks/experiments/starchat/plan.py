@@ -1,11 +1,11 @@
-"""What StarChat Alpha needs on consumer cards: the planner over headers of its real layout.
+"""What StarChat Alpha needs on consumer cards and on CPUs.
 
-    python -m lowmem.benchmarks.experiments.full_size.starchat_plan          # the table of the README
-    python -m lowmem.benchmarks.experiments.full_size.starchat_plan --write  # and the golden file that a test compares with
+    python -m lowmem.benchmarks.experiments.starchat.plan            the table in docs/run.md
+    python -m lowmem.benchmarks.experiments.starchat.plan --write    and the golden file of a test
 
-The published checkpoint and its converted forms are header-only replicas: real names, shapes and sizes over
-holes on the disk. Nothing here depends on this machine. `lowmem plan MODEL --vram 12GiB` prints the same for
-a model that is here.
+The published checkpoint and its converted versions are header-only replicas: real names, shapes and sizes
+over holes in sparse files. Nothing depends on this machine. `lowmem plan MODEL --vram 12GiB` prints the same
+for a model on this machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lowmem.benchmarks.experiments.full_size.replicas import gptq_header_replica, starchat_header_replica
+from lowmem.benchmarks.experiments.common import RESULTS, rows, table
+from lowmem.benchmarks.experiments.starchat.replicas import gptq_header_replica, starchat_header_replica
 
 from lowmem.commands.plan import record
 from lowmem.plan.candidates import find_candidates
@@ -26,17 +27,17 @@ from lowmem.plan.planner import Budget, Plan, make_plan
 
 GIB = 1 << 30
 CARDS = (6, 8, 10, 12, 16, 24)
-"""GiB of memory that are free on a card."""
+"""Free GiB of a card."""
 HOSTS = (8, 16, 24, 48)
-"""GiB of memory that are free on a machine without one."""
+"""Free GiB of a machine without one."""
 HOST_OF_A_CARD = 16
 CONVERTED = ((8, 128), (4, 128), (3, 128), (2, 128))
 CONTEXT = 8192
-RESULT = Path(__file__).resolve().parents[2] / "results" / "starchat_plan.json"
+RESULT = RESULTS / "starchat_plan.json"
 
 
 def plans() -> dict[str, Plan]:
-    """A plan for every card and host, by name, with all forms converted."""
+    """A plan for every card and host, by name, with every version converted."""
     found = {}
     with tempfile.TemporaryDirectory(prefix="lowmem-starchat-") as temporary:
         source = starchat_header_replica(Path(temporary) / "starchat-alpha")
@@ -53,7 +54,7 @@ def plans() -> dict[str, Plan]:
 
 
 def golden(found: dict[str, Plan]) -> dict[str, Any]:
-    """All of every plan, without the temporary folders' paths."""
+    """Everything in every plan, without the temporary folders' paths."""
     records = {name: record(plan) for name, plan in found.items()}
     text = json.dumps(records)
     for option in (o for plan in found.values() for o in plan.options):
@@ -63,18 +64,16 @@ def golden(found: dict[str, Plan]) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Plan]) -> str:
-    """One row a device: what is chosen, what it needs, and what the next better form would need more."""
-    lines = [
-        f"| free memory | runs | weights | KV cache, {CONTEXT} tokens | workspace | own context | in all "
-        "| longest context |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    """One row for each device: the chosen version, and the memory that it needs."""
+    lines = []
     for name, plan in found.items():
         need = plan.chosen.need
         sizes = (need.weights, need.kv_cache, need.workspace, need.context, need.total)
-        cells = " | ".join(f"{size / GIB:.2f}" for size in sizes)
-        lines.append(f"| {name} | {plan.chosen.candidate.label} | {cells} | {plan.chosen.longest:,} |")
-    return "\n".join(lines)
+        cells = (f"{size / GIB:.2f}" for size in sizes)
+        lines.append((name, plan.chosen.candidate.label, *cells, f"{plan.chosen.longest:,}"))
+    heads = ("free memory", "runs", "weights", f"KV cache, {CONTEXT} tokens", "workspace", "own context",
+             "total", "longest context")  # fmt: skip
+    return table(heads, lines)
 
 
 def main() -> int:
@@ -85,7 +84,7 @@ def main() -> int:
     found = plans()
     print(markdown(found))
     if args.write:
-        RESULT.write_text(json.dumps(golden(found), indent=1) + "\n", encoding="utf-8")
+        RESULT.write_text(rows(golden(found)) + "\n", encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""What `lowmem.benchmarks.experiments.endurance.crash_trials` has run: commands, what is there before them, what may be seen after."""
+"""What `lowmem.benchmarks.experiments.endurance.crashes` has run: commands, what is there before them, what may be seen after."""
 
 from __future__ import annotations
 

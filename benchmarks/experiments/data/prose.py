@@ -1,7 +1,7 @@
 """Make `lowmem/data/prose/`: English that `lowmem bench quality` measures on, from the packages that its
 `sources.json` names.
 
-    python -m lowmem.benchmarks.experiments.data.make_prose SOURCES
+    python -m lowmem.benchmarks.experiments.data.prose SOURCES
 
 SOURCES holds one unpacked Debian package a folder, named as in `sources.json` (`apt-get download NAME`, then
 `dpkg-deb -x`). The same folders give the same bytes. Only what is written for people is taken: headings,
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from lowmem.benchmarks.experiments.data.make_calibration import html_text
+from lowmem.benchmarks.experiments.data.calibration import html_text
 
 DATA = Path(__file__).resolve().parents[3] / "lowmem" / "data"
 WORDS, CHARACTERS = 13, 50

@@ -1,48 +1,56 @@
-"""Predicted against real memory, for every form of a model on the CPU: `python -m lowmem.benchmarks.experiments.full_size.memory MODEL`.
+"""Predicted against real memory, for every version of a model on the CPU.
 
-Each form is loaded in a process of its own, which first loads and runs the embedded model in the same form,
-so that libraries are there and warm. What is measured then is the most resident memory from the load over a
-prefill of the whole context to a few decoded tokens, less what was resident before: Linux's high-water mark,
-reset in between. It is compared with what the planner says the form needs, the process's own context left
-out.
+    python -m lowmem.benchmarks.experiments.full_size.peak_memory [MODEL…] [--layers N] [--out FILE]
+
+Each version is loaded in a process of its own, which first loads and runs the embedded model in the same
+version, so that libraries are loaded and warm. The peak resident memory of the load, a prefill of the whole
+context and a few decoded tokens, less the memory before, is compared with the planner's prediction (without
+the process's own memory). Linux's high-water mark is reset before the load.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.benchmarks.common.processes import hardware
+from lowmem.benchmarks.common.records import Origin
+from lowmem.benchmarks.experiments.common import origin_here, say, table, write
 
 from lowmem.plan.request import ModelRequest, plan_for
 
 TOLERANCE = 64 << 20
 SHARE = 0.05
 NEW_TOKENS = 6
+MODULE = "lowmem.benchmarks.experiments.full_size.peak_memory"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One form; bytes. load: the most while loading; peak: the most at all; own: resident before it began."""
+    """One version; bytes."""
 
     model: str
     label: str
     context: int
     weights: int
+    """Predicted, like the next two."""
     kv_cache: int
     workspace: int
     load: int
+    """Peak while loading."""
     peak: int
+    """Peak of everything."""
     own: int
+    """Resident before the load."""
 
     @property
     def predicted(self) -> int:
-        """What the planner says."""
+        """The planner's prediction."""
         return self.weights + self.kv_cache + self.workspace
 
     @property
@@ -56,42 +64,35 @@ class Measured:
         return abs(self.error) <= max(SHARE * self.peak, TOLERANCE)
 
 
+@dataclass(frozen=True)
+class MemoryRecord:
+    """The file of --out. results/memory.json holds the rows of three commands."""
+
+    origin: Origin
+    rows: tuple[Measured, ...]
+
+
 def measure(model: str, context: int | None = None, only: set[str] | None = None) -> list[Measured]:
-    """Every form of `model` on the CPU (or those with the labels in `only`), each in a process of its own."""
+    """Every version of `model` on the CPU, or those with the labels `only`, each in a process of its own."""
     plan = plan_for(ModelRequest(model, device="cpu", context=context))
     found = []
     for option in plan.options:
-        if only is not None and option.candidate.label not in only:
-            continue
         candidate, need = option.candidate, option.need
-        command = [
-            sys.executable,
-            "-m",
-            "lowmem.benchmarks.experiments.full_size.memory",
-            "--child",
-            str(candidate.path),
-        ]
-        command += [candidate.form.method, candidate.form.dtype, str(plan.context)]
+        if only is not None and candidate.label not in only:
+            continue
+        words = [str(candidate.path), candidate.form.method, candidate.form.dtype, str(plan.context)]
+        command = [sys.executable, "-m", MODULE, "--child", *words]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise RuntimeError(f"{candidate.label} of {model} failed:\n{result.stderr}")
-        numbers = json.loads(result.stdout.splitlines()[-1])
-        found.append(
-            Measured(
-                Path(model).name,
-                candidate.label,
-                plan.context,
-                need.weights,
-                need.kv_cache,
-                need.workspace,
-                **numbers,
-            )
-        )
+        figures = json.loads(result.stdout.splitlines()[-1])
+        sizes = (need.weights, need.kv_cache, need.workspace)
+        found.append(Measured(Path(model).name, candidate.label, plan.context, *sizes, **figures))
     return found
 
 
 def child(path: str, method: str, dtype: str, context: int) -> dict[str, int]:
-    """Load and run one form, and tell what it took."""
+    """Load and run one version: the measured fields of `Measured`."""
     import gc
 
     import torch
@@ -109,7 +110,7 @@ def child(path: str, method: str, dtype: str, context: int) -> dict[str, int]:
     del warm
     gc.collect()
     before = machine.host_memory_used()
-    _reset_peak()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux resets the process's high-water mark
     loaded = load(path, dtype=kind, on_the_fly=on_the_fly, context=context)  # type: ignore[arg-type]
     after_load = machine.host_memory_peak() - before
     engine = Session(loaded).engine
@@ -119,56 +120,61 @@ def child(path: str, method: str, dtype: str, context: int) -> dict[str, int]:
     return {"load": after_load, "peak": machine.host_memory_peak() - before, "own": before}
 
 
-def _reset_peak() -> None:
-    """Have Linux forget the process's high-water mark."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def print_table(rows: list[Measured]) -> None:
+def render(found: list[Measured]) -> str:
     """Markdown, MiB."""
-    print("| model | form | context | weights | KV | work | predicted | measured | error | within |")
-    print("|---|---|--:|--:|--:|--:|--:|--:|--:|---|")
-    for row in rows:
+    lines = []
+    for row in found:
         sizes = (row.weights, row.kv_cache, row.workspace, row.predicted, row.peak)
-        cells = " | ".join(f"{size / 2**20:,.0f}" for size in sizes)
+        cells = (f"{size / 2**20:,.0f}" for size in sizes)
         error = f"{row.error / 2**20:+,.0f} ({row.error / row.peak:+.1%})"
-        verdict = "yes" if row.within else "NO"
-        print(f"| {row.model} | {row.label} | {row.context} | {cells} | {error} | {verdict} |")
+        lines.append((row.model, row.label, str(row.context), *cells, error, "yes" if row.within else "NO"))
+    heads = (
+        "model",
+        "version",
+        "context",
+        "weights",
+        "KV",
+        "work",
+        "predicted",
+        "measured",
+        "error",
+        "within",
+    )
+    return table(heads, lines)
 
 
 def main() -> int:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("model", nargs="*", help="folders or files; the embedded model when left out")
+    """The command; 1 if a prediction is not within the tolerance."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="*", help="folders or files (the embedded model)")
     parser.add_argument("--layers", type=int, metavar="N", help="also StarChat Alpha's layout with N layers")
     parser.add_argument("--context", type=int, metavar="N", help="tokens to plan for and to fill")
-    parser.add_argument("--out", metavar="FILE", help="write the figures there, as JSON")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write the figures as JSON")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         path, method, dtype, context = args.child
         print(json.dumps(child(path, method, dtype, int(context))))
         return 0
-    rows: list[Measured] = []
+    origin = origin_here("full_size.peak_memory", sys.argv[1:], "all versions on the CPU")
+    found: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="lowmem-memory-") as temporary:
         models = args.model or [str(_embedded(Path(temporary) / "tiny-starchat"))]
         if args.layers:
             models.append(str(_shaped(Path(temporary) / "starchat-shaped", args.layers)))
         for model in models:
-            rows += measure(model, args.context)
-            for row in rows[-1:]:
-                print(f"{row.model}: done", file=sys.stderr)
-    print_table(rows)
+            found += measure(model, args.context)
+            say(f"{model}: done")
+    print(render(found))
     if args.out:
-        data = {"machine": hardware(), "command": sys.argv[1:], "rows": [asdict(row) for row in rows]}
-        Path(args.out).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(row.within for row in rows) else 1
+        write(MemoryRecord(origin, tuple(found)), args.out)
+    return 0 if all(row.within for row in found) else 1
 
 
 def _embedded(folder: Path) -> Path:
-    """The embedded model with its converted forms beside it."""
-    import shutil
-
+    """The embedded model with its converted versions beside it."""
     from lowmem.benchmarks.demo import embedded_model
     from lowmem.convert import convert
     from lowmem.convert.calibration import CalibrationSpec
@@ -178,19 +184,19 @@ def _embedded(folder: Path) -> Path:
     shutil.copytree(embedded_model(), folder)
     for bits in BITS:
         spec = CalibrationSpec(rows=4, row_length=128)
-        convert(
-            folder, folder.with_name(f"{folder.name}-{bits}bit"), QuantConfig(bits=bits), calibration=spec
-        )
+        out = folder.with_name(f"{folder.name}-{bits}bit")
+        convert(folder, out, QuantConfig(bits=bits), calibration=spec)
     return folder
 
 
 def _shaped(folder: Path, layers: int) -> Path:
-    """StarChat Alpha's layout in all forms."""
-    from lowmem.benchmarks.experiments.full_size.shaped import Dimensions, write_packed, write_source
+    """StarChat Alpha's layout in all versions."""
+    from lowmem.benchmarks.experiments.starchat.dimensions import WIDTHS, Dimensions
+    from lowmem.benchmarks.experiments.starchat.random_weights import write_packed, write_source
 
     dimensions = Dimensions(layers)
     write_source(folder, dimensions)
-    for bits, group_size in ((8, 128), (4, 128), (3, 64), (2, 32)):
+    for bits, group_size in WIDTHS:
         write_packed(folder.with_name(f"{folder.name}-{bits}bit"), dimensions, bits, group_size)
     return folder
 

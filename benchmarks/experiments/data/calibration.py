@@ -1,6 +1,6 @@
 """Make `lowmem/data/calibration/` from the source packages named in its `sources.json`.
 
-    python benchmarks/experiments/data/make_calibration.py SOURCES
+    python benchmarks/experiments/data/calibration.py SOURCES
 
 SOURCES holds one unpacked folder a package, named as in `sources.json`: Debian binary packages
 (`apt-get download NAME`, then `dpkg-deb -x`), the original tarballs of Debian source packages (`apt-get

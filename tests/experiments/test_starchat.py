@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem.benchmarks.experiments.full_size import make_starchat_shaped
-from lowmem.benchmarks.experiments.full_size.make_starchat_shaped import (
+from lowmem.benchmarks.experiments.starchat import __main__ as make_starchat
+from lowmem.benchmarks.experiments.starchat.__main__ import (
     fill_shard,
     make_values,
     write_starchat_shaped,
 )
-from lowmem.benchmarks.experiments.full_size.replicas import starchat_config, starchat_header_replica
-from lowmem.benchmarks.experiments.full_size.shaped import TOKENIZER_FILES
+from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
+from lowmem.benchmarks.experiments.starchat.random_weights import TOKENIZER_FILES
+from lowmem.benchmarks.experiments.starchat.replicas import starchat_header_replica
 from transformers import AutoTokenizer
 
 from lowmem.checkpoint.headers.bin import read_bin_header
@@ -40,7 +41,7 @@ def small_tokenizer(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def shaped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(make_starchat_shaped, "_write_tokenizer", small_tokenizer)
+        patched.setattr(make_starchat, "_write_tokenizer", small_tokenizer)
         return write_starchat_shaped(tmp_path_factory.mktemp("shaped") / "model", layers=40, **SMALL)
 
 
@@ -70,7 +71,7 @@ def test_its_files_are_those_that_torch_would_have_saved(shaped: Path, tmp_path:
 
 
 def test_several_shards_are_filled_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem.benchmarks.experiments.full_size.replicas.SHARD_BYTES", 8_000_000)
+    monkeypatch.setattr("lowmem.benchmarks.experiments.starchat.replicas.SHARD_BYTES", 8_000_000)
     replica = starchat_header_replica(tmp_path / "replica", layers=3, **SMALL)
     shards = sorted(replica.glob("*.bin"))
     assert len(shards) > 2
@@ -82,8 +83,8 @@ def test_several_shards_are_filled_each(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_the_tokenizer_has_starchats_ids(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(starchat_config(layers=1)))
-    make_starchat_shaped._write_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(Dimensions(1).config()))
+    make_starchat._write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert len(tokenizer) == 49156
     found = Dialogue.detect(tokenizer)
@@ -136,8 +137,8 @@ def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def full(_path: Path, _seed: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(make_starchat_shaped, "fill_shard", full)
-    monkeypatch.setattr(make_starchat_shaped, "_write_tokenizer", lambda _folder: None)
+    monkeypatch.setattr(make_starchat, "fill_shard", full)
+    monkeypatch.setattr(make_starchat, "_write_tokenizer", lambda _folder: None)
     with pytest.raises(OSError):
         write_starchat_shaped(tmp_path / "model", layers=1, **SMALL)
     assert not list(tmp_path.iterdir())
@@ -148,7 +149,7 @@ def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "lowmem.benchmarks.experiments.full_size.make_starchat_shaped",
+        "lowmem.benchmarks.experiments.starchat",
         str(tmp_path / "file"),
     ]
     result = subprocess.run(command, capture_output=True, text=True, cwd=REPO, check=False)

@@ -1,11 +1,11 @@
 """Commands that meet faults at random moments lose nothing, show nothing by halves, go on to the same bytes.
 
-A seeded few of what `python -m lowmem.benchmarks.experiments.endurance.crash_trials` does by the hundred.
+A seeded few of what `python -m lowmem.benchmarks.experiments.endurance.crashes` does by the hundred.
 """
 
 from __future__ import annotations
 
-from lowmem.benchmarks.experiments.endurance.crash_trials import run
+from lowmem.benchmarks.experiments.endurance.crashes import run
 
 FEW = {
     ("convert", "kill"): 4,

@@ -1,4 +1,4 @@
-"""What activations of fewer bits cost in quality: `python -m lowmem.benchmarks.experiments.data.activations SOURCE FOLDER…`.
+"""What activations of fewer bits cost in quality: `python -m lowmem.benchmarks.experiments.activation_bits SOURCE FOLDER…`.
 
 Every forward pass of each converted folder goes through our own kernels with so many bits of an activation's
 integer in all linears, and its logits are compared with the unquantized model's in float32, as `lowmem bench
@@ -34,7 +34,7 @@ _AT_ONCE = 4  # rows
 def main(argv: list[str] | None = None) -> int:
     """Print the table, and write the JSON that --out names."""
     parser = argparse.ArgumentParser(
-        prog="python -m lowmem.benchmarks.experiments.data.activations", description=__doc__
+        prog="python -m lowmem.benchmarks.experiments.activation_bits", description=__doc__
     )
     parser.add_argument("source", help="the unquantized model")
     parser.add_argument("folders", nargs="+", help="converted ones")
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         origin = origin_of(sys.argv[1:], args.source, "")
         origin = replace(
             origin,
-            command=shlex.join(["python -m lowmem.benchmarks.experiments.data.activations", *sys.argv[1:]]),
+            command=shlex.join(["python -m lowmem.benchmarks.experiments.activation_bits", *sys.argv[1:]]),
         )
         args.out.write_text(json.dumps({"origin": asdict(origin), "results": results}, indent=1) + "\n")
     return 0
