@@ -111,7 +111,7 @@ def install(
     that may have to be compiled. activation_bits: see QuantLinear.use_native. Raises torch.OutOfMemoryError
     when a repacked linear does not fit, and InvalidRequestError when LOWMEM_CPU_KERNEL names no kernel.
     """
-    names = []
+    names: list[str] = []
     for place in dict.fromkeys((device, torch.device("cpu"))):
         specs = linear_specs(model, place.type)
         found = Installed()

@@ -19,6 +19,8 @@ INT4_GROUPS = (32, 64, 128, 256)
 
 
 class _TorchLinear(nn.Module):
+    bias: torch.Tensor | None
+
     def __init__(self, linear: PackedLinear) -> None:
         """Repack the weight of `linear`."""
         super().__init__()
