@@ -117,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown command {words[0]!r}{_did_you_mean(words[0], _COMMANDS)}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ["PYTHONSAFEPATH"] = "1"  # child processes do not import from the current folder either
+    if argv is None:  # a process of its own: its children do not import from the current folder either
+        os.environ["PYTHONSAFEPATH"] = "1"
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns through it
     try:
         return _run(command, words[1:])

@@ -13,7 +13,7 @@ import pytest
 from lowmem.cli import main
 from tests.commands.command_lines import ENVIRONMENT, Done, in_one_process
 from tests.convert.convert_helpers import calibration_file, digest_of
-from tests.helpers import save_source, tiny_model
+from tests.helpers import TINY_STARCHAT, save_source, tiny_model
 
 
 def lowmem(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -53,6 +53,30 @@ def test_help_and_mistakes_do_not_load_torch(arguments):
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=ENVIRONMENT
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["run", "nowhere", "-p", "x"], 2),
+        (["run", str(TINY_STARCHAT), "-p", "x", "--context", "99999"], 2),
+        (["fim", "nowhere", "--prefix-file", __file__], 2),
+        (["serve", "nowhere"], 2),
+        (["plan", str(TINY_STARCHAT)], 0),
+        (["list"], 0),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else str(value),
+)
+def test_a_plan_does_not_load_torch(arguments: list[str], code: int, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom lowmem.cli import main\ncode = main(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers', 'fastapi'} & set(sys.modules)\nsys.exit(code)"
+    )
+    environment = {**ENVIRONMENT, "LOWMEM_CACHE": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == code and "Traceback" not in result.stderr, result.stderr
 
 
 MISTAKES: list[tuple[list[str], str]] = [
