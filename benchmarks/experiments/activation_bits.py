@@ -23,7 +23,7 @@ from lowmem.benchmarks.quality.texts import read_texts
 
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.loading.loader import LoadedModel, load
+from lowmem.loading.loader import LoadedModel, LoadOptions, load
 
 TEXTS = ("code", "dialogues")
 PLANES = {24: 3, **{bits: native_linear.planes_of(bits) for bits in (16, 12, 8)}}
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=24, help="of each text (%(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args(argv)
-    reference = load(args.source, dtype=torch.float32)
+    reference = load(args.source, LoadOptions(dtype=torch.float32))
     vocabulary = reference.model.get_input_embeddings().weight.shape[0]
     texts = read_texts(TEXTS, (), reference.tokenizer, vocabulary, rows=args.rows)
     right = {text.name: list(_logits(reference, text.rows)) for text in texts}
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     print("| form | " + " | ".join(f"{bits} bits, {name}" for bits in PLANES for name in TEXTS) + " |")
     print("|---" * (1 + len(PLANES) * len(TEXTS)) + "|")
     for folder in args.folders:
-        loaded = load(folder, dtype=torch.float32)
+        loaded = load(folder, LoadOptions(dtype=torch.float32))
         kld: dict[str, dict[str, float]] = {}
         for bits, planes in PLANES.items():
             _use(loaded, planes)

@@ -70,14 +70,14 @@ def _time_version(task: TimingTask, found: Timings, tell: Tell) -> Timings:
     import torch
     from lowmem.benchmarks.latency.energy import find_meter
 
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
     from lowmem.session import Session
 
     device, context = torch.device(task.device), task.lengths.context
     tell("load")
     on_the_fly: Any = task.method if task.method in ("int8", "nf4") else None
     dtype = getattr(torch, task.dtype)
-    loaded = load(task.path, device=device, dtype=dtype, on_the_fly=on_the_fly, context=context)
+    loaded = load(task.path, LoadOptions(device=device, dtype=dtype, on_the_fly=on_the_fly, context=context))
     wait(device)
     # Without stop tokens, an answer always has the asked number of tokens.
     session = Session(replace(loaded, stop_ids=()), context=context, speculate=False)

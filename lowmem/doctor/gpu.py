@@ -25,7 +25,7 @@ from lowmem.generate.engine import Engine
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.loading.loader import LoadedModel, load
+from lowmem.loading.loader import LoadedModel, LoadOptions, load
 from lowmem.models.architecture import decoder_layers
 from lowmem.text.units import format_bytes
 
@@ -56,8 +56,8 @@ def gpu_checks(device: torch.device, dtype: torch.dtype) -> Checks:
 
 def same_tokens_as_cpu(device: torch.device) -> str:
     """Compare greedy tokens in float32 on the device with those on the CPU."""
-    there = load(_tiny(), device=device, dtype=torch.float32)
-    here = load(_tiny(), device="cpu", dtype=torch.float32)
+    there = load(_tiny(), LoadOptions(device=device, dtype=torch.float32))
+    here = load(_tiny(), LoadOptions(device="cpu", dtype=torch.float32))
     ours, theirs = _greedy(there), _greedy(here)
     if ours != theirs:
         at = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
@@ -72,7 +72,7 @@ def memory_is_accounted(device: torch.device) -> str:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    loaded = load(_tiny(), device=device, dtype=torch.float16)
+    loaded = load(_tiny(), LoadOptions(device=device, dtype=torch.float16))
     taken = torch.cuda.memory_allocated(device) - before
     peak = torch.cuda.max_memory_allocated(device) - before
     # The allocator rounds each tensor up to 512 bytes.
@@ -85,7 +85,7 @@ def memory_is_accounted(device: torch.device) -> str:
 
 def decode_works(area: str, device: torch.device, dtype: torch.dtype) -> Check | str:
     """Compare compiled decode with eager decode. Returns a warning where it is not possible."""
-    loaded = load(_tiny(), device=device, dtype=dtype)
+    loaded = load(_tiny(), LoadOptions(device=device, dtype=dtype))
     layers = len(decoder_layers(loaded.model, loaded.model.config)[1])
     eager, cache = EagerDecoder(loaded.model), DenseKVCache(layers, _CONTEXT, slots=2)
     # On a CPU, torch.compile's eager backend runs the same code.
@@ -109,7 +109,7 @@ def decode_works(area: str, device: torch.device, dtype: torch.dtype) -> Check |
 
 def kernel_in_model(bits: int, device: torch.device, dtype: torch.dtype) -> str:
     """Compare logits of the embedded model at `bits` with the device's kernel and with the reference."""
-    loaded = load(_tiny(), device=device, dtype=dtype)
+    loaded = load(_tiny(), LoadOptions(device=device, dtype=dtype))
     pack_model(loaded, bits)
     ids = torch.tensor([_prompt(loaded)], device=device)
     with torch.inference_mode():
@@ -124,8 +124,8 @@ def kernel_in_model(bits: int, device: torch.device, dtype: torch.dtype) -> str:
 
 def bnb_in_model(method: bnb.Method, device: torch.device, dtype: torch.dtype) -> str:
     """Compare the most likely tokens of the model quantized by bitsandbytes with the 16-bit model's."""
-    dense = load(_tiny(), device=device, dtype=dtype)
-    packed = load(_tiny(), device=device, dtype=dtype, on_the_fly=method)
+    dense = load(_tiny(), LoadOptions(device=device, dtype=dtype))
+    packed = load(_tiny(), LoadOptions(device=device, dtype=dtype, on_the_fly=method))
     ids = torch.tensor([_prompt(dense)], device=device)
     with torch.inference_mode():
         right = dense.model(input_ids=ids).logits[0].argmax(-1)

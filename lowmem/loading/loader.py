@@ -1,10 +1,10 @@
-"""A checkpoint → a model that runs: built without memory, then filled tensor by tensor.
+"""A checkpoint → a model that runs: built on the meta device, then filled tensor by tensor.
 
-transformers' model is built on the meta device from config.json, its linears are swapped for packed ones,
-and each tensor goes from its shard straight into place. Quantized checkpoints, 16-bit sources and
-bitsandbytes' quantization on the fly come through this one door, for the CPU and for cards.
-(transformers' own from_pretrained cannot load a GPTQ checkpoint of gpt_bigcode: its weight initialisation
-reaches for `c_proj.weight`, which is packed.)
+transformers' model is built from the config without memory, its linears are replaced by packed ones, and each
+tensor goes from its shard straight into place. Quantized checkpoints, 16-bit sources and bitsandbytes'
+quantization on the fly are all loaded here, for the CPU and for GPUs. (transformers' own from_pretrained
+cannot load a GPTQ checkpoint of gpt_bigcode: its weight initialisation reads `c_proj.weight`, which is
+packed.)
 """
 
 from __future__ import annotations
@@ -39,70 +39,86 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to generate, and what belongs to it.
-
-    model: transformers' causal LM in eval mode, its packed linears QuantLinears, or bitsandbytes' linears.
-    tokenizer: the fast one. dialogue: the dialogue format that the tokenizer has tokens for, or None.
-    stop_ids: an answer ends at any of them. format: of the packed linears, or None. dtype: of activations
-    and dense weights. load_seconds: from the call to the last tensor in place. weight_bytes: of all weights
-    in memory. label: what a user calls the form, as "4-bit g128". kernel: what multiplies its linears.
-    context: the tokens that were planned for, or None. cpu_layers: decoder layers beside a card, on the CPU.
-    plan, option: what was planned, and which of it was loaded, where a plan was made.
-    """
+    """A model ready to generate, with its tokenizer and settings."""
 
     model: Any
+    """transformers' causal LM in eval mode; its linears are QuantLinears, bitsandbytes' or dense."""
     tokenizer: Any
+    """The fast tokenizer."""
     dialogue: Dialogue | None
+    """The dialogue format that the tokenizer has tokens for."""
     stop_ids: tuple[int, ...]
+    """An answer ends at any of these tokens."""
     format: QuantizationFormat | None
+    """Of the quantized linears; None for a dense model."""
     dtype: torch.dtype
+    """Of activations and dense weights."""
     device: torch.device
+    """Of all weights but those of `cpu_layers`."""
     load_seconds: float
+    """From the call to the last tensor in place."""
     weight_bytes: int
+    """Of all weights in memory."""
     label: str = ""
+    """The version's name, such as "4-bit g128"."""
     kernel: str = "torch"
+    """The kernels that multiply the linears."""
     context: int | None = None
+    """The tokens that were planned for."""
     cpu_layers: int = 0
+    """Decoder layers on the CPU while the others are on a GPU."""
     plan: Plan | None = None
+    """The plan that chose this version."""
     option: Option | None = None
+    """The option of the plan that was loaded."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Where and how a checkpoint is loaded."""
+
+    device: str | torch.device = "cpu"
+    """Where the model is; with `split` a part of it."""
+    dtype: torch.dtype | None = None
+    """Of activations and dense weights; None: see `default_dtype`. Scales keep their stored dtype."""
+    on_the_fly: bnb.Method | None = None
+    """Quantize the decoder layers' linears of a 16-bit source with bitsandbytes as they are read."""
+    context: int | None = None
+    """The tokens that were planned for; only recorded."""
+    split: int | None = None
+    """Decoder layers on `device`, the others are on the CPU; None: all on `device`."""
+    activation_bits: int | None = None
+    """8, 12 or 16: the integers that the CPU's kernels round activations to; None: the kernel's default."""
+
+    def __post_init__(self) -> None:
+        if torch.device(self.device).type == "meta" or self.dtype not in (None, *_DTYPES):
+            raise ValueError(f"cannot load to {self.device} as {self.dtype}")
 
 
 @paused_collection()
 def load(
     folder: str | Path,
+    options: LoadOptions = LoadOptions(),
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    on_the_fly: bnb.Method | None = None,
-    context: int | None = None,
-    split: int | None = None,
-    activation_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> LoadedModel:
-    """Load a converted checkpoint, anybody's GPTQ, or a 16-bit source, from disk alone.
+    """Load a converted checkpoint, a GPTQ checkpoint of any tool, or a 16-bit source; reads local files only.
 
-    dtype: the config's, unless given; but a float16 model on a CPU runs in bfloat16, since CPUs without
-    float16 arithmetic multiply it many times slower (see `default_dtype`). Scales stay as they are stored.
-    on_the_fly: quantize the decoder layers' linears of a 16-bit source with bitsandbytes while they are read.
-    split: only so many decoder layers on `device`, the others on the CPU. activation_bits: 8, 12 or 16, of
-    the integers that a CPU's kernels make of activations (see kernels.native_linear.activation_bits).
-    progress: bytes read, and all. notify: hears in one line of what looks changed, but may be meant.
-    Raises SourceError for a checkpoint that is damaged, incomplete, not of its config's model, or beside
-    another tokenizer than its own; torch's own errors where memory is short.
+    progress: called with bytes read and bytes in all. notify: called with one line for each settings file
+    that was changed since the conversion. Raises SourceError for a checkpoint that is damaged, incomplete, not of
+    its config's model, or with another tokenizer than its own; torch's own errors where memory is short.
     """
     start = time.perf_counter()
-    device = torch.device(device)
-    if device.type == "meta" or (dtype is not None and dtype not in _DTYPES):
-        raise ValueError(f"cannot load to {device} as {dtype}")
-    # Or the plan's bytes would not be the system's. bitsandbytes' int8 leaves 300 MiB of holes in the heap of
-    # a small model otherwise, for a prefill that is half as long.
+    device, on_the_fly = torch.device(options.device), options.on_the_fly
+    # Otherwise the process holds more than was planned. bitsandbytes' int8 needs the lower threshold: it
+    # fragments the heap of a small model by 300 MiB.
     return_freed_memory(RETURNED if on_the_fly == "int8" else 4 << 20)
     source = open_source(folder, offline=True)
     config, tokenizer = source.config(), source.tokenizer()
     if Path(folder).expanduser().is_dir():
         check_small(source.path, notify)
-    dtype = dtype or default_dtype(config, device)
+    dtype = options.dtype or default_dtype(config, device)
     model = build_model(config, dtype, buffers=True)
     dialogue = Dialogue.detect(tokenizer)
     # An answer ends at the end of a turn, and at what the checkpoint's files call the end of text.
@@ -111,18 +127,19 @@ def load(
     layers_name, layers = decoder_layers(model, config)
     if source.format:
         if on_the_fly:
-            raise SourceError(f"{folder} is quantized already", "Give the 16-bit original, or no --quantize")
+            raise SourceError(f"{folder} is already quantized", "Use the 16-bit original, or omit --quantize")
         swap_linears(model, source.quantized)
     elif on_the_fly:
         _swap_for_bnb(layers, on_the_fly)
-    placement = Placement(device, layers_name, None if split is None or split >= len(layers) else split)
+    split = options.split if options.split is not None and options.split < len(layers) else None
+    placement = Placement(device, layers_name, split)
     fill(model, source, placement, dtype, progress)
     kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
     if source.format:
-        kernel = dispatch.install(model, device, dtype, activation_bits=activation_bits)
+        kernel = dispatch.install(model, device, dtype, activation_bits=options.activation_bits)
     connect(model, placement)
     transformers_model: Any = model
-    transformers_model.hf_device_map = placement.device_map(len(layers))  # or pipelines would move it
+    transformers_model.hf_device_map = placement.device_map(len(layers))  # otherwise pipelines would move it
     model.eval()
     _fix_generation_config(model, stop_ids)
     return LoadedModel(
@@ -137,16 +154,16 @@ def load(
         weight_bytes=weight_bytes(model),
         label=_label(source.format, on_the_fly, dtype),
         kernel=kernel,
-        context=context,
+        context=options.context,
         cpu_layers=0 if placement.split is None else len(layers) - placement.split,
     )
 
 
 def default_dtype(config: Any, device: torch.device) -> torch.dtype:
-    """The dtype of activations: the config's, float32 if it names none, bfloat16 for float16 on a CPU.
+    """The dtype of activations: the config's, float32 if it has none; on a CPU bfloat16 for float16.
 
-    Measured for a linear of 6144 to 6144 and 128 rows on two cores with AVX-512 BF16: float32 183 ms,
-    bfloat16 31 ms, float16 347 ms.
+    CPUs without float16 arithmetic multiply it many times slower. Measured for a linear of 6144 to 6144 and
+    128 rows on two cores with AVX-512 BF16: float32 183 ms, bfloat16 31 ms, float16 347 ms.
     """
     stored = getattr(config, "dtype", None)
     dtype = stored if stored in _DTYPES else torch.float32
@@ -154,7 +171,7 @@ def default_dtype(config: Any, device: torch.device) -> torch.dtype:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, and of bitsandbytes' scales; what is shared counts once."""
+    """Bytes of all parameters and buffers, and of bitsandbytes' scales; shared tensors count once."""
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     total = sum(t.nbytes for t in tensors.values())
     return total + sum(bnb.scale_bytes(module) for module in model.modules())
@@ -185,7 +202,7 @@ def _check_tokenizer(
 
 
 def _fix_generation_config(model: Any, stop_ids: tuple[int, ...]) -> None:
-    """transformers' own generate() then stops where ours does (StarChat's files name only <|endoftext|>)."""
+    """Make transformers' generate() stop where ours does: StarChat's files name only <|endoftext|>."""
     config = getattr(model, "generation_config", None)
     if config is not None and stop_ids:
         config.eos_token_id = list(stop_ids)

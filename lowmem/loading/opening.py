@@ -9,7 +9,7 @@ from dataclasses import replace
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.verify.digests import check_all
 from lowmem.errors import MemoryBudgetError
-from lowmem.loading.loader import LoadedModel, load
+from lowmem.loading.loader import LoadedModel, LoadOptions, load
 from lowmem.plan.device import is_out_of_memory
 from lowmem.plan.planner import Option, Plan
 from lowmem.plan.request import ModelRequest, find_card, plan_or_download
@@ -73,12 +73,14 @@ def load_option(
     card = None if option.device == "cpu" else find_card(request.device)
     loaded = load(
         candidate.path,
-        device=card or "cpu",
-        dtype=getattr(torch, form.dtype),
-        on_the_fly=form.method if form.method in ("int8", "nf4") else None,
-        context=plan.context,
-        split=layers - option.cpu_layers if option.device == "split" else None,
-        activation_bits=request.activation_bits,
+        LoadOptions(
+            device=card or "cpu",
+            dtype=getattr(torch, form.dtype),
+            on_the_fly=form.method if form.method in ("int8", "nf4") else None,
+            context=plan.context,
+            split=layers - option.cpu_layers if option.device == "split" else None,
+            activation_bits=request.activation_bits,
+        ),
         progress=progress,
         notify=notify,
     )

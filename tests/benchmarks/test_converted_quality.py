@@ -18,7 +18,7 @@ from lowmem.convert.calibration import CalibrationSpec
 from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.config import QuantConfig
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 
 PEERS = {(4, 128): 0.0025, (3, 64): 0.011}
 """Mean KL divergence to stay under, with 128 rows of 512 tokens: at 4 bits that of llama.cpp's Q4_K_M, which
@@ -42,7 +42,7 @@ class Comparison:
         self.reference = list(logits(reference, rows))
 
     def of(self, folder: Path, dtype: torch.dtype = torch.float32) -> Figures:
-        found = logits(load(folder, dtype=dtype).model, self.rows)
+        found = logits(load(folder, LoadOptions(dtype=dtype)).model, self.rows)
         tokens = compare(self.rows, zip(self.reference, found, strict=True))
         kld, same, loss = (float(v.mean()) for v in (tokens.kld, tokens.same_top1, tokens.loss))
         return Figures(kld, same, math.exp(loss))
@@ -57,7 +57,7 @@ def logits(model: Any, rows: torch.Tensor) -> Iterator[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    loaded = load(embedded_model(), dtype=torch.float32)
+    loaded = load(embedded_model(), LoadOptions(dtype=torch.float32))
     (code,) = read_texts(("code",), (), loaded.tokenizer, 4096)
     assert code.rows.shape == (24, 512)
     return Comparison(loaded.model, code.rows)
@@ -90,7 +90,7 @@ def test_four_bits_with_an_eighth_of_the_calibration(comparison, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("bits", "group_size"), PEERS)
 def test_less_divergence_than_peers_on_code_and_on_dialogues(tmp_path, bits, group_size):
-    reference = load(embedded_model(), dtype=torch.float32)
+    reference = load(embedded_model(), LoadOptions(dtype=torch.float32))
     folder = converted(tmp_path / "out", bits, group_size, 128)
     for text in read_texts(("code", "dialogues"), (), reference.tokenizer, 4096):
         comparison = Comparison(reference.model, text.rows)

@@ -23,7 +23,7 @@ from lowmem.checkpoint.manifest import write_manifest
 from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.converted import verify
 from lowmem.errors import InvalidRequestError, SourceError
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from lowmem.plan.candidates import find_candidates
 from lowmem.streaming.forward import StreamedModel
 from tests.helpers import save_source, tiny_model
@@ -104,10 +104,10 @@ def test_every_version_against_whole_logits(folder):
 
     models = {
         "bfloat16": transformers_model(torch.bfloat16),
-        "int8": load(source, dtype=torch.float32, on_the_fly="int8").model,
-        "NF4": load(source, dtype=torch.float32, on_the_fly="nf4").model,
-        "4-bit g32": load(folder / "model-4bit", dtype=torch.float32).model,
-        "2-bit g32": load(folder / "model-2bit", dtype=torch.float32).model,
+        "int8": load(source, LoadOptions(dtype=torch.float32, on_the_fly="int8")).model,
+        "NF4": load(source, LoadOptions(dtype=torch.float32, on_the_fly="nf4")).model,
+        "4-bit g32": load(folder / "model-4bit", LoadOptions(dtype=torch.float32)).model,
+        "2-bit g32": load(folder / "model-2bit", LoadOptions(dtype=torch.float32)).model,
     }
     tokenizer = open_source(source).tokenizer()
     texts = read_texts(SETTINGS.texts, (), tokenizer, 4096, rows=3, row_length=40)
@@ -225,11 +225,11 @@ def test_a_folder_that_was_converted_again_is_measured_again(folder):
 def test_greedy_answers_are_equal_as_far_as_the_references_own(folder):
     """Against the reference's own greedy answers, which it really generates here."""
     source = StreamedModel(open_source(folder / "model"), torch.float32)
-    reference = load(folder / "model", dtype=torch.float32)
+    reference = load(folder / "model", LoadOptions(dtype=torch.float32))
     prompts = [[5, 6, 7], [100, 200], [9, 8, 7, 6, 5, 4]]
     own = greedy_answers(reference, prompts, 12)
     assert equal_tokens(source, prompts, own, folder / "w") == tuple(map(len, own))
-    other = greedy_answers(load(folder / "model-4bit", dtype=torch.float32), prompts, 12)
+    other = greedy_answers(load(folder / "model-4bit", LoadOptions(dtype=torch.float32)), prompts, 12)
     expected = []
     for ours, theirs in zip(own, other, strict=True):
         same = [a == b for a, b in zip(ours, theirs, strict=False)]

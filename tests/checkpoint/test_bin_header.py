@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from lowmem.checkpoint.headers import bin as bin_header
 from lowmem.checkpoint.headers.bin import BinTensor, read_bin_header
+from lowmem.checkpoint.headers.tensor_pickle import MAX_OPCODES
 from lowmem.errors import SourceError
 from tests.helpers import tiny_model
 
@@ -133,7 +134,7 @@ def test_what_torch_cannot_load_safely_is_refused(tmp_path):
     """torch's restricted unpickler knows protocols up to 3: a plan for what will not load helps nobody."""
     path = saved(tmp_path / "x.bin", {"x": torch.zeros(3)}, pickle_protocol=4)
     assert torch_reads(path) is None
-    refused(path, "needs code to be run")
+    refused(path, "cannot be read without running its code")
 
 
 # ---- what it must not write
@@ -155,7 +156,7 @@ def test_nothing_of_a_pickle_is_run(tmp_path):
     torch.load(path, weights_only=False)
     assert target.exists()  # the attack is real
     target.unlink()
-    assert "safetensors" in refused(path, "needs code to be run").hint
+    assert "safetensors" in refused(path, "cannot be read without running its code").hint
     path.write_bytes(pickle.dumps(Evil(target)))
     refused(path, "old format")
     assert not target.exists()
@@ -166,13 +167,13 @@ def test_nothing_of_a_pickle_is_run(tmp_path):
     [
         ([torch.zeros(2)], "holds list, not a dictionary"),
         (torch.zeros(2), "holds Tensor, not a dictionary"),
-        ({"x": 3}, "entry 'x' is int, no tensor"),
-        ({"x": {"y": torch.zeros(2)}}, "entry 'x' is dict, no tensor"),
+        ({"x": 3}, "entry 'x' is int, not a tensor"),
+        ({"x": {"y": torch.zeros(2)}}, "entry 'x' is dict, not a tensor"),
         ({1: torch.zeros(2)}, "keys are not all names"),
         ({"x" * 5000: torch.zeros(2)}, "keys are not all names"),
-        ({"x": torch.zeros(2).to_sparse()}, "needs code to be run"),
+        ({"x": torch.zeros(2).to_sparse()}, "cannot be read without running its code"),
         ({"x": torch.zeros(1).expand(2**20, 2**30)}, r"'x' of shape \[1048576, 1073741824\] is not in the"),
-        ({"x": torch.zeros(3, dtype=torch.complex64).conj()}, "needs code to be run"),
+        ({"x": torch.zeros(3, dtype=torch.complex64).conj()}, "cannot be read without running its code"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -256,7 +257,7 @@ def test_hostile_pickles_end_in_one_line(tmp_path, case):
 
 
 def test_a_pickle_of_too_many_steps(tmp_path):
-    steps = b"\x80\x02" + b")" * (bin_header.MAX_OPCODES + 10) + b"."
+    steps = b"\x80\x02" + b")" * (MAX_OPCODES + 10) + b"."
     refused(
         rezip(saved(tmp_path / "x.bin", {"x": torch.zeros(3)}), lambda data: steps), "more than 1000000 steps"
     )

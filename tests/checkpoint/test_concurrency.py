@@ -8,8 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lowmem.benchmarks.experiments.endurance.scenarios import Material, make_material, tree
 from lowmem.benchmarks.experiments.endurance.faults import Child, Fault, Outcome
+from lowmem.benchmarks.experiments.endurance.scenarios import Material, make_material, tree
 
 from lowmem.checkpoint import cache
 

@@ -35,9 +35,9 @@ def expect(checkpoint: Path, file: Path) -> int:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from safetensors.torch import save_file
 
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
 
-    loaded = load(checkpoint, dtype=torch.float32)
+    loaded = load(checkpoint, LoadOptions(dtype=torch.float32))
     ids = loaded.tokenizer(Path(__file__).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     tokens = torch.tensor(ids[: ROWS * LENGTH]).view(ROWS, LENGTH)
     with torch.inference_mode():

@@ -84,10 +84,10 @@ def expect(checkpoint: Path, file: Path) -> int:
     _find_lowmem()
     from safetensors.torch import save_file
 
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
     from lowmem.models.dialogue import Message
 
-    loaded = load(checkpoint, dtype=torch.float32)
+    loaded = load(checkpoint, LoadOptions(dtype=torch.float32))
     if loaded.dialogue is None:
         print(f"{checkpoint} has no dialogue template: convert lowmem/data/tiny-starchat")
         return 1

@@ -25,7 +25,7 @@ from lowmem.errors import (
     SourceError,
 )
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from lowmem.session import Session
 from tests.convert.convert_helpers import quick_convert
 from tests.helpers import save_source, starchat_replica, tiny_model
@@ -54,7 +54,7 @@ def test_the_loaded_result_matches_its_dequantized_integers(family, bits, tmp_pa
     # The file stores unquantized tensors in float16, so the oracle does too.
     steps = 0 if bits == 4 else 8
     quick_convert(source, tmp_path / "out", QuantConfig(bits=bits, group_size=32, tune_steps=steps))
-    loaded = load(tmp_path / "out", dtype=torch.float32)
+    loaded = load(tmp_path / "out", LoadOptions(dtype=torch.float32))
     dense = copy.deepcopy(model)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     for name, parameter in dense.named_parameters():  # not the buffers: rotary frequencies are not stored
@@ -129,7 +129,7 @@ def test_an_untied_head_that_is_a_copy_is_stored_once(tmp_path):
     quick_convert(source, tmp_path / "out", rows=4)
     assert "lm_head.weight" not in read_header(tmp_path / "out" / "model.safetensors").tensors
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is True
-    loaded = load(tmp_path / "out", dtype=torch.float32)
+    loaded = load(tmp_path / "out", LoadOptions(dtype=torch.float32))
     assert torch.equal(loaded.model.lm_head.weight, loaded.model.model.embed_tokens.weight)
 
 
@@ -174,7 +174,7 @@ def test_true_sequential_off_gives_another_good_result(tmp_path):
     model = tiny_model("llama")
     source = save_source(model, tmp_path / "source")
     quick_convert(source, tmp_path / "out", QuantConfig(bits=8, group_size=32, true_sequential=False))
-    loaded = load(tmp_path / "out", dtype=torch.float32)
+    loaded = load(tmp_path / "out", LoadOptions(dtype=torch.float32))
     change = (logits(loaded.model) - logits(model)).norm() / logits(model).norm()
     assert change < 0.05
 

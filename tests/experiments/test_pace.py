@@ -50,7 +50,7 @@ from lowmem.checkpoint.headers.gguf import read_gguf_header
 from lowmem.errors import SourceError
 from lowmem.generate.decoders.contract import Feed, StepOutput
 from lowmem.kernels.native import library as native
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 
 ALL = ("GPTQModel", "bitsandbytes")
 SMALL = Dimensions(2, n_embd=128, heads=2, n_positions=512, vocab=4096)
@@ -64,7 +64,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def runtime(packed: Path) -> Runtime:
-    return Runtime(load(packed, context=96), 96)
+    return Runtime(load(packed, LoadOptions(context=96)), 96)
 
 
 def ask(runtime: Runtime, what: str, **request: Any) -> dict[str, Any]:

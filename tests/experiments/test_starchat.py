@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 from lowmem.checkpoint.headers.bin import read_bin_header
 from lowmem.errors import OutputError
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from lowmem.models.dialogue import Dialogue
 from tests.helpers import REPO, TINY_STARCHAT
 
@@ -101,7 +101,7 @@ def test_the_tokenizer_has_starchats_ids(tmp_path: Path) -> None:
 @torch.inference_mode()
 def test_activations_stay_finite_and_columns_stand_out(shaped: Path) -> None:
     """Through all 40 layers, also in float16's range, and no layer drowns the others."""
-    loaded = load(shaped, dtype=torch.float32)
+    loaded = load(shaped, LoadOptions(dtype=torch.float32))
     ids = torch.randint(0, 49156, (1, 64), generator=torch.Generator().manual_seed(1))
     inputs: list[torch.Tensor] = []
     for layer in loaded.model.transformer.h:

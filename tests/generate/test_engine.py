@@ -26,7 +26,7 @@ from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.selection import SelectedDecoder
 from lowmem.generate.engine import Engine, context_length
 from lowmem.generate.sequence import Token
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from tests.helpers import KINDS, TINY_STARCHAT, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
@@ -434,7 +434,7 @@ def test_an_interrupted_fast_decoder_stays_and_goes_on_right() -> None:
 
 
 def test_the_real_small_model_answers_as_transformers_does() -> None:
-    loaded = load(TINY_STARCHAT, dtype=torch.float32)
+    loaded = load(TINY_STARCHAT, LoadOptions(dtype=torch.float32))
     prompt = loaded.tokenizer("def add(a, b):\n").input_ids
     engine = Engine(loaded.model, context=256, chunk=4)
     assert ids(engine.generate(prompt, GREEDY)) == transformers_tokens(loaded.model, prompt, 40)

@@ -17,7 +17,7 @@ from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.native import NativeDecoder
 from lowmem.generate.decoders.native_model import MAX_ROWS, why_not
 from lowmem.kernels.native import library as native
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from tests.generate.native_helpers import (
     BIGCODE,
     ERRORS,
@@ -86,7 +86,7 @@ def test_packed_linears_are_the_dequantized_ones(bits: int, tmp_path: Path) -> N
     write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "q", bits=bits)
     ids, found = random_ids(5), {}
     for width in (None, 8, 12, 16):  # of the integers that activations become
-        model = load(tmp_path / "q", dtype=torch.bfloat16, activation_bits=width).model
+        model = load(tmp_path / "q", LoadOptions(dtype=torch.bfloat16, activation_bits=width)).model
         slot = filled(model, 40, capacity=64)
         logits = bound(model, slot).step(ids)
         found[width] = error(logits, oracle(model, slot, ids)[0])
@@ -261,12 +261,12 @@ def test_other_models_and_dtypes_keep_the_eager_path(monkeypatch: pytest.MonkeyP
 def test_a_packed_linear_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("gpt_bigcode_mqa", hidden=128, heads=4)
     write_rtn_checkpoint(model, tmp_path / "q", act_order_seed=3)
-    scattered = load(tmp_path / "q", dtype=torch.bfloat16).model
+    scattered = load(tmp_path / "q", LoadOptions(dtype=torch.bfloat16)).model
     with pytest.raises(DecoderRefused, match="layout of the native kernels"):
         bound(scattered, filled(scattered, 5))
     monkeypatch.setenv("LOWMEM_CPU_KERNEL", "reference")
     write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "r")
-    plain = load(tmp_path / "r", dtype=torch.bfloat16).model
+    plain = load(tmp_path / "r", LoadOptions(dtype=torch.bfloat16)).model
     monkeypatch.delenv("LOWMEM_CPU_KERNEL")
     with pytest.raises(DecoderRefused, match="layout of the native kernels"):
         bound(plain, filled(plain, 5))

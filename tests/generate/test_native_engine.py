@@ -21,7 +21,7 @@ from lowmem.generate.engine import Engine
 from lowmem.generate.sequence import Token
 from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from tests.generate.decoding import Always, kept_rows
 from tests.generate.native_helpers import bigcode, random_ids
 from tests.helpers import tiny_model
@@ -62,7 +62,7 @@ def test_drafts_change_no_token_and_no_bit(packed: bool, params: SamplingParams,
     model = bigcode()
     if packed:
         write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa", positions=1024), tmp_path / "q")
-        model = load(tmp_path / "q", dtype=torch.bfloat16).model
+        model = load(tmp_path / "q", LoadOptions(dtype=torch.bfloat16)).model
     plain, before = answer(model, params, draft=False)
     tokens, after = answer(model, params, draft=True)
     assert why_eager(before) == why_eager(after) == ""
@@ -76,7 +76,7 @@ def test_drafts_change_no_token_and_no_bit(packed: bool, params: SamplingParams,
 def test_packed_models_of_other_families_need_no_pairs(kind: str, tmp_path: Path) -> None:
     """Their eager steps have one row; what drafts leave behind is the same to the last bit all the same."""
     write_rtn_checkpoint(tiny_model(kind, hidden=128), tmp_path / "q")
-    model = load(tmp_path / "q", dtype=torch.bfloat16).model
+    model = load(tmp_path / "q", LoadOptions(dtype=torch.bfloat16)).model
     rows: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: rows.append(args[0].shape[1]))
     for params in (GREEDY, WARM):
@@ -158,7 +158,7 @@ def test_an_interrupted_step_leaves_a_cache_that_goes_on_right(
 def test_weights_come_into_the_kernels_order_between_tokens(tmp_path: Path) -> None:
     """The first token is there before any is moved, and none of those that follow changes."""
     write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "q")
-    model = load(tmp_path / "q", dtype=torch.bfloat16).model
+    model = load(tmp_path / "q", LoadOptions(dtype=torch.bfloat16)).model
     linears = [m for m in model.modules() if isinstance(m, QuantLinear)]
     engine = Engine(model, context=256, speculate=False)
     tokens = engine.generate(random_ids(20), GREEDY)

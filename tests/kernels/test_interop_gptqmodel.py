@@ -28,7 +28,7 @@ from lowmem.convert.recipe import ConvertOptions
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_zeros
 from lowmem.config import BITS, QuantConfig
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from tests.checkpoint.gptqmodel_packing import packing_cases, through_gptqmodel
 from tests.convert.convert_helpers import quick_convert
 from tests.helpers import REPO, save_source, tiny_model
@@ -154,7 +154,7 @@ class Results:
 @cache
 def _logits(checkpoint: Path, dtype: str) -> torch.Tensor:
     with torch.inference_mode():
-        return load(checkpoint, dtype=getattr(torch, dtype)).model(IDS).logits.float()  # type: ignore[no-any-return]
+        return load(checkpoint, LoadOptions(dtype=getattr(torch, dtype))).model(IDS).logits.float()  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_logits_agree(job: Job, results: Results) -> None:
 @pytest.mark.parametrize("job", [job for job in JOBS if job.backend == "gptq_torch"], ids=str)
 def test_weights_are_equal_to_the_last_bit(job: Job, results: Results) -> None:
     """Integers, zero-points and scales mean the same to the reader, negative scales included."""
-    loaded = load(results.checkpoint(job), dtype=getattr(torch, job.dtype))
+    loaded = load(results.checkpoint(job), LoadOptions(dtype=getattr(torch, job.dtype)))
     ours = {
         name: module.dequantize(getattr(torch, job.dtype))
         for name, module in loaded.model.named_modules()
@@ -220,7 +220,7 @@ def test_weights_are_equal_to_the_last_bit(job: Job, results: Results) -> None:
 def test_negative_scales_are_among_them(bits: int, results: Results) -> None:
     """Symmetric grids turn round to reach further: without a negative scale the other tests prove less."""
     job = next(job for job in JOBS if job.bits == bits and job.sym)
-    model = load(results.checkpoint(job), dtype=torch.float32).model
+    model = load(results.checkpoint(job), LoadOptions(dtype=torch.float32)).model
     scales = torch.cat([m.scales.flatten() for m in model.modules() if isinstance(m, QuantLinear)])
     assert 0.05 < float((scales < 0).float().mean()) < 0.95
 

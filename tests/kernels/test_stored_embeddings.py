@@ -21,7 +21,7 @@ from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from tests.generate.native_helpers import filled
 from tests.helpers import save_source, tiny_model
 from tests.kernels.native_oracle import ISAS, same, using
@@ -49,7 +49,7 @@ def cast_as_before(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The model with its embedding cast to bfloat16, everything else as it is."""
     with monkeypatch.context() as patched:
         patched.setattr("lowmem.loading.placing.keep_as_stored", lambda *_: None)
-        return load(folder, dtype=BF16).model
+        return load(folder, LoadOptions(dtype=BF16)).model
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_what_the_kernel_would_not_read_safely_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["gpt_bigcode_mqa", "gpt_bigcode_mha", "starcoder2", "llama", "qwen2"])
 def test_tables_stay_in_their_file(kind: str, tmp_path: Path) -> None:
     """The very pages, one tensor for a tied head, and no parameter that hides the activations' dtype."""
-    loaded = load(checkpoint(tmp_path, kind), dtype=BF16)
+    loaded = load(checkpoint(tmp_path, kind), LoadOptions(dtype=BF16))
     model = loaded.model
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert isinstance(table, StoredEmbedding) and isinstance(head, StoredHead)
@@ -156,10 +156,10 @@ def test_prefill_is_nearer_to_the_stored_model_than_a_cast(
 ) -> None:
     """The oracle has the stored tables in float32, and its head multiplies in float64."""
     folder = checkpoint(tmp_path, hidden=128)
-    model, cast = load(folder, dtype=BF16).model, cast_as_before(folder, monkeypatch)
+    model, cast = load(folder, LoadOptions(dtype=BF16)).model, cast_as_before(folder, monkeypatch)
     assert type(cast.lm_head) is nn.Linear and cast.lm_head.weight.dtype is BF16
     ids = torch.randint(0, 4096, (1, 60), generator=torch.Generator().manual_seed(2))
-    exact = float32_tables(load(folder, dtype=BF16).model)(ids, logits_to_keep=rows).logits
+    exact = float32_tables(load(folder, LoadOptions(dtype=BF16)).model)(ids, logits_to_keep=rows).logits
     got, before = model(ids, logits_to_keep=rows).logits, cast(ids, logits_to_keep=rows).logits
     assert got.dtype is BF16 and got.shape == exact.shape
     error, error_before = ((y.float() - exact).norm() / exact.norm() for y in (got, before))
@@ -176,7 +176,7 @@ def test_prefill_is_nearer_to_the_stored_model_than_a_cast(
 def test_decode_reads_the_stored_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A native step equals one with float32 tables in all but float32 rounding; a cast's does not."""
     folder = checkpoint(tmp_path)
-    model, cast = load(folder, dtype=BF16).model, cast_as_before(folder, monkeypatch)
+    model, cast = load(folder, LoadOptions(dtype=BF16)).model, cast_as_before(folder, monkeypatch)
     assert why_not(model) == ""
     engine = Engine(model, context=64)
     tokens = [t.id for t in engine.generate([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=5))]
@@ -185,7 +185,7 @@ def test_decode_reads_the_stored_tables(tmp_path: Path, monkeypatch: pytest.Monk
     def stepped(some: Any) -> torch.Tensor:
         return NativeDecoder(EagerDecoder(some)).step([Feed(filled(model, 20), [5, 6])]).logits[0]
 
-    rounded = load(folder, dtype=BF16).model  # float16 tables that hold what bfloat16 does
+    rounded = load(folder, LoadOptions(dtype=BF16)).model  # float16 tables that hold what bfloat16 does
     for table in (rounded.transformer.wte, rounded.transformer.wpe, rounded.lm_head):
         table.weight = table.weight.to(BF16).half()  # a buffer
     ours, before = stepped(model), stepped(cast)
@@ -196,7 +196,7 @@ def test_decode_reads_the_stored_tables(tmp_path: Path, monkeypatch: pytest.Monk
 
 @needs_library
 def test_a_gradient_passes_the_head(tmp_path: Path) -> None:
-    head = load(checkpoint(tmp_path, "llama"), dtype=BF16).model.lm_head
+    head = load(checkpoint(tmp_path, "llama"), LoadOptions(dtype=BF16)).model.lm_head
     x = torch.randn(3, 64).to(BF16).requires_grad_()
     head(x)[0, 7].backward()
     assert x.grad is not None
@@ -222,7 +222,7 @@ def test_else_the_tables_have_the_activations_dtype(
         save_source(tiny_model("gpt_bigcode_mqa"), tmp_path, dtype=stored)
     else:
         write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa", dtype=stored), tmp_path)
-    model = load(tmp_path, dtype=dtype).model
+    model = load(tmp_path, LoadOptions(dtype=dtype)).model
     assert type(model.transformer.wte) is nn.Embedding and type(model.lm_head) is nn.Linear
     assert model.lm_head.weight is model.transformer.wte.weight and model.lm_head.weight.dtype is dtype
 

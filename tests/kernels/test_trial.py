@@ -29,7 +29,7 @@ from lowmem.kernels.gptqmodel import Backend, Scratch
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.registry import GPTQModelKernel, gptqmodel_kernels
 from lowmem.kernels.trial import sample_linear, sample_spec, trial
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from tests.helpers import REPO, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
@@ -433,7 +433,7 @@ def test_exllamas_scratch_is_one_weight_and_kept(twins: dict[str, Any]) -> None:
 
 
 def _with_kernels(folder: Path, dtype: torch.dtype, names: tuple[str, ...] | None) -> dict[str, Any]:
-    loaded = load(folder, dtype=dtype)
+    loaded = load(folder, LoadOptions(dtype=dtype))
     ids = torch.arange(24).view(2, 12)
     with torch.inference_mode():
         before = loaded.model(ids).logits.float()

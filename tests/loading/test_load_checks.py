@@ -48,10 +48,10 @@ def copy(converted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(converted, tmp_path / "copy"))
 
 
-def refusal(folder: Path, **options: Any) -> str:
+def refusal(folder: Path) -> str:
     """The one line with which a load is refused."""
     with pytest.raises(SourceError) as caught:
-        load(folder, **options)
+        load(folder)
     text = str(caught.value)
     assert "\n" not in text
     return text

@@ -17,7 +17,7 @@ from lowmem.checkpoint.source.mapped import MappedFiles
 from lowmem.errors import SourceError
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading import placing
-from lowmem.loading.loader import default_dtype, load
+from lowmem.loading.loader import LoadOptions, default_dtype, load
 from lowmem.models.architecture import build_model
 from tests.helpers import TINY_STARCHAT, save_source, starchat_replica, tiny_model
 from tests.rtn_helpers import layer_linears, write_rtn_checkpoint
@@ -56,7 +56,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 def test_quantized_logits(kind: str, bits: int, options: dict[str, Any], tmp_path: Path) -> None:
     """What the writer's own arithmetic dequantizes == the loaded model, after a save and a load."""
     model = write_rtn_checkpoint(tiny_model(kind), tmp_path, bits=bits, **options)
-    loaded = load(tmp_path, dtype=torch.float32)
+    loaded = load(tmp_path, LoadOptions(dtype=torch.float32))
     packed = {name for name, module in loaded.model.named_modules() if isinstance(module, QuantLinear)}
     assert packed == set(layer_linears(model))
     assert loaded.format is not None and loaded.format.default.bits == bits
@@ -109,7 +109,7 @@ def test_a_buffer_that_no_initialisation_computes_is_made_with_the_model(
 
 def test_tied_head_is_one_tensor(tmp_path: Path) -> None:
     write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path)
-    loaded = load(tmp_path, dtype=torch.float32)
+    loaded = load(tmp_path, LoadOptions(dtype=torch.float32))
     embedding = loaded.model.get_input_embeddings().weight
     assert loaded.model.lm_head.weight is embedding
     stored = sum(t.nbytes for t in load_file(tmp_path / "model.safetensors").values())
@@ -119,7 +119,7 @@ def test_tied_head_is_one_tensor(tmp_path: Path) -> None:
 
 def test_untied_head_is_its_own(tmp_path: Path) -> None:
     model = write_rtn_checkpoint(tiny_model("llama", tied=False), tmp_path)
-    loaded = load(tmp_path, dtype=torch.float32)
+    loaded = load(tmp_path, LoadOptions(dtype=torch.float32))
     assert torch.equal(loaded.model.lm_head.weight, model.lm_head.weight)
     assert loaded.model.lm_head.weight is not loaded.model.get_input_embeddings().weight
 
@@ -170,7 +170,7 @@ def test_default_dtype() -> None:
 def test_packed_tensors_keep_their_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOWMEM_CPU_KERNEL", "reference")  # torch's operators would repack them
     write_rtn_checkpoint(tiny_model("llama"), tmp_path)
-    loaded = load(tmp_path, dtype=torch.bfloat16)
+    loaded = load(tmp_path, LoadOptions(dtype=torch.bfloat16))
     linear = loaded.model.model.layers[0].mlp.up_proj
     assert linear.scales.dtype is torch.float16 and linear.qweight.dtype is torch.int32
     assert loaded.model.model.norm.weight.dtype is torch.bfloat16
@@ -270,11 +270,11 @@ def test_tensors_come_one_at_a_time(checkpoint: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(safetensors, "read_tensor", watched)
     with monkeypatch.context() as patched:  # a file system without memory maps
         patched.setattr(MappedFiles, "tensor", lambda *_: None)
-        read = logits(load(checkpoint, dtype=torch.bfloat16).model)
+        read = logits(load(checkpoint, LoadOptions(dtype=torch.bfloat16)).model)
     assert len(seen) >= 7 and max(loose) == 0
     # With maps nothing is read: what is cast is cast from the map.
     seen.clear()
-    assert torch.equal(logits(load(checkpoint, dtype=torch.bfloat16).model), read) and not seen
+    assert torch.equal(logits(load(checkpoint, LoadOptions(dtype=torch.bfloat16)).model), read) and not seen
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16], ids=str)

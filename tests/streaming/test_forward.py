@@ -17,7 +17,7 @@ from lowmem.benchmarks.experiments.starchat.random_weights import write_source
 
 from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import OutputError, SourceError
-from lowmem.loading.loader import load
+from lowmem.loading.loader import LoadOptions, load
 from lowmem.streaming.forward import StreamedModel, head_of
 from tests.helpers import KINDS, REPO, save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -34,7 +34,7 @@ def transformers_logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
 
 
 def loaded_logits(folder: Path, dtype: torch.dtype, on_the_fly: Any = None) -> torch.Tensor:
-    model = load(folder, dtype=dtype, on_the_fly=on_the_fly).model
+    model = load(folder, LoadOptions(dtype=dtype, on_the_fly=on_the_fly)).model
     with torch.no_grad():
         return model(input_ids=ROWS, use_cache=False).logits
 
@@ -121,7 +121,7 @@ def test_padding_on_the_right_changes_nothing(tmp_path):
 
 def test_the_head_of_a_loaded_model_is_the_models_own(tmp_path):
     save_source(tiny_model("llama"), tmp_path / "model")
-    loaded = load(tmp_path / "model", dtype=torch.float32)
+    loaded = load(tmp_path / "model", LoadOptions(dtype=torch.float32))
     with torch.no_grad():
         hidden = loaded.model.base_model(input_ids=ROWS[:1], use_cache=False).last_hidden_state[0]
         expected = loaded.model(input_ids=ROWS[:1], use_cache=False).logits[0]

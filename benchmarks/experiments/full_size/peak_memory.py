@@ -99,19 +99,19 @@ def child(path: str, method: str, dtype: str, context: int) -> dict[str, int]:
     from lowmem.benchmarks.demo import embedded_model
 
     from lowmem.config import SamplingParams
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
     from lowmem.plan import device as machine
     from lowmem.session import Session
 
     on_the_fly = method if method in ("int8", "nf4") else None
     kind = getattr(torch, dtype)
-    warm = Session(load(embedded_model(), dtype=kind, on_the_fly=on_the_fly))  # type: ignore[arg-type]
+    warm = Session(load(embedded_model(), LoadOptions(dtype=kind, on_the_fly=on_the_fly)))  # type: ignore[arg-type]
     warm.complete("def", SamplingParams(max_new_tokens=2, temperature=0), raw=True)
     del warm
     gc.collect()
     before = machine.host_memory_used()
     Path("/proc/self/clear_refs").write_text("5")  # Linux resets the process's high-water mark
-    loaded = load(path, dtype=kind, on_the_fly=on_the_fly, context=context)  # type: ignore[arg-type]
+    loaded = load(path, LoadOptions(dtype=kind, on_the_fly=on_the_fly, context=context))  # type: ignore[arg-type]
     after_load = machine.host_memory_peak() - before
     engine = Session(loaded).engine
     ids = [1 + i * 7919 % 4000 for i in range(context - NEW_TOKENS)]

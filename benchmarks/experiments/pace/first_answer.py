@@ -51,10 +51,10 @@ class FirstAnswers:
 def ask(folder: Path, wait: float, tokens: int) -> Answer:
     """Load, wait, ask."""
     from lowmem.config import SamplingParams
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
     from lowmem.session import Session
 
-    engine = Session(load(folder, context=512), context=512).engine
+    engine = Session(load(folder, LoadOptions(context=512)), context=512).engine
     engine.stop_ids = frozenset()
     with engine.repacking.in_background():
         time.sleep(wait)

@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
     from transformers import AutoTokenizer, GPTBigCodeForCausalLM  # noqa: F401  (imported by `load`)
 
     from lowmem.config import SamplingParams
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
     from lowmem.session import Session
 
     torch.set_num_threads(threads)
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     before = read_once(files)
     libraries = resident(os.getpid())["VmRSS"]
     clock = time.perf_counter()
-    loaded = load(folder, context=512)
+    loaded = load(folder, LoadOptions(context=512))
     loaded_at = time.perf_counter()
     engine = Session(loaded, context=512).engine
     next(engine.generate([1], SamplingParams(max_new_tokens=1, temperature=0)))

@@ -72,9 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from lowmem.config import SamplingParams
     from lowmem.generate.engine import Engine, context_length
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
 
-    loaded = load(args.model, dtype=getattr(torch, args.dtype) if args.dtype else None)
+    loaded = load(args.model, LoadOptions(dtype=getattr(torch, args.dtype) if args.dtype else None))
     code = (embedded_model() / "heldout.txt").read_text(encoding="utf-8")
     context = min(context_length(loaded.model), CODE_TOKENS + AGAIN_TOKENS + args.tokens)
     plain = Engine(loaded.model, context=context, speculate=False)

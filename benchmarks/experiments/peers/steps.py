@@ -38,12 +38,12 @@ def prepare(source: str, work: Path, importance: bool) -> None:
     from lowmem.convert.calibration import CalibrationSpec, load_rows
 
     from lowmem.checkpoint.source.open import open_source
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
     from lowmem.models.dialogue import Dialogue
 
     opened = open_source(source)
     tokenizer = opened.tokenizer()
-    loaded = load(source, dtype=torch.float32)
+    loaded = load(source, LoadOptions(dtype=torch.float32))
     vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
     calibration = load_rows(CalibrationSpec(), tokenizer, Dialogue.detect(tokenizer), vocabulary)
     (work / "tokens.json").write_text(json.dumps(calibration.tokens.tolist()))
@@ -168,14 +168,14 @@ def measure(work: Path, method: str, path: Path, source: str) -> dict[str, Any]:
     from lowmem.benchmarks.common.record_file import to_json
     from lowmem.benchmarks.quality.divergence import compare, summarize
 
-    from lowmem.loading.loader import load
+    from lowmem.loading.loader import LoadOptions, load
 
     prepared = json.loads((work / "prepared.json").read_bytes())
     model: Any = None
     if method != "gguf":
         on_the_fly: Any = method if method in ("int8", "nf4") else None
         dtype = getattr(torch, prepared["dtype"]) if method == "dense" else torch.float32
-        model = load(path, dtype=dtype, on_the_fly=on_the_fly).model
+        model = load(path, LoadOptions(dtype=dtype, on_the_fly=on_the_fly)).model
     texts = []
     for name in prepared["texts"]:
         rows = torch.from_numpy(np.load(work / f"rows-{name}.npy")).long()
@@ -219,8 +219,8 @@ def stored_size(method: str, path: Path, source: str, model: Any = None) -> tupl
     From headers; for int8 and nf4, which are not stored, from the loaded `model`.
     """
     from lowmem.checkpoint.headers.gguf import read_gguf_header
-    from lowmem.checkpoint.source.open import open_source
     from lowmem.checkpoint.headers.safetensors import read_header
+    from lowmem.checkpoint.source.open import open_source
     from lowmem.kernels.bitsandbytes import scale_bytes
     from lowmem.models.architecture import inspect
 

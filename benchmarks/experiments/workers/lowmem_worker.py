@@ -27,7 +27,7 @@ from lowmem.kernels.native import library as native
 from lowmem.kernels.native.linear import Packed
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.registry import gptqmodel_kernels
-from lowmem.loading.loader import LoadedModel, load
+from lowmem.loading.loader import LoadedModel, LoadOptions, load
 from lowmem.session import Session
 
 _LARGE = 1 << 20  # bytes; smaller tensors are left out of the reads
@@ -161,7 +161,7 @@ def open_runtime(method: str, path: Path, context: int, threads: int) -> Runtime
     """Load a model for `serve`. Raises LowmemError where that cannot be done."""
     torch.set_num_threads(threads)
     on_the_fly: Any = method if method in ("int8", "nf4") else None
-    loaded = load(path, on_the_fly=on_the_fly, context=context)
+    loaded = load(path, LoadOptions(on_the_fly=on_the_fly, context=context))
     kernel = ""
     if method == "gptqmodel":
         if loaded.format is None:
