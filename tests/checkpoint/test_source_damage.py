@@ -218,7 +218,7 @@ def test_a_malicious_pickle_runs_nothing(model, tmp_path):
 def test_the_old_pickle_format_says_how_to_go_on(model, tmp_path):
     folder = save_source(model, tmp_path / "s", format="bin")
     torch.save({"x": torch.zeros(3)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert "torch.save it again" in fails("old format", str(folder)).hint
+    assert "then torch.save" in fails("old format", str(folder)).hint
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse")
