@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-from lowmem.config import QuantConfig
+from lowmem.config import BITS, QuantConfig
 
 INTERRUPTED = 130
 
@@ -21,9 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out", metavar="OUT", nargs="?", help="folder to create (default: in lowmem's cache, see lowmem list)"
     )
     quant = parser.add_argument_group("quantization")
-    quant.add_argument(
-        "--bits", type=int, choices=(8, 4, 3, 2), default=4, help="bits per weight (%(default)s)"
-    )
+    quant.add_argument("--bits", type=int, choices=BITS, default=4, help="bits per weight (%(default)s)")
     quant.add_argument(
         "--group-size",
         type=int,

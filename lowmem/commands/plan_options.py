@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lowmem.config import BITS
 from lowmem.plan.request import ModelRequest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -25,7 +26,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bits",
         type=int,
-        choices=(32, 16, 8, 4, 3, 2),
+        choices=(32, 16, *BITS),
         help="use a version with this many bits per weight (the best that fits)",
     )
     group.add_argument(

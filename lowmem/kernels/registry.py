@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lowmem.config import SLICE_WEIGHTS
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels.contract import Kernel, LinearSpec
+from lowmem.kernels.native.header import WIDTHS
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,8 @@ class Native(Kernel):
 
         if problem := _not_packed_on_cpu(spec, device):
             return problem
+        if spec.format and spec.format.bits not in WIDTHS:
+            return f"weights of {spec.format.bits} bits are not supported"
         return _odd_groups(spec) or library.why_not()
 
     def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from lowmem.convert.recipe import ConvertOptions
 from safetensors.torch import load_file
+from torch import nn
 
 from lowmem.checkpoint.dequantize import dequantize
 from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.verify.converted import verify
-from lowmem.config import QuantConfig, SamplingParams
+from lowmem.config import BITS, QuantConfig, SamplingParams
 from lowmem.errors import (
     ArchitectureError,
     CalibrationError,
@@ -28,9 +29,8 @@ from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadOptions, load
 from lowmem.session import Session
 from tests.convert.convert_helpers import quick_convert
-from tests.helpers import save_source, starchat_replica, tiny_model
+from tests.helpers import KINDS, save_source, starchat_replica, tiny_model
 
-FAMILIES = ["gpt_bigcode_mqa", "gpt_bigcode_mha", "llama", "starcoder2", "qwen2"]
 TOKENS = torch.arange(1, 65).view(2, 32) * 7 % 4000
 
 
@@ -39,8 +39,8 @@ def logits(model) -> torch.Tensor:
         return model(input_ids=TOKENS).logits
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("bits", BITS)
 def test_the_loaded_result_matches_its_dequantized_integers(family, bits, tmp_path):
     """The loaded checkpoint has the logits of transformers' model with dequantized weights.
 
@@ -61,7 +61,7 @@ def test_the_loaded_result_matches_its_dequantized_integers(family, bits, tmp_pa
         tuned = steps and parameter.dim() == 1 and name in stored and name.count(".") > 2
         parameter.data = stored[name].float() if tuned else parameter.data.half().float()
     quantized = {n: m for n, m in loaded.model.named_modules() if isinstance(m, QuantLinear)}
-    assert len(quantized) == 2 * (4 if "bigcode" in family else 7 if family in ("llama", "qwen2") else 6)
+    assert set(quantized) == {n for n, m in model.named_modules() if type(m) is nn.Linear and n != "lm_head"}
     for name, q in quantized.items():
         weight = dequantize(q)
         dense.get_submodule(name).weight.data = weight

@@ -14,6 +14,8 @@ CONTRACT = 6
 
 F32, F16, BF16 = 0, 1, 2
 
+WIDTHS = (8, 4, 3, 2)
+"""Bits of a packed weight that the kernels support."""
 TILE_OUTPUTS = 64
 """Outputs of a tile of the tiled layout."""
 DECODE_ROWS = 16

@@ -10,9 +10,8 @@ import torch
 
 from lowmem.checkpoint.dequantize import PackedLinear
 from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
-from lowmem.config import BITS
 from lowmem.kernels.contract import Unsuitable
-from lowmem.kernels.native.header import PAIRED, TILE_OUTPUTS, LmDense, LmMatrix, LmPacked
+from lowmem.kernels.native.header import PAIRED, TILE_OUTPUTS, WIDTHS, LmDense, LmMatrix, LmPacked
 from lowmem.kernels.native.library import TYPES, loaded, running, workspace
 
 PLANES = {torch.float32: 3, torch.float16: 2, torch.bfloat16: 2}
@@ -44,8 +43,6 @@ def planes_of(activation_bits: int) -> int:
             f"activations of {activation_bits} bits are not supported, only of {ACTIVATION_BITS}"
         )
     return _PLANES_BY_BITS[activation_bits]
-
-
 
 
 @dataclass(frozen=True)
@@ -121,7 +118,7 @@ class Packed:
         bits: int,
         group: int,
     ) -> None:
-        if bits not in BITS:
+        if bits not in WIDTHS:
             raise Unsuitable(f"weights of {bits} bits are not supported")
         words, self.out_features = qweight.shape
         self.in_features = words * 32 // bits
