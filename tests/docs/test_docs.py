@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ DOCUMENTS = sorted(
     [*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md"), *(REPO / "lowmem" / "data").rglob("*.md")]
 )
 IDS = [str(path.relative_to(REPO)) for path in DOCUMENTS]
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
 
 
 def blocks(path: Path, language: str) -> list[str]:
     """The fenced blocks of a document in a language."""
     text = path.read_text(encoding="utf-8")
-    return [body for found, body in _BLOCK.findall(text) if found == language]
+    return [textwrap.dedent(body) for _, found, body in _BLOCK.findall(text) if found == language]
 
 
 def command_lines(path: Path) -> list[str]:
