@@ -75,9 +75,10 @@ class Sequence:
         # A step without a draft is what its logits are defined by.
         rounding = output.rounding if self._draft else 0.0
         self._unclear = False
-        for row, logits in enumerate(output.logits[index]):
+        rows = output.logits[index]
+        for row in range(len(self._draft) + 1):
             with torch.inference_mode():  # not around the yield
-                chosen = self._sampler.choose_clear(logits, rounding)
+                chosen = self._sampler.choose_clear(rows[row], rounding)
             right = self._compare(row, chosen)
             if chosen is None:
                 self._unclear = True

@@ -68,7 +68,7 @@ class Slot(ABC):
         """How the rows are stored. Raises ValueError if layers differ, have no buffers yet or are packed."""
 
     @abstractmethod
-    def pointers(self) -> tuple[tuple[int, int], ...]:
+    def pointers(self) -> list[tuple[int, int]]:
         """The addresses of each layer's keys and values, stored as `layout` says."""
 
     @abstractmethod

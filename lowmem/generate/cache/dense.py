@@ -154,7 +154,7 @@ class DenseSlot(Slot):
 
     @property
     def length(self) -> int:
-        return min(layer.length for layer in self.layers)
+        return min([layer.length for layer in self.layers])
 
     @property
     def view(self) -> Cache:
@@ -173,8 +173,8 @@ class DenseSlot(Slot):
             raise ValueError("the KV cache's layers are not stored alike")
         return found.pop()
 
-    def pointers(self) -> tuple[tuple[int, int], ...]:
-        return tuple((layer.keys.data_ptr(), layer.values.data_ptr()) for layer in self.layers)  # type: ignore[union-attr]
+    def pointers(self) -> list[tuple[int, int]]:
+        return [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in self.layers]  # type: ignore[union-attr]
 
     def advance(self, count: int) -> None:
         for layer in self.layers:

@@ -68,19 +68,17 @@ class Decoder(ABC):
         """Append one id, or one id and its draft, to each sequence; returns the logits after every id."""
 
 
-@contextmanager
-def appending(feeds: Sequence[Feed]) -> Iterator[None]:
-    """Rewind all slots, run the block in inference mode, and commit the ids if it does not raise.
-
-    Raises ValueError for a feed without ids, or with more than its slot has room for.
-    """
+def rewind(feeds: Sequence[Feed]) -> None:
+    """Prepare the slots of a prefill or step. Raises ValueError for feeds that do not fit."""
     for feed in feeds:
         feed.slot.rewind()
-        free = feed.slot.capacity - feed.slot.length
+        free = feed.slot.capacity - len(feed.slot.tokens)
         if not 1 <= len(feed.ids) <= free:
             raise ValueError(f"{len(feed.ids)} tokens for a slot that has room for {free}")
-    with torch.inference_mode():
-        yield
+
+
+def commit(feeds: Sequence[Feed]) -> None:
+    """Record the ids of a prefill or step that has succeeded."""
     for feed in feeds:
         feed.slot.commit(feed.ids)
 

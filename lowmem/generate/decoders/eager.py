@@ -11,7 +11,7 @@ from torch import nn
 
 from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache.contract import Slot
-from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, appending
+from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, commit, rewind
 from lowmem.kernels.quant_linear import QuantLinear
 
 # A product of several rows may round differently from a product of one row. The gap between the two largest
@@ -45,13 +45,18 @@ class EagerDecoder(Decoder):
 
     def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
         """See `Decoder.prefill`."""
-        with appending(feeds):
-            return tuple(self.append(feed.slot, feed.ids, keep=1) for feed in feeds)
+        rewind(feeds)
+        with torch.inference_mode():
+            logits = tuple(self.append(feed.slot, feed.ids, keep=1) for feed in feeds)
+        commit(feeds)
+        return logits
 
     def step(self, feeds: Sequence[Feed]) -> StepOutput:
         """See `Decoder.step`."""
-        with appending(feeds):
+        rewind(feeds)
+        with torch.inference_mode():
             logits = tuple(self._step(feed.slot, feed.ids) for feed in feeds)
+        commit(feeds)
         return StepOutput(logits, _ROUNDING.get(logits[0].dtype, 0.0))
 
     def _step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:

@@ -26,8 +26,9 @@ from lowmem.generate.decoders.contract import (
     DecoderRefused,
     Feed,
     StepOutput,
-    appending,
+    commit,
     refusing,
+    rewind,
 )
 from lowmem.generate.decoders.eager import EagerDecoder
 
@@ -67,7 +68,7 @@ class _Window:
     """A step over the first rows of one slot."""
 
     view: FixedView
-    pointers: tuple[tuple[int, int], ...]
+    pointers: list[tuple[int, int]]
     """The slot's buffers when the step was captured."""
     run: Callable[[], torch.Tensor]
     """Decodes the id in the decoder's input; returns logits [1, vocab] of its own memory."""
@@ -116,8 +117,10 @@ class GraphDecoder(Decoder):
     def step(self, feeds: Sequence[Feed]) -> StepOutput:
         """See `Decoder.step`. Raises DecoderRefused, and ValueError for several ids of a feed."""
         known = len(self._windows)
-        with appending(feeds):
-            logits = tuple(self._step(feed.slot, feed.ids) for feed in feeds)
+        rewind(feeds)
+        with torch.inference_mode():
+            logits = tuple([self._step(feed.slot, feed.ids) for feed in feeds])
+        commit(feeds)
         return StepOutput(logits, timed=known == len(self._windows))
 
     def _step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:

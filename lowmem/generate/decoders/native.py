@@ -18,8 +18,9 @@ from lowmem.generate.decoders.contract import (
     DecoderRefused,
     Feed,
     StepOutput,
-    appending,
+    commit,
     refusing,
+    rewind,
 )
 from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.native_model import MAX_ROWS, BoundModel, NativeModel, why_not
@@ -49,8 +50,10 @@ class NativeDecoder(Decoder):
     def step(self, feeds: Sequence[Feed]) -> StepOutput:
         """See `Decoder.step`. Raises DecoderRefused, and ValueError for more than MAX_ROWS ids."""
         known = len(self._bound)
-        with appending(feeds):
-            logits = tuple(self._step(feed.slot, feed.ids) for feed in feeds)
+        rewind(feeds)
+        with torch.inference_mode():
+            logits = tuple([self._step(feed.slot, feed.ids) for feed in feeds])
+        commit(feeds)
         return StepOutput(logits, timed=known == len(self._bound))
 
     def _step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A GPTBigCode model as the C library reads it: the structures of csrc/step/step.h, filled from its modules."""
+"""A GPTBigCode model as the C library reads it: the structures of step.h, filled from its modules."""
 
 from __future__ import annotations
 

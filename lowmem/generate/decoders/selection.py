@@ -40,7 +40,7 @@ class SelectedDecoder(Decoder):
 
     def step(self, feeds: Sequence[Feed]) -> StepOutput:
         """See `Decoder.step`."""
-        if self.fast is not None and max(len(feed.ids) for feed in feeds) <= self.fast.max_rows:
+        if self.fast is not None and all(len(feed.ids) <= self.fast.max_rows for feed in feeds):
             try:
                 return self.fast.step(feeds)
             except Exception as error:  # whatever a kernel, a compiler or a captured graph raises
