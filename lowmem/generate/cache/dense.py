@@ -135,8 +135,11 @@ class _FixedLayer(CacheLayerMixin):
 class _DenseFixedView(FixedView):
     def __init__(self, layers: Sequence[_Layer], size: int) -> None:
         self._position = torch.zeros((), dtype=torch.long, device=layers[0].device)
+        rows = [_rows(layer) for layer in layers]
         super().__init__(
-            layers=[_FixedLayer(*(t[:, :, :size] for t in _rows(layer)), self._position) for layer in layers]
+            layers=[
+                _FixedLayer(keys[:, :, :size], values[:, :, :size], self._position) for keys, values in rows
+            ]
         )
 
     def seek(self, length: int) -> None:
