@@ -1,4 +1,4 @@
-"""Headless Chromium for tests that open a page, by the fixture `browser` (in conftest.py)."""
+"""Headless Chromium for tests that open a page. The fixture `browser` is registered in conftest.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = (
 
 
 def missing(what: str) -> None:
-    """Skip with what to do about it; in CI, where it has to be there, fail."""
+    """Skip the test and say what to install. In CI, where the browser is required, fail."""
     text = f"{what}: `pip install playwright` and `apt-get install chromium` to run this test"
     if os.environ.get("CI"):
         pytest.fail(text)

@@ -11,12 +11,11 @@ import torch
 from tests.chromium import browser  # noqa: F401  (a fixture)
 from tests.experiments.crash_helpers import spawner  # noqa: F401  (a fixture)
 
-# The matrices of tests are tiny: a second thread would only wait for the first, and badly so on a busy
-# machine.
+# The matrices of tests are tiny: a second thread costs more than it saves, above all on a busy machine.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _random_numbers_of_its_own():
-    """A test draws the same numbers whatever ran before it."""
+def _seed_random_numbers():
+    """Seed every test, so that its random numbers do not depend on the tests before it."""
     torch.manual_seed(0)

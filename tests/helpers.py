@@ -1,7 +1,7 @@
 """Small models and source checkpoints that many tests share.
 
-Nothing here is a pretend checkpoint: each is a real transformers model, written the way the hub's
-repositories are, so that transformers itself can read it back as the oracle.
+Each checkpoint is a real transformers model in the layout of a hub repository, so that transformers itself
+can read it and serve as the oracle.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def tiny_model(
 ) -> Any:
     """A random transformers model of `kind` (one of KINDS), in eval mode, on the CPU.
 
-    Every linear's input is a multiple of 32 when `hidden` is. llama and qwen2 have grouped queries
-    (heads // 2 KV heads) and an untied head unless `tied` says otherwise; the others are tied. All
-    parameters are random, biases and norms too, and the logits spread by a few nats, so that a
-    tensor that is swapped, transposed or forgotten shows in the output. Token 0 is bos and eos.
+    If `hidden` is a multiple of 32, so is the input of every linear. llama and qwen2 use grouped-query
+    attention (heads // 2 KV heads) and an untied head unless `tied` is given; the others tie the head.
+    All parameters are random, biases and norms included, and the logits spread over a few nats, so a
+    swapped, transposed or missing tensor changes the output. Token 0 is bos and eos.
     """
     from transformers import AutoModelForCausalLM
 
@@ -128,11 +128,11 @@ def save_source(
     duplicate_head: bool = False,
     tokenizer: bool = True,
 ) -> Path:
-    """Write `model` as the hub's repositories are; returns `folder`.
+    """Write `model` in the layout of a hub repository; returns `folder`.
 
-    format: "safetensors" or "bin" (torch.save, as StarChat Alpha is published). dtype: of the
-    stored tensors (the model's own unless given). duplicate_head: store a tied head once more.
-    The tokenizer is tiny-starchat's: give the model a vocabulary of at least 4096 tokens.
+    format: "safetensors" or "bin" (torch.save, as StarChat Alpha is published). dtype: of the stored
+    tensors; the default is the model's own. duplicate_head: store a tied head a second time.
+    The tokenizer is tiny-starchat's, so the model needs a vocabulary of at least 4096 tokens.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def save_source(
         tensors.pop("lm_head.weight", None)
         if duplicate_head:
             tensors["lm_head.weight"] = tensors[embedding_name(model)].clone()
-    # save_pretrained of the config writes the architectures and the dtype as upstream does.
+    # The config's save_pretrained writes the architectures and the dtype, as upstream files do.
     stored = next(iter(tensors.values())).dtype
     model.config.architectures = [type(model).__name__]
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -166,7 +166,7 @@ def embedding_name(model: Any) -> str:
 def write_weights(
     tensors: Mapping[str, torch.Tensor], folder: Path, *, format: str = "safetensors", shards: int = 1
 ) -> None:
-    """Write shards of about equal size in the given order, and the index when there are several."""
+    """Write shards of about equal size in the given order, with an index if there are several."""
     from safetensors.torch import save_file
 
     stem, suffix = ("model", "safetensors") if format == "safetensors" else ("pytorch_model", "bin")
@@ -174,7 +174,7 @@ def write_weights(
     groups: list[dict[str, torch.Tensor]] = [{} for _ in range(shards)]
     done, shard = 0, -1
     for position, (name, tensor) in enumerate(tensors.items()):
-        # By bytes, but no shard stays empty although one table may outweigh the rest.
+        # Split by bytes, but leave no shard empty: one table may be larger than all other tensors.
         left = len(tensors) - position
         shard = max(min(done * shards // max(total, 1), shard + 1, shards - 1), shards - left)
         groups[shard][name] = tensor.contiguous()
@@ -199,8 +199,8 @@ def starchat_replica(
     """A random checkpoint in StarChat Alpha's exact layout at small dimensions; returns `folder`.
 
     Four float16 pickle shards with an index, a stored copy of the tied head, 49156 tokens with the
-    dialogue tokens last, the config's old spelling (`torch_dtype`, inference fields), a
-    generation_config that knows only token 0, and the card with its licence.
+    dialogue tokens last, a config with the old keys (`torch_dtype`, inference fields), a
+    generation_config with only token 0, and a model card with the licence.
     """
     model = tiny_model(
         "gpt_bigcode_mqa",
@@ -245,7 +245,7 @@ def write_starchat_tokenizer(folder: Path) -> None:
     vocab: dict[str, int] = data["model"]["vocab"]
     ids = {name: first + i for i, name in enumerate(DIALOGUE_TOKENS)}
     for number in range(len(vocab), first):
-        vocab[f"<filler_{number}>"] = number  # no merge makes it, so no text encodes to it
+        vocab[f"<filler_{number}>"] = number  # no merge produces it, so no text encodes to it
     for token in data["added_tokens"]:
         token["id"] = ids.get(token["content"], token["id"])
     (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
@@ -255,7 +255,7 @@ def write_starchat_tokenizer(folder: Path) -> None:
 
 
 def fails(match: str, *args: Any, **options: Any) -> SourceError:
-    """The SourceError that open_source must raise: of one line, with `match` in it."""
+    """Return the SourceError that open_source must raise: a single line that matches `match`."""
     with pytest.raises(SourceError, match=match) as caught:
         open_source(*args, **options)
     assert "\n" not in str(caught.value)

@@ -1,6 +1,6 @@
-"""A GPTQ checkpoint by round-to-nearest: what the runtime's tests read.
+"""A GPTQ checkpoint quantized by round-to-nearest, for the tests of the runtime.
 
-Written with nothing of the converter, so that reading is tested against a second writer.
+It uses no code of the converter, so the reader is tested against an independent writer.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Rtn:
     g_idx: torch.Tensor
 
     def weight(self) -> torch.Tensor:
-        """The float32 weight [out, in] that they stand for."""
+        """The dequantized float32 weight [out, in]."""
         rows = self.g_idx.long()
         return ((self.q.float() - self.zeros.float()[rows]) * self.scales.float()[rows]).T.contiguous()
 
 
 def rtn(weight: torch.Tensor, bits: int, group_size: int, *, act_order_seed: int | None = None) -> Rtn:
-    """weight [out, in] rounded to nearest, asymmetric; act_order_seed: columns in random groups."""
+    """Round weight [out, in] to nearest, asymmetric. act_order_seed: assign columns to random groups."""
     columns = weight.shape[1]
     size = columns if group_size == -1 else group_size
     g_idx = torch.arange(columns) // size
@@ -56,7 +56,7 @@ def rtn(weight: torch.Tensor, bits: int, group_size: int, *, act_order_seed: int
 
 
 def layer_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of the decoder layers, by name: all but the head."""
+    """The linears of the decoder layers by name, without the head."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -75,9 +75,9 @@ def write_rtn_checkpoint(
     act_order_seed: int | None = None,
     tokenizer: bool = True,
 ) -> Any:
-    """Write `model` quantized into `folder`, and put the dequantized weights into `model` itself.
+    """Write `model` quantized into `folder`, and replace the weights of `model` by the dequantized ones.
 
-    After it, `model` is the oracle for what a reader of the folder must compute.
+    Afterwards `model` is the oracle for a reader of the folder.
     """
     save_source(model, folder, tokenizer=tokenizer)
     (folder / "model.safetensors").unlink()
@@ -106,7 +106,7 @@ def write_rtn_checkpoint(
 
 
 def save_shards(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
-    """Safetensors in `folder`: one file, or `shards` of them with an index."""
+    """Write safetensors into `folder`: one file, or `shards` files and an index."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

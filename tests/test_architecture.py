@@ -1,4 +1,4 @@
-"""The house's one rule of traffic: a room imports from the rooms before it, never back."""
+"""A package imports only from packages of a lower rank, and no file runs untrusted data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# A room may import from itself and from rooms of a lower rank.
+# A package may import from itself and from packages of a lower rank.
 RANKS = {
     "lowmem": 0,
     "lowmem.errors": 0,
@@ -45,7 +45,7 @@ def module_of(path: Path) -> str:
 
 
 def room_of(module: str) -> str:
-    """`lowmem.checkpoint.packing` → `lowmem.checkpoint`; the longest room of RANKS that it lies in."""
+    """`lowmem.checkpoint.packing` → `lowmem.checkpoint`; the longest entry of RANKS that contains it."""
     parts = module.split(".")
     room = ".".join(parts[:2])
     return ".".join(parts[:3]) if room == "lowmem.benchmarks" and parts[2:3] == ["experiments"] else room
@@ -64,30 +64,30 @@ def imports_of(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     own = room_of(module_of(path))
-    assert own in RANKS, f"{own} is a new room: give it a rank here and a place in ARCHITECTURE.md"
+    assert own in RANKS, f"{own} is new: give it a rank here and an entry in ARCHITECTURE.md"
     for name in imports_of(path):
         other = room_of(name)
         assert other == own or RANKS[other] < RANKS[own], f"{path.name} of {own} imports {name}"
 
 
-def test_every_room_is_in_the_picture():
+def test_every_package_is_in_architecture_md():
     picture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     for path in FILES:
         if path.name != "__init__.py":
             assert path.name in picture, f"{path.name} is missing in ARCHITECTURE.md"
 
 
-def test_no_pickle_but_torchs_own_safe_loading():
-    """Nothing untrusted is executed: no pickle, no eval, no remote code anywhere."""
+def test_no_source_executes_untrusted_data():
+    """Nothing untrusted is executed: the sources use no pickle, no eval and no remote code."""
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 assert not {"marshal", "shelve", "dill", "cloudpickle"} & {a.name for a in node.names}, path
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
-                assert node.attr == "UnpicklingError", path  # torch's refusal; nothing is unpickled by us
+                assert node.attr == "UnpicklingError", path  # the error of torch's restricted unpickler
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                # One place runs generated code, and nothing else: behind benchmarks/humaneval/lockdown.py.
+                # Only the HumanEval sandbox runs generated code, behind benchmarks/humaneval/lockdown.py.
                 assert name not in ("eval", "exec") or path.name == "sandbox_child.py", path
                 if name == "torch.load":
                     flags = {k.arg: ast.unparse(k.value) for k in node.keywords}

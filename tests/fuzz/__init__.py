@@ -1,1 +1,1 @@
-"""Hostile checkpoints: what anybody may have put into a folder, and what must come of it."""
+"""Hostile checkpoints: every command must refuse them with one clear line."""

@@ -2,13 +2,13 @@
 
     python -m tests.fuzz.coverage_guided SECONDS CORPUS TARGET...
 
-CORPUS is a folder of inputs, one in it for each target: it is made if it is not there, begins with the
-target's seeds, and keeps every input that reached something new, so that a later run goes on from there.
-Prints a line of JSON a target: executions, edges reached in lowmem's own code, and the input that broke
-something, if one did. Exit code 1 if one did.
+CORPUS holds one folder of inputs for each target. A missing folder is created with the target's seeds. Inputs
+that reach new code are kept, so a later run continues from them.
+Prints one line of JSON for each target: executions, edges reached in lowmem's own code, and the failing
+input, if there was one. In that case the exit code is 1.
 
-The fuzzer runs in a process of its own, for libFuzzer ends its process; at most 3 GiB of memory, and two
-minutes an input.
+The fuzzer runs in a separate process, because libFuzzer ends its process. Limits: 3 GiB of memory, and two
+minutes for each input.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a run came to. edges: libFuzzer's `cov`. features: its `ft`. fault: the file with the input that
-    broke something, and the last lines of its traceback; empty when none did."""
+    """The result of a run. edges: libFuzzer's `cov`. features: its `ft`. fault: the file with the failing
+    input and the last lines of its traceback; empty if nothing failed."""
 
     target: str
     seconds: int
@@ -105,9 +105,9 @@ class Run:
 
 
 def fuzz(targets: Sequence[str], seconds: int, corpus: Path) -> list[Run]:
-    """Fuzz each target for so many seconds, one after another, beginning with its seeds and `corpus`/TARGET.
+    """Fuzz the targets one after another, each for `seconds`, starting from its seeds and `corpus`/TARGET.
 
-    What is imported takes seconds, so one process does it and forks."""
+    Imports take seconds, so one process imports everything and forks for each target."""
     for target in targets:
         (corpus / target).mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -149,7 +149,7 @@ def _parse(target: str, seconds: int, corpus: Path, code: int) -> Run:
 
 
 def _child(seconds: str, corpus: Path, targets: Sequence[str]) -> None:
-    """Imports lowmem's modules instrumented, and forks for every target."""
+    """Import lowmem's modules with instrumentation, and fork for each target."""
     import atheris
 
     with atheris.instrument_imports(include=["lowmem"]):
@@ -172,7 +172,7 @@ def _become_libfuzzer(atheris: Any, fuzz_targets: Any, target: str, seconds: str
         for data in fuzz_targets.seeds_of(target):
             (corpus / hashlib.sha1(data).hexdigest()).write_bytes(data)
             if function:
-                function(data)  # what is imported, and the sound checkpoint, count for no input's time
+                function(data)  # do not charge imports and the valid checkpoint to an input's time
         words = corpus.with_name(corpus.name + ".dict")
         lines = [re.sub(r'(["\\])', r"\\\1", word) for word in _WORDS.get(target, ())]
         words.write_text("".join(f'"{line}"\n' for line in lines))
@@ -181,7 +181,7 @@ def _become_libfuzzer(atheris: Any, fuzz_targets: Any, target: str, seconds: str
             f"-max_total_time={seconds}",
             f"-rss_limit_mb={MEMORY_MIB}",
             f"-timeout={INPUT_SECONDS}",
-            f"-report_slow_units={INPUT_SECONDS}",  # by the clock, so a busy machine alone makes slow ones
+            f"-report_slow_units={INPUT_SECONDS}",  # wall time: a busy machine would report inputs as slow
             f"-max_len={MAX_LENGTH.get(target, 1 << 14)}",
             f"-artifact_prefix={corpus}.",
             "-print_final_stats=1",
@@ -191,7 +191,7 @@ def _become_libfuzzer(atheris: Any, fuzz_targets: Any, target: str, seconds: str
         atexit.register(fuzz_targets.clean_up)
         atheris.Setup([sys.argv[0], *options], function or fuzz_targets.broken)
         atheris.Fuzz()
-    except Exception:  # not the SystemExit by which Fuzz ends: on its way libFuzzer keeps the input
+    except Exception:  # not SystemExit, which ends Fuzz; libFuzzer saves the input on the way
         traceback.print_exc()
         os._exit(1)
 
@@ -209,7 +209,7 @@ def main() -> int:
     parser.add_argument("targets", metavar="TARGET", nargs="+")
     args = parser.parse_args()
     faults = 0
-    for target in args.targets:  # one by one: a line as soon as there is one
+    for target in args.targets:  # one call for each target, so that each line is printed at once
         (run,) = fuzz([target], args.seconds, args.corpus)
         print(
             json.dumps({name: value for name, value in asdict(run).items() if name != "traceback"}),

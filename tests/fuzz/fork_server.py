@@ -1,10 +1,10 @@
-"""`lowmem` command lines on hostile folders, each in a fork of its own, watched and limited.
+"""Run `lowmem` command lines on hostile folders, each in its own monitored fork with limits.
 
-A process imports torch and transformers once and forks for every case, so a case costs milliseconds although
-it may be killed, run out of memory or be cut off. What a fork does is watched by an audit hook: files opened,
-names looked up in pickles, programs started, connections made.
+One process imports torch and transformers and forks for every case. A case then costs milliseconds, even if
+it is killed, runs out of memory or exceeds its time. An audit hook records what a fork does: opened files,
+names looked up in pickles, started programs, connections.
 
-    python -m tests.fuzz.fork_server      reads cases as lines of JSON, writes an outcome a line
+    python -m tests.fuzz.fork_server      read cases as lines of JSON, write one outcome per line
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from typing import Any
 from tests.helpers import REPO
 
 MEMORY = 1 << 30
-"""Bytes of address space that a case may take beyond what the imports have taken."""
+"""Bytes of address space that a case may add to what the imports use."""
 SECONDS = 20
-"""Of processor time until a case is cut off; what is expected is one or two. Ten times that by the clock."""
+"""Limit of CPU time in seconds; a case should take one or two. The limit of wall time is ten times as
+long."""
 _TEXT = 100_000
 _CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.symlink", "os.link")
 _NEVER = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "socket.connect")
@@ -37,11 +38,11 @@ _NEVER = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "subpro
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one command line.
+    """The result of one command line.
 
-    code: its exit code; None where an exception left main (`stderr` has the traceback) or a signal ended it.
-    signal: that ended it, or 0. events: what it did that no command may: see `_watch`. seconds, peak: time,
-    and bytes that its resident memory grew by.
+    code: the exit code; None if an exception left main (`stderr` has the traceback) or a signal ended it.
+    signal: the signal that ended it, or 0. events: forbidden actions, see `_watch`. seconds: its time.
+    peak: growth of its resident memory in bytes.
     """
 
     code: int | None
@@ -80,7 +81,7 @@ class ForkServer:
         )
 
     def run(self, arguments: list[str], root: Path) -> Outcome:
-        """One command line, without the word lowmem; it may write below `root` only, and read nothing in
+        """Run one command line, given without "lowmem". It may write only below `root`, and may not read
         `root`/outside."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps([arguments, str(root)]) + "\n")
@@ -98,7 +99,7 @@ class ForkServer:
 
 @contextlib.contextmanager
 def fork_server(home: Path) -> Iterator[ForkServer]:
-    """A server whose commands have their caches below `home`."""
+    """A server whose commands keep their caches below `home`."""
     home.mkdir(parents=True, exist_ok=True)
     server = ForkServer(home)
     try:
@@ -107,7 +108,7 @@ def fork_server(home: Path) -> Iterator[ForkServer]:
         server.close()
 
 
-# ---- in the process that forks
+# ---- in the forking process
 
 
 def _serve() -> None:
@@ -188,16 +189,16 @@ def _child(arguments: list[str], root: str, out: int, err: int, seen: int) -> No
 
 
 def _watch(root: str, seen: int) -> None:
-    """Note what no command may do to a hostile folder: a line of `seen` each.
+    """Write a line to `seen` for each action that no command may take on a hostile folder.
 
-    That is: to open a file in `root`/outside, to write where neither the case nor a cache lies, and every
-    event of `_NEVER`. (Nothing of it is prevented.)
+    These are: opening a file in `root`/outside, writing outside of the case's folder and the caches, and
+    every event of `_NEVER`. The actions are recorded, not prevented.
     """
     outside = os.path.join(os.path.realpath(root), "outside")
     allowed = (os.path.realpath(root), os.environ["HOME"], tempfile.gettempdir(), "/dev", "/proc/self")
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "subprocess.Popen" and args[0] == "uname":  # the standard library's own, in `platform`
+        if event == "subprocess.Popen" and args[0] == "uname":  # from the standard library's `platform`
             return
         if event in _NEVER:
             note(f"{event} {args!r:.200}")

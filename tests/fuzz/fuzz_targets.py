@@ -1,7 +1,8 @@
-"""What is fuzzed, one function a format: bytes in, and nothing comes out but a `LowmemError` of one line.
+"""Fuzz targets, one function for each format. A target takes bytes and may raise only a one-line
+`LowmemError`.
 
-Both ways of fuzzing call these: Hypothesis in test_formats.py, libFuzzer in coverage_guided.py. Whatever else
-is raised is a fault of ours. The files lie in one folder of the process, and a target leaves it as it was.
+Hypothesis (test_formats.py) and libFuzzer (coverage_guided.py) both call these functions. Any other exception
+is a bug. All files are in one folder of the process, and a target restores the folder.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def workspace() -> Path:
 
 @cache
 def sound(kind: str) -> Path:
-    """A checkpoint of `kind` to put one hostile file into; see seeds.py."""
+    """A valid checkpoint of `kind`, in which a target replaces one file; see seeds.py."""
     from tests.fuzz.seeds import copy_seed
 
     return copy_seed(kind, workspace() / kind)
@@ -58,7 +59,7 @@ def sound(kind: str) -> Path:
 
 @contextlib.contextmanager
 def one_line_at_most() -> Iterator[None]:
-    """Lets a LowmemError pass if it is a line that a terminal can show."""
+    """Ignore a LowmemError whose message is one printable line."""
     try:
         yield
     except LowmemError as error:
@@ -68,7 +69,7 @@ def one_line_at_most() -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(path: Path, data: bytes) -> Iterator[Path]:
-    """The file with other contents, and as it was afterwards."""
+    """Replace the contents of the file, and restore them afterwards."""
     before = path.read_bytes() if path.exists() else None
     path.write_bytes(data)
     try:
@@ -84,7 +85,7 @@ def replaced(path: Path, data: bytes) -> Iterator[Path]:
 
 
 def safetensors(data: bytes) -> None:
-    """A whole safetensors file: what is read lies in it."""
+    """A whole safetensors file: all tensors must be inside the file."""
     with replaced(workspace() / "x.safetensors", data) as path, one_line_at_most():
         header = read_header(path)
         assert sum(stored.end - stored.begin for stored in header.tensors.values()) <= len(data)
@@ -93,18 +94,18 @@ def safetensors(data: bytes) -> None:
 
 
 def bin_file(data: bytes) -> None:
-    """A whole file of torch.save's: a description that torch agrees with, or none."""
+    """A whole file of torch.save: our description must agree with torch, or the file is refused."""
     with replaced(workspace() / "pytorch_model.bin", data) as path, one_line_at_most():
         _both_readers(path, len(data))
 
 
 def bin_pickle(data: bytes) -> None:
-    """The pickle in such a file, all checksums right; there is one storage of 64 bytes."""
+    """The pickle inside such a file, with correct checksums and one storage of 64 bytes."""
     bin_file(shard_of(data))
 
 
 def shard_of(pickled: bytes) -> bytes:
-    """The file around a pickle."""
+    """Build the file that contains the pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for name, content in (
@@ -127,7 +128,7 @@ def _both_readers(path: Path, size: int) -> None:
 
 
 def gguf(data: bytes) -> None:
-    """A whole GGUF, up to where transformers would see it."""
+    """A whole GGUF file, through our own checks before transformers reads it."""
     with replaced(workspace() / "x.gguf", data) as path, one_line_at_most():
         header = read_gguf_header(path)
         assert all(
@@ -140,7 +141,7 @@ def gguf(data: bytes) -> None:
 
 
 def gguf_model(data: bytes) -> None:
-    """A GGUF through transformers' own support: config, names, the tokenizer and every tensor."""
+    """A GGUF file through transformers' GGUF support: config, names, tokenizer and every tensor."""
     with replaced(workspace() / "model.gguf", data) as path, one_line_at_most():
         source = open_source(str(path))
         for name in source.infos:
@@ -149,7 +150,8 @@ def gguf_model(data: bytes) -> None:
 
 
 def config(data: bytes) -> None:
-    """config.json beside sound weights: the plan's reading, transformers' config, and a model on meta."""
+    """config.json beside valid weights: the plan's shape, transformers' config, and a model on the meta
+    device."""
     folder = sound("source")
     with replaced(folder / "config.json", data), one_line_at_most():
         read_config_json(folder)
@@ -159,7 +161,8 @@ def config(data: bytes) -> None:
 
 
 def quantization(data: bytes) -> None:
-    """quantization_config in the config.json of packed weights, and alone as auto-gptq had it."""
+    """quantization_config in the config.json of packed weights, and in a separate file as auto-gptq writes
+    it."""
     folder = sound("packed")
     try:
         value = json.loads(data)
@@ -179,7 +182,7 @@ def quantization(data: bytes) -> None:
 
 
 def index(data: bytes) -> None:
-    """The index of shards: both readers say the same."""
+    """The index of shards: both readers must agree."""
     folder = sound("source")
     with replaced(folder / INDEX, data), one_line_at_most():
         found = tensor_headers(folder)
@@ -189,7 +192,7 @@ def index(data: bytes) -> None:
 
 
 def tokenizer(data: bytes) -> None:
-    """tokenizer.json, and all that is asked of the tokenizer, an answer's text included."""
+    """tokenizer.json, and every use of the tokenizer, including the text stream of an answer."""
     _tokenizer("tokenizer.json", data)
 
 
@@ -218,30 +221,30 @@ def _tokenizer_of_ours() -> Any:
 
 
 def template(data: bytes) -> None:
-    """A chat template: it may raise what it likes, and end when it ends, but within its limits."""
+    """A chat template: it may raise any Exception, but must stay within its limits of time and memory."""
     made = _tokenizer_of_ours()
     made.chat_template = data.decode("utf-8", "replace")
-    # Whoever renders it catches every Exception; sought is what is none: a crash, or no end.
+    # Callers catch every Exception. This looks for crashes and endless loops.
     with contextlib.suppress(Exception):
         apply_template(made, MESSAGES, add_generation_prompt=True, sanitize_control_tokens=True)
 
 
 def manifest(data: bytes) -> None:
-    """lowmem-manifest.json: every name in it is one of a file in the folder."""
+    """lowmem-manifest.json: every name in it must be the plain name of a file in the folder."""
     with replaced(workspace() / "lowmem-manifest.json", data), one_line_at_most():
         for name in read_manifest(workspace()) or ():
             assert (workspace() / name).parent == workspace() and "/" not in name
 
 
 def card(data: bytes) -> None:
-    """A model card's licence."""
+    """The licence in a model card."""
     with replaced(workspace() / "README.md", data) as path:
         found = license_of_card(path)
         assert found is None or (found.isprintable() and len(found) <= 100)
 
 
 def broken(data: bytes) -> None:
-    """No target: by this the fuzzer itself is tested."""
+    """Not a real target: it fails on purpose, to test the fuzzer itself."""
     if data[:1] == b"x":
         raise RuntimeError("broken on purpose")
 
@@ -265,11 +268,11 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     )
 }
 
-# ---- what they begin with
+# ---- seeds
 
 
 def seeds_of(target: str) -> list[bytes]:
-    """Sound inputs of a target, by the writers that everyone uses."""
+    """Valid inputs of a target, written by the usual libraries."""
     from tests.fuzz import seeds
 
     if target == "broken":
@@ -304,7 +307,7 @@ def seeds_of(target: str) -> list[bytes]:
 
 
 def clean_up() -> None:
-    """Remove this process' folder."""
+    """Remove the folder of this process."""
     shutil.rmtree(workspace(), ignore_errors=True)
     for cached in (workspace, sound):
         cached.cache_clear()

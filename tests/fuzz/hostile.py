@@ -1,4 +1,4 @@
-"""How hostile folders are made: a name, a sound beginning, and what is changed in a copy of it."""
+"""Hostile folders: each case has a name, a valid checkpoint, and a change to a copy of it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lowmem.checkpoint.headers.safetensors import read_header
 INDEX = "model.safetensors.index.json"
 DEEP = "[" * 200_000
 MANY = "{}," * 3_000_000
-"""Of these JSON makes a hundred bytes each."""
+"""Each number takes about a hundred bytes of memory once parsed."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """change(folder): what is done to a copy of the seed `base`; `outside_of(folder)` is out of bounds.
+    """A change to a copy of the seed `base`, made by change(folder). `outside_of(folder)` must not be read.
 
-    harmless: commands that may work all the same, because what is hostile does not concern them.
+    harmless: commands that may succeed, because they do not use the changed part.
     """
 
     name: str
@@ -39,7 +39,7 @@ ALL = ("plan", "verify", "run", "convert")
 
 
 def case(name: str, base: str, harmless: tuple[str, ...] = ()) -> Callable[[Any], Any]:
-    """Decorates what changes the folder."""
+    """Decorator: add the function, which changes the folder, as a case."""
 
     def add_it(change: Callable[[Path], None]) -> Callable[[Path], None]:
         add(name, base, change, harmless)
@@ -56,15 +56,16 @@ def add(name: str, base: str, change: Callable[[Path], Any], harmless: tuple[str
 def tensors(
     name: str, base: str, change: Callable[[dict[str, torch.Tensor]], Any], harmless: tuple[str, ...] = ()
 ) -> None:
-    """A case in which tensors are added or take the place of others: `change` gives them."""
+    """Add a case that adds or replaces the tensors returned by `change`."""
     add(name, base, lambda f: edit_tensors(f, lambda found: found.update(change(dict(found)))), harmless)
 
 
-# ---- how files are changed
+# ---- changes to files
 
 
 def outside_of(folder: Path) -> Path:
-    """What no command may look into; no sibling of the model, for those may be other forms of it."""
+    """The folder that no command may read. It is not beside the model, where versions of it are looked
+    for."""
     return folder.parent.parent / "outside"
 
 
@@ -75,12 +76,12 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def config(name: str, base: str, harmless: tuple[str, ...] = (), **changes: Any) -> None:
-    """A case in which keys of config.json are others."""
+    """Add a case that changes keys of config.json."""
     add(name, base, lambda f: edit_json(f / "config.json", **changes), harmless)
 
 
 def quantization(name: str, harmless: tuple[str, ...] = (), **changes: Any) -> None:
-    """A case in which keys of quantization_config are others."""
+    """Add a case that changes keys of quantization_config."""
 
     def change(folder: Path) -> None:
         found = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -90,18 +91,18 @@ def quantization(name: str, harmless: tuple[str, ...] = (), **changes: Any) -> N
 
 
 def tokenizer_config(name: str, harmless: tuple[str, ...] = (), base: str = "source", **changes: Any) -> None:
-    """A case in which keys of tokenizer_config.json are others."""
+    """Add a case that changes keys of tokenizer_config.json."""
     add(name, base, lambda f: edit_json(f / "tokenizer_config.json", **changes), harmless)
 
 
 def text(name: str, base: str, file: str, content: str | bytes, harmless: tuple[str, ...] = ()) -> None:
-    """A case in which a file has another content."""
+    """Add a case that replaces the content of a file."""
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     add(name, base, lambda f: (f / file).write_bytes(data), harmless)
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-    """Write a safetensors file again with another header; the data stay."""
+    """Rewrite the header of a safetensors file and keep the data."""
     blob = path.read_bytes()
     end = 8 + int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8:end])
@@ -110,7 +111,7 @@ def edit_header(path: Path, change: Callable[[dict[str, Any]], dict[str, Any] | 
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Read all safetensors, change the dictionary, and write one file."""
+    """Read all safetensors files, change the dictionary of tensors, and write one file."""
     tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(path))
@@ -121,7 +122,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]
 
 
 def grow(folder: Path, name: str, shape: list[int], dtype: str, itemsize: int) -> None:
-    """A tensor of any size whose bytes are a hole in the file."""
+    """Give a tensor any size; its bytes are a hole in the file."""
     edit_tensors(folder, lambda tensors: None)
     path = folder / "model.safetensors"
 
@@ -147,12 +148,12 @@ def grow(folder: Path, name: str, shape: list[int], dtype: str, itemsize: int) -
 
 
 def first_shard(folder: Path) -> Path:
-    """The shard that is first by name."""
+    """The first shard by name."""
     return min(path for path in folder.iterdir() if "00001-of" in path.name)
 
 
 def move_outside(folder: Path, name: str, *, away: str = "") -> None:
-    """Put a file into the folder outside, and a link to it where it was."""
+    """Move a file to the folder outside, and leave a link to it."""
     target = outside_of(folder) / (away or name)
     target.parent.mkdir(exist_ok=True)
     (folder / name).rename(target)

@@ -1,4 +1,4 @@
-"""Folders that somebody made to do harm, or that bad luck made: all of them."""
+"""All hostile folders: malicious ones and damaged ones."""
 
 from tests.fuzz import hostile_texts, hostile_weights
 from tests.fuzz.hostile import CASES, Case

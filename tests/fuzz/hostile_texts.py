@@ -1,4 +1,4 @@
-"""Hostile folders: links, indexes, configs, code that comes along, tokenizers, quantization_config."""
+"""Hostile folders: links, indexes, configs, bundled code, tokenizers, quantization_config."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ add(
     "packed",
     lambda f: index_entry(f, **{"a\ud800\x1b[2J\nb": "model-00001-of-00002.safetensors"}),
 )
-text("the index is deep", "source", INDEX, DEEP)
-text("packed: the index is deep", "packed", INDEX, DEEP)
+text("the index is deeply nested", "source", INDEX, DEEP)
+text("packed: the index is deeply nested", "packed", INDEX, DEEP)
 text(
-    "the index is a list of lists without end",
+    "the index is many nested lists",
     "source",
     INDEX,
     '{"weight_map": [' + "[]," * 3_000_000 + "[]]}",
@@ -117,12 +117,12 @@ text(
 text("config.json is empty", "source", "config.json", "")
 text("config.json is deep", "source", "config.json", DEEP)
 text("config.json is huge", "source", "config.json", '{"a": [' + MANY + "{}]}")
-text("config.json is no UTF-8", "packed", "config.json", b"\xff\xfe{}")
-text("config.json is a number of many digits", "source", "config.json", '{"n_layer": ' + "9" * 5000 + "}")
-config("a model type that is no text", "source", ("plan",), model_type=["gpt_bigcode"])
-config("a model type that nobody knows", "source", ("plan",), model_type="evil\x1b[2J\n")
-config("a model type of no language model", "source", ("plan",), model_type="vit")
-config("a model type that is a path", "source", ("plan",), model_type="../../outside/evil")
+text("config.json is not UTF-8", "packed", "config.json", b"\xff\xfe{}")
+text("config.json has a number of 5000 digits", "source", "config.json", '{"n_layer": ' + "9" * 5000 + "}")
+config("the model type is a list", "source", ("plan",), model_type=["gpt_bigcode"])
+config("an unknown model type", "source", ("plan",), model_type="evil\x1b[2J\n")
+config("the model type of a vision model", "source", ("plan",), model_type="vit")
+config("the model type is a path", "source", ("plan",), model_type="../../outside/evil")
 for _number in (
     0,
     -1,
@@ -152,42 +152,44 @@ for _number in (
         "head_dim",
     ):
         config(f"packed: {_key} {str(_number)[:20]!r}", "packed", ALL, **{_key: _number})
-config("heads that do not divide the width", "source", ("plan",), n_head=7)
-config("an activation that nobody knows", "source", ("plan",), activation_function="os.system")
-config("an activation that is no text", "source", ("plan",), activation_function={"a": 1})
-config("an attention that would be fetched", "source", ALL, attn_implementation="kernels-community/evil")
+config("the heads do not divide the width", "source", ("plan",), n_head=7)
+config("an unknown activation", "source", ("plan",), activation_function="os.system")
+config("the activation is an object", "source", ("plan",), activation_function={"a": 1})
 config(
-    "an attention that would be fetched, inside",
+    "an attention implementation from the hub", "source", ALL, attn_implementation="kernels-community/evil"
+)
+config(
+    "an attention implementation from the hub, in a nested config",
     "source",
     ALL,
     _attn_implementation="kernels-community/evil",
     _attn_implementation_internal="kernels-community/evil",
 )
 config(
-    "packed: an attention that would be fetched",
+    "packed: an attention implementation from the hub",
     "packed",
     ALL,
     _attn_implementation="kernels-community/evil",
     attn_implementation="kernels-community/evil",
 )
 config(
-    "rope of a kind that nobody knows",
+    "an unknown rope type",
     "packed",
     ("plan",),
     rope_parameters={"rope_type": "evil", "rope_theta": 1},
 )
 config("rope with zeros", "packed", ALL, rope_parameters={"rope_type": "yarn", "rope_theta": 0, "factor": 0})
-config("rope that is no object", "packed", ALL, rope_parameters=[1, 2], rope_scaling="x")
-config("a dtype that is none", "packed", ALL, dtype="../evil", torch_dtype=7)
-config("a text config inside", "source", text_config={"n_embd": -1, "model_type": "llama"})
-config("a text config that is a list", "source", ALL, text_config=[1])
-config("a tied head that is no truth", "source", ALL, tie_word_embeddings="maybe")
-config("eos that is no number", "packed", ALL, eos_token_id=["a", {"b": 1}, -5, 10**30])
-config("packed: activation nobody knows", "packed", ("plan",), hidden_act="evil")
+config("rope is a list", "packed", ALL, rope_parameters=[1, 2], rope_scaling="x")
+config("an invalid dtype", "packed", ALL, dtype="../evil", torch_dtype=7)
+config("a nested text config", "source", text_config={"n_embd": -1, "model_type": "llama"})
+config("the text config is a list", "source", ALL, text_config=[1])
+config("tie_word_embeddings is a text", "source", ALL, tie_word_embeddings="maybe")
+config("eos is not a number", "packed", ALL, eos_token_id=["a", {"b": 1}, -5, 10**30])
+config("packed: an unknown activation", "packed", ("plan",), hidden_act="evil")
 config("another library's quantization", "source", quantization_config={"quant_method": "awq", "bits": 4})
 config("quantization_config is a list", "source", quantization_config=[1])
 config(
-    "packed, but the tensors are not",
+    "quantization_config without packed tensors",
     "source",
     ("plan",),
     quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32},
@@ -207,7 +209,7 @@ config(
 config("num_labels", "source", id2label={"a": 1}, num_labels=10**12)
 config("subconfig", "packed", ALL, pretraining_tp=10**9, attention_dropout="x", rms_norm_eps="x")
 
-# ---- code that comes along
+# ---- bundled code
 
 EVIL = (
     "from pathlib import Path\nPath(r'{}').touch()\nclass Evil:\n    pass\nEvilConfig = EvilTokenizer = Evil"
@@ -239,7 +241,7 @@ def auto_map(base: str, **changes: Any) -> Callable[[Path], None]:
 for _base in ("source", "packed"):
     add(f"{_base}: auto_map of a known model", _base, auto_map(_base), ALL)
     add(f"{_base}: auto_map of an unknown model", _base, auto_map(_base, model_type="evil"), ("plan",))
-    add(f"{_base}: auto_map of no language model", _base, auto_map(_base, model_type="vit"), ("plan",))
+    add(f"{_base}: auto_map of a vision model", _base, auto_map(_base, model_type="vit"), ("plan",))
     add(
         f"{_base}: auto_map, trusted by the config itself",
         _base,
@@ -259,7 +261,7 @@ def _(folder: Path) -> None:
     )
 
 
-@case("a pickle among the weights that runs code", "bin")
+@case("a pickle in the weights runs code", "bin")
 def _(folder: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
@@ -268,7 +270,7 @@ def _(folder: Path) -> None:
     torch.save({"x": torch.zeros(3), "evil": Evil()}, first_shard(folder))
 
 
-@case("a bare pickle that runs code", "bin")
+@case("a bare pickle runs code", "bin")
 def _(folder: Path) -> None:
     class Evil:
         def __reduce__(self) -> Any:
@@ -281,7 +283,9 @@ def _(folder: Path) -> None:
 
 text("tokenizer.json is empty", "source", "tokenizer.json", "", ("plan", "verify"))
 text("tokenizer.json is deep", "source", "tokenizer.json", DEEP, ("plan", "verify"))
-text("tokenizer.json is no tokenizer", "source", "tokenizer.json", '{"version": "1.0"}', ("plan", "verify"))
+text(
+    "tokenizer.json is not a tokenizer", "source", "tokenizer.json", '{"version": "1.0"}', ("plan", "verify")
+)
 text("tokenizer.json is not UTF-8", "source", "tokenizer.json", b"\xff\xff", ("plan", "verify"))
 text(
     "tokenizer.json is a long list",
@@ -306,7 +310,7 @@ text(
     "[1]",
     ("plan", "verify", "run", "convert"),
 )
-text("added_tokens.json is of lists", "source", "added_tokens.json", '{"a": [], "b": {"c": 1}}', ALL)
+text("added_tokens.json contains lists", "source", "added_tokens.json", '{"a": [], "b": {"c": 1}}', ALL)
 text("generation_config.json is a list", "packed", "generation_config.json", "[1]", ("plan", "verify"))
 text(
     "generation_config.json says nonsense",
@@ -316,19 +320,17 @@ text(
     ALL,
 )
 text(
-    "generation_config.json names far tokens",
+    "generation_config.json names tokens out of range",
     "packed",
     "generation_config.json",
     '{"eos_token_id": [-1, 99999999999999999999, 3]}',
     ALL,
 )
 tokenizer_config(
-    "a tokenizer class that is none", ("plan", "verify", "run", "convert"), tokenizer_class="os.system"
+    "an invalid tokenizer class", ("plan", "verify", "run", "convert"), tokenizer_class="os.system"
 )
-tokenizer_config(
-    "a tokenizer class that is a number", ("plan", "verify", "run", "convert"), tokenizer_class=7
-)
-tokenizer_config("a tokenizer file elsewhere", ALL, tokenizer_file="/etc/hostname")
+tokenizer_config("the tokenizer class is a number", ("plan", "verify", "run", "convert"), tokenizer_class=7)
+tokenizer_config("a tokenizer file outside", ALL, tokenizer_file="/etc/hostname")
 tokenizer_config(
     "vocabulary files elsewhere",
     ALL,
@@ -345,23 +347,27 @@ def _(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", fast_tokenizer_files=["../../outside/tokenizer.1.0.json"])
 
 
-tokenizer_config("a tokenizer of the hub", ALL, name_or_path="owner/name", _name_or_path="owner/name")
-tokenizer_config("a longest text that is no number", ("plan", "verify"), model_max_length="")
-tokenizer_config("tokens that are no text", ALL, eos_token=7, bos_token=["a"], pad_token={"a": 1})
 tokenizer_config(
-    "a context that is no number", ALL, model_max_length="long", padding_side="up", truncation_side=7
+    "the name of a tokenizer on the hub", ALL, name_or_path="owner/name", _name_or_path="owner/name"
 )
+tokenizer_config("model_max_length is a text", ("plan", "verify"), model_max_length="")
+tokenizer_config("special tokens are not texts", ALL, eos_token=7, bos_token=["a"], pad_token={"a": 1})
 tokenizer_config(
-    "added tokens of nonsense", ALL, added_tokens_decoder={"a": 1, "99999999999": {"content": 7}}
+    "model_max_length, padding and truncation are invalid",
+    ALL,
+    model_max_length="long",
+    padding_side="up",
+    truncation_side=7,
 )
+tokenizer_config("invalid added tokens", ALL, added_tokens_decoder={"a": 1, "99999999999": {"content": 7}})
 tokenizer_config(
-    "added tokens far away", ALL, added_tokens_decoder={"9999999999": {"content": "x", "special": True}}
+    "added tokens out of range", ALL, added_tokens_decoder={"9999999999": {"content": "x", "special": True}}
 )
-tokenizer_config("a chat template that is no text", ALL, chat_template={"a": 1})
-tokenizer_config("a chat template of many", ALL, chat_template=[{"name": 1}])
+tokenizer_config("the chat template is an object", ALL, chat_template={"a": 1})
+tokenizer_config("the chat template is a list", ALL, chat_template=[{"name": 1}])
 
 
-@case("more tokens than rows", "packed", ("plan", "verify", "run"))
+@case("more tokens than embedding rows", "packed", ("plan", "verify", "run"))
 def _(folder: Path) -> None:
     data = json.loads((folder / "tokenizer.json").read_text())
     for token in data["added_tokens"]:
@@ -369,7 +375,7 @@ def _(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(data))
 
 
-@case("a vocabulary elsewhere and none here", "source", ("plan", "verify"))
+@case("the vocabulary is outside", "source", ("plan", "verify"))
 def _(folder: Path) -> None:
     outside = outside_of(folder)
     (folder / "tokenizer.json").rename(outside / "tokenizer.json")
@@ -377,7 +383,7 @@ def _(folder: Path) -> None:
     edit_json(folder / "tokenizer_config.json", tokenizer_file=str(outside / "tokenizer.json"))
 
 
-@case("a folder of templates is a link that leads outside", "source")
+@case("the folder of templates is a link that leads outside", "source")
 def _(folder: Path) -> None:
     outside = outside_of(folder) / "templates"
     outside.mkdir()
@@ -387,20 +393,20 @@ def _(folder: Path) -> None:
 
 # ---- quantization_config
 
-quantization("bits that are a fraction", (), bits=4.0)
-quantization("bits that disagree with the shapes", ("plan",), bits=8)
+quantization("bits is a float", (), bits=4.0)
+quantization("bits disagrees with the shapes", ("plan",), bits=8)
 quantization("bits 3 of 4", ("plan",), bits=3)
 quantization("bits 2 of 4", ("plan",), bits=2)
 quantization("bits without end", (), bits=10**400)
 quantization("bits a list", (), bits=[4])
-quantization("groups that disagree with the shapes", ("plan",), group_size=64)
+quantization("group_size disagrees with the shapes", ("plan",), group_size=64)
 quantization("one group", ("plan",), group_size=-1)
 quantization("groups of one", ("plan",), group_size=1)
-quantization("groups beyond 64 bits", group_size=10**30)
+quantization("group_size does not fit in 64 bits", group_size=10**30)
 quantization("groups of 2**62", group_size=2**62)
 quantization("groups of zero", (), group_size=0)
-quantization("modules of their own", (), dynamic={"+:x": {"bits": 8}})
-quantization("a regular expression without end", ALL, dynamic={"-:(a+)+$": {}})
+quantization("bits for single modules", (), dynamic={"+:x": {"bits": 8}})
+quantization("a regular expression with catastrophic backtracking", ALL, dynamic={"-:(a+)+$": {}})
 quantization("a quantizer with control characters", ALL, meta={"quantizer": ["a\x1b[2J\nb", 7, {}]})
 quantization("the other format", ALL, checkpoint_format="gptq_v2")
 quantization("desc_act", ALL, desc_act=True)
@@ -411,6 +417,6 @@ add(
 )
 
 
-@case("no quantization_config for packed tensors", "packed")
+@case("packed tensors without quantization_config", "packed")
 def _(folder: Path) -> None:
     edit_json(folder / "config.json", quantization_config=None)

@@ -1,4 +1,4 @@
-"""Hostile folders: headers, tensors, GGUF, and lowmem's own files."""
+"""Hostile folders: headers, tensors, GGUF, and the files that lowmem writes."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.fuzz.hostile import (
 # ---- headers and tensors
 
 
-# Nobody asks for a layer that the config has not: verify says so, convert leaves it out.
+# Layers beyond those of the config are not loaded: verify reports them, convert leaves them out.
 for _number, _harmless in (("9" * 9, ("verify", "convert")), ("9" * 14, ALL), ("9" * 900, ALL)):
     tensors(
-        f"a layer of a number of {len(_number)} digits",
+        f"a layer number of {len(_number)} digits",
         "source",
         lambda t, n=_number: {f"transformer.h.{n}.attn.c_proj.weight": torch.zeros(64, 64)},
         _harmless,
@@ -49,52 +49,57 @@ tensors(
     ("plan",),
 )
 tensors(
-    "zero rows in every tensor",
+    "every tensor has zero rows",
     "source",
     lambda t: {n: torch.zeros(0, *x.shape[1:]) for n, x in t.items()},
     ("plan",),
 )
-tensors("scalars for every tensor", "source", lambda t: {n: torch.tensor(1.0) for n, x in t.items()})
+tensors("every tensor is a scalar", "source", lambda t: {n: torch.tensor(1.0) for n, x in t.items()})
 tensors("integers as weights", "source", lambda t: {n: x.to(torch.int32) for n, x in t.items()}, ("plan",))
 tensors(
-    "eight-bit floats as weights",
+    "weights are 8-bit floats",
     "source",
     lambda t: {n: x.to(torch.float8_e4m3fn) for n, x in t.items()},
     ("plan",),
 )
 tensors("complex weights", "source", lambda t: {n: x.to(torch.complex64) for n, x in t.items()}, ("plan",))
 add("no tensors", "source", lambda f: edit_tensors(f, lambda t: t.clear()))
-tensors("names of control characters", "source", lambda t: {"a\x1b]0;x\x07\n\u202eb": torch.zeros(3)}, ALL)
 tensors(
-    "packed: names of control characters",
+    "tensor names with control characters",
+    "source",
+    lambda t: {"a\x1b]0;x\x07\n\u202eb": torch.zeros(3)},
+    ALL,
+)
+tensors(
+    "packed: tensor names with control characters",
     "packed",
     lambda t: {"a\x1b]0;x\x07\n\u202eb.qweight": torch.zeros(3)},
 )
 add(
-    "a huge embedding over a hole",
+    "a huge sparse embedding",
     "source",
     lambda f: grow(f, "transformer.wte.weight", [1 << 32, 64], "F16", 2),
 )
 add(
-    "packed: a huge embedding over a hole",
+    "packed: a huge sparse embedding",
     "packed",
     lambda f: grow(f, "model.embed_tokens.weight", [1 << 32, 64], "F32", 4),
 )
 
 
-@case("packed: a huge embedding that the config agrees with", "packed")
+@case("packed: a huge sparse embedding, as in the config", "packed")
 def _(folder: Path) -> None:
     grow(folder, "model.embed_tokens.weight", [1 << 32, 64], "F32", 4)
     edit_json(folder / "config.json", vocab_size=1 << 32, tie_word_embeddings=True)
 
 
-@case("a huge embedding that the config agrees with", "source")
+@case("a huge sparse embedding, as in the config", "source")
 def _(folder: Path) -> None:
     grow(folder, "transformer.wte.weight", [1 << 32, 64], "F16", 2)
     edit_json(folder / "config.json", vocab_size=1 << 32)
 
 
-@case("a huge tensor that no model has", "packed", ("verify",))
+@case("a huge tensor that the model does not have", "packed", ("verify",))
 def _(folder: Path) -> None:
     grow(folder, "extra.weight", [1 << 40], "F32", 4)
 
@@ -104,13 +109,13 @@ def _(folder: Path) -> None:
     first_shard(folder).write_bytes(struct.pack("<Q", 2**63) + b"{}")
 
 
-@case("a header of lists without end", "source")
+@case("a header of many nested lists", "source")
 def _(folder: Path) -> None:
     data = b'{"x":[' + b"[]," * 3_000_000 + b"[]]}"
     first_shard(folder).write_bytes(struct.pack("<Q", len(data)) + data)
 
 
-@case("a header of many tensors of nothing", "source")
+@case("a header of many empty tensors", "source")
 def _(folder: Path) -> None:
     entry = {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}
     data = json.dumps({f"t{i}": entry for i in range(700_000)}).encode()
@@ -143,12 +148,12 @@ tensors(
     ("plan",),
 )
 tensors(
-    "qweight of one dimension",
+    "qweight has one dimension",
     "packed",
     lambda t: {n: x.reshape(-1) for n, x in t.items() if n.endswith("qweight")},
 )
 tensors(
-    "qweight of no dimensions",
+    "qweight is a scalar",
     "packed",
     lambda t: {n: torch.tensor(1, dtype=torch.int32) for n, x in t.items() if n.endswith("qweight")},
 )
@@ -165,7 +170,7 @@ tensors(
     ("plan",),
 )
 tensors(
-    "packed: tensors of a linear that is none",
+    "packed: tensors of a linear that the model does not have",
     "packed",
     lambda t: {"model.norm.qweight": torch.zeros(4, 4, dtype=torch.int32)},
     ("plan",),
@@ -183,13 +188,13 @@ tensors(
     "packed: a linear both packed and not",
     "packed",
     lambda t: {n.replace("qweight", "weight"): torch.zeros(64, 64) for n in list(t) if n.endswith("qweight")},
-    ("plan", "verify", "run"),  # the packed one is taken, and verify says that the other is not used
+    ("plan", "verify", "run"),  # the packed one is used; verify reports that the other is unused
 )
-# ---- our own files
+# ---- lowmem's own files
 
-text("a manifest that is deep", "packed", "lowmem-manifest.json", DEEP, ("plan", "run"))
+text("a deeply nested manifest", "packed", "lowmem-manifest.json", DEEP, ("plan", "run"))
 text(
-    "a manifest of paths",
+    "a manifest that names paths",
     "packed",
     "lowmem-manifest.json",
     '{"version": 1, "files": {"../../outside/x": {"sha256": "00", "bytes": 1}}}',
@@ -203,16 +208,16 @@ text(
     ("plan", "run"),
 )
 text(
-    "a report of nonsense",
+    "a report with invalid values",
     "packed",
     "lowmem-report.json",
     '{"kld": 1' + "0" * 400 + ', "base_model": [1]}',
     ALL,
 )
-text("a report that is not a number", "packed", "lowmem-report.json", '{"kld": NaN, "base_model": {}}', ALL)
-text("a report that is deep", "packed", "lowmem-report.json", DEEP, ALL)
+text("a report with NaN", "packed", "lowmem-report.json", '{"kld": NaN, "base_model": {}}', ALL)
+text("a deeply nested report", "packed", "lowmem-report.json", DEEP, ALL)
 text(
-    "a card that is YAML's bomb",
+    "a card with a YAML bomb",
     "source",
     "README.md",
     "---\n"
@@ -224,7 +229,7 @@ text(
     ALL,
 )
 text(
-    "a card that makes Python objects",
+    "a card with YAML tags of Python objects",
     "source",
     "README.md",
     "---\nlicense: !!python/object/apply:os.system ['true']\n---\n",
@@ -263,7 +268,7 @@ for _what, _at, _data in (
     ("key count", 16, struct.pack("<Q", 2**60)),
     ("key length", 24, struct.pack("<Q", 2**64 - 1)),
 ):
-    add(f"a GGUF of any {_what}", "gguf", lambda f, a=_at, d=_data: edit_gguf(f, patch(a, d)))
+    add(f"a GGUF with a wrong {_what}", "gguf", lambda f, a=_at, d=_data: edit_gguf(f, patch(a, d)))
 for _key in (
     "llama.block_count",
     "llama.embedding_length",
@@ -305,7 +310,7 @@ def gguf_of_a_long_key(folder: Path) -> None:
     (folder / "model.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
 
 
-add("GGUF: keys without end", "gguf", lambda f: gguf_of_keys(f, 5_000_000))
-add("GGUF: tensors without end", "gguf", lambda f: gguf_of_tensors(f, 2_000_000))
-add("GGUF: strings without end", "gguf", lambda f: gguf_of_strings(f, 3_900_000))
-add("GGUF: a key without end", "gguf", gguf_of_a_long_key)
+add("GGUF: 5 million keys", "gguf", lambda f: gguf_of_keys(f, 5_000_000))
+add("GGUF: 2 million tensors", "gguf", lambda f: gguf_of_tensors(f, 2_000_000))
+add("GGUF: 3.9 million strings", "gguf", lambda f: gguf_of_strings(f, 3_900_000))
+add("GGUF: a very long key", "gguf", gguf_of_a_long_key)

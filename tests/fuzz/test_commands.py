@@ -1,8 +1,8 @@
 """Whole commands on hostile folders: `lowmem plan`, `verify`, `run`, `convert` and `list`.
 
-Each must end by itself, within a limit of memory and processor time, with exit code 0 or 2; what is wrong is
-told in one line without control characters; no file outside of the folder is opened, nothing is written but
-into OUT, no name is looked up for a pickle, nothing that came with the checkpoint is imported.
+Each command must end by itself within a limit of memory and CPU time, with exit code 0 or 2, and report the
+problem in one line without control characters. It must not open files outside of the folder, write outside of
+OUT, look up names for a pickle, or import code of the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.fuzz.hostile_folders import CASES, Case
 from tests.fuzz.seeds import KINDS, copy_seed
 
 COMMANDS = ("plan", "verify", "run", "convert")
-# One of each kind of harm, and the commands that go furthest with it.
+# One case of each kind, with the commands that read furthest.
 QUICK = {
     "config.json is a link that leads outside": ("plan",),
     "packed: a shard is a link that leads outside": ("run",),
@@ -27,12 +27,12 @@ QUICK = {
     "source: n_layer '1000000000'": ("convert",),
     "attributes of Python": ("run",),
     "auto_map of the tokenizer alone": ("run",),
-    "a pickle among the weights that runs code": ("convert",),
+    "a pickle in the weights runs code": ("convert",),
     "fast_tokenizer_files elsewhere": ("run",),
-    "a longest text that is no number": ("run",),
-    "groups beyond 64 bits": ("run",),
-    "a huge embedding that the config agrees with": ("convert",),
-    "a layer of a number of 9 digits": ("plan",),
+    "model_max_length is a text": ("run",),
+    "group_size does not fit in 64 bits": ("run",),
+    "a huge sparse embedding, as in the config": ("convert",),
+    "a layer number of 9 digits": ("plan",),
     "GGUF: llama.block_count 4294967295": ("run",),
 }
 
@@ -63,7 +63,7 @@ def arguments(command: str, folder: Path, out: Path) -> list[str]:
 
 
 def made(case: Case, root: Path) -> Path:
-    """The hostile folder; `root`/outside is out of bounds, and no neighbour of it."""
+    """Make the hostile folder. `root`/outside must not be read; it is not beside the folder."""
     (root / "outside").mkdir(parents=True)
     folder = copy_seed(case.base, root / "models" / "model")
     case.change(folder)
@@ -71,7 +71,7 @@ def made(case: Case, root: Path) -> Path:
 
 
 def faults(case: Case, command: str, outcome: Outcome, root: Path) -> list[str]:
-    """What is wrong with an outcome, in words."""
+    """Describe every violation in an outcome."""
     said = outcome.stderr.strip().splitlines()
     wrong = []
     if outcome.signal or outcome.code not in (0, 2):
@@ -111,39 +111,39 @@ def check(server: ForkServer, case: Case, commands: tuple[str, ...], root: Path)
     assert not found
 
 
-def test_every_name_is_of_one_case() -> None:
+def test_case_names_are_unique() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names) and set(QUICK) <= set(names)
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_hostile_folder_ends_in_one_line(server: ForkServer, name: str, tmp_path: Path) -> None:
+def test_some_hostile_folders_are_refused_in_one_line(server: ForkServer, name: str, tmp_path: Path) -> None:
     check(server, next(case for case in CASES if case.name == name), QUICK[name], tmp_path / "root")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.encode("unicode_escape").decode())
-def test_every_hostile_folder_ends_in_one_line(server: ForkServer, case: Case, tmp_path: Path) -> None:
+def test_every_hostile_folder_is_refused_in_one_line(server: ForkServer, case: Case, tmp_path: Path) -> None:
     check(server, case, COMMANDS, tmp_path / "root")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_they_are_made_of_is_sound(server: ForkServer, kind: str, tmp_path: Path) -> None:
-    """Or the cases would show nothing: the seeds are planned, checked, run and converted."""
+def test_commands_succeed_on_the_seeds(server: ForkServer, kind: str, tmp_path: Path) -> None:
+    """All commands succeed on the unchanged seeds; otherwise the cases would prove nothing."""
     check(server, Case("sound", kind, lambda folder: None, COMMANDS), COMMANDS, tmp_path / "root")
 
 
-def test_a_list_of_hostile_entries(server: ForkServer, tmp_path: Path) -> None:
-    """Whatever lies in the cache, `lowmem list` lists it, and says of what it cannot read that it cannot."""
+def test_list_with_hostile_cache_entries(server: ForkServer, tmp_path: Path) -> None:
+    """`lowmem list` lists every entry of the cache, and reports those that it cannot read."""
     home = Path(server.home)
     names = (
         "config.json is deep",
-        "bits that are a fraction",
+        "bits is a float",
         "packed: config.json leads outside",
         "quantization_config is a text",
-        "a manifest that is deep",
+        "a deeply nested manifest",
     )
     for number, case in enumerate(case for case in CASES if case.name in names):
         (tmp_path / f"{number}" / "outside").mkdir(parents=True)

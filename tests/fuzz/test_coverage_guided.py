@@ -1,7 +1,7 @@
-"""A few seconds of the coverage-guided fuzzer, so that it keeps working; its long runs are started by hand.
+"""Run the coverage-guided fuzzer for a few seconds to check that it works. Long runs are started by hand.
 
-atheris has wheels for CPython 3.10 to 3.14 on x86-64 Linux with glibc. Where there is one, CI must have it;
-elsewhere the same targets are fuzzed by test_formats.py alone.
+atheris has wheels for CPython 3.10 to 3.14 on x86-64 Linux with glibc. CI must install it where a wheel
+exists; elsewhere only test_formats.py fuzzes the targets.
 """
 
 from __future__ import annotations
@@ -26,27 +26,30 @@ HAS_WHEEL = (
 )
 SHORT = 1
 LONG = int(os.environ.get("LOWMEM_FUZZ_SECONDS", "60"))
-# Of the quick ones: transformers reads what the others give it, and takes seconds to begin.
+# Quick targets only: the others import transformers, which takes seconds.
 QUICK = ("bin_pickle", "gguf")
 
 
 @pytest.fixture(autouse=True)
 def atheris() -> None:
-    """Skips where atheris is not installed, but for CI, where it could be."""
+    """Skip if atheris is not installed. Fail in CI where a wheel exists."""
     if importlib.util.find_spec("atheris") is None:
         if os.environ.get("CI") and HAS_WHEEL:
-            pytest.fail("atheris is not installed, and there is a wheel of it: pip install -e .[dev]")
+            pytest.fail(
+                "atheris is not installed, although it has a wheel for this platform: pip install -e .[dev]"
+            )
         pytest.skip("atheris is not installed")
 
 
 def check(run: Run) -> None:
     print(run)
     assert not run.fault, f"{run.fault}\n{run.traceback}"
-    assert run.executions > 5 and run.edges > 20 and run.corpus > 2, run  # it really ran, instrumented
+    assert run.executions > 5 and run.edges > 20 and run.corpus > 2, run  # it ran with instrumentation
 
 
-def test_a_short_run_finds_no_fault_and_tells_one(tmp_path: Path) -> None:
-    """And of a target that is broken on purpose the input is kept and the traceback told."""
+def test_a_short_run_passes_and_reports_a_deliberate_fault(tmp_path: Path) -> None:
+    """The real targets pass. For a target that fails on purpose, the input is kept and the traceback
+    reported."""
     *sound, broken = fuzz((*QUICK, "broken"), SHORT, tmp_path)
     for run in sound:
         check(run)

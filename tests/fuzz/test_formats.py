@@ -1,6 +1,6 @@
-"""Every format, by Hypothesis: sound inputs changed in places where it matters, and right around them.
+"""Fuzz every format with Hypothesis: valid inputs are mutated in and around the relevant places.
 
-The same targets as coverage_guided.py. LOWMEM_FUZZ_EXAMPLES sets the length of the long run (-m slow).
+The targets are those of coverage_guided.py. LOWMEM_FUZZ_EXAMPLES sets the length of the long run (-m slow).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.fuzz import fuzz_targets
 from tests.fuzz.fuzz_targets import TARGETS, seeds_of
 
 LONG = int(os.environ.get("LOWMEM_FUZZ_EXAMPLES", "400"))
-# Default examples: those through transformers take some hundredths of a second each.
+# Default numbers of examples: those that use transformers take some hundredths of a second each.
 SHORT = {
     "safetensors": 60,
     "bin_file": 40,
@@ -36,9 +36,9 @@ SHORT = {
     "gguf_model": 3,
 }
 PEAK = 300_000_000
-"""Bytes of Python's own that an input may take: more than a seed takes, far less than it may claim."""
+"""Bytes that Python may allocate for an input: more than a seed needs, far less than an input may claim."""
 
-# Values that break readers, for any place of any JSON.
+# Values that often break readers, for any place in a JSON text.
 ODD: list[Any] = [
     None,
     True,
@@ -69,7 +69,7 @@ ODD: list[Any] = [
 
 
 def mutated_json(data: st.DataObject, text: bytes) -> bytes:
-    """A JSON text with a few values, keys or both changed, anywhere in it; or its bytes damaged."""
+    """Change a few values or keys anywhere in a JSON text, or damage its bytes."""
     if not data.draw(st.integers(0, 4)):
         return mutated_bytes(data, text)
     value = json.loads(text)
@@ -103,7 +103,7 @@ def _changed(data: st.DataObject, value: Any, depth: int) -> Any:
 
 
 def mutated_bytes(data: st.DataObject, blob: bytes) -> bytes:
-    """Bytes with a few flipped, cut, copied, inserted, or replaced by numbers that are lengths elsewhere."""
+    """Flip, cut, copy or insert a few bytes, or replace them by numbers that serve as lengths elsewhere."""
     changed = bytearray(blob)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.integers(0, max(len(changed) - 1, 0)))
@@ -128,7 +128,7 @@ def mutated_bytes(data: st.DataObject, blob: bytes) -> bytes:
 
 
 def mutated_safetensors(data: st.DataObject, blob: bytes) -> bytes:
-    """The header changed as JSON is, its length made right again (else nothing but the length is tried)."""
+    """Change the header as JSON and correct its length; otherwise only the length check would be tested."""
     end = 8 + int.from_bytes(blob[:8], "little")
     if data.draw(st.integers(0, 3)):
         header = mutated_json(data, blob[8:end])
@@ -137,7 +137,7 @@ def mutated_safetensors(data: st.DataObject, blob: bytes) -> bytes:
 
 
 def mutated_template(data: st.DataObject, text: bytes) -> bytes:
-    """A template with pieces of other templates, sound and not, put in and taken out."""
+    """Insert pieces of valid and invalid templates into a template, or remove pieces."""
     pieces = (
         "{% for i in range(99999) %}",
         "{% for m in messages %}",
@@ -204,7 +204,7 @@ def check(target: str, examples: int) -> None:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
-        assert peak < PEAK or target == "template"  # which has a limit of its own, for all memory
+        assert peak < PEAK or target == "template"  # rendering has its own memory limit
 
     one()
 

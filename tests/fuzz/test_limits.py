@@ -1,4 +1,4 @@
-"""The limits that hostile files run into: links, sizes, memory, tokenizers, templates, messages."""
+"""Limits against hostile files: links, sizes, memory, tokenizers, templates, messages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def link(path: Path, target: Path | str) -> Path:
     return path
 
 
-def test_which_links_are_followed(tmp_path: Path) -> None:
+def test_links_are_followed_only_within_the_folder_or_the_hub_cache(tmp_path: Path) -> None:
     folder, digest = tmp_path / "model", "a" * 64
     blobs = tmp_path / "hub" / "models--owner--name" / "blobs"
     snapshot = blobs.parent / "snapshots" / "abc"
@@ -54,7 +54,7 @@ def test_which_links_are_followed(tmp_path: Path) -> None:
         folder / "real.json",
         link(folder / "inside.json", "real.json"),
         link(snapshot / "config.json", f"../../blobs/{digest}"),
-        link(folder / "of_an_older_hub.json", blobs / digest),  # what its local_dir used to make
+        link(folder / "of_an_older_hub.json", blobs / digest),  # the layout of local_dir in older versions
         folder / "missing.json",
     ]
     hostile = [
@@ -74,12 +74,12 @@ def test_which_links_are_followed(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"blobs\.json"):
         check_folder(folder)
     check_folder(snapshot.parent)
-    # A folder that is a link itself was named by the user, and so was a file.
+    # The folder or file that the user names may itself be a link.
     alias = link(tmp_path / "alias", snapshot)
     assert read_json(alias / "config.json") == {}
 
 
-def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_are_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(SourceError, match="no plain file"):
         check_file(tmp_path / "config.json")
@@ -97,7 +97,7 @@ def test_a_folder_and_a_file_that_the_user_names_may_be_links(tmp_path: Path) ->
 # ---- JSON
 
 
-def test_json_that_becomes_far_more_than_it_is() -> None:
+def test_json_that_expands_in_memory_is_refused() -> None:
     with pytest.raises(SourceError, match="more than"):
         parse_json(b"[" + b"[]," * MAX_VALUES + b"[]]", "x")
     assert len(parse_json(b"[" + b"1," * 1000 + b"1]", "x")) == 1001
@@ -123,15 +123,15 @@ def test_json_that_becomes_far_more_than_it_is() -> None:
     ],
     ids=str,
 )
-def test_sizes_that_no_model_has(tmp_path: Path, change: dict[str, Any]) -> None:
-    """A model of a billion layers was built until memory was gone."""
+def test_impossible_sizes_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A config with a billion layers once used up all memory."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt_bigcode", **change}))
     for read in (lambda: read_config(tmp_path / "config.json"), lambda: read_config_json(tmp_path)):
         with pytest.raises(SourceError, match="no model has that"):
             read()
 
 
-def test_sizes_that_models_have(tmp_path: Path) -> None:
+def test_sizes_of_real_models_are_accepted(tmp_path: Path) -> None:
     kept = {
         "n_layer": 126,
         "n_inner": None,
@@ -147,8 +147,8 @@ def test_sizes_that_models_have(tmp_path: Path) -> None:
     assert read_config(tmp_path / "config.json") == kept
 
 
-def test_a_config_of_which_no_model_can_be_made() -> None:
-    """The exceptions of the model's own code were not caught: KeyError, ZeroDivisionError, RuntimeError."""
+def test_a_config_that_cannot_be_built_is_refused() -> None:
+    """KeyError, ZeroDivisionError and RuntimeError from the model's own code become a one-line error."""
     for change in ({"activation_function": "evil"}, {"n_head": 0}, {"n_embd": -64}, {"get_text_config": 7}):
         config = tiny_config("gpt_bigcode_mqa")
         for key, value in change.items():
@@ -164,15 +164,15 @@ def test_a_config_of_which_no_model_can_be_made() -> None:
 @pytest.mark.parametrize(
     "change", [{"bits": 4.0}, {"bits": 10**400}, {"group_size": 10**30}, {"group_size": 2**31}]
 )
-def test_numbers_of_a_quantization_config(change: dict[str, Any]) -> None:
-    """4.0 is in (8, 4, 3, 2), and was taken for a width until a shift by it failed."""
+def test_invalid_numbers_in_quantization_config_are_refused(change: dict[str, Any]) -> None:
+    """4.0 is in (8, 4, 3, 2), so it was once accepted as a width until a shift by it failed."""
     with pytest.raises(SourceError) as caught:
         parse_quantization({"quant_method": "gptq", "bits": 4, "group_size": 128, **change})
     assert len(str(caught.value)) < 400
 
 
-def test_a_licence_among_a_megabyte_of_results(tmp_path: Path) -> None:
-    """Front matter was parsed whole, in Python, for half a minute."""
+def test_licence_in_a_card_with_a_megabyte_of_results(tmp_path: Path) -> None:
+    """Parsing all of the front matter once took half a minute."""
     results = "model-index:\n" + "- name: x\n  results:\n" + "  - {a: [1, 2, {b: c}]}\n" * 40_000
     for text, licence in (
         (f"---\n{results}license: mit\ntags: [a]\n---\n", "mit"),
@@ -187,14 +187,15 @@ def test_a_licence_among_a_megabyte_of_results(tmp_path: Path) -> None:
 # ---- weights
 
 
-def test_a_tensor_that_is_a_hole_larger_than_memory(tmp_path: Path) -> None:
-    """torch's RuntimeError was a traceback of `lowmem verify`. To who tries a smaller form it is memory."""
+def test_a_tensor_larger_than_memory(tmp_path: Path) -> None:
+    """`lowmem verify` once printed a traceback of torch's RuntimeError. The loader sees it as out of
+    memory."""
     path, nbytes = tmp_path / "x.safetensors", 1 << 50
     header = json.dumps({"x": {"dtype": "F32", "shape": [nbytes // 4], "data_offsets": [0, nbytes]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     try:
         os.truncate(path, 8 + len(header) + nbytes)
-    except OSError:  # a file system whose files are smaller
+    except OSError:  # the file system does not allow files of this size
         nbytes = 1 << 43
         header = json.dumps(
             {"x": {"dtype": "F32", "shape": [nbytes // 4], "data_offsets": [0, nbytes]}}
@@ -237,8 +238,8 @@ def gguf_bytes(tensors: int, keys: int, body: bytes) -> bytes:
     ],
     ids=["keys", "tensors", "a long key", "elements"],
 )
-def test_a_gguf_of_more_than_any_model(tmp_path: Path, blob: bytes, message: str) -> None:
-    """Each became some hundred bytes in memory an entry, or minutes in the readers after ours."""
+def test_gguf_counts_beyond_any_model_are_refused(tmp_path: Path, blob: bytes, message: str) -> None:
+    """Each entry took hundreds of bytes of memory, or the next readers took minutes."""
     (tmp_path / "x.gguf").write_bytes(blob)
     with pytest.raises(SourceError, match=message) as caught:
         gguf_file.read_gguf_header(tmp_path / "x.gguf")
@@ -261,7 +262,9 @@ def test_a_gguf_of_more_than_any_model(tmp_path: Path, blob: bytes, message: str
     ],
     ids=str,
 )
-def test_tokenizer_settings_that_lead_elsewhere(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_tokenizer_settings_that_name_other_files_are_refused(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
     (tmp_path / "secret.1.0.json").write_text("{}")
     folder = tmp_path / "model"
     folder.mkdir()
@@ -270,8 +273,8 @@ def test_tokenizer_settings_that_lead_elsewhere(tmp_path: Path, settings: dict[s
         check_tokenizer_files(folder)
 
 
-def test_tokenizer_settings_that_published_files_have(tmp_path: Path) -> None:
-    """Paths of the machine on which they were made; here nothing is there, or it is not opened."""
+def test_tokenizer_settings_of_published_models_are_accepted(tmp_path: Path) -> None:
+    """They contain paths of the author's machine, which do not exist here or are not opened."""
     settings = {
         "tokenizer_file": "/etc/hostname",
         "vocab_file": "/home/somebody/vocab.json",
@@ -298,7 +301,7 @@ def rendered(template: str) -> list[int]:
     return apply_template(tokenizer, MESSAGES, add_generation_prompt=True, sanitize_control_tokens=True)
 
 
-def test_templates_that_models_have() -> None:
+def test_templates_of_published_models_render() -> None:
     assert len(rendered(CHAT_TEMPLATE)) > 5
     inside = "{%- generation -%}{{ m.content }}{%- endgeneration -%}"
     marked = "{% for m in messages %}" + inside + "{{ '-' * 3 }}{% endfor %}"
@@ -330,13 +333,13 @@ def test_templates_that_models_have() -> None:
         ("x" * 2**21, ValueError, "characters long"),
     ],
 )
-def test_templates_that_never_end_or_reach_out(template: str, error: Any, message: str) -> None:
+def test_templates_that_loop_or_read_files_are_stopped(template: str, error: Any, message: str) -> None:
     with pytest.raises(error, match=message or None):
         rendered(template)
     assert sys.gettrace() is None or "test_limits" not in repr(sys.gettrace())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="there is no limit of address space elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space")
 @pytest.mark.parametrize(
     "template",
     [
@@ -345,7 +348,7 @@ def test_templates_that_never_end_or_reach_out(template: str, error: Any, messag
         "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     ],
 )
-def test_templates_that_want_all_memory(template: str) -> None:
+def test_templates_cannot_use_all_memory(template: str) -> None:
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -357,7 +360,7 @@ def test_templates_that_want_all_memory(template: str) -> None:
 # ---- messages
 
 
-def test_a_message_is_one_line_that_steers_no_terminal() -> None:
+def test_a_message_is_one_line_without_control_characters() -> None:
     error = SourceError("a\x1b]0;x\x07\nb\u202e\ud800 ü 中", "c\rd")
     assert str(error) == r"a\x1b]0;x\x07\nb\u202e\ud800 ü 中. c\rd"
     assert len(str(SourceError("x" * 10**6))) == MAX_MESSAGE

@@ -1,4 +1,4 @@
-"""Tensors whose dtypes and shapes no model has: `verify` names them, and nothing is computed with them."""
+"""Tensors with impossible dtypes or shapes: `verify` names them, and loading refuses them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NORM = "transformer.ln_f.weight"
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.complex64])
 @pytest.mark.parametrize("kind", ["source", "bin"])
-def test_weights_that_are_no_weights(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Integers and eight bits mean nothing without scales, and half of a complex number is not the number."""
+def test_unusable_weight_dtypes_are_refused(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Integers and 8-bit floats need scales, and a complex number cannot be converted to a real one."""
     folder = copy_seed(kind, tmp_path / "model")
     if kind == "source":
         edit_tensors(folder, lambda tensors: tensors.update({NORM: torch.ones(64).to(dtype)}))
@@ -36,7 +36,7 @@ def test_weights_that_are_no_weights(kind: str, dtype: torch.dtype, tmp_path: Pa
 
 
 @pytest.mark.parametrize("shape", [(), (-1,), (1, 1, -1)])
-def test_packed_weights_of_other_than_two_dimensions(shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_packed_weights_must_have_two_dimensions(shape: tuple[int, ...], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         name = next(name for name in tensors if name.endswith("qweight"))
         tensors[name] = tensors[name].reshape(shape) if shape else tensors[name][0, 0].clone()
@@ -46,7 +46,7 @@ def test_packed_weights_of_other_than_two_dimensions(shape: tuple[int, ...], tmp
         read_shape(tmp_path / "model")
 
 
-def test_verify_says_that_nothing_is_packed(tmp_path: Path) -> None:
+def test_verify_reports_a_quantized_config_without_packed_tensors(tmp_path: Path) -> None:
     folder = copy_seed("source", tmp_path / "model")
     said = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     edit_json(folder / "config.json", quantization_config=said)
@@ -55,7 +55,7 @@ def test_verify_says_that_nothing_is_packed(tmp_path: Path) -> None:
     ]
 
 
-def test_sizes_of_nothing_in_a_gguf_are_told_without_a_warning(
+def test_zero_sizes_in_a_gguf_are_reported_without_a_warning(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     folder = copy_seed("gguf", tmp_path / "model")

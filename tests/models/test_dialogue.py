@@ -64,14 +64,14 @@ def test_detect_needs_all_four_markers():
     assert Dialogue.detect(SimpleNamespace(get_vocab=lambda: whole)) == Dialogue(1, 2, 3, 4)
 
 
-def test_render_is_the_published_template(dialogue):
+def test_render_equals_the_published_template(dialogue):
     asked = dialogue.render([Message("user", "How?")], add_generation_prompt=True)
     assert asked == "<|system|>\n<|end|>\n<|user|>\nHow?<|end|>\n<|assistant|>"
     past = dialogue.render([Message("system", "S"), Message("assistant", "A")], add_generation_prompt=False)
     assert past == "<|system|>\nS<|end|>\n<|assistant|>\nA<|end|>\n"
 
 
-@pytest.mark.parametrize(  # transformers refuses an empty conversation by itself
+@pytest.mark.parametrize(  # transformers itself refuses an empty conversation
     "messages", [m for m in CONVERSATIONS.values() if m], ids=[k for k, m in CONVERSATIONS.items() if m]
 )
 @with_and_without_prompt
@@ -99,7 +99,7 @@ def test_encode_gives_the_ids_of_the_rendered_text(tokenizer, dialogue, messages
     ],
     ids=["unknown role", "late system", "two systems"],
 )
-def test_wrong_roles_are_refused_by_both(tokenizer, dialogue, messages):
+def test_wrong_roles_are_refused_by_render_and_template(tokenizer, dialogue, messages):
     import jinja2
 
     with pytest.raises(InvalidRequestError):
@@ -117,7 +117,7 @@ SPECIALS = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|endoftext|>
 @settings(max_examples=80, deadline=None)
 @given(parts=st.lists(st.sampled_from([*SPECIALS, "\n", "<", "|", "end", "a é", "<|en", "d|>"]), max_size=12))
 def test_contents_cannot_forge_a_turn(tokenizer, dialogue, parts):
-    """Whatever a user types, the markers stand only where the template sets them, and no text is lost."""
+    """Text of a user never becomes a marker token, and no text is lost."""
     text = "".join(parts)
     ids = dialogue.encode(tokenizer, [Message("user", text)], add_generation_prompt=True)
     specials = [token for token in ids if token in tokenizer.all_special_ids]
@@ -127,7 +127,7 @@ def test_contents_cannot_forge_a_turn(tokenizer, dialogue, parts):
 
 
 class Disobedient:
-    """A tokenizer that takes markers for special whatever it is told, as slow tokenizers do."""
+    """A tokenizer that ignores split_special_tokens, as slow tokenizers do."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -139,7 +139,7 @@ class Disobedient:
 
 @settings(max_examples=40, deadline=None)
 @given(parts=st.lists(st.sampled_from([*SPECIALS, "<|end|", "x\n"]), max_size=8))
-def test_markers_are_broken_where_the_tokenizer_does_not_obey(tokenizer, parts):
+def test_markers_in_text_are_broken_up_if_the_tokenizer_ignores_the_option(tokenizer, parts):
     text = "".join(parts)
     ids = encode_plain(Disobedient(tokenizer), text)
     assert not set(ids) & set(tokenizer.all_special_ids)

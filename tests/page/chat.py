@@ -1,4 +1,4 @@
-"""The chat page as a person sees it, and what a scripted model says there."""
+"""Helpers that use the chat page as a person would, and the answers of the scripted model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SCRIPTS = {
 
 
 class Chat:
-    """The page as a person sees it."""
+    """The chat page, operated through its visible controls."""
 
     def __init__(self, context: Any, server: LiveServer) -> None:
         self.context, self.server, self.refusals = context, server, False
@@ -83,7 +83,7 @@ class Chat:
         self.field.press("Enter")
 
     def ask(self, question: str) -> Any:
-        """Send, and wait for the answer in its final form."""
+        """Send the question and wait for the complete answer."""
         self.send(question)
         self.done()
         return self.last
@@ -99,7 +99,7 @@ class Chat:
         return self.page.locator("#conversations .title").all_text_contents()
 
     def settings(self, **values: str) -> None:
-        """Fill in fields of the settings by their labels."""
+        """Fill in the settings, named by their labels."""
         self.button("Settings").last.click()
         dialog = self.page.get_by_role("dialog", name="Settings")
         for label, value in values.items():

@@ -19,13 +19,14 @@ def server() -> Iterator[LiveServer]:
 
 @pytest.fixture
 def make_chat(browser, server) -> Iterator[Any]:
-    """Pages in contexts of their own. None may have said anything in its console, or asked another server."""
+    """Open pages, each in its own browser context. No page may log to the console or contact another
+    server."""
     made: list[Chat] = []
 
     def make(on: LiveServer = server, *, refusals: bool = False, **options: Any) -> Chat:
         options = {"viewport": {"width": 1280, "height": 800}, **options}
         context = browser.new_context(**options)
-        context.set_default_timeout(60_000)  # a busy machine is no fault of the page
+        context.set_default_timeout(60_000)  # a busy machine must not fail the test
         made.append(Chat(context, on))
         made[-1].refusals = refusals
         return made[-1]
@@ -35,7 +36,7 @@ def make_chat(browser, server) -> Iterator[Any]:
         pass
     for chat in made:
         said = chat.said
-        if chat.refusals:  # the browser's own lines on them
+        if chat.refusals:  # the browser logs refused requests itself
             said = [line for line in said if "Failed to load resource" not in line]
         assert said == []
         assert [

@@ -1,4 +1,4 @@
-"""A live server on loopback whose model says what a test wants, or, where it wants nothing, what it likes."""
+"""A live server on loopback whose model answers from a script, or for itself if no script matches."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from lowmem.session import Response, Session
 from tests.helpers import TINY_STARCHAT
 
 HOLD = object()
-"""In a script: wait until the test says `go`."""
+"""In a script: wait until the test sets `go`."""
 
 
 class ScriptedSession(Session):
-    """tiny-starchat, which answers a last question that holds a script's key with that script's pieces."""
+    """tiny-starchat. If the last question contains the key of a script, the answer is that script's
+    pieces."""
 
     def __init__(self, loaded: Any, scripts: Mapping[str, Sequence[object]]) -> None:
         super().__init__(loaded)
         self.scripts = scripts
         self.go = threading.Semaphore(0)
         self.prompts: list[str] = []
-        """What the model was given, request by request."""
+        """The model's input for each request."""
         self.params: list[SamplingParams] = []
 
     def continue_ids(
@@ -57,7 +58,7 @@ class ScriptedSession(Session):
         for piece in pieces:
             if piece is HOLD:
                 while not self.go.acquire(timeout=0.02):
-                    on_prefill(0, 1)  # ends the answer when nobody wants it
+                    on_prefill(0, 1)  # raises if the request was cancelled
                 continue
             on_token()
             said += 1
@@ -68,7 +69,7 @@ class ScriptedSession(Session):
 
 
 class LiveServer:
-    """A server in a thread: it can be cut off, stopped, and started again at the same port."""
+    """A server in a thread. It can drop its connections, stop, and start again on the same port."""
 
     def __init__(self, scripts: Mapping[str, Sequence[object]], **options: Any) -> None:
         self.scripts, self.options = scripts, options
@@ -94,7 +95,7 @@ class LiveServer:
         self.port = self.server.servers[0].sockets[0].getsockname()[1]
 
     def cut_off(self) -> None:
-        """Drop every connection, as a process does that dies."""
+        """Drop every connection, as if the process had died."""
         for connection in list(self.server.server_state.connections):
             connection.loop.call_soon_threadsafe(connection.transport.abort)
 
@@ -106,7 +107,7 @@ class LiveServer:
         assert self.worker.join(20)
 
     def restart(self) -> None:
-        """Another server at the same port, with the same model."""
+        """Start another server on the same port with the same model."""
         self.start(self.session.loaded)
 
 
@@ -121,8 +122,8 @@ def live_server(scripts: Mapping[str, Sequence[object]], **options: Any) -> Iter
 
 
 def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something holds; how long that takes proves nothing."""
+    """Wait until the condition holds. The limit is generous: its duration is not part of the test."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it never came true"
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.01)

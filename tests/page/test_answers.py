@@ -1,4 +1,5 @@
-"""Answers on the chat page: they stream, stop, are drawn, and are never taken for HTML."""
+"""Answers on the chat page: streaming, stopping and rendering. Output of the model is never treated as
+HTML."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from tests.page.chat import CODE
 from tests.page.live import until
 
 
-def test_a_question_is_answered_by_the_model_itself(chat, server):
-    """The embedded model, greedily: the page shows what it says, its figures, and why it ended."""
+def test_an_answer_of_the_embedded_model(chat, server):
+    """The page shows the greedy answer of the embedded model, its figures and the reason for its end."""
     chat.settings(Temperature="0", Max_tokens="12")
     answer = chat.ask("Write a Python function that adds two numbers")
     assert answer.locator(".code .language").text_content() == "Python"
@@ -20,7 +21,7 @@ def test_a_question_is_answered_by_the_model_itself(chat, server):
     assert "Cut at 12 tokens" in answer.locator(".note").text_content()
     assert chat.field.input_value() == ""
     assert chat.page.locator("#title").text_content() == "Write a Python function that adds two numbers"
-    # Asked once more without the page, the model says the same.
+    # Without the page, the model gives the same answer.
     body = {name: value for name, value in chat.bodies[0].items() if not name.startswith("stream")}
     whole = chat.context.request.post(f"{server.url}v1/chat/completions", data=body)
     said = whole.json()["choices"][0]["message"]["content"]
@@ -29,7 +30,8 @@ def test_a_question_is_answered_by_the_model_itself(chat, server):
 
 
 def test_it_streams_and_stops(chat, server):
-    """What came is there before the rest is; stop keeps it, and the server's generation really ends."""
+    """The first part is shown before the rest arrives. Stop keeps it and ends the generation on the
+    server."""
     chat.send("HELD")
     chat.wait_text("The first words.")
     assert chat.last.get_attribute("data-state") == "streaming"
@@ -42,7 +44,7 @@ def test_it_streams_and_stops(chat, server):
     assert chat.field.evaluate("e => e === document.activeElement")
 
 
-def test_stop_by_its_button(chat, server):
+def test_stop_button(chat, server):
     chat.send("HELD")
     chat.wait_text("The first words.")
     chat.button("Stop").click()
@@ -70,7 +72,7 @@ def test_code_blocks_have_colours_a_label_and_a_copy_button(chat):
 
 
 def test_a_growing_code_block_stays_the_same_element(chat, server):
-    """So that a selection, a focused button and a scrolled block outlive the answer's growth: no flicker."""
+    """The selection, a focused button and the scroll position survive while the answer grows."""
     chat.send("SLOW")
     chat.wait_text("x = 1")
     chat.page.locator(".code").evaluate("e => { e.mark = 1 }")
@@ -85,7 +87,7 @@ def test_a_growing_code_block_stays_the_same_element(chat, server):
     assert chat.button("Copy the code").evaluate("e => e === document.activeElement")
 
 
-def test_letters_do_not_wait_for_the_renderer_which_has_one_text_at_a_time(chat, server):
+def test_text_appears_before_the_renderer_answers_and_one_render_runs_at_a_time(chat, server):
     held: list[Any] = []
     calls = 0
 
@@ -120,15 +122,15 @@ def test_letters_do_not_wait_for_the_renderer_which_has_one_text_at_a_time(chat,
 
 
 def until_page(page: Any, condition: Any) -> None:
-    """Wait, and let the browser's events come in meanwhile."""
+    """Wait, and let the browser process events meanwhile."""
     for _ in range(600):
         if condition():
             return
         page.wait_for_timeout(100)
-    raise AssertionError("it never came true")
+    raise AssertionError("the condition did not become true")
 
 
-def test_the_models_output_is_never_html(chat):
+def test_model_output_is_never_html(chat):
     answer = chat.ask("HOSTILE")
     text = answer.locator(".prose").text_content()
     for shown in (
@@ -144,8 +146,9 @@ def test_the_models_output_is_never_html(chat):
     assert chat.page.evaluate("window.pwned") is None
 
 
-def test_a_tree_that_says_what_it_must_not_is_shown_as_text(chat):
-    """The page trusts not even its own server's tree: it checks each value that becomes an attribute."""
+def test_an_invalid_tree_is_shown_as_text(chat):
+    """The page does not trust the tree of its own server: it checks each value before it becomes an
+    attribute."""
     tree = [
         ["script", "", ["window.pwned = 1"]],
         [
@@ -172,7 +175,7 @@ def test_a_tree_that_says_what_it_must_not_is_shown_as_text(chat):
     assert "&lt;b&gt;label&lt;/b&gt;" in html and "&lt;i&gt;code&lt;/i&gt;" in html
 
 
-def test_without_the_renderer_the_letters_are_shown_as_they_came(make_chat):
+def test_without_the_renderer_plain_text_is_shown(make_chat):
     chat = make_chat(refusals=True)
     chat.page.route("**/page/render", lambda route: route.fulfill(status=500, body="no"))
     answer = chat.ask("CODE")
@@ -180,7 +183,7 @@ def test_without_the_renderer_the_letters_are_shown_as_they_came(make_chat):
     assert chat.page.locator(".code").count() == 0
 
 
-def test_it_follows_an_answer_only_from_its_end(chat, server):
+def test_the_page_follows_an_answer_only_when_scrolled_to_the_end(chat, server):
     chat.send("LONG")
     chat.wait_text("line 59")
     scroller = chat.page.locator("#scroller")
@@ -198,8 +201,8 @@ def test_it_follows_an_answer_only_from_its_end(chat, server):
     assert jump.is_hidden()
 
 
-def test_who_goes_up_while_letters_come_is_not_taken_back(chat, server):
-    """The page grows before the browser has told of the scrolling."""
+def test_scrolling_up_while_an_answer_streams_is_kept(chat, server):
+    """The answer grows before the browser has sent the scroll event."""
     chat.page.add_init_script(
         """window.grown = [];
         window.ResizeObserver = class extends ResizeObserver {

@@ -1,4 +1,4 @@
-"""Conversations on the chat page: versions, several of them, files, and what the browser keeps."""
+"""Conversations on the chat page: versions, the list of conversations, files and browser storage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.page.live import until
 
 
-def test_trying_again_keeps_the_first_answer(chat):
+def test_regenerating_keeps_the_first_answer(chat):
     chat.ask("SHORT")
     chat.last.get_by_role("button", name="Try again").click()
     chat.done()
@@ -24,7 +24,7 @@ def test_trying_again_keeps_the_first_answer(chat):
 
 
 def test_editing_a_question_branches_the_conversation(chat):
-    """The arrow opens the last question, Enter sends it; what was said before is a version away."""
+    """Arrow-up edits the last question and Enter sends it. The earlier branch remains as a version."""
     chat.ask("SHORT one")
     chat.ask("SHORT two")
     chat.field.press("ArrowUp")
@@ -55,7 +55,7 @@ def test_editing_a_question_branches_the_conversation(chat):
     ]
 
 
-def test_two_conversations_are_found_again(chat):
+def test_two_conversations_can_be_reopened(chat):
     chat.ask("SHORT about apples")
     chat.button("New conversation").first.click()
     chat.ask("CODE about pears")
@@ -70,7 +70,7 @@ def test_two_conversations_are_found_again(chat):
     assert chat.page.get_by_role("link", name="SHORT about apples").get_attribute("aria-current") == "page"
     chat.page.go_back()
     chat.page.get_by_role("group", name="Code: Python").wait_for()
-    # A second tab has the same conversations, and sees what is done in the first.
+    # A second tab has the same conversations and follows changes in the first.
     other = chat.context.new_page()
     chat.watch(other)
     other.goto(chat.server.url)
@@ -111,7 +111,7 @@ def test_renaming_deleting_and_undoing(chat):
     assert chat.titles() == ["My pears", "SHORT apples"]
 
 
-def test_conversations_as_files(chat):
+def test_saving_conversations_to_files(chat):
     chat.ask("SHORT: apples / pears?")
     chat.button("Export").click()
     with chat.page.expect_download() as download:
@@ -129,7 +129,7 @@ def test_conversations_as_files(chat):
     assert [turn["text"] for turn in record["turns"]] == ["SHORT: apples / pears?", "Short answer."]
 
 
-def test_a_draft_and_a_half_answer_survive_a_reload(chat, server):
+def test_a_draft_and_a_partial_answer_survive_a_reload(chat, server):
     chat.send("HELD")
     chat.wait_text("The first words.")
     chat.field.fill("a draft of\ntwo lines")
@@ -145,7 +145,7 @@ def test_a_draft_and_a_half_answer_survive_a_reload(chat, server):
     assert chat.last.locator(".prose").text_content() == "The first words. And the rest."
 
 
-def test_an_answer_goes_on_while_another_conversation_is_read(chat, server):
+def test_an_answer_continues_while_another_conversation_is_open(chat, server):
     chat.send("HELD")
     chat.wait_text("The first words.")
     chat.button("New conversation").first.click()
@@ -158,7 +158,7 @@ def test_an_answer_goes_on_while_another_conversation_is_read(chat, server):
 
 
 def test_old_questions_are_left_out_to_fit_the_context(chat, server):
-    """A long conversation goes on: the server would refuse it whole."""
+    """A long conversation continues, although the server would refuse it as a whole."""
     for number in range(4):
         chat.ask(f"SHORT {number} " + "word " * 300)
     assert server.session.loaded is not None
@@ -168,7 +168,7 @@ def test_old_questions_are_left_out_to_fit_the_context(chat, server):
     assert chat.last.locator(".prose").text_content() == "Short answer."
 
 
-def test_a_full_storage_is_said_and_costs_nothing_else(chat):
+def test_full_storage_is_reported_and_the_chat_continues(chat):
     chat.page.evaluate(
         """() => {
           for (let n = 1 << 22; n; n >>= 1) try { localStorage.setItem('x' + n, 'x'.repeat(n)) } catch {}
@@ -179,8 +179,8 @@ def test_a_full_storage_is_said_and_costs_nothing_else(chat):
     assert chat.page.get_by_text("The browser cannot save conversations").is_visible()
 
 
-def test_what_the_storage_holds_may_be_anything(chat):
-    """Another version of the page may have written it, or a person."""
+def test_invalid_stored_values_are_ignored(chat):
+    """Stored values may come from another version of the page or from a person."""
     chat.page.evaluate(
         """() => {
           localStorage.setItem('lowmem.chat.a', '{"id": "a"}');

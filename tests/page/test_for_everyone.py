@@ -1,4 +1,4 @@
-"""The chat page on a phone, in the dark, by keyboard, by ear, and without motion."""
+"""Accessibility of the chat page: phones, dark theme, keyboard, screen readers, reduced motion."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.page.live import until
         pytest.param("desktop", "dark", marks=pytest.mark.slow),
     ],
 )
-def test_it_is_readable_in_both_themes_on_phone_and_desktop(make_chat, size, scheme):
-    """No sideways scrolling, and letters large and strong enough, in every state of the page."""
+def test_readable_in_both_themes_on_phone_and_desktop(make_chat, size, scheme):
+    """No horizontal scrolling, and sufficient text size and contrast, in every state of the page."""
     width, height = SIZES[size]
     chat = make_chat(
         viewport={"width": width, "height": height}, color_scheme=scheme, has_touch=size == "phone"
@@ -69,7 +69,7 @@ def test_a_chosen_theme_is_remembered(chat):
     assert chat.page.evaluate(dark) == "light"
 
 
-def test_everything_by_keyboard_with_the_focus_in_sight(chat, server):
+def test_keyboard_operation_with_visible_focus(chat, server):
     page = chat.page
     page.keyboard.type("HELD")
     page.keyboard.press("Shift+Enter")
@@ -103,8 +103,8 @@ def test_everything_by_keyboard_with_the_focus_in_sight(chat, server):
     assert chat.field.evaluate("e => e === document.activeElement")
 
 
-def test_who_cannot_see_it_hears_it(chat, server):
-    """Landmarks and names; an answer is read in sentences, and not letter by letter."""
+def test_screen_reader_output(chat, server):
+    """Landmarks and accessible names. An answer is announced in sentences, not token by token."""
     chat.send("HELD")
     chat.wait_text("The first words.")
     log = chat.page.locator("#announcements")
@@ -141,7 +141,7 @@ def test_who_cannot_see_it_hears_it(chat, server):
     assert chat.page.evaluate(unnamed) == []
 
 
-def test_less_motion(make_chat):
+def test_reduced_motion(make_chat):
     chat = make_chat(reduced_motion="reduce")
     chat.send("HELD")
     chat.wait_text("The first words.")

@@ -1,4 +1,4 @@
-"""The chat page and its server: settings, the key, refusals, a server that dies, the page's own files."""
+"""The chat page and its server: settings, API key, refusals, a server crash, static files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.page.chat import SCRIPTS
 from tests.page.live import live_server, until
 
 
-def test_settings_are_in_the_request_and_are_kept(chat, server):
+def test_settings_are_sent_and_saved(chat, server):
     chat.settings(
         System_text="Be brief.",
         Temperature="0.7",
@@ -50,7 +50,7 @@ def test_settings_are_in_the_request_and_are_kept(chat, server):
     assert [m["role"] for m in chat.bodies[-1]["messages"]] == ["user", "assistant", "user"]
 
 
-def test_the_key_is_asked_for_once(make_chat):
+def test_the_api_key_is_requested_once(make_chat):
     with live_server(SCRIPTS, keys=("secret",)) as locked:
         chat = make_chat(locked, refusals=True)
         dialog = chat.page.get_by_role("dialog", name="API key")
@@ -71,7 +71,7 @@ def test_the_key_is_asked_for_once(make_chat):
         assert "secret" not in kept and "wrong" not in kept
 
 
-def test_a_full_queue_and_a_closing_server_are_said_in_words(make_chat):
+def test_a_full_queue_and_a_closing_server_are_explained(make_chat):
     with live_server(SCRIPTS, queue_limit=1) as busy:
         chat = make_chat(busy, refusals=True)
         chat.send("HELD one")
@@ -86,13 +86,13 @@ def test_a_full_queue_and_a_closing_server_are_said_in_words(make_chat):
         until(lambda: not busy.worker.busy and not busy.worker.waiting)
         chat.last.get_by_role("button", name="Try again").last.click()
         chat.wait_text("Short answer.")
-        assert chat.last.locator(".version").count() == 0  # the refusal is no version of an answer
+        assert chat.last.locator(".version").count() == 0  # a refusal is not a version of the answer
         busy.worker.close()
         chat.send("SHORT four")
         chat.page.get_by_text("The server accepts no requests at the moment.").first.wait_for()
 
 
-def test_a_server_that_dies_and_comes_back(make_chat):
+def test_a_server_crash_and_restart(make_chat):
     with live_server(SCRIPTS) as dying:
         chat = make_chat(dying, refusals=True)
         chat.send("HELD")
@@ -109,7 +109,7 @@ def test_a_server_that_dies_and_comes_back(make_chat):
         dying.restart()
         chat.last.get_by_role("button", name="Try again").last.click()
         chat.wait_text("Short answer.")
-        # The question that has half an answer is part of what is asked.
+        # The request includes the question and its partial answer.
         assert [m["content"] for m in chat.bodies[-1]["messages"]] == ["HELD", "The first words. ", "SHORT"]
 
 
@@ -125,7 +125,7 @@ def test_plan_speed_and_memory_are_shown(chat):
     assert "1,024 tokens" in dialog.text_content()
 
 
-def test_static_files_are_kept_by_browsers_and_asked_about(browser, server):
+def test_static_files_are_cached_and_revalidated(browser, server):
     request = browser.new_context().request
     first = request.get(server.url)
     assert first.headers["content-type"] == "text/html; charset=utf-8"
@@ -143,7 +143,7 @@ def test_static_files_are_kept_by_browsers_and_asked_about(browser, server):
         assert request.get(f"{server.url}page/{name}").status == 404, name
 
 
-def test_rendering_is_refused_past_its_limits(browser, server):
+def test_rendering_beyond_its_limits_is_refused(browser, server):
     request = browser.new_context().request
     for data, status in (
         ({"text": "x" * 200_001}, 400),

@@ -1,9 +1,9 @@
-"""Build the C kernels with AddressSanitizer and UBSan: the library, and a program that fuzzes it.
+"""Build the C kernels with AddressSanitizer and UBSan: the library, and a program that fuzzes the kernels.
 
-    python -m tests.sanitizers.build FOLDER            the library (`_native.so`) and `fuzz` in FOLDER
-    FOLDER/fuzz SEED ROUNDS                            random shapes and values through every kernel
+    python -m tests.sanitizers.build FOLDER            write the library (`_native.so`) and `fuzz` to FOLDER
+    FOLDER/fuzz SEED ROUNDS                            run every kernel on random shapes and values
 
-To run tests of Python on the library: `environment(FOLDER)` around `pytest -p tests.sanitizers.plugin`.
+To run Python tests with this library, start `pytest -p tests.sanitizers.plugin` in `environment(FOLDER)`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "lowmem" / "kernels" / "csrc"
 SLOW_TO_COMPILE = ("avx512_decode.c", "avx512_prefill.c")
-"""These take as long as all others together. A `quick` build leaves them out; `fuzz` skips the instruction
-sets that use them."""
+"""Compiling these takes as long as all other sources together. A `quick` build leaves them out, and `fuzz`
+skips the instruction sets that use them."""
 _CHECKS = "-fsanitize=address,undefined,float-cast-overflow"
 _FLAGS = (
     *("-g1", "-std=c11", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread"),
@@ -51,8 +51,8 @@ def compiler() -> str | None:
 def build(folder: Path, *, quick: bool = False) -> Path:
     """Compile into `folder` in 90 seconds, or 10 if `quick`; returns the path of `fuzz`.
 
-    quick: without optimization, the packed AVX-512 kernels and the library. Raises RuntimeError with the
-    compiler's output.
+    quick: build without optimization, and leave out the packed AVX-512 kernels and the library. Raises
+    RuntimeError with the compiler's output.
     """
     cc = compiler()
     if cc is None:
@@ -62,7 +62,7 @@ def build(folder: Path, *, quick: bool = False) -> Path:
     if quick:
         (folder / "stub.c").write_text(_STUB)
         sources.append(folder / "stub.c")
-    sources.sort(key=lambda path: path.stat().st_size, reverse=True)  # the longest ones first
+    sources.sort(key=lambda path: path.stat().st_size, reverse=True)  # slowest first
     sources.append(HERE / "fuzz.c")
     level = "-O0" if quick else "-O1"
 
@@ -82,7 +82,7 @@ def build(folder: Path, *, quick: bool = False) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The environment of a Python that loads the library of `folder` through the plugin."""
+    """Environment variables for a Python process that loads the library of `folder` through the plugin."""
     cc = compiler() or "gcc"
     runtime = [_output([cc, f"-print-file-name=lib{name}.so"]) for name in ("asan", "ubsan")]
     return {

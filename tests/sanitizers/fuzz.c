@@ -1,9 +1,9 @@
-/* Run the kernels on random shapes and values, in a build with sanitizers (build.py). The program fails at any access outside
- * a tensor, and at any bit that differs between instruction sets, threads or layouts although the headers promise equality.
- * Usage: fuzz SEED ROUNDS. A seed is reproducible.
+/* Run the kernels on random shapes and values, in a build with sanitizers (build.py). The program fails on any access outside
+ * a tensor, and on any bit that differs between instruction sets, thread counts or layouts where the headers promise equality.
+ * Usage: fuzz SEED ROUNDS. Equal seeds give equal runs.
  *
- * Every tensor ends where its memory ends: at a red zone of AddressSanitizer, or at a page without access, which also stops
- * vector instructions that sanitizers do not see. */
+ * Every tensor borders on inaccessible memory: a red zone of AddressSanitizer, or a protected page, which also catches
+ * vector instructions that the sanitizers do not instrument. */
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdio.h>
@@ -43,13 +43,13 @@ static float normal(void)
 
 typedef struct {
     char *start;
-    size_t bytes; /* of a map; 0: from malloc */
+    size_t bytes; /* of a mapping; 0: from malloc */
 } piece;
 
 static piece pieces[4096];
 static int used;
 
-/* Exactly so many bytes, aligned to `unit` only. */
+/* Allocate exactly `bytes` bytes, aligned to `unit` and no more. */
 static void *exactly(size_t bytes, size_t unit)
 {
     const int way = (int)between(0, 3);
@@ -65,7 +65,7 @@ static void *exactly(size_t bytes, size_t unit)
     *p = (piece){mmap(NULL, whole + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), whole + 2 * page};
     if (p->start == MAP_FAILED || (whole && mprotect(p->start + page, whole, PROT_READ | PROT_WRITE)))
         abort();
-    return way == 2 ? p->start + page + whole - bytes : p->start + page; /* a fence after, or before */
+    return way == 2 ? p->start + page + whole - bytes : p->start + page; /* protected page after, or before */
 }
 
 static void forget(void)
@@ -108,7 +108,7 @@ static void put(void *values, int type, int64_t at, float value)
         memcpy((char *)values + 2 * at, &half, 2);
 }
 
-/* Numbers around 0. wild: any bits, including NaN, infinity and denormals. */
+/* Random values around 0. wild: random bits, including NaN, infinity and denormals. */
 static void *numbers(int64_t count, int type, float spread, int wild)
 {
     if (wild)
@@ -148,7 +148,7 @@ static void expect_same(const char *between_what, const void *a, const void *b, 
     }
 }
 
-/* Select an instruction set of the table. Returns 0 if the CPU lacks it or a quick build has no kernels of it. */
+/* Select an instruction set of the table. Returns 0 if the CPU lacks it or a quick build left it out. */
 static int use_isa(int i) { return lm_use_isa(lm_isa_at(i)) && lm_isa_selected()->linear->decode; }
 
 /* ---- linears ------------------------------------------------------------------------------------------------- */
@@ -228,7 +228,7 @@ static void dense(void)
         if (!use_isa(i))
             continue;
         void *y[2];
-        for (int turn = 0; turn < 2; turn++) { /* the same bits with any number of threads */
+        for (int turn = 0; turn < 2; turn++) { /* the result must not depend on the number of threads */
             lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
             y[turn] = exactly((size_t)(rows * w.outputs) * width_of(out_type), width_of(out_type));
             const lm_matrix from = {x, rows, w.inputs, x_type}, to = {y[turn], rows, w.outputs, out_type};
@@ -331,9 +331,9 @@ static void step(void)
     }
 }
 
-/* ---- the converter's ----------------------------------------------------------------------------------------- */
+/* ---- the converter -------------------------------------------------------------------------------------------- */
 
-/* A matrix in either order, with strides of its own. */
+/* A matrix in row-major or column-major order, with random strides. */
 static const void *matrix(int64_t rows, int64_t columns, int type, int64_t *row, int64_t *column)
 {
     const int turned = one_in(2);

@@ -1,4 +1,4 @@
-"""A live server on the loopback address with tiny-starchat, whose model can be made to wait."""
+"""A live server on the loopback address with tiny-starchat, whose model a test can hold."""
 
 from __future__ import annotations
 
@@ -24,52 +24,52 @@ from tests.helpers import TINY_STARCHAT
 
 MODEL = "tiny-starchat"
 PATIENCE = 60.0
-"""Seconds after which a test gives up waiting for what has to come; nothing is expected to take as long."""
+"""Seconds until a test stops waiting for an event. No event should take this long."""
 
 
 @lru_cache(1)
 def tiny() -> LoadedModel:
-    """tiny-starchat, loaded once a process.
+    """tiny-starchat, loaded once per process.
 
-    In float32, where what a cached prefix changes in the rounding of an unquantized model is near 1e-6.
+    In float32, where a cached prefix changes the logits of an unquantized model by only about 1e-6.
     """
     return load(TINY_STARCHAT, LoadOptions(dtype=torch.float32))
 
 
 @lru_cache(1)
 def oracle() -> Session:
-    """A session of its own, to compare with: it shares no engine with a server."""
+    """A separate session to compare with. It shares no engine with a server."""
     return Session(load(TINY_STARCHAT, LoadOptions(dtype=torch.float32)))
 
 
 class Gate:
-    """Where the model's thread waits when a test says so, and who has come there."""
+    """A gate that holds the model's thread until the test lets it continue."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._closed_at: int | None = None
         self._at = 0
         self.fault: Exception | None = None
-        """Raised once, at the next token."""
+        """An exception to raise once, at the next token."""
 
     def close(self, at: int = 0) -> None:
-        """Let `at` tokens of an answer through (0: not even the prefill), and hold the model there."""
+        """Hold the model after `at` tokens of an answer; 0 holds it before the prefill."""
         with self._condition:
             self._closed_at = at
 
     def open(self) -> None:
-        """Let the model go on."""
+        """Let the model continue."""
         with self._condition:
             self._closed_at = None
             self._condition.notify_all()
 
     def wait_until_held(self) -> None:
-        """Until the model waits at the gate."""
+        """Wait until the model is held at the gate."""
         with self._condition:
             came = self._condition.wait_for(
                 lambda: self._closed_at is not None and self._at >= self._closed_at, PATIENCE
             )
-            assert came, "the model did not come to the gate"
+            assert came, "the model did not reach the gate"
 
     def start(self) -> None:
         """An answer begins."""
@@ -77,21 +77,21 @@ class Gate:
             self._at = -1
 
     def pass_through(self) -> None:
-        """A step of the model."""
+        """Called at each step of the model; waits here while the gate is closed."""
         with self._condition:
             self._at += 1
             self._condition.notify_all()
             opened = self._condition.wait_for(
                 lambda: self._closed_at is None or self._at < self._closed_at, PATIENCE
             )
-            assert opened, "nobody opened the gate"
+            assert opened, "the gate was not opened"
         fault, self.fault = self.fault, None
         if fault is not None:
             raise fault
 
 
 class GatedSession(Session):
-    """A session that passes a gate before its prefill and after every token."""
+    """A session that passes the gate before its prefill and after every token."""
 
     gate: Gate
 
@@ -119,7 +119,7 @@ class GatedSession(Session):
 
 @dataclass
 class Live:
-    """A server that runs, and what a test asks of it."""
+    """A running server, its worker and its clients."""
 
     url: str
     worker: Worker
@@ -128,7 +128,7 @@ class Live:
     log: list[str] = field(default_factory=list)
 
     def client(self, key: str = "none", **options: Any) -> openai.OpenAI:
-        """OpenAI's own client; it tries nothing twice unless told to."""
+        """OpenAI's client, without retries unless `options` say otherwise."""
         options = {"max_retries": 0, "timeout": PATIENCE, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, **options)
 
@@ -144,7 +144,7 @@ def live_server(
     shutdown_seconds: float = 30.0,
     names: tuple[str, ...] = (MODEL,),
 ) -> Iterator[Live]:
-    """A server in a thread of this process; it has ended when the context has."""
+    """Run a server in a thread of this process, and stop it at the end of the context."""
     gate, log = Gate(), []
     GatedSession.gate = gate
 
@@ -175,10 +175,10 @@ def live_server(
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread does."""
+    """Wait until another thread makes the condition true."""
     waiting = threading.Event()
     for _ in range(int(PATIENCE * 100)):
         if condition():
             return
         waiting.wait(0.01)
-    raise AssertionError("it did not come to pass")
+    raise AssertionError("the condition did not become true")

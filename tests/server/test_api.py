@@ -1,4 +1,4 @@
-"""The API as OpenAI's own client sees it, and the answers those of the session."""
+"""The API through OpenAI's client. Answers equal those of the session."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def complete(client: openai.OpenAI, prompt: Any, **options: Any) -> Any:
 
 
 def answer_to(text: str, params: SamplingParams = GREEDY) -> str:
-    """What the session itself says, without the line end that its template has before an answer."""
+    """The answer of the session, without the newline that its template puts before an answer."""
     return oracle().complete([Message("user", text)], params).text.removeprefix("\n")
 
 
-def test_the_model_has_one_card_a_name(client: openai.OpenAI) -> None:
+def test_models_lists_each_name_of_the_model(client: openai.OpenAI) -> None:
     (card,) = client.models.list().data
     assert card.id == MODEL and card.object == "model"
     assert client.models.retrieve(MODEL) == card
@@ -76,7 +76,7 @@ def test_a_stream_gives_role_text_reason_and_usage_in_this_order(client: openai.
     assert chunks[0].choices[0].delta.role == "assistant"
     assert len({chunk.id for chunk in chunks}) == 1
     *texts, last, usage = chunks
-    assert len(texts) > 3, "the text came at once"
+    assert len(texts) > 3, "the text was not streamed"
     assert all(chunk.choices[0].finish_reason is None and chunk.usage is None for chunk in texts)
     assert last.choices[0].finish_reason == "length" and not last.choices[0].delta.content
     assert usage.choices == [] and usage.usage.completion_tokens == 200
@@ -119,7 +119,7 @@ def test_completions_stream_and_echo(client: openai.OpenAI) -> None:
     assert complete(client, ids, echo=True).choices[0].text == prompt + text
 
 
-def test_sixteen_tokens_are_the_default_of_completions(client: openai.OpenAI) -> None:
+def test_completions_default_to_sixteen_tokens(client: openai.OpenAI) -> None:
     assert complete(client, "import", max_tokens=openai.omit).usage.completion_tokens == 16
 
 
@@ -134,7 +134,7 @@ def test_a_suffix_fills_in_the_middle(client: openai.OpenAI) -> None:
     assert streamed == expected.text
 
 
-def test_stop_texts_end_an_answer_and_are_no_part_of_it(client: openai.OpenAI) -> None:
+def test_stop_texts_end_an_answer_and_are_left_out(client: openai.OpenAI) -> None:
     whole = answer_to(QUESTION)
     stop = whole[10:13]
     before = whole[: whole.index(stop)]
@@ -145,7 +145,7 @@ def test_stop_texts_end_an_answer_and_are_no_part_of_it(client: openai.OpenAI) -
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == before
 
 
-def test_a_seed_gives_the_same_answer_and_choices_have_the_next_ones(client: openai.OpenAI) -> None:
+def test_a_seed_repeats_an_answer_and_choices_use_the_following_seeds(client: openai.OpenAI) -> None:
     warm: dict[str, Any] = {"temperature": 1.5, "top_p": 1.0, "max_tokens": 12}
     texts = [choice.message.content for choice in chat(client, n=3, seed=7, **warm).choices]
     alone = [chat(client, seed=seed, **warm) for seed in (7, 8, 9)]
@@ -173,11 +173,11 @@ def test_sampling_settings_reach_the_session(client: openai.OpenAI) -> None:
     assert card.choices[0].message.content == answer_to(QUESTION, SamplingParams(12, seed=3))
 
 
-def test_chat_logprobs_are_the_sessions(client: openai.OpenAI) -> None:
+def test_chat_logprobs_equal_those_of_the_session(client: openai.OpenAI) -> None:
     expected = (
         oracle().complete([Message("user", QUESTION)], SamplingParams(8, temperature=0, logprobs=3)).logprobs
     )
-    assert expected is not None and expected[0].text == "\n"  # the template's, and no part of the answer
+    assert expected is not None and expected[0].text == "\n"  # from the template, not part of the answer
     choice = chat(client, max_tokens=8, logprobs=True, top_logprobs=3).choices[0]
     content = choice.logprobs.content
     assert "".join(entry.token for entry in content) == choice.message.content
@@ -220,7 +220,7 @@ def test_the_next_turn_of_a_chat_computes_only_what_is_new(client: openai.OpenAI
 
 
 def test_two_conversations_in_turn_keep_their_prefixes(client: openai.OpenAI) -> None:
-    """An editor and a chat do not evict each other."""
+    """An editor and a chat do not evict each other's cached prefix."""
     turns = [user(f"Tell me about {thing}, with an example and its output.") for thing in ("sets", "loops")]
     for number in range(3):
         for messages in turns:
@@ -235,7 +235,7 @@ def test_two_conversations_in_turn_keep_their_prefixes(client: openai.OpenAI) ->
             messages.append(user("Go on.")[0])
 
 
-def test_roles_and_parts_of_messages_are_read_as_the_session_reads_them(client: openai.OpenAI) -> None:
+def test_roles_and_message_parts(client: openai.OpenAI) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {
@@ -252,8 +252,8 @@ def test_roles_and_parts_of_messages_are_read_as_the_session_reads_them(client: 
     assert answer.usage.prompt_tokens == expected.prompt_tokens
 
 
-def test_half_a_surrogate_pair_is_no_fault(live: Live) -> None:
-    """A text cut in the middle of an emoji: JSON may carry it, UTF-8 may not."""
+def test_a_lone_surrogate_is_accepted(live: Live) -> None:
+    """A text may be cut inside an emoji: JSON can represent that, UTF-8 cannot."""
     body = '{"model":"tiny-starchat","max_tokens":2,"messages":[{"role":"user","content":"a \\ud83d"}]}'
     answer = httpx.post(
         f"{live.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
@@ -297,7 +297,7 @@ def test_half_a_surrogate_pair_is_no_fault(live: Live) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_done_is_refused_by_name(
+def test_unsupported_chat_options_are_refused_by_name(
     client: openai.OpenAI, options: dict[str, Any], param: str, code: str | None
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -324,7 +324,9 @@ def test_what_cannot_be_done_is_refused_by_name(
     ],
     ids=str,
 )
-def test_defaults_and_unknown_fields_are_passed_over(client: openai.OpenAI, harmless: dict[str, Any]) -> None:
+def test_default_values_and_unknown_fields_are_ignored(
+    client: openai.OpenAI, harmless: dict[str, Any]
+) -> None:
     assert chat(client, max_tokens=2, extra_body=harmless).usage.completion_tokens == 2
 
 
@@ -334,7 +336,7 @@ def test_defaults_and_unknown_fields_are_passed_over(client: openai.OpenAI, harm
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
-        ({"prompt": [5000]}, "prompt"),  # outside of the vocabulary
+        ({"prompt": [5000]}, "prompt"),  # not in the vocabulary
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": ["a"] * 20, "n": 4}, "n"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
@@ -344,7 +346,7 @@ def test_defaults_and_unknown_fields_are_passed_over(client: openai.OpenAI, harm
     ],
     ids=str,
 )
-def test_completions_that_cannot_be_done_are_refused_by_name(
+def test_unsupported_completion_options_are_refused_by_name(
     client: openai.OpenAI, options: dict[str, Any], param: str | None
 ) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
@@ -353,7 +355,7 @@ def test_completions_that_cannot_be_done_are_refused_by_name(
     assert (caught.value.param or "").partition("[")[0] == (param or "")
 
 
-def test_a_prompt_beyond_the_context_is_refused_and_no_turn_dropped(client: openai.OpenAI) -> None:
+def test_a_prompt_beyond_the_context_is_refused(client: openai.OpenAI) -> None:
     turns = [*user("word " * 700), {"role": "assistant", "content": "yes"}, *user("word " * 700)]
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, messages=turns)
@@ -364,14 +366,14 @@ def test_a_prompt_beyond_the_context_is_refused_and_no_turn_dropped(client: open
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
 
 
-def test_more_tokens_than_there_is_room_for_end_with_the_context(client: openai.OpenAI) -> None:
+def test_max_tokens_beyond_the_context_stops_at_its_end(client: openai.OpenAI) -> None:
     prompt = "word " * (oracle().context - 20)
     answer = complete(client, prompt, max_tokens=10**6)
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage.total_tokens <= oracle().context + 1
 
 
-def test_another_model_and_another_route_are_not_found(client: openai.OpenAI, live: Live) -> None:
+def test_unknown_models_and_routes_are_not_found(client: openai.OpenAI, live: Live) -> None:
     for call in (lambda: chat(client, model="gpt-4o"), lambda: client.models.retrieve("a/b")):
         with pytest.raises(openai.NotFoundError) as caught:
             call()
@@ -388,7 +390,7 @@ def test_another_model_and_another_route_are_not_found(client: openai.OpenAI, li
     [b"{", b"", b"null", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b"9" * 5000, b'{"model": NaN}'],
     ids=lambda body: repr(body[:10]),
 )
-def test_rubbish_is_a_bad_request(live: Live, body: bytes) -> None:
+def test_an_invalid_body_is_a_bad_request(live: Live, body: bytes) -> None:
     answer = httpx.post(
         f"{live.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
     )
@@ -396,7 +398,7 @@ def test_rubbish_is_a_bad_request(live: Live, body: bytes) -> None:
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_requests_at_once_get_their_own_answers(client: openai.OpenAI) -> None:
+def test_concurrent_requests_get_their_own_answers(client: openai.OpenAI) -> None:
     questions = [f"What is {number} plus {number * 7}?" for number in range(12)]
     with ThreadPoolExecutor(12) as threads:
         answers = list(threads.map(lambda text: chat(client, text), questions))
@@ -405,7 +407,7 @@ def test_requests_at_once_get_their_own_answers(client: openai.OpenAI) -> None:
     ]
 
 
-def test_nothing_of_a_request_is_in_the_log(client: openai.OpenAI, live: Live) -> None:
+def test_requests_are_not_logged(client: openai.OpenAI, live: Live) -> None:
     chat(client, "a secret word", max_tokens=3)
     httpx.get(f"{live.url}/another-secret")
     assert not any("secret" in line for line in live.log)
@@ -413,7 +415,7 @@ def test_nothing_of_a_request_is_in_the_log(client: openai.OpenAI, live: Live) -
     assert "length" in line
 
 
-def test_metrics_are_prometheus_text_and_count(client: openai.OpenAI, live: Live) -> None:
+def test_metrics_in_prometheus_format(client: openai.OpenAI, live: Live) -> None:
     from prometheus_client.parser import text_string_to_metric_families
 
     def values() -> dict[str, float]:
@@ -454,8 +456,8 @@ def test_health_and_the_pages_status(live: Live, client: openai.OpenAI) -> None:
     assert status["memory"]["host"] > 50 << 20
 
 
-def test_no_page_of_the_framework_is_served(live: Live) -> None:
-    """They would load scripts from elsewhere."""
+def test_fastapi_pages_are_not_served(live: Live) -> None:
+    """FastAPI's documentation pages would load scripts from other hosts."""
     for path in ("/docs", "/redoc", "/docs/oauth2-redirect"):
         assert httpx.get(live.url + path).status_code == 404
     assert httpx.get(f"{live.url}/openapi.json").json()["info"]["title"] == "lowmem"

@@ -1,4 +1,5 @@
-"""The API tried from its own description: nothing breaks, and every answer is as described."""
+"""Fuzz the API from its OpenAPI description: no request breaks it, and all responses match the
+description."""
 
 from __future__ import annotations
 
@@ -37,17 +38,18 @@ LONG = int(os.environ.get("LOWMEM_FUZZ_EXAMPLES", "1500"))
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """With a small context, so that no answer takes long."""
+    """A server with a small context, so that answers are short."""
     with live_server(context=64) as live:
         yield live
 
 
 def mended(case: Any, data: Any) -> Any:
-    """Most bodies name the model that is served, or nothing but the name would be tried.
+    """Correct a generated body in some respects, so that requests get past the first checks.
 
-    Half of all lose what no description can say: which fields go together, which messages follow each other,
-    which token ids there are. And half of those keep nothing but what has to be there, as the simplest input
-    does, which is always tried.
+    Most bodies name the model that is served; otherwise only the check of the name would be tested. Half of
+    them are changed to obey rules that the description cannot express: which fields exclude each other, the
+    order of messages, the range of token ids. Half of those keep only the required fields, like the simplest
+    input, which is always tried.
     """
     body = case.body
     if not isinstance(body, dict) or "model" not in body:
@@ -72,7 +74,7 @@ def mended(case: Any, data: Any) -> Any:
 
 
 def fuzz(live: Live, examples: int) -> dict[str, dict[int, int]]:
-    """Try every operation with so many inputs, half of them wrong on purpose; the statuses that came."""
+    """Try every operation with `examples` inputs, half of them invalid. Returns counts of statuses."""
     schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
     seen: dict[str, dict[int, int]] = {}
     for result in schema.get_all_operations():
@@ -82,7 +84,7 @@ def fuzz(live: Live, examples: int) -> dict[str, dict[int, int]]:
             cases = operation.as_strategy(generation_mode=mode)
             try:
                 _try(cases, live, statuses, examples)
-            except Unsatisfiable:  # what takes no input has no wrong one
+            except Unsatisfiable:  # an operation without input has no invalid input
                 assert mode is GenerationMode.NEGATIVE
     return seen
 
@@ -109,7 +111,7 @@ def check(live: Live, examples: int) -> None:
     seen = fuzz(live, examples)
     assert {"POST /v1/chat/completions", "POST /v1/completions", "GET /v1/models"} <= set(seen)
     for label in ("POST /v1/chat/completions", "POST /v1/completions"):
-        assert seen[label].get(200, 0) and seen[label].get(400, 0), seen  # both were really tried
+        assert seen[label].get(200, 0) and seen[label].get(400, 0), seen  # both kinds were tried
     print(seen)
     assert not [status for statuses in seen.values() for status in statuses if status >= 500], seen
     assert live.worker.counts.failed == 0

@@ -1,4 +1,4 @@
-"""Who may come in, and with how much: hosts, origins, keys, bodies, and the headers of every answer."""
+"""Access checks: hosts, origins, API keys, body sizes, and the security headers of responses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BODY = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_to
 
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
-    """Without keys, under one more name, with bodies of 20 KiB at most."""
+    """A server without keys, with one additional host name, and bodies of at most 20 KiB."""
     with live_server(guard=GuardSettings(hosts=("box.lan",), max_body=20 << 10)) as live:
         yield live
 
@@ -48,7 +48,7 @@ def code_of(answer: httpx.Response) -> str:
 @pytest.mark.parametrize(
     "host", ["localhost", "127.0.0.1", "LOCALHOST:1234", "[::1]:80", "box.lan", "localhost."]
 )
-def test_our_own_names_are_let_in(live: Live, host: str) -> None:
+def test_own_host_names_are_accepted(live: Live, host: str) -> None:
     assert httpx.get(f"{live.url}/v1/models", headers={"Host": host}).status_code == 200
 
 
@@ -64,15 +64,15 @@ def test_our_own_names_are_let_in(live: Live, host: str) -> None:
         "[::1",
     ],
 )
-def test_other_names_are_refused_whatever_is_asked(live: Live, host: str) -> None:
-    """A name that somebody has pointed at this address would make their page ours."""
+def test_other_host_names_are_refused_on_every_path(live: Live, host: str) -> None:
+    """With DNS rebinding, a foreign host name that resolves to this address could use the server."""
     for path in ("/v1/models", "/", "/health", "/page/status", "/nowhere"):
         answer = httpx.get(live.url + path, headers={"Host": host})
         assert answer.status_code == 403 and code_of(answer) == "host_not_allowed"
     assert post(live, {"Host": host}).status_code == 403
 
 
-def test_two_hosts_are_none(live: Live) -> None:
+def test_two_host_headers_are_refused(live: Live) -> None:
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), PATIENCE) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
@@ -80,12 +80,12 @@ def test_two_hosts_are_none(live: Live) -> None:
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", "https://evil", ""])
-def test_pages_from_elsewhere_cannot_post(live: Live, origin: str) -> None:
+def test_pages_of_other_origins_cannot_post(live: Live, origin: str) -> None:
     answer = post(live, {"Origin": origin})
     assert answer.status_code == 403 and code_of(answer) == "origin_not_allowed"
 
 
-def test_our_own_page_can_post(live: Live) -> None:
+def test_the_servers_page_can_post(live: Live) -> None:
     assert post(live, {"Origin": live.url}).status_code == 200
     behind_a_proxy = {"Host": "box.lan", "Origin": "https://box.lan"}
     assert post(live, behind_a_proxy).status_code == 200
@@ -94,20 +94,20 @@ def test_our_own_page_can_post(live: Live) -> None:
 @pytest.mark.parametrize(
     "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""]
 )
-def test_what_a_form_can_send_is_refused(live: Live, kind: str) -> None:
-    """Any page can send these without asking first."""
+def test_content_types_of_html_forms_are_refused(live: Live, kind: str) -> None:
+    """Any web page can send these content types without a CORS preflight."""
     answer = httpx.post(
         f"{live.url}/v1/chat/completions", content=b'{"model":"x"}', headers={"Content-Type": kind}
     )
     assert answer.status_code == 415 and code_of(answer) == "unsupported_media_type"
 
 
-def test_packed_bodies_are_refused(live: Live) -> None:
-    """A few bytes could become many."""
+def test_compressed_bodies_are_refused(live: Live) -> None:
+    """A small compressed body could expand to a large one."""
     assert post(live, {"Content-Encoding": "gzip"}).status_code == 415
 
 
-def test_nothing_allows_other_origins(live: Live) -> None:
+def test_no_cors_headers_are_sent(live: Live) -> None:
     asked = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     answers = [
         httpx.options(f"{live.url}/v1/chat/completions", headers=asked),
@@ -119,7 +119,7 @@ def test_nothing_allows_other_origins(live: Live) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nowhere", "/page/status", "/metrics"])
-def test_every_answer_has_the_headers_of_a_safe_page(live: Live, path: str) -> None:
+def test_every_response_has_security_headers(live: Live, path: str) -> None:
     answers = [httpx.get(live.url + path), httpx.get(live.url + path, headers={"Host": "evil.example"})]
     for answer in answers:
         assert answer.headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
@@ -130,18 +130,18 @@ def test_every_answer_has_the_headers_of_a_safe_page(live: Live, path: str) -> N
     assert answers[0].headers["x-request-id"] != answers[1].headers["x-request-id"]
 
 
-def test_a_body_that_says_it_is_too_large_is_not_read(live: Live) -> None:
+def test_a_body_with_a_too_large_content_length_is_not_read(live: Live) -> None:
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), PATIENCE) as client:
         client.sendall(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: 99999999999999999999\r\n\r\n"
         )
-        answer = b"".join(iter(lambda: client.recv(10_000), b""))  # until it is closed
+        answer = b"".join(iter(lambda: client.recv(10_000), b""))  # until the connection is closed
     assert answer.split(b" ")[1] == b"413" and b"request_too_large" in answer
 
 
-def test_a_body_without_a_length_is_read_no_further_than_it_may(live: Live) -> None:
+def test_a_chunked_body_is_read_only_up_to_the_limit(live: Live) -> None:
     sent = 0
 
     def parts() -> Iterator[bytes]:
@@ -154,21 +154,21 @@ def test_a_body_without_a_length_is_read_no_further_than_it_may(live: Live) -> N
     try:
         answer = httpx.post(url, content=parts(), headers={"Content-Type": "application/json"})
         assert answer.status_code == 413 and code_of(answer) == "request_too_large"
-    except httpx.TransportError:  # the connection may be closed before the answer could be read
+    except httpx.TransportError:  # the connection may be closed before the response was read
         pass
     assert sent < 50 << 20
 
 
-def test_bodies_together_are_bounded(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_total_size_of_bodies_is_limited(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "BODIES_AT_ONCE", 0)
     answer = post(live)
     assert answer.status_code == 503 and code_of(answer) == "overloaded" and answer.headers["retry-after"]
 
 
-def test_bodies_count_while_they_come_and_no_longer_than_their_request(
+def test_bodies_count_from_arrival_to_the_end_of_their_request(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many that send slowly hold no more than few that send at once."""
+    """Bodies count against the total limit while they arrive, and until their request ends."""
     monkeypatch.setattr(guard, "BODIES_AT_ONCE", 1)
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), PATIENCE) as client:
@@ -180,7 +180,7 @@ def test_bodies_count_while_they_come_and_no_longer_than_their_request(
     eventually(lambda: post(live).status_code == 200)
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_body_times_out(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), PATIENCE) as client:
@@ -191,7 +191,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(live: Live, monkeypatch: py
         assert client.recv(10_000).split(b" ")[1] == b"408"
 
 
-def test_only_the_keys_open(locked: Live) -> None:
+def test_only_valid_keys_are_accepted(locked: Live) -> None:
     for key in (KEY, OTHER):
         assert chat(locked.client(key), max_tokens=2).choices
     for key in ("", "wrong", KEY + "x", KEY[:-1], KEY.upper()):
@@ -203,7 +203,7 @@ def test_only_the_keys_open(locked: Live) -> None:
     assert KEY not in "".join(locked.log)
 
 
-def test_everything_that_touches_the_model_needs_a_key(locked: Live) -> None:
+def test_every_path_that_uses_the_model_needs_a_key(locked: Live) -> None:
     schema = httpx.get(f"{locked.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()
     paths = {(path, method) for path, entry in schema["paths"].items() for method in entry}
     assert len(paths) >= 7
@@ -215,7 +215,7 @@ def test_everything_that_touches_the_model_needs_a_key(locked: Live) -> None:
     assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
 
 
-def test_open_paths_are_the_pages_own_files() -> None:
+def test_paths_without_key_are_the_page_files() -> None:
     for path in ("/", "/health", "/page/app.js"):
         assert is_open("GET", path) and not is_open("POST", path)
     for path in ("/page/status", "/v1/models", "/metrics", "/openapi.json", "/pages", "//", "/health/x"):
@@ -236,11 +236,11 @@ def test_open_paths_are_the_pages_own_files() -> None:
         (":80", None),
     ],
 )
-def test_names_of_hosts(given: str, name: str | None) -> None:
+def test_host_name_parsing(given: str, name: str | None) -> None:
     assert host_name(given) == name
 
 
-def test_addresses() -> None:
+def test_bind_addresses() -> None:
     assert same_address("192.168.1.5", ("192.168.1.5", 80))
     assert same_address("192.168.1.5", ("::ffff:192.168.1.5", 80))
     assert not same_address("192.168.1.6", ("192.168.1.5", 80))
@@ -249,7 +249,7 @@ def test_addresses() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "example.org")))
 
 
-def test_a_fault_in_the_log_does_not_quote_a_request() -> None:
+def test_logged_errors_do_not_quote_requests() -> None:
     def fail(error: Exception) -> str:
         try:
             raise error

@@ -1,4 +1,4 @@
-"""Many at once: order, cancellation, limits of queue and time, faults, readers that do not read, the end."""
+"""Concurrent requests: order, cancellation, queue and time limits, failures, stalled readers, shutdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALICE, BOB = "alice-has-this-key", "bob-has-this-one"
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Live]:
-    """A queue of three, and two clients with keys."""
+    """A server with a queue of three and two API keys."""
     with live_server(queue_limit=3, guard=GuardSettings(keys=(ALICE, BOB))) as live:
         yield live
 
@@ -43,7 +43,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 @contextmanager
 def held(live: Live, at: int = 0) -> Iterator[None]:
-    """While it lasts the model waits after `at` tokens of the next answer."""
+    """Hold the model after `at` tokens of the next answer for the duration of the context."""
     live.gate.close(at)
     try:
         yield
@@ -54,7 +54,7 @@ def held(live: Live, at: int = 0) -> Iterator[None]:
 def queued(
     live: Live, threads: ThreadPoolExecutor, count: int, key: str = ALICE, **options: Any
 ) -> list[Future]:
-    """Requests that wait, in their order, behind one that is held."""
+    """Send requests that wait in this order behind one that is held."""
     futures = []
     for _ in range(count):
         before = live.worker.waiting
@@ -64,7 +64,7 @@ def queued(
 
 
 def hold_one(live: Live, threads: ThreadPoolExecutor, key: str = ALICE) -> Future:
-    """A request that the model is at."""
+    """Send a request and hold the model in it."""
     future = threads.submit(chat, live.client(key), max_tokens=4)
     live.gate.wait_until_held()
     return future
@@ -81,13 +81,13 @@ def test_a_full_queue_refuses_with_429_and_a_time_to_wait(live: Live, threads: T
     assert chat(live.client(ALICE), max_tokens=2)  # there is room again
 
 
-def test_who_fills_the_queue_does_not_keep_others_out(live: Live, threads: ThreadPoolExecutor) -> None:
+def test_a_client_that_fills_the_queue_does_not_block_others(live: Live, threads: ThreadPoolExecutor) -> None:
     with held(live):
         first = hold_one(live, threads)
         alices = queued(live, threads, 3)
         bobs = threads.submit(chat, live.client(BOB), max_tokens=2)
         with pytest.raises(openai.RateLimitError):
-            alices[-1].result(PATIENCE)  # her last one made room
+            alices[-1].result(PATIENCE)  # her last request was dropped to make room
         eventually(lambda: live.worker.waiting == 3)
     for future in (first, *alices[:2], bobs):
         assert future.result(PATIENCE).choices
@@ -127,7 +127,7 @@ def cancelled(live: Live) -> int:
     return live.worker.counts.cancelled
 
 
-def test_a_client_that_leaves_a_stream_ends_the_generation(live: Live) -> None:
+def test_disconnecting_from_a_stream_ends_the_generation(live: Live) -> None:
     before = live.worker.counts
     with held(live, at=5):
         stream = chat(live.client(ALICE), stream=True, max_tokens=800)
@@ -142,7 +142,7 @@ def test_a_client_that_leaves_a_stream_ends_the_generation(live: Live) -> None:
     assert chat(live.client(ALICE)).choices[0].message.content == answer_to(QUESTION)
 
 
-def test_a_client_that_leaves_before_its_whole_answer_ends_the_generation(live: Live) -> None:
+def test_disconnecting_before_a_whole_answer_ends_the_generation(live: Live) -> None:
     before = live.worker.counts
     with held(live, at=5):
         with pytest.raises(openai.APITimeoutError):
@@ -152,8 +152,8 @@ def test_a_client_that_leaves_before_its_whole_answer_ends_the_generation(live: 
     assert live.worker.counts.tokens - before.tokens <= 6
 
 
-def test_a_client_that_leaves_during_the_prefill_ends_it(live: Live) -> None:
-    """The engine keeps what it has read, so the same prompt is answered rightly afterwards."""
+def test_disconnecting_during_the_prefill_ends_it(live: Live) -> None:
+    """The engine keeps the part already prefilled, and later answers the same prompt correctly."""
     before = live.worker.counts
     with held(live, at=0):
         with pytest.raises(openai.APITimeoutError):
@@ -164,7 +164,9 @@ def test_a_client_that_leaves_during_the_prefill_ends_it(live: Live) -> None:
     assert chat(live.client(ALICE)).choices[0].message.content == answer_to(QUESTION)
 
 
-def test_a_client_that_leaves_the_queue_is_never_served(live: Live, threads: ThreadPoolExecutor) -> None:
+def test_a_client_that_disconnects_in_the_queue_is_not_served(
+    live: Live, threads: ThreadPoolExecutor
+) -> None:
     with held(live):
         first = hold_one(live, threads)
         before = live.worker.counts
@@ -177,7 +179,7 @@ def test_a_client_that_leaves_the_queue_is_never_served(live: Live, threads: Thr
     assert live.worker.counts.tokens - before.tokens == 4
 
 
-def test_a_fault_in_the_model_is_the_fault_of_one_answer(live: Live, threads: ThreadPoolExecutor) -> None:
+def test_an_error_in_the_model_fails_only_one_answer(live: Live, threads: ThreadPoolExecutor) -> None:
     with held(live, at=3):
         failing = threads.submit(chat, live.client(ALICE))
         live.gate.wait_until_held()
@@ -192,7 +194,7 @@ def test_a_fault_in_the_model_is_the_fault_of_one_answer(live: Live, threads: Th
     assert live.worker.counts.failed >= 1
 
 
-def test_a_fault_in_the_middle_of_a_stream_is_an_error_event(live: Live) -> None:
+def test_an_error_during_a_stream_is_sent_as_an_event(live: Live) -> None:
     with held(live, at=6):
         stream = chat(live.client(ALICE), stream=True)
         got = next(iter(stream))
@@ -209,7 +211,7 @@ def test_the_time_limit_ends_an_answer_as_max_tokens_does(threads: ThreadPoolExe
         live.gate.close(at=8)
         whole = threads.submit(chat, live.client(), max_tokens=500)
         live.gate.wait_until_held()
-        # One that waits, or whose prompt is still read, has nothing to show.
+        # A request that waits or is in its prefill has no text to return.
         with pytest.raises(openai.InternalServerError) as caught:
             chat(live.client(max_retries=5))
         assert caught.value.status_code == 503 and caught.value.code == "time_limit"
@@ -231,13 +233,13 @@ def test_the_time_limit_ends_an_answer_as_max_tokens_does(threads: ThreadPoolExe
         assert chat(live.client()).choices[0].message.content == answer_to(QUESTION)
 
 
-def test_a_reader_that_does_not_read_is_left_and_keeps_nobody(
+def test_a_stalled_reader_is_disconnected_and_blocks_no_one(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its connection ends after a while; the model does not wait for it, and nothing piles up."""
+    """Its connection is closed after a timeout. The model does not wait for it, and no output accumulates."""
     monkeypatch.setattr(running, "STALLED_SECONDS", 1.0)
     fields = {"model": MODEL, "messages": user(QUESTION), "temperature": 0, "max_tokens": 900}
-    logged = {"stream": True, "logprobs": True, "top_logprobs": 20}  # more than a kilobyte a token
+    logged = {"stream": True, "logprobs": True, "top_logprobs": 20}  # more than a kilobyte per token
     body = json.dumps({**fields, **logged}).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -255,7 +257,7 @@ def test_a_reader_that_does_not_read_is_left_and_keeps_nobody(
     assert chat(live.client(ALICE)).choices[0].message.content == answer_to(QUESTION)
 
 
-def test_connections_that_ask_nothing_are_closed(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connections_are_closed(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "STALLED_SECONDS", 0.2)
     host, port = live.url.removeprefix("http://").split(":")
     for beginning in (b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc"):
@@ -264,7 +266,7 @@ def test_connections_that_ask_nothing_are_closed(live: Live, monkeypatch: pytest
             assert client.recv(1000) == b""
 
 
-def test_too_many_connections_are_closed_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_beyond_the_limit_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "MOST_CONNECTIONS", 2)
     with live_server() as live:
         host, port = live.url.removeprefix("http://").split(":")
@@ -275,14 +277,14 @@ def test_too_many_connections_are_closed_as_they_come(monkeypatch: pytest.Monkey
                 assert third.recv(10) == b""
 
 
-def test_the_end_finishes_what_has_begun_and_refuses_what_waits(threads: ThreadPoolExecutor) -> None:
+def test_shutdown_finishes_running_requests_and_refuses_waiting_ones(threads: ThreadPoolExecutor) -> None:
     with live_server() as live:
         live.gate.close(at=5)
         begun = threads.submit(chat, live.client(), n=2, seed=1)
         live.gate.wait_until_held()
         waiting = threads.submit(chat, live.client(max_retries=3))
         eventually(lambda: live.worker.waiting == 1)
-        with httpx.Client() as kept:  # a connection that is there already
+        with httpx.Client() as kept:  # a connection that is already open
             assert kept.get(f"{live.url}/health").status_code == 200
             live.server.should_exit = True
             with pytest.raises(openai.InternalServerError) as caught:
@@ -301,7 +303,7 @@ def _refused(url: str) -> bool:
     return False
 
 
-def test_the_end_does_not_wait_for_ever(threads: ThreadPoolExecutor) -> None:
+def test_shutdown_has_a_time_limit(threads: ThreadPoolExecutor) -> None:
     with live_server(shutdown_seconds=0.5) as live:
         live.gate.close(at=5)
         stream = chat(live.client(), stream=True, max_tokens=500)
@@ -313,7 +315,7 @@ def test_the_end_does_not_wait_for_ever(threads: ThreadPoolExecutor) -> None:
         assert caught.value.code == "shutting_down"
 
 
-def test_health_says_that_the_end_is_near() -> None:
+def test_health_reports_shutdown() -> None:
     with live_server() as live, httpx.Client() as kept:
         assert kept.get(f"{live.url}/health").json() == {"status": "ok"}
         live.worker.close()

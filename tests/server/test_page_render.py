@@ -1,4 +1,4 @@
-"""Markdown → the page's tree: a closed set of nodes, nothing lost, nothing executable, bounded."""
+"""Markdown to the page's tree: a closed set of nodes, no lost text, nothing executable, bounded size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGE = load_page()
 
 
 def text_of(node) -> str:
-    """All letters of a node, a line's end for each break."""
+    """The text of a node, with a newline for each break."""
     if isinstance(node, str):
         return node
     return "\n" if node[0] == "break" else "".join(map(text_of, node[2]))
@@ -42,7 +42,7 @@ def walk(nodes, depth=0):
 
 
 def check_tree(nodes) -> None:
-    """What the page may rely on."""
+    """Check the invariants that the page relies on."""
     for node, depth in walk(nodes):
         assert depth <= 2 * DEEPEST
         if isinstance(node, str):
@@ -64,7 +64,7 @@ def check_tree(nodes) -> None:
             assert len(detail) <= 40 and all(isinstance(c, str) or c[0] == "span" for c in children)
 
 
-def test_what_an_answer_is_made_of():
+def test_nodes_of_an_answer():
     source = (
         "# Title\n\nSome *soft* and **loud** and ~~gone~~ `code`\n\n3. c\n4. d\n   - e\n\n> said\n\n---\n\n"
         "| a | b |\n|:-:|--:|\n| 1 | 2 |\n\n[here](https://example.org/x) <https://example.org>\n"
@@ -110,7 +110,7 @@ def test_what_an_answer_is_made_of():
     ]
 
 
-def test_code_is_coloured_and_its_letters_are_its_own():
+def test_code_is_highlighted_and_its_text_unchanged():
     code = 'def f(x: int) -> str:\n    """Doc."""\n    return "a" + str(1)  # why\n'
     [block] = render(f"```python title=x\n{code}```\n").blocks
     check_tree([block])
@@ -133,11 +133,11 @@ def test_code_is_coloured_and_its_letters_are_its_own():
         ("\x1b[31m" + "x" * 99, ("", ("[31m" + "x" * 99)[:24])),
     ],
 )
-def test_languages_by_their_names(info, found):
+def test_language_names(info, found):
     assert language_label(info) == found
 
 
-def test_colouring_never_changes_code():
+def test_highlighting_never_changes_code():
     draw = random.Random(1)
     for language in ("python", "c", "html", "bash", "json", "diff", "yaml", "latex"):
         for _ in range(10):
@@ -170,24 +170,24 @@ def test_colouring_never_changes_code():
         "[x]: https://example.org",
     ],
 )
-def test_what_is_no_markup_stays_as_it_was_written(source):
+def test_text_that_is_not_markup_is_unchanged(source):
     blocks = render(source).blocks
     check_tree(blocks)
     assert [text_of(block) for block in blocks] == [source]
     assert not [node for node, _ in walk(blocks) if node[0] == "link"]
 
 
-def test_pictures_are_links():
+def test_images_become_links():
     [block] = render("![a cat](https://example.org/cat.png)").blocks
     assert block == ["paragraph", "", [["link", "https://example.org/cat.png", ["a cat"]]]]
 
 
-def test_controls_are_dropped_and_half_characters_replaced():
+def test_control_characters_are_dropped_and_lone_surrogates_replaced():
     assert texts_of("a\x00b\x1b[31mc\u202ed \ud800 e\r") == ["ab[31mcd \ufffd e"]
     assert texts_of("`a\x07b`\n\n```\nx\x1by\n```") == ["ab", "xy"]
 
 
-def test_what_nests_too_deep_is_shown_as_it_was_written():
+def test_nesting_beyond_the_limit_is_shown_as_text():
     deep = "> " * 100 + "heart"
     [block] = render(deep).blocks
     assert block == ["block", "", [deep]]
@@ -197,7 +197,7 @@ def test_what_nests_too_deep_is_shown_as_it_was_written():
     assert sum(text_of(block).count("a") for block in blocks) == 200
 
 
-def test_more_nodes_than_a_page_can_bear():
+def test_the_number_of_nodes_is_limited():
     many = "*a* b\n\n" * MOST_NODES
     many = many[:LONGEST_TEXT]
     rendered = render(many)
@@ -213,8 +213,8 @@ def test_a_text_that_is_too_long_is_refused():
 @pytest.mark.parametrize(
     "unit", ["[", "![", "[a](", "*a ", "**a *b ", "a`", "<", "<http://a", "~~a ", "\\", "a|"]
 )
-def test_made_up_texts_end_and_lose_nothing(unit):
-    """Each takes some parser of markdown time quadratic in its length; the pytest timeout is the judge."""
+def test_pathological_texts_take_linear_time_and_lose_nothing(unit):
+    """Each of these makes some Markdown parser quadratic; the pytest timeout fails a slow one."""
     text = unit * (20_000 // len(unit))
     blocks = render(text).blocks
     check_tree(blocks)
@@ -262,18 +262,18 @@ WORDS = st.sampled_from([*MARKS, *OTHERS])
 
 @given(st.lists(WORDS, max_size=40).map("".join))
 @settings(max_examples=300, deadline=None)
-def test_any_text_makes_a_sound_tree(text):
+def test_any_text_gives_a_valid_tree(text):
     rendered = render(text)
     check_tree(rendered.blocks)
     assert 0 <= rendered.settled <= text.count("\n")
     assert 0 <= rendered.settled_blocks <= len(rendered.blocks)
 
 
-@example(["- a\n- - -", "b"], 9)  # a rule that a letter more makes an item of the list before it
+@example(["- a\n- - -", "b"], 9)  # one more letter turns a rule into an item of the list before it
 @given(st.lists(WORDS, max_size=60), st.integers(0, 200))
 @settings(max_examples=400, deadline=None)
-def test_settled_blocks_stay_when_letters_are_added(words, length):
-    """The page sends an answer from its last settled line on; what is before it must never change."""
+def test_complete_blocks_stay_when_text_is_appended(words, length):
+    """The page sends an answer from its last complete block on; earlier blocks must never change."""
     text = "".join(words)
     early = render(text[:length])
     kept = early.blocks[: early.settled_blocks]
@@ -281,8 +281,8 @@ def test_settled_blocks_stay_when_letters_are_added(words, length):
     assert kept + rest == render(text).blocks
 
 
-def test_every_node_and_class_is_known_to_the_page():
-    """The page knows a closed set of its own; of a kind that it does not know it shows the letters alone."""
+def test_the_page_knows_every_node_and_class():
+    """The page has its own closed set of kinds, and shows unknown kinds as plain text."""
     script = PAGE["nodes.js"].content.decode()
     for kind in KINDS:
         assert re.search(rf'\b{kind}: "|case "{kind}"', script), kind
@@ -292,7 +292,7 @@ def test_every_node_and_class_is_known_to_the_page():
     assert all(f".code-{name}" in style for name in known)
 
 
-def test_the_page_asks_for_its_own_files_and_has_no_script_or_style_in_the_html():
+def test_the_page_loads_only_its_own_files_and_has_no_inline_script_or_style():
     index = PAGE["index.html"].content.decode()
     asked = set(re.findall(r'(?:src|href)="(/page/[^"]+)"', index))
     for name, file in PAGE.items():

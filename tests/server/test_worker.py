@@ -1,4 +1,4 @@
-"""The queue, the mailbox and the worker by themselves, with a session that says what it is told to."""
+"""The queue, the mailbox and the worker in isolation, with a scripted session."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def response(text: str, count: int = 1, reason: Any = None, logprobs: Any = None
     return Response(text, reason, 3, 0, count, 0.1, 10.0, logprobs=logprobs)
 
 
-def test_each_client_has_one_turn_after_the_other() -> None:
+def test_clients_are_served_in_turn() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in ("a1", "a2", "a3", "b1", "c1", "c2"):
         queue.push(item[0], item)
@@ -37,7 +37,7 @@ def test_each_client_has_one_turn_after_the_other() -> None:
         queue.pop()
 
 
-def test_the_rest_of_a_request_comes_before_its_clients_next_and_after_the_others() -> None:
+def test_remaining_answers_come_after_other_clients_and_before_the_next_request() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in ("a1", "a2", "b1"):
         queue.push(item[0], item)
@@ -46,18 +46,18 @@ def test_the_rest_of_a_request_comes_before_its_clients_next_and_after_the_other
     assert [queue.pop() for _ in range(3)] == ["b1", "a1 again", "a2"]
 
 
-def test_the_longest_line_makes_room_for_a_shorter_one_only() -> None:
+def test_only_the_longest_line_is_cut_to_make_room() -> None:
     queue: FairQueue[str] = FairQueue()
     for item in ("a1", "a2", "b1"):
         queue.push(item[0], item)
     assert queue.crowded_out("a") is None and queue.crowded_out("b") is None
     assert queue.crowded_out("c") == "a2"
-    assert queue.crowded_out("c") is None  # one each: nobody is in anybody's way
+    assert queue.crowded_out("c") is None  # one request each: no client is over its share
     assert [queue.pop(), queue.pop()] == ["a1", "b1"]
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=60))
-def test_nothing_is_lost_and_every_line_keeps_its_order(steps: list[tuple[str, bool]]) -> None:
+def test_the_queue_loses_nothing_and_keeps_each_clients_order(steps: list[tuple[str, bool]]) -> None:
     queue: FairQueue[tuple[str, int]] = FairQueue()
     given_out, waiting = [], []
     for number, (client, takes) in enumerate(steps):
@@ -75,7 +75,7 @@ def test_nothing_is_lost_and_every_line_keeps_its_order(steps: list[tuple[str, b
         assert [item for item in given_out if item[0] == client] == [i for i in waiting if i[0] == client]
 
 
-def test_pieces_that_wait_become_one_and_keep_everything() -> None:
+def test_waiting_pieces_are_merged_without_loss() -> None:
     async def story() -> None:
         box = Mailbox(10_000)
         chance = TokenLogprob("a", -1.0, ())
@@ -83,7 +83,7 @@ def test_pieces_that_wait_become_one_and_keep_everything() -> None:
         assert box.put(Piece(0, response("b", 2, logprobs=(chance, chance))))
         assert box.put(Piece(1, response("c", 1)))
         box.end()
-        box.end(time_is_up(1))  # the first end counts
+        box.end(time_is_up(1))  # the first end is kept
         assert not box.put(Piece(1, response("late", 2)))
         joined, other, end = await box.take()
         assert joined == Piece(0, response("ab", 2, logprobs=(chance,) * 3))
@@ -92,7 +92,7 @@ def test_pieces_that_wait_become_one_and_keep_everything() -> None:
     asyncio.run(story())
 
 
-def test_a_mailbox_takes_no_more_than_it_may_and_again_once_it_is_emptied() -> None:
+def test_a_full_mailbox_accepts_again_once_emptied() -> None:
     async def story() -> None:
         box = Mailbox(100)
         assert box.put(Piece(0, response("x" * 60)))
@@ -105,7 +105,7 @@ def test_a_mailbox_takes_no_more_than_it_may_and_again_once_it_is_emptied() -> N
     asyncio.run(story())
 
 
-def test_whoever_takes_is_woken_by_another_thread() -> None:
+def test_a_put_from_another_thread_wakes_the_reader() -> None:
     async def story() -> list[str]:
         box = Mailbox(10_000)
 
@@ -127,7 +127,7 @@ def test_whoever_takes_is_woken_by_another_thread() -> None:
 
 
 class Repacking:
-    """Work for when no request is waiting, in `left` pieces."""
+    """Idle-time work in `left` pieces."""
 
     def __init__(self, left: int) -> None:
         self.left, self.done = left, 0
@@ -143,7 +143,7 @@ class Repacking:
 
 
 class Scripted:
-    """A session that says `answer` a word a token, and notes what it is asked and when it is closed."""
+    """A session that answers with one word of `answer` per token, and records requests and closed streams."""
 
     def __init__(self, answer: str = "one two three") -> None:
         self.words = answer.split()
@@ -183,7 +183,7 @@ def works(*idents: int) -> list[Continuation]:
 
 
 async def drained(ticket: Ticket) -> tuple[dict[int, str], ApiError | None]:
-    """The texts of a ticket's answers, and what it ended with."""
+    """The texts of a ticket's answers, and its final error or None."""
     texts: dict[int, str] = {}
     while True:
         for entry in await asyncio.wait_for(ticket.mailbox.take(), 60):
@@ -206,7 +206,7 @@ def with_worker(session: Scripted, story: Any, **options: Any) -> None:
         assert worker.join(60)
 
 
-def test_answers_come_part_by_part_and_are_counted() -> None:
+def test_answers_are_streamed_and_counted() -> None:
     session = Scripted()
 
     async def story(worker: Worker) -> None:
@@ -218,8 +218,8 @@ def test_answers_come_part_by_part_and_are_counted() -> None:
     with_worker(session, story)
 
 
-def test_many_answers_of_one_request_do_not_hold_up_others() -> None:
-    """Each of them is a turn."""
+def test_many_answers_of_one_request_do_not_delay_others() -> None:
+    """Each answer takes one turn of the queue."""
     session = Scripted()
     gate = threading.Event()
     session.before = lambda ident: gate.wait(60) and None  # type: ignore[func-returns-value]
@@ -238,7 +238,7 @@ def test_many_answers_of_one_request_do_not_hold_up_others() -> None:
     with_worker(session, story)
 
 
-def test_one_that_is_stopped_in_the_queue_is_never_begun() -> None:
+def test_a_request_stopped_in_the_queue_is_never_started() -> None:
     session = Scripted()
     gate = threading.Event()
     session.before = lambda ident: gate.wait(60) and None  # type: ignore[func-returns-value]
@@ -255,7 +255,7 @@ def test_one_that_is_stopped_in_the_queue_is_never_begun() -> None:
     with_worker(session, story)
 
 
-def test_one_that_is_stopped_while_it_runs_ends_at_the_next_token_and_is_closed() -> None:
+def test_a_running_request_stops_at_the_next_token_and_is_closed() -> None:
     session = Scripted("word " * 1000)
     began = threading.Event()
     gate = threading.Event()
@@ -274,12 +274,12 @@ def test_one_that_is_stopped_while_it_runs_ends_at_the_next_token_and_is_closed(
         assert (await drained(ticket))[1] is None
         assert (await drained(worker.submit("a", works(3))))[1] is None
         assert session.asked == [1, 3] and session.closed == 2
-        assert worker.counts.tokens == 1000  # none of the first: it was stopped in its prefill
+        assert worker.counts.tokens == 1000  # none from the first answer, which was stopped in its prefill
 
     with_worker(session, story)
 
 
-def test_an_answer_that_nobody_takes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_is_not_read_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowmem.server.worker.MOST_UNREAD_BYTES", 100)
     session = Scripted("word " * 1000)
 
@@ -297,7 +297,7 @@ def test_an_answer_that_nobody_takes_is_given_up(monkeypatch: pytest.MonkeyPatch
     with_worker(session, story)
 
 
-def test_faults_are_reported_and_hurt_nobody_else() -> None:
+def test_errors_are_reported_and_affect_only_their_request() -> None:
     session = Scripted()
     reported: list[BaseException] = []
 
@@ -319,7 +319,7 @@ def test_faults_are_reported_and_hurt_nobody_else() -> None:
     with_worker(session, story, report=reported.append)
 
 
-def test_a_model_that_cannot_be_loaded_is_the_callers_error() -> None:
+def test_a_load_error_is_raised_to_the_caller() -> None:
     def fail() -> Any:
         raise InvalidRequestError("no such model")
 
@@ -327,7 +327,7 @@ def test_a_model_that_cannot_be_loaded_is_the_callers_error() -> None:
         Worker(fail).start()
 
 
-def test_the_end_refuses_what_waits_and_lets_all_parts_of_what_has_begun_through() -> None:
+def test_shutdown_refuses_waiting_requests_and_completes_running_ones() -> None:
     session = Scripted()
     began, gate = threading.Event(), threading.Event()
 
@@ -355,7 +355,7 @@ def test_the_end_refuses_what_waits_and_lets_all_parts_of_what_has_begun_through
     with_worker(session, story)
 
 
-def test_weights_are_repacked_while_no_request_waits_and_a_request_waits_for_one_linear() -> None:
+def test_weights_are_repacked_while_idle_and_a_request_waits_for_at_most_one() -> None:
     session = Scripted()
     session.engine.repacking = Repacking(1000)
     began, go_on = threading.Event(), threading.Event()
@@ -380,7 +380,7 @@ def test_weights_are_repacked_while_no_request_waits_and_a_request_waits_for_one
     assert done == [1] and session.engine.repacking.done == 1000
 
 
-def test_a_piece_that_fails_is_told_and_the_worker_goes_on() -> None:
+def test_a_repacking_error_is_reported_and_the_worker_continues() -> None:
     session, told = Scripted(), list[BaseException]()
     session.engine.repacking = Repacking(2)
 

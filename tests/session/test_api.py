@@ -1,4 +1,4 @@
-"""From Python: `lowmem.load` gives what transformers' pipelines take, as in the README."""
+"""The Python API: `lowmem.load` returns objects for transformers' pipelines, as in the README."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers import REPO, TINY_STARCHAT
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny-starchat with a 4-bit form beside it."""
+    """tiny-starchat with a 4-bit version beside it."""
     folder = tmp_path_factory.mktemp("api") / "tiny-starchat"
     shutil.copytree(TINY_STARCHAT, folder)
     quick_convert(folder, folder.with_name("tiny-starchat-4bit"))
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def snippet() -> str:
-    """The README's Python block that loads StarChat Alpha."""
+    """The Python block of the README that loads StarChat Alpha."""
     blocks = re.findall(r"```python\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.S)
     (found,) = [block for block in blocks if "lowmem.load(" in block]
     return found
@@ -37,7 +37,7 @@ def snippet() -> str:
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
 def test_the_readmes_snippet(model: Path, bits: int | None, capsys: pytest.CaptureFixture[str]) -> None:
-    """The card's own pipeline call, on the source, on a converted form and on int8; it ends at <|end|>."""
+    """The pipeline call from the model card, on the source, on a converted version and on int8."""
     code = snippet()
     assert '"HuggingFaceH4/starchat-alpha"' in code and "eos_token_id=49155" in code
     option = "" if bits is None else f", bits={bits}"
@@ -53,7 +53,7 @@ def test_the_readmes_snippet(model: Path, bits: int | None, capsys: pytest.Captu
 
 
 def test_generation_stops_at_the_end_of_a_turn_by_itself(model: Path) -> None:
-    """Also where nobody passes eos_token_id: StarChat's own files name only <|endoftext|>."""
+    """Without eos_token_id too, although StarChat's own files name only <|endoftext|>."""
     loaded, tokenizer = lowmem.load(str(model), bits=4)
     assert loaded.generation_config.eos_token_id[0] == tokenizer.convert_tokens_to_ids("<|end|>")
     ids = tokenizer("def f(x):", return_tensors="pt").input_ids
@@ -73,6 +73,6 @@ def test_open_model_and_make_plan(model: Path) -> None:
         lowmem.nonsense  # noqa: B018
 
 
-def test_import_costs_nothing() -> None:
+def test_import_does_not_import_torch() -> None:
     code = "import sys, lowmem; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT).returncode == 0

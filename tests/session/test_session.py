@@ -1,4 +1,4 @@
-"""The session: whole characters whatever the tokens, the right template, and figures that add up."""
+"""The session: whole characters, templates, stops, log-probabilities and figures of an answer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 class ScriptedEngine:
-    """Says what it is told to, through the engine's interface; hears what it is given."""
+    """An engine that generates scripted tokens and records its prompts."""
 
     sequence = SimpleNamespace(cached_tokens=0, drafted_tokens=0, accepted_tokens=0)
 
@@ -59,7 +59,7 @@ class ScriptedEngine:
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> type[ScriptedEngine]:
-    """Sessions made from here on say `ids`; `heard` lists the prompts."""
+    """Make new sessions generate `ids`; `heard` lists the prompts."""
     made = type("Made", (ScriptedEngine,), {"script": ids, "heard": [], "closed": []})
     monkeypatch.setattr("lowmem.session.Engine", made)
     return made
@@ -85,7 +85,7 @@ def test_dialogue_template_and_stop(loaded: LoadedModel, monkeypatch: pytest.Mon
 
 
 def test_a_stop_id_is_never_text(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A generation config may name an ordinary token, which would decode to text."""
+    """A generation config may name an ordinary token as a stop, which would decode to text."""
     word = loaded.tokenizer("return", add_special_tokens=False).input_ids
     stop = loaded.tokenizer(";", add_special_tokens=False).input_ids
     scripted(monkeypatch, [*word, *stop])
@@ -115,12 +115,12 @@ def test_messages_and_raw(loaded: LoadedModel) -> None:
         session.encode(turns, raw=True)
 
 
-def test_the_tokenizers_own_template_is_second(loaded: LoadedModel) -> None:
+def test_the_tokenizers_template_is_used_without_a_dialogue_template(loaded: LoadedModel) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_STARCHAT, local_files_only=True)
     session = Session(replace(loaded, dialogue=None, tokenizer=tokenizer))
-    assert session.encode("Hi") == tokenizer("Hi").input_ids  # no template at all
+    assert session.encode("Hi") == tokenizer("Hi").input_ids  # without a template
     with pytest.raises(InvalidRequestError, match="this model has none"):
         session.encode("Hi", system="x")
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}=>"
@@ -130,7 +130,7 @@ def test_the_tokenizers_own_template_is_second(loaded: LoadedModel) -> None:
         session.encode("Hi")
 
 
-def test_bad_requests_come_before_the_first_piece(loaded: LoadedModel) -> None:
+def test_invalid_requests_are_refused_before_the_first_piece(loaded: LoadedModel) -> None:
     session = Session(loaded)
     with pytest.raises(InvalidRequestError, match="positions"):
         session.stream("word " * 200)
@@ -139,7 +139,7 @@ def test_bad_requests_come_before_the_first_piece(loaded: LoadedModel) -> None:
 
 
 def test_a_stop_string_ends_the_answer(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Across token borders; the engine is told to stop, and nothing of the stop string is text."""
+    """A stop string may span tokens. The engine is closed, and the answer contains no part of the string."""
     ids = tokens_of(loaded, "Use sorted(x).\nUser: and then?")
     engine = scripted(monkeypatch, ids)
     session = Session(loaded)
@@ -148,19 +148,17 @@ def test_a_stop_string_ends_the_answer(loaded: LoadedModel, monkeypatch: pytest.
     assert "".join(part.text for part in parts) == "Use sorted(x)."
     assert parts[-1].finish_reason == "stop" and parts[-1].new_tokens < len(ids)
     assert engine.closed == [True]
-    # What might have become a stop string comes out when the answer ends.
+    # Text held back as the possible start of a stop string is returned when the answer ends.
     engine.script = [*tokens_of(loaded, "a\nUse"), 4095]
     assert session.complete("x", params).text == "a\nUse"
-    # The last token allowed completes a stop string: it is the reason.
+    # If the last allowed token completes a stop string, the reason is the stop string.
     engine.script = tokens_of(loaded, "a never")
     done = session.complete("x", replace(params, max_new_tokens=len(engine.script)))
     assert (done.text, done.finish_reason) == ("a ", "stop")
 
 
-def test_a_stop_string_may_spell_a_special_token(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Special tokens are never text, so it could not be found there."""
+def test_a_stop_string_may_be_a_special_token(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Special tokens are never text, so the string cannot be found in the text."""
     scripted(monkeypatch, [*tokens_of(loaded, "a"), 4093, *tokens_of(loaded, "b"), 4095])
     session = Session(loaded)
     assert session.complete("x", GREEDY).text == "ab"
@@ -168,22 +166,22 @@ def test_a_stop_string_may_spell_a_special_token(
     assert (done.text, done.finish_reason, done.new_tokens) == ("a", "stop", 2)
 
 
-def test_log_probabilities_go_with_their_text(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_come_with_their_text(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     words = tokens_of(loaded, "return x") + tokens_of(loaded, "😀;")
     engine = scripted(monkeypatch, [*words, 4095])
     session = Session(loaded)
     params = replace(GREEDY, max_new_tokens=100, logprobs=2)
     done = session.complete("x", params)
     assert done.text == "return x😀;" and done.logprobs is not None
-    assert len(done.logprobs) == len(words)  # the stop token is no text
+    assert len(done.logprobs) == len(words)  # the stop token has no text
     assert "".join(entry.text for entry in done.logprobs if "\ufffd" not in entry.text) == "return x;"
     entry = done.logprobs[0]
     assert entry.logprob == -0.5
     assert entry.top == ((entry.text, -0.5), (loaded.tokenizer.decode([7]), -1.5))
-    for part in session.stream("x", params):  # each token comes with the text that it begins
+    for part in session.stream("x", params):  # each token comes with the text that starts with it
         texts = [entry.text for entry in part.logprobs or ()]
         assert "\ufffd" in "".join(texts) or "".join(texts) == part.text
-    # Tokens behind the beginning of a stop string are left out with it.
+    # Tokens after the start of a stop string are left out with it.
     engine.script = tokens_of(loaded, "ab") + tokens_of(loaded, "c;") + tokens_of(loaded, "de")
     stopped = session.complete("x", replace(params, stop=("c;d",)))
     assert stopped.text == "ab"
@@ -201,7 +199,7 @@ def test_closing_the_stream_ends_the_generation(loaded: LoadedModel, monkeypatch
 
 
 def test_the_next_turn_computes_only_what_is_new(loaded: LoadedModel) -> None:
-    """The answer goes back with or without the newline that the template puts before it."""
+    """The answer may be passed back with or without the newline that the template puts before it."""
     session, fed = Session(loaded), []
     question = [Message("user", "How do I sort a list?")]
     first = session.complete(question, GREEDY)
@@ -212,24 +210,26 @@ def test_the_next_turn_computes_only_what_is_new(loaded: LoadedModel) -> None:
         turns = [*question, Message("assistant", content), Message("user", "Why?")]
         hook = lambda done, all: fed.append((done, all))  # noqa: E731
         second = session.complete(turns, GREEDY, on_prefill=hook)
-        assert second.cached_tokens >= first.prompt_tokens  # this random model's text is not tokenized alike
+        assert (
+            second.cached_tokens >= first.prompt_tokens
+        )  # a random model's text may be tokenized differently
         assert fed[-1] == (second.prompt_tokens, second.prompt_tokens)
     fresh = Session(loaded).complete(turns, GREEDY)
     assert (fresh.text, fresh.cached_tokens) == (second.text, 0)
 
 
-def test_an_answer_given_back_has_its_newline_once(loaded: LoadedModel) -> None:
+def test_an_answer_passed_back_has_its_newline_once(loaded: LoadedModel) -> None:
     session = Session(loaded)
     turns = [
         [Message("user", "a"), Message("assistant", text), Message("user", "c")] for text in ("b", "\nb")
     ]
     assert session.encode(turns[0]) == session.encode(turns[1])
     user = [session.encode(text) for text in ("a", "\na")]
-    assert user[0] != user[1]  # what a user types stays as it is
+    assert user[0] != user[1]  # user text is not changed
 
 
 def test_a_trained_models_chat_reuses_its_answer() -> None:
-    """The real model: the second turn's prompt begins with the ids that were generated, up to the last."""
+    """With a trained model, the second prompt starts with the generated ids, except the last one."""
     loaded = load(TINY_STARCHAT)
     session = Session(loaded)
     params = SamplingParams(max_new_tokens=40, seed=1)
@@ -241,7 +241,7 @@ def test_a_trained_models_chat_reuses_its_answer() -> None:
     assert second.prompt_tokens == session.count(turns)
 
 
-def test_the_context_is_what_was_asked_for_or_planned(loaded: LoadedModel) -> None:
+def test_the_context_is_the_requested_or_planned_one(loaded: LoadedModel) -> None:
     assert Session(loaded).context == 128  # the model's positions
     assert Session(replace(loaded, context=64)).context == 64
     assert Session(replace(loaded, context=64), context=32).context == 32
@@ -252,7 +252,7 @@ def test_the_context_is_what_was_asked_for_or_planned(loaded: LoadedModel) -> No
     assert done.finish_reason in ("context", "stop") and done.prompt_tokens + done.new_tokens <= 33
 
 
-def test_count_is_what_the_model_is_given(loaded: LoadedModel) -> None:
+def test_count_equals_the_length_of_the_prompt(loaded: LoadedModel) -> None:
     session = Session(loaded)
     assert (
         session.count("Hi", "Be brief.") == session.complete("Hi", GREEDY, system="Be brief.").prompt_tokens
@@ -285,10 +285,10 @@ def with_template(loaded: LoadedModel, template: str) -> Session:
         "{{ raise_exception('two\nlines') }}",
     ],
 )
-def test_a_hostile_template_does_no_harm(
+def test_a_hostile_template_is_contained(
     loaded: LoadedModel, template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A chat template comes with the checkpoint: it is rendered in a sandbox, and fails in one line."""
+    """A template of a checkpoint is rendered in a sandbox, and a hostile one fails with one line."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InvalidRequestError, match="chat template refuses") as caught:
         with_template(loaded, template).encode("Hi")
@@ -297,7 +297,7 @@ def test_a_hostile_template_does_no_harm(
 
 
 def test_contents_cannot_forge_a_templates_markers(loaded: LoadedModel) -> None:
-    """The tokenizer's own template is text, and its contents could spell its markers."""
+    """The tokenizer's template renders to text, so messages could contain its markers."""
     session = with_template(
         loaded, "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
     )

