@@ -1,4 +1,4 @@
-"""Records as `lowmem bench` would write them, made by functions: plausible ones, and extreme ones."""
+"""Generated records in the format of `lowmem bench`: plausible and extreme ones."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def an_origin(command: str = "lowmem bench quality tiny-starchat", **changes: ob
 
 
 def a_text(name: str, kld: float, tokens: int = 12288, ppl: float = 25.312) -> TextQuality:
-    """A form on a text whose mean KL divergence is `kld`."""
+    """The quality of a version on a text, with mean KL divergence `kld`."""
     error = kld * 0.016
     buckets = tuple(
         Bucket(low, high, tokens // 7, kld * (2.2 - 2 * low), 1 - 1.5 * math.sqrt(kld) * (1 - low))
@@ -181,7 +181,7 @@ def humaneval_record(forms: Sequence[Subject] = (FLOOR, *FORMS[3:]), **changes: 
 def many_forms(
     number: int = 30, name: str = "a form with a rather long name, number {}"
 ) -> tuple[Subject, ...]:
-    """So many forms, close together in bits."""
+    """`number` versions with nearly equal bits per weight."""
     return tuple(
         Subject(name.format(i), "peer", "float16", f"/models/{i}", 2.5 + 6 * i / number, (70 + 5 * i) * MIB)
         for i in range(number)

@@ -1,4 +1,4 @@
-"""Fixtures of the benchmarks' tests: records, and the report on them."""
+"""Fixtures for tests of the benchmarks: records, and a report on them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def records() -> Records:
 
 @pytest.fixture(scope="module")
 def few() -> Records:
-    """The same three with two forms, sooner drawn."""
+    """The same three records with only two versions, which are faster to draw."""
     latency = latency_record([a_subject_latency(form, (64,)) for form in (FLOOR, FORMS[3])])
     return Records(quality_record((FORMS[3],), ("one",)), latency, humaneval_record((FLOOR, FORMS[3])))
 

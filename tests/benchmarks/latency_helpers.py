@@ -1,4 +1,4 @@
-"""What a timing process of `lowmem bench latency` might be told and might find."""
+"""Models, tasks and results for tests of the timing process of `lowmem bench latency`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_model(folder: Path) -> Path:
 def timings(
     speed: float = 1.0, read: float = 1e9, new_tokens: int = 3, joules: float | None = None
 ) -> Timings:
-    """Prompts of 10 ms a token, gaps of 100 and 300 ms, both over `speed`."""
+    """Results with 10 ms per prompt token and gaps of 100 and 300 ms, all divided by `speed`."""
     gaps = tuple((0.1, 0.3)[i % 2] / speed for i in range(new_tokens - 1))
     return Timings(
         threads=2,

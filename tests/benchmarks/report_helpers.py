@@ -1,4 +1,4 @@
-"""Reports for tests, and how tests read their pages."""
+"""Reports for tests, and parsers for their pages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COMMAND = "lowmem bench report"
 
 
 class Cells(HTMLParser):
-    """Every table of a page by its caption, as rows of texts; and every tag with its attributes."""
+    """All tables of a page by caption, as rows of texts, and all tags with their attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def tables_of(page: str) -> dict[str, list[list[str]]]:
 
 
 def rows_of(page: str, caption: str) -> dict[str, dict[str, str]]:
-    """Rows of the page's table by the form that they name, each as {heading: cell}."""
+    """Rows of a table of the page, keyed by version, each as {heading: cell}."""
     heading, *rows = tables_of(page)[caption]
     named = [dict(zip(heading, row, strict=True)) for row in rows]
     return {row["Version"]: row for row in named}
@@ -103,12 +103,12 @@ def hostile_records() -> Records:
 
 @functools.cache
 def hostile_report() -> Report:
-    """The report on `hostile_records`, drawn once."""
+    """The report on `hostile_records`, drawn once per process."""
     return make_report(hostile_records(), HOSTILE)
 
 
 def extreme_records() -> Records:
-    """30 forms with long names, one that equals the reference, one that is nowhere near it."""
+    """30 versions with long names: one equals the reference, another is very far from it."""
     forms = many_forms(30, "a very long name indeed, " * 8 + "{}")
     quality = quality_record(forms, texts=("one",))
     zero = dataclasses.replace(quality.subjects[2], texts=(a_text("one", 0.0),))
@@ -121,7 +121,7 @@ def extreme_records() -> Records:
 
 @functools.cache
 def extreme_report() -> Report:
-    """The report on `extreme_records`, drawn once."""
+    """The report on `extreme_records`, drawn once per process."""
     return make_report(extreme_records(), COMMAND)
 
 

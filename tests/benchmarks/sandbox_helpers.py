@@ -1,4 +1,4 @@
-"""What the tests of the sandbox share: how a hostile program is run, and what must be left behind."""
+"""Helpers for tests of the sandbox: run hostile programs, and check that they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def system_call(*arguments):
 
 @pytest.fixture(params=["namespaces", "no namespaces"], autouse=True)
 def world(request, monkeypatch, tmp_path):
-    """A temporary folder for the sandbox's files; afterwards no file and no process is left."""
+    """A temporary folder for files of the sandbox. Afterwards no file and no process may be left."""
     if request.param == "no namespaces":
         monkeypatch.setattr(sandbox, "_NAMESPACES", False)
     temporary = tmp_path / "temporary"
@@ -44,7 +44,7 @@ def world(request, monkeypatch, tmp_path):
     yield tmp_path
     assert list(temporary.iterdir()) == []
     assert survivors(str(temporary)) == []
-    with pytest.raises(ChildProcessError):  # no zombie either
+    with pytest.raises(ChildProcessError):  # and no zombie process
         os.waitpid(-1, os.WNOHANG)
 
 
@@ -52,7 +52,7 @@ once = pytest.mark.parametrize("world", ["namespaces"], indirect=True)
 
 
 def survivors(marker: str) -> list[int]:
-    """Processes with `marker` in their environment, other than this one."""
+    """Other processes that have `marker` in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
@@ -68,7 +68,7 @@ def run(code: str, limits: Limits = QUICK) -> sandbox.Outcome:
 
 
 def assert_held(code: str, count: int, limits: Limits = QUICK) -> sandbox.Outcome:
-    """Every attempt of the program was made, and none succeeded."""
+    """Run the program, and check that it made `count` attempts and that all failed."""
     outcome = run(code + RIGHT, limits)
     assert "ESCAPED" not in outcome.output, outcome
     assert outcome.output.count("held ") == count, outcome

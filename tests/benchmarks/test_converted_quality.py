@@ -1,4 +1,4 @@
-"""What the converter reaches on the embedded model: divergence computed here from whole logits."""
+"""Quality of conversions of the embedded model, with divergence computed here from whole logits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from lowmem.config import QuantConfig
 from lowmem.loading.loader import LoadOptions, load
 
 PEERS = {(4, 128): 0.0025, (3, 64): 0.011}
-"""Mean KL divergence to stay under, with 128 rows of 512 tokens: at 4 bits that of llama.cpp's Q4_K_M, which
-takes 5.04 bits (GPTQModel 7.7: 0.0042); at 3 bits GPTQModel's is 0.0184, AutoRound's 0.0096."""
+"""Upper limits of mean KL divergence with 128 calibration rows of 512 tokens. At 4 bits it is that of
+llama.cpp's Q4_K_M, which takes 5.04 bits (GPTQModel 7.7: 0.0042). At 3 bits GPTQModel reaches 0.0184 and
+AutoRound 0.0096."""
 BF16_ALONE = 0.0001
-"""What bfloat16 arithmetic does to the unquantized model on that text."""
+"""Mean KL divergence of the unquantized model in bfloat16 arithmetic on the same text."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Figures:
 
 
 class Comparison:
-    """The reference's logits of some rows, and the figures of any folder against them."""
+    """Logits of the reference for some rows, to compare a folder with."""
 
     def __init__(self, reference: Any, rows: torch.Tensor) -> None:
         self.rows = rows
@@ -49,7 +50,7 @@ class Comparison:
 
 
 def logits(model: Any, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-    """[tokens, vocabulary], a few rows at a time."""
+    """Yield logits [tokens, vocabulary], a few rows at a time."""
     for part in rows.split(4):
         with torch.no_grad():
             yield model(input_ids=part, use_cache=False).logits.float().flatten(0, 1)
@@ -74,7 +75,7 @@ def converted(out: Path, bits: int, group_size: int, rows: int) -> Path:
     return out
 
 
-def test_the_unquantized_model_is_at_zero(comparison):
+def test_the_unquantized_model_has_no_divergence(comparison):
     quality = comparison.of(embedded_model())
     assert quality.kld == pytest.approx(0, abs=1e-7)
     assert quality.same_top1 == 1
@@ -82,7 +83,7 @@ def test_the_unquantized_model_is_at_zero(comparison):
 
 
 def test_four_bits_with_an_eighth_of_the_calibration(comparison, tmp_path):
-    """Far from round to nearest (0.014), and near what all the calibration text gives."""
+    """Much better than round to nearest (0.014), and close to the result with all the calibration text."""
     quality = comparison.of(converted(tmp_path / "out", 4, 128, 16))
     assert quality.kld < 0.0046
 

@@ -1,4 +1,4 @@
-"""What a kill or a full disk once broke in measurements, step by step; and the room that they need."""
+"""Regression tests for measurements that are killed or run out of disk space."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ATTEMPT = Attempt("HumanEval/0", 0, True, "passed", "", "x")
 
 
 class Killed(BaseException):
-    """In the place of SIGKILL, where what comes after it is of no interest."""
+    """Raised in place of SIGKILL where only the state at that moment matters."""
 
 
 def text(name: str, seed: int) -> Text:
@@ -46,9 +46,9 @@ def model(tmp_path: Path, monkeypatch) -> StreamedModel:
 
 
 @pytest.mark.parametrize("last", ["one", "two"])
-def test_a_reference_that_is_killed_at_its_last_step_is_not_computed_again(model, monkeypatch, last):
-    """With one text noted and the other not, the pass was of other texts than the next run asked for: it was
-    done again, and its folder of hidden states stayed for good. After the last note it only stayed."""
+def test_a_reference_killed_at_its_last_step_is_not_recomputed(model, monkeypatch, last):
+    """If only one text had been noted, the next run once repeated the pass and never removed the old folder
+    of hidden states. After the last note, the folder also stayed."""
     write, noted = reference_module.write_json, []
 
     def killed(path, value):
@@ -73,7 +73,7 @@ def test_a_reference_that_is_killed_at_its_last_step_is_not_computed_again(model
     assert len(list(cache_folder(model).iterdir())) == 4
 
 
-def test_the_room_that_a_reference_is_told_to_need_is_what_it_takes(model, monkeypatch):
+def test_the_stated_disk_space_of_a_reference_is_what_it_uses(model, monkeypatch):
     replace, most = os.replace, [0]
 
     def watched(one, other):
@@ -84,10 +84,10 @@ def test_the_room_that_a_reference_is_told_to_need_is_what_it_takes(model, monke
     monkeypatch.setattr(os, "replace", watched)
     needed = disk_needed(model, TEXTS)
     reference_states(model, TEXTS, cache_folder(model))
-    assert needed <= most[0] <= needed + 4096  # and a few hundred bytes of JSON
+    assert needed <= most[0] <= needed + 4096  # a few hundred bytes of JSON
 
 
-def test_a_measurement_that_has_no_room_is_refused_before_it(folder, monkeypatch):  # noqa: F811
+def test_a_measurement_without_disk_space_is_refused_before_it_starts(folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(whole_file, "free_bytes", lambda _: 10_000)
     with pytest.raises(
         OutputError, match=r"needs \d+ KiB of disk in .*quality.*10 KiB free\. Free \d+ KiB more"
@@ -96,8 +96,8 @@ def test_a_measurement_that_has_no_room_is_refused_before_it(folder, monkeypatch
     assert not (folder.parent / "cache").exists() and not list((folder / "out").iterdir())
 
 
-def test_what_is_left_of_other_settings_is_never_taken_for_this_measurement(folder, monkeypatch):  # noqa: F811
-    """A record of 2 rows, left by a process that was killed after it wrote its record, is replaced."""
+def test_results_of_other_settings_are_not_used(folder, monkeypatch):  # noqa: F811
+    """Results for 2 rows, left by a process that was killed after writing its record, are replaced."""
     run(folder, "model", versions=("int8",))
     two = Settings(**{**vars(SETTINGS), "rows": 2})
 
@@ -114,7 +114,7 @@ def test_what_is_left_of_other_settings_is_never_taken_for_this_measurement(fold
     assert {t.tokens for s in record.subjects for t in s.texts} == {3 * 40}
 
 
-def test_a_result_does_not_become_younger_with_every_run(tmp_path):
+def test_resuming_keeps_the_age_of_a_result(tmp_path):
     now = [1000.0]
 
     def work() -> WorkFile[Attempt]:
@@ -127,14 +127,14 @@ def test_a_result_does_not_become_younger_with_every_run(tmp_path):
     assert work().read() == {}
 
 
-def test_a_full_disk_is_one_line():
-    """/dev/full takes no byte."""
+def test_a_full_disk_gives_one_line():
+    """Writing to /dev/full always fails with ENOSPC."""
     with pytest.raises(OutputError, match="the disk is full"):
         WorkFile(Path("/dev/full"), Attempt, "key").add(("task", 0), ATTEMPT, 1.0)
 
 
-def test_two_measurements_of_a_kind_do_not_share_a_folder(tmp_path):
-    """Each wrote the record that it knew over the other's."""
+def test_two_measurements_of_one_kind_cannot_share_a_folder(tmp_path):
+    """Otherwise each would overwrite the record of the other."""
     with output.exclusive(tmp_path / "out", "quality"):
         with (
             pytest.raises(OutputError, match="another lowmem bench quality"),
@@ -144,7 +144,7 @@ def test_two_measurements_of_a_kind_do_not_share_a_folder(tmp_path):
         with output.exclusive(tmp_path / "out", "latency"):
             pass
     assert list((tmp_path / "out").iterdir()) == []
-    (tmp_path / "out" / "quality.lock").touch()  # of a killed process
+    (tmp_path / "out" / "quality.lock").touch()  # left by a killed process
     with output.exclusive(tmp_path / "out", "quality"):
         pass
     assert list((tmp_path / "out").iterdir()) == []

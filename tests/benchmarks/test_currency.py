@@ -1,4 +1,4 @@
-"""Whether records are of today's code."""
+"""Whether records were measured with the current code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def record_of(*made: MadeWith | None) -> LatencyRecord:
     return latency_record([a_subject_latency(subject, (64,)) for subject in subjects])
 
 
-def test_a_record_of_todays_code_is_current(tmp_path):
+def test_a_record_of_the_current_code_is_current(tmp_path):
     record = record_of(NOW, MadeWith("torch", 0, 0))
     assert is_current(record) and outdated(record) == ()
     write_record(record, tmp_path)
@@ -41,19 +41,19 @@ def test_a_record_of_todays_code_is_current(tmp_path):
         (replace(NOW, kernel_contract=native.CONTRACT - 1), "ran kernels"),
     ],
 )
-def test_a_record_of_other_kernels_or_another_recipe_is_not(made, says):
+def test_a_record_of_other_kernels_or_another_recipe_is_outdated(made, says):
     (line,) = outdated(record_of(made))
     assert line.startswith("4-bit g128: ") and says in line
 
 
-def test_a_record_without_these_fields_can_be_read_and_is_unknown():
+def test_a_record_without_these_fields_is_readable_and_of_unknown_code():
     data = to_json(record_of(NOW))
     del data["subjects"][0]["subject"]["made_with"]
     record = from_json(LatencyRecord, json.loads(json.dumps(data)))
     assert record.subjects[0].subject.made_with is None and not is_current(record)
 
 
-def test_what_a_folder_is_measured_with(tmp_path: Path):
+def test_the_code_recorded_for_a_folder(tmp_path: Path):
     assert made_with(tmp_path) == MadeWith("", 0, 0)
     report = tmp_path / "lowmem-report.json"
     report.write_text(json.dumps({"recipe": {"recipe version": 7}}))
@@ -64,7 +64,7 @@ def test_what_a_folder_is_measured_with(tmp_path: Path):
         assert recipe_version(tmp_path) == 0
 
 
-def test_a_page_shows_what_was_measured_with():
+def test_a_page_names_recipe_and_kernel():
     from lowmem.benchmarks.report.build import make_report
     from lowmem.benchmarks.report.inputs import Records
     from lowmem.benchmarks.report.markdown import to_markdown

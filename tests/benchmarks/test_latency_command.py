@@ -1,4 +1,4 @@
-"""`lowmem bench latency` as a command: its record, what it refuses, Ctrl-C and going on."""
+"""`lowmem bench latency` as a command: its record, refusals, Ctrl-C and resuming."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHORT = ("--prompts", "4,8", "--contexts", "6,20", "--new-tokens", "3", "--quiet
 def test_a_real_run(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One form, one round, in processes of its own."""
+    """One version and one round, in real worker processes."""
     monkeypatch.setattr("lowmem.benchmarks.latency.roofline.SECONDS", 0.01)
     words = [
         str(model),
@@ -82,7 +82,7 @@ def test_a_real_run(
 
 @pytest.fixture
 def fake_jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Processes that find what `timings` says; the list has their paths, and `stop` at its end interrupts."""
+    """Replace worker processes: they return `timings` and record their paths. A final "stop" interrupts."""
     jobs: list[str] = []
 
     def run(task: TimingTask, step: Any) -> Timings:
@@ -99,10 +99,10 @@ def fake_jobs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return jobs
 
 
-def test_the_record_of_an_interrupted_run(
+def test_an_interrupted_run_leaves_a_record_and_resumes(
     model: Path, tmp_path: Path, fake_jobs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Four forms: a look at the machine, a round, two more forms, Ctrl-C. Then the same command goes on."""
+    """Four versions: the machine, one round, two more versions, Ctrl-C. The same command then resumes."""
     words = [str(model), "--rounds", "2", "--out", str(tmp_path), *SHORT]
     assert command(*words) == 130
     assert "stopped after 1 of 2 rounds" in capsys.readouterr().err
@@ -112,7 +112,7 @@ def test_the_record_of_an_interrupted_run(
     assert (tmp_path / latency_rounds.WORK_FILE).exists()
     del fake_jobs[:]
     assert command(*words) == 0
-    assert len(fake_jobs) == 1 + 2  # the machine, and what was left of the second round
+    assert len(fake_jobs) == 1 + 2  # the machine, and the rest of the second round
     record = read_record(LatencyRecord, tmp_path)
     assert record is not None and record.rounds == 2 and not (tmp_path / latency_rounds.WORK_FILE).exists()
     assert all(len(s.load_seconds.values) == 2 for s in record.subjects if s.load_seconds)
@@ -126,16 +126,18 @@ def test_an_interrupt_before_a_whole_round_leaves_no_record(
     assert [path.name for path in tmp_path.iterdir()] == [latency_rounds.WORK_FILE]
 
 
-def test_less_memory_marks_forms(model: Path, tmp_path: Path, fake_jobs: list[str]) -> None:
+def test_versions_beyond_the_memory_limit_are_marked(
+    model: Path, tmp_path: Path, fake_jobs: list[str]
+) -> None:
     assert command(str(model), "--ram", "1MiB", "--out", str(tmp_path), *SHORT) == 0
     record = read_record(LatencyRecord, tmp_path)
     assert record is not None and not any(subject.fits for subject in record.subjects)
     assert all("--ram allows 1 MiB" in s.reason and s.needed_bytes > 1 << 20 for s in record.subjects)
-    assert fake_jobs == [""], "only the machine was looked at"
+    assert fake_jobs == [""], "only the machine was measured"
 
 
 def test_a_converted_folder_needs_no_reference(model: Path, tmp_path: Path, fake_jobs: list[str]) -> None:
-    """The 16-bit source of a checkpoint that was downloaded is nowhere: its times can be had without."""
+    """A downloaded quantized checkpoint has no 16-bit source here. It can be timed without one."""
     alone = tmp_path / "elsewhere"
     write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), alone, bits=4)
     assert command(str(alone), "--rounds", "1", "--out", str(tmp_path / "out"), *SHORT) == 0
@@ -148,7 +150,7 @@ def test_a_converted_folder_needs_no_reference(model: Path, tmp_path: Path, fake
     "words",
     [("--rounds", "0"), ("--vram", "8GiB"), ("--contexts", "5000"), ("--new-tokens", "1"), ("--ram", "x")],
 )
-def test_requests_that_mean_nothing(
+def test_invalid_requests_are_refused(
     words: tuple[str, ...], model: Path, tmp_path: Path, fake_jobs: list[str]
 ) -> None:
     with pytest.raises(LowmemError):
@@ -159,7 +161,7 @@ def test_a_folder_that_cannot_be_written(model: Path, tmp_path: Path, fake_jobs:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         command(str(model), "--out", str(tmp_path / "file" / "below"), *SHORT)
-    assert not fake_jobs, "before anything is measured"
+    assert not fake_jobs, "it was measured before the check"
 
 
 def test_no_list_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,4 @@
-"""The rounds of `lowmem bench latency` and the processes that measure: in which order, and what becomes of
-failures and interrupts."""
+"""Rounds and worker processes of `lowmem bench latency`: order, failures and interrupts."""
 
 from __future__ import annotations
 
@@ -53,10 +52,11 @@ def test_rounds_are_interleaved(entries: list[PlannedVersion], tmp_path: Path) -
     assert {label: len(found) for label, found in rounds.timings.items()} == {a: 3, b: 3, c: 3}
 
 
-def test_the_time_left_is_what_versions_took_before(
+def test_the_time_left_is_estimated_from_earlier_runs(
     entries: list[PlannedVersion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two versions of 100 and 300 s, two rounds: unknown, then three as long as the first, then as known."""
+    """Two versions of 100 and 300 s, two rounds. At first all are assumed to take as long as the first
+    one."""
     now = [0.0]
     monkeypatch.setattr(latency_rounds.time, "monotonic", lambda: now[0])
     shown: list[str] = []
@@ -74,7 +74,7 @@ def test_the_time_left_is_what_versions_took_before(
     assert shown == ["0/4 ", "1/4 5 min 00 s left", "2/4 6 min 40 s left", "3/4 1 min 40 s left"]
 
 
-def test_lines_for_a_pipe(
+def test_progress_lines_without_a_terminal(
     entries: list[PlannedVersion], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measure(entry: PlannedVersion, step: Any) -> Timings | str:
@@ -89,8 +89,8 @@ def test_lines_for_a_pipe(
     ]
 
 
-def test_a_version_that_fails_ends_nothing_else(entries: list[PlannedVersion], tmp_path: Path) -> None:
-    """It fails in the second round: it is not tried again, and its first round does not count."""
+def test_a_failing_version_does_not_stop_the_others(entries: list[PlannedVersion], tmp_path: Path) -> None:
+    """A version that fails in the second round is not tried again, and its first round does not count."""
     bad = entries[1].label
     count = {entry.label: 0 for entry in entries}
 
@@ -114,7 +114,7 @@ def stop_after(limit: int, seen: list[str]) -> Any:
     return measure
 
 
-def test_an_interrupt_keeps_what_is_done(entries: list[PlannedVersion], tmp_path: Path) -> None:
+def test_an_interrupt_keeps_finished_results(entries: list[PlannedVersion], tmp_path: Path) -> None:
     seen: list[str] = []
     first = Rounds(entries, 3, kept_in(tmp_path), stop_after(6, seen))
     with pytest.raises(KeyboardInterrupt):
@@ -128,7 +128,7 @@ def test_an_interrupt_keeps_what_is_done(entries: list[PlannedVersion], tmp_path
         assert later.timings[label][: len(found)] == found
 
 
-def test_results_of_another_measurement_or_of_another_day_are_not_used(
+def test_results_of_another_measurement_or_day_are_not_used(
     entries: list[PlannedVersion], tmp_path: Path
 ) -> None:
     def measured(work: WorkFile[Timings]) -> int:
@@ -138,7 +138,7 @@ def test_results_of_another_measurement_or_of_another_day_are_not_used(
 
     assert [measured(kept_in(tmp_path)), measured(kept_in(tmp_path))] == [1, 0]
     assert measured(kept_in(tmp_path, "another")) == 1
-    assert measured(kept_in(tmp_path)) == 0, "the other one's results do no harm"
+    assert measured(kept_in(tmp_path)) == 0, "results of another measurement were used"
     assert measured(replace(kept_in(tmp_path), clock=lambda: time.time() + KEPT_SECONDS + 1)) == 1
     assert digest_of({"a": 1}) == digest_of({"a": 1}) != digest_of({"a": 2})
 
@@ -159,7 +159,7 @@ def test_damaged_lines_of_a_work_file_are_skipped(
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Puts a script in the worker's place."""
+    """Replace the worker by a script."""
 
     def put(body: str) -> None:
         (tmp_path / "lowmem_fake_worker.py").write_text(f"import os, signal, sys, time\n{body}\n")
@@ -208,8 +208,8 @@ def test_the_task_reaches_the_process(worker: Any) -> None:
         ("KeyError('a bug')", "failed with exit code 1: KeyError: 'a bug'"),
     ],
 )
-def test_what_the_worker_raises(error: str, expected: str, worker: Any) -> None:
-    """And what libraries print to standard output is not taken for what the worker tells."""
+def test_errors_of_the_worker(error: str, expected: str, worker: Any) -> None:
+    """Output of libraries on standard output is not mistaken for the worker's result."""
     worker(
         "from lowmem.benchmarks.latency import timing\nfrom lowmem.errors import SourceError\n"
         "def measure(task, tell):\n    print('noise')\n    os.write(1, b'noise')\n"
@@ -222,7 +222,7 @@ def test_what_the_worker_raises(error: str, expected: str, worker: Any) -> None:
 def test_modules_in_the_users_folder_are_not_imported(
     entries: list[PlannedVersion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process is started by `python -m`, which would look there first."""
+    """`python -m` would search the current folder first."""
     for name in ("convert", "bench", "benchmarks", "lowmem", "random_name", "torch", "json"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported from the current folder')")
     monkeypatch.chdir(tmp_path)
@@ -232,7 +232,7 @@ def test_modules_in_the_users_folder_are_not_imported(
 
 
 def test_an_interrupt_kills_the_whole_group(worker: Any, tmp_path: Path) -> None:
-    """The process has one of its own, which holds its standard output open."""
+    """The worker has a child process that keeps its standard output open."""
     worker(
         "import subprocess\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"

@@ -16,7 +16,7 @@ from tests.rtn_helpers import write_rtn_checkpoint
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch) -> Path:
-    """A source, and two 4-bit folders and one of 8 bits made of it; the cache is empty."""
+    """A source with two 4-bit conversions and one 8-bit conversion, and an empty cache."""
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     save_source(tiny_model("llama"), tmp_path / "m" / "model")
     for name, bits in (("one", 4), ("two", 4), ("three", 8)):
@@ -34,7 +34,7 @@ def labels(lineup) -> list[str]:
     return [entrant.subject.label for entrant in lineup.entrants]
 
 
-def test_an_unquantized_model_brings_its_versions(models):
+def test_an_unquantized_model_adds_all_its_versions(models):
     lineup = lined_up(str(models / "model"))
     assert lineup.source == str(models / "model")
     assert labels(lineup) == [
@@ -42,13 +42,13 @@ def test_an_unquantized_model_brings_its_versions(models):
     ]  # fmt: skip
 
 
-def test_a_folder_brings_itself_and_its_report_names_the_reference(models):
+def test_a_folder_adds_itself_and_its_report_names_the_reference(models):
     lineup = lined_up(str(models / "two"), str(models / "three"))
     assert lineup.source == str(models / "model")
     assert labels(lineup) == ["8-bit g32", "4-bit g32"]
 
 
-def test_sizes_are_those_of_the_files(models):
+def test_sizes_equal_those_of_the_files(models):
     lineup = lined_up(str(models / "model"), str(models / "one"), versions=["bfloat16", "4-bit", "int8"])
     found = {entrant.subject.label: entrant.subject for entrant in lineup.entrants}
     assert found["bfloat16"].bits_per_weight == 16
@@ -68,7 +68,7 @@ def test_a_version_given_twice_is_measured_once(models):
     assert labels(lined_up(str(models / "model"), str(models / "three"), versions=["8-bit"])) == ["8-bit g32"]
 
 
-def test_what_a_folder_was_made_of_must_be_known(models):
+def test_the_source_of_a_folder_must_be_known(models):
     shutil.move(models / "model", models.parent / "elsewhere")
     with pytest.raises(SourceError, match="--reference SOURCE"):
         lined_up(str(models / "one"))
@@ -88,14 +88,14 @@ def test_two_models_and_quantized_references_are_refused(models):
         lined_up(str(models / "none"))
 
 
-def test_versions_that_are_not_known_or_not_there(models):
+def test_unknown_or_missing_versions_are_refused(models):
     with pytest.raises(InvalidRequestError, match="--versions int9"):
         lined_up(str(models / "model"), versions=["int9"])
     with pytest.raises(InvalidRequestError, match="Available are float32"):
         lined_up(str(models / "model"), versions=["3-bit"])
 
 
-def test_records_hold_no_path_of_the_machine_where_a_relative_one_will_do(tmp_path, monkeypatch):
+def test_records_use_relative_paths_where_possible(tmp_path, monkeypatch):
     source = save_source(tiny_model("llama"), tmp_path / "here" / "model")
     monkeypatch.chdir(tmp_path / "here")
     for model in ("model", str(source)):

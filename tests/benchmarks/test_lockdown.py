@@ -1,4 +1,4 @@
-"""The layers of the sandbox: required, probed, and as the kernel defines them."""
+"""The layers of the sandbox: all are required and probed, and their constants equal those of the kernel."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def copy_with(root: Path, change: str) -> Path:
     return root
 
 
-# --- the walls themselves ----------------------------------------------------------------------------------
+# --- the layers ------------------------------------------------------------------------------------------
 
 
 @once
-def test_without_walls_nothing_is_run(monkeypatch, tmp_path):
+def test_nothing_runs_if_a_layer_fails(monkeypatch, tmp_path):
     """Each required layer fails in turn: the program does not start, and the reason is reported."""
     for wall, said in (("_landlock", "no Landlock"), ("_seccomp", "no filter")):
         broken = f"def {wall}(*arguments):\n    raise WallError({said!r})\n"
@@ -63,7 +63,7 @@ def test_the_probe_sees_an_open_door(monkeypatch, tmp_path):
 
 
 @once
-def test_other_systems_are_refused_politely(monkeypatch):
+def test_other_systems_are_refused_with_a_reason(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     capabilities.cache_clear()
     try:
@@ -82,7 +82,7 @@ def test_other_systems_are_refused_politely(monkeypatch):
         ("aarch64", "/usr/include/asm-generic/unistd.h", r"#define __NR(?:3264)?_(\w+) (\d+)"),
     ],
 )
-def test_the_numbers_are_the_kernels(machine, header, pattern):
+def test_system_call_numbers_equal_the_kernel_headers(machine, header, pattern):
     if not Path(header).exists():
         pytest.skip("no kernel headers here")
     numbers = {name: int(number) for name, number in re.findall(pattern, Path(header).read_text())}
@@ -93,8 +93,8 @@ def test_the_numbers_are_the_kernels(machine, header, pattern):
 
 @once
 @pytest.mark.parametrize("machine", lockdown.ARCHITECTURES)
-def test_the_filter_says_what_it_should(machine):
-    """The BPF program, interpreted here for every number and all arguments that matter."""
+def test_the_filter_allows_and_refuses_the_right_calls(machine):
+    """Interpret the BPF program for every system call and all relevant arguments."""
     architecture, calls = lockdown.ARCHITECTURES[machine]
     program = list(struct.iter_unpack("=HBBI", lockdown.filter_program(machine)))
     allowed, refused, killed = 0x7FFF0000, 0x00050001, 0x80000000
@@ -134,7 +134,7 @@ def test_the_filter_says_what_it_should(machine):
 
 
 @once
-def test_capabilities_name_the_walls():
+def test_capabilities_name_the_layers():
     found = require()
     assert found.landlock == lockdown.landlock_abi() >= 1
     assert found.describe().startswith(f"seccomp, Landlock ABI {found.landlock}")

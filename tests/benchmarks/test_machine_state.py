@@ -30,7 +30,7 @@ def test_load_governor_and_busy_processes(tmp_path: Path) -> None:
     assert machine_state.busy_warnings(before, after, 0.5) == ["make (process 2) used 80% of a core"]
 
 
-def test_swapping_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swapping_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     before = machine_state.Before((), machine_state._swapped())
     assert machine_state.swap_warning(before) == ""
     moved = before.swapped + (64 << 20)
@@ -38,8 +38,8 @@ def test_swapping_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine_state.swap_warning(before).startswith("64 MiB were swapped")
 
 
-def test_a_busy_process_is_seen() -> None:
-    """A real one, which computes until it is ended."""
+def test_a_busy_process_is_detected() -> None:
+    """Start a real process that computes until it is killed."""
     child = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         deadline = time.monotonic() + 20

@@ -1,4 +1,4 @@
-"""`lowmem bench quality` against computations on whole logits: its record, its resume and its errors."""
+"""`lowmem bench quality` against computations on whole logits; its record, resuming and errors."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def folder(tmp_path: Path, monkeypatch) -> Path:
 
 
 class Heard(Progress):
-    """Keeps what it hears."""
+    """A Progress that records its notes and titles."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -120,7 +120,7 @@ def test_every_version_against_whole_logits(folder):
             q, quality = log_probabilities(model, text.rows), found[label][text.name]
             kld = (np.exp(p) * (p - q)).sum(-1)
             loss = -q[rows, places, right]
-            # bfloat16's own rounding is all that there is to see, and moves with the order of sums.
+            # The divergence is only bfloat16 rounding, which varies with the order of additions.
             tolerance = {"rel": 0.05} if label == "bfloat16" else {"rel": 1e-3, "abs": 1e-8}
             assert quality.kld.mean == pytest.approx(kld.mean(), **tolerance), label
             assert quality.ppl == pytest.approx(np.exp(loss.mean()), rel=1e-3)
@@ -143,8 +143,8 @@ def test_the_reference_may_be_bfloat16(folder):
     assert by_label(record)["bfloat16"]["code"].kld.mean == 0 and record.reference_dtype == "bfloat16"
 
 
-def test_kernels_that_answer_are_measured(folder):
-    """Loaded whole, as `lowmem run` loads it, in the dtype that it runs in."""
+def test_the_kernels_of_lowmem_run_are_measured(folder):
+    """The model is loaded as by `lowmem run`, with its kernels and dtype."""
     settings = Settings(**{**vars(SETTINGS), "kernels": True, "dtype": "float32"})
     loaded = by_label(run(folder, "model", settings=settings))
     streamed = by_label(run(folder, "model"))
@@ -154,9 +154,9 @@ def test_kernels_that_answer_are_measured(folder):
     assert {s.subject.dtype for s in as_run.subjects} == {"bfloat16"}
 
 
-def test_the_divergence_goes_into_the_manifest_and_the_folder_stays_sound(folder):
-    """It once went into the report, and then the report's new digest into the manifest: a process that was
-    killed between the two left a folder that `lowmem verify` calls damaged."""
+def test_the_divergence_is_stored_in_the_manifest_and_the_folder_verifies(folder):
+    """It is one write. It once changed the report and then its digest in the manifest, so a kill between the
+    two left a folder that `lowmem verify` reports as damaged."""
     record = run(folder, "model")
     for bits in (4, 2):
         made = folder / f"model-{bits}bit"
@@ -172,7 +172,7 @@ def test_the_divergence_goes_into_the_manifest_and_the_folder_stays_sound(folder
     assert (folder / "model-4bit" / "lowmem-manifest.json").stat().st_mtime_ns == before
 
 
-def test_folders_are_left_alone_when_asked_or_damaged(folder):
+def test_folders_are_not_changed_on_request_or_if_damaged(folder):
     run(folder, "model", settings=Settings(**{**vars(SETTINGS), "record": False}))
     assert "measured" not in json.loads((folder / "model-4bit" / "lowmem-manifest.json").read_text())
     (folder / "model-4bit" / "lowmem-report.json").write_text('{"base_model": "model", "changed": 1}')
@@ -182,7 +182,7 @@ def test_folders_are_left_alone_when_asked_or_damaged(folder):
     assert any("lowmem verify" in line for line in heard.notes)
 
 
-def test_an_interrupted_measurement_goes_on(folder):
+def test_an_interrupted_measurement_resumes(folder):
     class Interrupted(Heard):
         def begin(self, title: str) -> None:
             super().begin(title)
@@ -198,7 +198,7 @@ def test_an_interrupted_measurement_goes_on(folder):
     assert [b for b in heard.begun if "reference" not in b] == ["4-bit g32", "NF4", "2-bit g32"]
     assert record.subjects[1] == there.subjects[1] and len(record.subjects) == 5
     assert read_record(QualityRecord, folder / "out") == record
-    # Another version only: the others stay. Other tokens, or --fresh: everything again.
+    # A new version alone is added to the record. With other tokens or --fresh, everything is measured again.
     heard = Heard()
     assert len(run(folder, "model", versions=("int8",), heard=heard).subjects) == 5 and len(heard.begun) == 1
     heard = Heard()
@@ -209,7 +209,7 @@ def test_an_interrupted_measurement_goes_on(folder):
     assert heard.begun[1:] == ["bfloat16", "int8"]
 
 
-def test_a_folder_that_was_converted_again_is_measured_again(folder):
+def test_a_reconverted_folder_is_measured_again(folder):
     run(folder, "model")
     made = folder / "model-4bit"
     for file in made.iterdir():
@@ -222,8 +222,8 @@ def test_a_folder_that_was_converted_again_is_measured_again(folder):
     assert by_label(record)["4-bit g32"]["code"].kld.mean > 1
 
 
-def test_greedy_answers_are_equal_as_far_as_the_references_own(folder):
-    """Against the reference's own greedy answers, which it really generates here."""
+def test_equal_tokens_of_greedy_answers(folder):
+    """Compare with greedy answers that the reference generates here."""
     source = StreamedModel(open_source(folder / "model"), torch.float32)
     reference = load(folder / "model", LoadOptions(dtype=torch.float32))
     prompts = [[5, 6, 7], [100, 200], [9, 8, 7, 6, 5, 4]]
@@ -239,7 +239,7 @@ def test_greedy_answers_are_equal_as_far_as_the_references_own(folder):
     assert not (folder / "w").exists()
 
 
-def test_greedy_answers_are_in_the_record_or_a_note_says_why_not(folder, monkeypatch):
+def test_greedy_answers_or_the_reason_are_in_the_record(folder, monkeypatch):
     settings = Settings(**{**vars(SETTINGS), "greedy": True, "texts": ("code",)})
     record = run(folder, "model", settings=settings, versions=("4-bit",))
     for subject in record.subjects:
@@ -280,7 +280,7 @@ def test_no_cache_leaves_nothing_behind(folder, capsys, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_users_get_wrong(folder, capsys, tmp_path):
+def test_usage_errors(folder, capsys, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     save_source(tiny_model("llama", layers=3), tmp_path / "other")

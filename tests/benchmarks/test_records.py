@@ -1,4 +1,4 @@
-"""Records of measurements: their JSON comes back the same, and damage is one line."""
+"""Records of measurements: JSON round trip, and one-line errors for damaged files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def values_of(kind) -> st.SearchStrategy:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_a_record_comes_back_from_its_json(kind, data):
+def test_json_round_trip(kind, data):
     record = data.draw(values_of(kind))
     assert from_json(kind, json.loads(json.dumps(to_json(record)))) == record
 
@@ -87,14 +87,14 @@ def test_a_folder_without_records_has_none(tmp_path):
         lambda data: [data],
     ],
 )
-def test_damage_is_refused_in_one_line(tmp_path, damage):
+def test_a_damaged_record_is_refused_in_one_line(tmp_path, damage):
     file = tmp_path / FILES[HumanEvalRecord]
     file.write_text(json.dumps(damage(to_json(small_record()))))
     with pytest.raises(SourceError, match=r"humaneval\.json cannot be read"):
         read_record(HumanEvalRecord, tmp_path)
 
 
-def test_a_torn_file_is_refused_in_one_line(tmp_path):
+def test_a_truncated_record_is_refused_in_one_line(tmp_path):
     (tmp_path / FILES[HumanEvalRecord]).write_text('{"origin": {')
     with pytest.raises(SourceError, match="cannot be read"):
         read_record(HumanEvalRecord, tmp_path)

@@ -1,4 +1,4 @@
-"""What is kept of a reference is enough, is recognised again, and is not believed when it is damaged."""
+"""Stored references: they reproduce the log-probabilities, are reused, and are recomputed if damaged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXTS = (text("one", 1), text("two", 2, rows=2))
 def computed(
     model: StreamedModel, texts=TEXTS, folder: Path | None = None
 ) -> tuple[Any, list[int], list[str]]:
-    """(the reference, layers that were computed, notes)."""
+    """Returns (the reference, the computed layers, notes)."""
     layers: list[int] = []
     notes: list[str] = []
     found = reference_states(
@@ -44,24 +44,24 @@ def computed(
     return found, layers, notes
 
 
-def test_log_probabilities_from_what_is_kept_are_transformers_own(model, tmp_path):
+def test_log_probabilities_from_the_cache_equal_those_of_transformers(model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     computed(model)
     found, layers, _ = computed(model)
-    assert not layers  # out of the cache
+    assert not layers  # read from the cache
     for one in TEXTS:
         with torch.no_grad():
             expected = torch.log_softmax(whole(input_ids=one.rows, use_cache=False).logits.double(), -1)
         states = found.states[one.name].read(0, len(one.rows))
-        with model.head() as logits:  # cut otherwise than it was computed
+        with model.head() as logits:  # in other chunks than when it was computed
             parts = [torch.log_softmax(logits(p).double(), -1) for p in states.flatten(0, 1).split(7)]
         error = (torch.cat(parts).view_as(expected) - expected).abs().max()
         assert error < 5e-6
 
 
-def test_texts_are_kept_one_by_one(model):
+def test_texts_are_stored_separately(model):
     _, layers, _ = computed(model, TEXTS[:1])
     assert layers == [0, 1, 2]
     found, layers, _ = computed(model)
@@ -72,7 +72,7 @@ def test_texts_are_kept_one_by_one(model):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "json", "version"])
-def test_damage_is_noticed_and_mended(model, damage):
+def test_damage_is_detected_and_recomputed(model, damage):
     before, _, _ = computed(model)
     path = before.states["one"].path
     expected = path.read_bytes()
@@ -92,7 +92,7 @@ def test_damage_is_noticed_and_mended(model, damage):
     assert bool(notes) is (damage != "version")
 
 
-def test_another_dtype_text_or_source_is_another_reference(model, tmp_path):
+def test_another_dtype_text_or_source_needs_another_reference(model, tmp_path):
     computed(model)
     half = StreamedModel(open_source(tmp_path / "model"), torch.bfloat16)
     found, layers, _ = computed(half)
@@ -104,7 +104,7 @@ def test_another_dtype_text_or_source_is_another_reference(model, tmp_path):
     assert cache_folder(other) != cache_folder(model)
 
 
-def test_the_cache_of_checkpoints_does_not_see_it(model):
+def test_the_checkpoint_cache_does_not_list_references(model):
     computed(model)
     folder = cache_folder(model)
     assert folder.is_relative_to(cache.cache_root()) and list(folder.iterdir())
@@ -114,7 +114,7 @@ def test_the_cache_of_checkpoints_does_not_see_it(model):
     assert not computed(model)[1]
 
 
-def test_an_interrupted_reference_goes_on(model):
+def test_an_interrupted_reference_resumes(model):
     def stop(done: int, count: int) -> None:
         if done == 1:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""`lowmem bench report`: the pages and the command say what the records hold."""
+"""`lowmem bench report`: the pages show the figures of the records, and the command works."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from tests.benchmarks.bench_records import (
 )
 from tests.benchmarks.report_helpers import COMMAND, Cells, rows_of, text_of
 
-# --- figures in the tables are the record's ----------------------------------------------------------------
+# --- tables show the figures of the record -----------------------------------------------------------------
 
 
-def test_the_quality_table_says_what_the_record_holds(records, report):
+def test_the_quality_table_shows_the_record(records, report):
     rows = rows_of(to_html(report), "Quality over all tokens")
     assert list(rows) == ["bfloat16", *(form.label for form in FORMS)]
     for s in records.quality.subjects:
@@ -51,7 +51,7 @@ def test_the_quality_table_says_what_the_record_holds(records, report):
         )
         whole = sum(e == 64 for e in s.greedy.equal_tokens)
         assert row["Greedy equal"] == f"{significant(sum(s.greedy.equal_tokens) / 8)} of 64 ({whole}/8)"
-    assert rows["4-bit g128"]["× noise floor"] == "25 ×"  # 0.0025 / 0.000102, whatever the text
+    assert rows["4-bit g128"]["× noise floor"] == "25 ×"  # 0.0025 / 0.000102 on every text
     assert rows["bfloat16"]["× noise floor"] == "1.0 ×"
 
 
@@ -69,8 +69,8 @@ def test_each_text_has_its_table(records, report):
             assert row["Perplexity ratio"] == with_error(t.ppl_ratio, t.ppl_ratio_standard_error)
 
 
-def test_pooled_perplexity_is_that_of_all_tokens_together():
-    """The ratio of exp(mean nll) over the union of texts, from each text's own perplexities."""
+def test_pooled_perplexity_covers_all_tokens():
+    """The ratio of exp(mean nll) over all texts, computed from the perplexity of each text."""
     texts = [a_text("a", 0.01, tokens=1000, ppl=8.0), a_text("b", 0.2, tokens=3000, ppl=30.0)]
     nll = sum(t.tokens * math.log(t.ppl) for t in texts) / 4000
     reference = sum(t.tokens * math.log(t.reference_ppl) for t in texts) / 4000
@@ -92,7 +92,7 @@ def test_buckets_are_merged_by_tokens(records, report):
     assert list(merged_buckets([empty])) == [(b.low, b.high) for b in one.buckets[1:]]
 
 
-def test_the_decode_table_says_what_the_record_holds(records, report):
+def test_the_decode_table_shows_the_record(records, report):
     _, *rows = Cells(to_html(report)).tables["Decode"]
     found = {(row[0], row[1]): row for row in rows}
     for s in records.latency.subjects:
@@ -103,7 +103,7 @@ def test_the_decode_table_says_what_the_record_holds(records, report):
             assert row[3:5] == [significant(d.ceiling_tokens_per_second), percent(d.share)]
 
 
-def test_latencies_and_prefill_say_what_the_record_holds(records, report):
+def test_latency_and_prefill_tables_show_the_record(records, report):
     tables = Cells(to_html(report)).tables
     itl = {(row[0], row[1]): row[2:] for row in tables["Inter-token latency"][1:]}
     prefill = {(row[0], row[1]): row[2:] for row in tables["Prefill"][1:]}
@@ -140,10 +140,10 @@ def test_both_pages_have_the_same_tables(report):
     assert not missing
 
 
-# --- the story ---------------------------------------------------------------------------------------------
+# --- summary -----------------------------------------------------------------------------------------------
 
 
-def test_the_story_is_of_the_record(report):
+def test_the_summary_shows_the_record(report):
     assert report.tiles_of == "4-bit g128, at 4.16 bits per weight"
     assert report.story[0].startswith("4-bit g128 takes 26 % of the memory of bfloat16 (105 MiB of 402 MiB).")
     assert "25 × the noise floor" in report.story[0]
@@ -152,16 +152,16 @@ def test_the_story_is_of_the_record(report):
     assert [tile.figure for tile in report.tiles] == ["26 %", "0.0033", "231", "11.6 %"]
 
 
-def test_the_story_follows_the_record():
-    """Another record, other words: nothing is written down beforehand."""
+def test_the_summary_follows_the_record():
+    """The summary is derived from the record; no text is fixed in advance."""
     forms = (dataclasses.replace(FORMS[3], weight_bytes=201 * MIB, label="ours"),)
-    told = make_report(Records(quality_record(forms), latency_record([does_not_fit(FLOOR)])), COMMAND).story
-    assert told[0].startswith("ours takes 50 % of the memory of bfloat16 (201 MiB of 402 MiB).")
-    assert told[1:] == ("bfloat16 does not fit this machine: needs 28.9 GiB, there are 12.0 GiB.",)
+    story = make_report(Records(quality_record(forms), latency_record([does_not_fit(FLOOR)])), COMMAND).story
+    assert story[0].startswith("ours takes 50 % of the memory of bfloat16 (201 MiB of 402 MiB).")
+    assert story[1:] == ("bfloat16 does not fit this machine: needs 28.9 GiB, there are 12.0 GiB.",)
 
 
 @pytest.mark.parametrize("kept", range(1, 8))
-def test_any_of_the_records_make_a_report_that_speaks_of_no_other(few, kept):
+def test_a_report_on_some_records_mentions_no_others(few, kept):
     some = Records(*(r if kept >> i & 1 else None for i, r in enumerate(records_of(few))))
     report = make_report(some, COMMAND)
     page, markdown = to_html(report), to_markdown(report)
@@ -178,14 +178,14 @@ def records_of(records: Records):
     return records.quality, records.latency, records.humaneval
 
 
-def test_records_of_different_models_are_not_told_as_one():
+def test_records_of_different_models_have_no_common_summary():
     other = Records(quality_record(), latency_record(source_digest="00" * 32))
     report = make_report(other, COMMAND)
     assert report.tiles == ()
     assert report.story == ("These records measure different models. Their figures cannot be compared.",)
 
 
-def test_every_record_says_where_it_comes_from(records, report):
+def test_every_record_shows_its_origin(records, report):
     for text in (" ".join(Cells(to_html(report)).text), to_markdown(report)):
         for record in records_of(records):
             assert record.origin.command in text
@@ -199,7 +199,7 @@ def test_every_record_says_where_it_comes_from(records, report):
     assert to_markdown(report).index("```sh\nlowmem bench quality") < to_markdown(report).index("## ")
 
 
-def test_what_does_not_fit_is_said_with_its_reason():
+def test_versions_that_do_not_fit_show_the_reason():
     record = latency_record([does_not_fit(FLOOR), a_subject_latency(FORMS[3])])
     page = to_html(make_report(Records(latency=record), COMMAND))
     row = next(r for r in Cells(page).tables["Decode"] if r[0] == "bfloat16")
@@ -220,41 +220,41 @@ def command(*words: str) -> int:
 def test_the_command_writes_both_pages(tmp_path, capsys):
     write_record(quality_record(), tmp_path)
     assert command(str(tmp_path), "--json") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["files"] == [str(tmp_path / "report.md"), str(tmp_path / "report.html")]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["files"] == [str(tmp_path / "report.md"), str(tmp_path / "report.html")]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"lowmem bench report {tmp_path}" in page
     assert sorted(f.name for f in tmp_path.iterdir()) == ["quality.json", "report.html", "report.md"]
     assert page == to_html(make_report(read_records(tmp_path), f"lowmem bench report {tmp_path}"))
 
 
-def test_quiet_says_nothing_and_out_goes_elsewhere(tmp_path, capsys):
+def test_quiet_and_out(tmp_path, capsys):
     write_record(humaneval_record(), tmp_path)
     assert command(str(tmp_path), "--quiet", "--out", str(tmp_path / "pages")) == 0
     assert capsys.readouterr() == ("", "")
     assert sorted(f.name for f in (tmp_path / "pages").iterdir()) == ["report.html", "report.md"]
 
 
-def test_without_records_it_says_what_makes_them(tmp_path):
+def test_without_records_the_error_names_the_commands(tmp_path):
     commands = r"lowmem bench quality MODEL --out .*lowmem bench latency MODEL --out"
-    with pytest.raises(SourceError, match=commands) as told:
+    with pytest.raises(SourceError, match=commands) as caught:
         command(str(tmp_path))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_damaged_record_is_one_line(tmp_path):
+def test_a_damaged_record_gives_one_line(tmp_path):
     (tmp_path / "quality.json").write_text(json.dumps(to_json(humaneval_record())))
     with pytest.raises(SourceError, match=r"quality\.json cannot be read"):
         command(str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+def test_an_unwritable_folder_gives_one_line(tmp_path):
     write_record(humaneval_record(), tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="Check the folder"):
         command(str(tmp_path), "--out", str(tmp_path / "file"))
 
 
-def test_cleaning_keeps_plain_records(records):
+def test_cleaning_leaves_plain_records_unchanged(records):
     assert cleaned(records.quality) == records.quality
     assert cleaned(records.latency) == records.latency

@@ -1,4 +1,4 @@
-"""The report's HTML page in a real browser: nothing in the console, no request, readable everywhere."""
+"""The HTML report in a real browser: no console output, no requests, readable at every size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SCHEMES = ("light", "dark")
 
 
 def plain_records() -> Records:
-    """What most reports will be like: a form that does not fit, and some that do."""
+    """Typical records: some versions fit, one does not."""
     subjects = [does_not_fit(FLOOR), *(a_subject_latency(form, seed=i) for i, form in enumerate(FORMS))]
     warning = "another program used the machine while this was measured"
     return Records(quality_record(), latency_record(subjects, [warning]), humaneval_record())
@@ -63,11 +63,11 @@ def scheme(request) -> str:
 
 @pytest.fixture
 def opened(browser, file, size, scheme) -> Iterator[object]:
-    """The page, opened; at the end nothing may have been said in the console, nor asked of anyone."""
+    """The opened page. It may not log to the console or send requests."""
     context = browser.new_context(
         viewport=dict(zip(("width", "height"), size, strict=True)), color_scheme=scheme
     )
-    context.set_default_timeout(120_000)  # a busy machine is no fault of the page
+    context.set_default_timeout(120_000)  # a busy machine must not fail the test
     page = context.new_page()
     said, asked = [], []
     page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
@@ -84,7 +84,7 @@ def opened(browser, file, size, scheme) -> Iterator[object]:
 
 
 def test_the_page_is_readable(opened, size, scheme):
-    """No sideways scrolling, letters large and strong enough, nothing cut off and nothing overlapping."""
+    """No horizontal scrolling, sufficient text size and contrast, nothing cut off, nothing overlapping."""
     for all_open in (False, True):
         if all_open:
             opened.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
@@ -107,7 +107,7 @@ def test_the_page_is_readable(opened, size, scheme):
     assert (sum(map(int, background[4:-1].split(","))) > 600) == (scheme == "light")
 
 
-def test_the_keyboard_reaches_tables_and_shows_where_it_is(browser, pages):
+def test_tables_are_reached_by_keyboard_with_visible_focus(browser, pages):
     page = browser.new_page()
     page.goto(pages["plain"].as_uri())
     reached = set()
@@ -122,7 +122,7 @@ def test_the_keyboard_reaches_tables_and_shows_where_it_is(browser, pages):
     page.close()
 
 
-def test_each_drawing_has_a_name_for_who_cannot_see_it(browser, pages):
+def test_each_drawing_has_an_accessible_name(browser, pages):
     page = browser.new_page()
     page.goto(pages["plain"].as_uri())
     named = page.get_by_role("img").all()
@@ -134,8 +134,8 @@ def test_each_drawing_has_a_name_for_who_cannot_see_it(browser, pages):
     page.close()
 
 
-def test_from_a_server_only_the_page_itself_is_asked_for(browser, pages):
-    """A browser that looks for an icon would ask a server for it, though not a folder."""
+def test_from_a_server_only_the_page_is_requested(browser, pages):
+    """From a server, unlike from a file, a browser would also request an icon."""
     asked = []
 
     class Handler(SimpleHTTPRequestHandler):
@@ -176,7 +176,7 @@ const behind = e => {
 };
 """
 
-# Every element that shows letters of its own: how strong they are, and how large.
+# Contrast and size of every element that contains text.
 TEXTS = f"""() => {{ {CONTRAST}
   const found = [];
   for (const e of document.body.querySelectorAll('*')) {{
@@ -193,7 +193,7 @@ TEXTS = f"""() => {{ {CONTRAST}
   return found;
 }}"""
 
-# Every drawing that is shown: letters that leave it or lie on each other, and marks too pale to be seen.
+# Every visible drawing: text outside of it, overlapping text, and marks with too little contrast.
 DRAWINGS = f"""() => {{ {CONTRAST}
   const found = [];
   for (const svg of document.querySelectorAll('svg')) {{
@@ -207,7 +207,7 @@ DRAWINGS = f"""() => {{ {CONTRAST}
     texts.forEach((x, i) => texts.slice(i + 1).forEach(y => {{
       const wide = Math.min(x.b.right, y.b.right) - Math.max(x.b.left, y.b.left);
       const high = Math.min(x.b.bottom, y.b.bottom) - Math.max(x.b.top, y.b.top);
-      if (wide > 1 && high > 5) overlapping.push([x.t, y.t]);  // a line's box is higher than its letters
+      if (wide > 1 && high > 5) overlapping.push([x.t, y.t]);  // a line box is taller than its letters
     }}));
     const pale = [...svg.querySelectorAll('use, path:not(defs *)')]
       .map(e => getComputedStyle(e).fill)

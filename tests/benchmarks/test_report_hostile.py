@@ -30,10 +30,10 @@ from tests.benchmarks.bench_records import (
 from tests.benchmarks.report_helpers import COMMAND, Cells, drawings, extreme_report, hostile_report, text_of
 from tests.benchmarks.test_records import values_of
 
-# --- whatever stands in a record ---------------------------------------------------------------------------
+# --- hostile texts in records ------------------------------------------------------------------------------
 
 
-def test_hostile_texts_stay_texts():
+def test_hostile_texts_stay_plain_text_in_html():
     report = hostile_report()
     page = Cells(to_html(report))
     tags = {tag for tag, _ in page.tags}
@@ -46,7 +46,7 @@ def test_hostile_texts_stay_texts():
     assert clean(HOSTILE) in page.tables["Quality over all tokens"][2]
 
 
-def test_hostile_texts_stay_texts_in_markdown():
+def test_hostile_texts_stay_plain_text_in_markdown():
     report = hostile_report()
     markdown = to_markdown(report)
     html = MarkdownIt("commonmark").enable("table").enable("strikethrough").render(markdown)
@@ -69,7 +69,7 @@ def test_hostile_texts_stay_texts_in_markdown():
 @example("a|b")
 @example("http://a.b www.a.b a@b.c")
 @example("&lt;")
-def test_escaped_text_is_shown_as_it_is(text):
+def test_escaped_text_is_shown_literally(text):
     html = MarkdownIt("commonmark").enable("table").render(f"| a |\n|--|\n| {escaped(text)} |\n")
     (cell,) = re.findall(r"<td>(.*?)</td>", html, flags=re.DOTALL)
     assert text_of(cell) == text
@@ -104,7 +104,7 @@ def test_extreme_records_make_pages():
         assert max(text_width(text) for text in texts) <= float(drawing.attrib["viewBox"].split()[2])
 
 
-def test_one_form_makes_a_page():
+def test_one_version_makes_a_page():
     quality = quality_record((), texts=("one",))
     report = make_report(Records(quality), COMMAND)
     assert report.story == () and report.tiles == ()
@@ -112,7 +112,7 @@ def test_one_form_makes_a_page():
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path):
-    """Another process, another hash seed, another matplotlib configuration: the same pages."""
+    """Pages do not depend on the process, the hash seed or the configuration of matplotlib."""
     write_record(quality_record(FORMS[:2]), tmp_path)
     write_record(latency_record([a_subject_latency(FORMS[0])]), tmp_path)
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.grid: True\nsvg.fonttype: path\n")

@@ -54,13 +54,13 @@ def test_a_number_has_three_significant_digits(value, text):
         (0.5, math.nan, "0.500"),
     ],
 )
-def test_a_number_with_an_error_ends_where_its_error_does(value, error, text):
+def test_a_number_is_rounded_to_the_digits_of_its_error(value, error, text):
     assert with_error(value, error) == text
 
 
 @settings(deadline=None)
 @given(st.floats(1e-12, 1e12), st.floats(1e-12, 1e12))
-def test_what_is_written_of_an_error_is_within_its_last_digit(value, error):
+def test_a_rounded_error_is_within_its_last_digit(value, error):
     text = with_error(value, error)
     power = re.fullmatch(r"\((.*) ± (.*)\)×10(.*)", text)
     plain = re.fullmatch(r"(\S+) ± (\S+)", text)
@@ -77,7 +77,7 @@ def test_what_is_written_of_an_error_is_within_its_last_digit(value, error):
     ("share", "text"),
     [(0.714, "71 %"), (1.0, "100 %"), (0.9996, "99.96 %"), (0.0, "0 %"), (0.0042, "0.420 %"), (1.3, "130 %")],
 )
-def test_a_share_is_never_rounded_to_all_or_nothing(share, text):
+def test_a_share_is_never_rounded_to_0_or_100_percent(share, text):
     assert percent(share) == text
 
 
@@ -90,7 +90,7 @@ def test_durations_and_sizes():
 @settings(deadline=None)
 @given(st.text())
 @example(HOSTILE)
-def test_a_cleaned_text_fits_every_document(text):
+def test_a_cleaned_text_is_valid_in_every_format(text):
     found = clean(text)
     found.encode()
     ElementTree.fromstring(f"<a>{found.replace('&', '&amp;').replace('<', '&lt;')}</a>")

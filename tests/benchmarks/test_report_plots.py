@@ -16,7 +16,7 @@ from tests.benchmarks.bench_records import FORMS, KLD, a_subject_latency, latenc
 from tests.benchmarks.report_helpers import COMMAND, Cells, drawings
 
 
-def test_drawings_have_titles_and_ids_of_their_own(report):
+def test_drawings_have_unique_titles_and_ids(report):
     page = Cells(to_html(report))
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -40,8 +40,8 @@ def test_drawings_take_their_colours_from_the_page(report):
             assert f"{variable}:" in light and f"{variable}:" in dark
 
 
-def test_drawings_show_each_point_where_it_belongs(report):
-    """The markers of the quality plot, read back: less divergence is lower, more bits are to the right."""
+def test_drawings_show_each_point_at_its_place(report):
+    """Read back the markers of the quality plot: lower means less divergence, right means more bits."""
     wide = next(d for d in drawings(report) if "quality-wide" in d.attrib["aria-labelledby"])
     assert wide.attrib["viewBox"].split()[2] == str(WIDE)
     uses = list(wide.iter("{http://www.w3.org/2000/svg}use"))
@@ -51,7 +51,7 @@ def test_drawings_show_each_point_where_it_belongs(report):
         for u in uses
         if any(color in u.attrib["style"] for color in colors)
     ]
-    assert len(places) == 2 * len(FORMS), "each in the plot, and then in the legend"
+    assert len(places) == 2 * len(FORMS), "each version once in the plot and once in the legend"
     places = places[: len(FORMS)]
     across = sorted(range(5), key=lambda i: places[i][0])
     assert across == sorted(range(5), key=lambda i: FORMS[i].bits_per_weight)
@@ -59,7 +59,7 @@ def test_drawings_show_each_point_where_it_belongs(report):
     assert down == sorted(range(5), key=lambda i: KLD[FORMS[i].label])
 
 
-def test_bars_are_as_long_as_their_figures():
+def test_bar_lengths_equal_their_figures():
     record = latency_record([a_subject_latency(form, contexts=(64,)) for form in FORMS])
     wide = next(
         d
@@ -72,14 +72,14 @@ def test_bars_are_as_long_as_their_figures():
         if "fill: var(--s1)" in p.attrib.get("style", "")
     ]
     lengths = []
-    for path in paths[:-1]:  # the last is the legend's
+    for path in paths[:-1]:  # the last one belongs to the legend
         xs = [float(x) for x in re.findall(r"[ML] (\S+) ", path)]
         lengths.append(max(xs) - min(xs))
     speeds = [1 / s.decode[0].tpot.median for s in record.subjects]
     assert lengths == pytest.approx([lengths[0] * speed / speeds[0] for speed in speeds], rel=0.01)
 
 
-def test_a_phone_shows_the_narrow_drawing_in_its_own_size(report):
+def test_a_phone_shows_the_narrow_drawing_unscaled(report):
     for drawing in drawings(report):
         width = int(drawing.attrib["viewBox"].split()[2])
         assert width in (NARROW, WIDE)

@@ -1,4 +1,4 @@
-"""The roofline: bytes and operations against models themselves, rates against a clock of the test's own."""
+"""The roofline: bytes and operations compared with real models, rates with a fake clock."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def model_and_shape(request: pytest.FixtureRequest, tmp_path_factory: pytest.Tem
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 33])
-def test_operations_are_those_that_torch_counts(model_and_shape: Any, tokens: int) -> None:
-    """torch's counter sees every product of a real forward; of attention it counts the square, not the
-    triangle that causality leaves."""
+def test_operations_equal_those_counted_by_torch(model_and_shape: Any, tokens: int) -> None:
+    """torch's counter sees every product of a real forward pass. For attention it counts the full square,
+    not the causal triangle."""
     model, shape = model_and_shape
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         model(input_ids=torch.ones((1, tokens), dtype=torch.long), logits_to_keep=1)
@@ -58,7 +58,7 @@ def test_operations_are_those_that_torch_counts(model_and_shape: Any, tokens: in
 
 
 def test_weights_of_linears(model_and_shape: Any, tmp_path: Path) -> None:
-    """Packed or not, the same model has as many."""
+    """The number of weights is the same for packed and unpacked linears."""
     model, shape = model_and_shape
     expected = sum(linear.weight.numel() for linear in layer_linears(model).values())
     assert linear_weights(shape) == expected
@@ -76,7 +76,9 @@ def test_bytes_of_gpt_bigcode_by_hand(tmp_path: Path) -> None:
     """Two layers of 64 features and 4 heads on one KV head of 16, 4096 tokens, a tied head, 256 positions."""
     shape = read_shape(save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "m", tokenizer=False))
     linears = (64 * 96 + 96) + (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64)
-    weights = 2 * (linears + 4 * 64) + 2 * 64 + 4096 * 64  # norms, the last norm, the head; no positions
+    weights = (
+        2 * (linears + 4 * 64) + 2 * 64 + 4096 * 64
+    )  # norms, the last norm, the head; position embeddings are not read
     a_token = 2 * 2 * 16  # keys and values of two layers
     # Five new tokens after 10: the four timed steps attend to 11, 12, 13 and 14.
     mean = (11 + 12 + 13 + 14) * a_token / 4
@@ -85,7 +87,7 @@ def test_bytes_of_gpt_bigcode_by_hand(tmp_path: Path) -> None:
 
 
 def test_bytes_of_llama_by_hand(tmp_path: Path) -> None:
-    """An untied head is read, the embedding is not: a step looks up one of its rows."""
+    """An untied head is read completely; of the embedding a step reads only one row."""
     shape = read_shape(save_source(tiny_model("llama"), tmp_path / "m", tokenizer=False))
     linears = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128
     weights = 2 * (linears + 2 * 64) + 64 + 4096 * 64
@@ -93,7 +95,7 @@ def test_bytes_of_llama_by_hand(tmp_path: Path) -> None:
     assert decode_bytes(shape, Form("dense", "float32"), 100, 2) == 4 * (weights + 101 * a_token)
 
 
-def test_prefill_is_bound_by_the_slower_of_the_two(model_and_shape: Any) -> None:
+def test_prefill_is_bound_by_the_slower_of_memory_and_arithmetic(model_and_shape: Any) -> None:
     _, shape = model_and_shape
     weights = decode_bytes(shape, BF16, 0, 0)
     assert prefill_ceiling(shape, BF16, 16, 1e18, 1e9) == pytest.approx(16e9 / prefill_flops(shape, 16))
@@ -118,8 +120,8 @@ def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("one_second")
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("nbytes", [1 << 20, 96 << 20])
-def test_all_bytes_read_count(nbytes: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By our library's loop or by torch: each read is of a whole buffer whose pages are there."""
+def test_all_read_bytes_are_counted(nbytes: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the C library or torch, each pass reads a whole buffer whose pages are present."""
     buffers: list[torch.Tensor] = []
     monkeypatch.setattr(native, "available", lambda: compiled)
     where, name = (native, "read") if compiled else (torch, "max")
@@ -130,7 +132,7 @@ def test_all_bytes_read_count(nbytes: int, compiled: bool, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("one_second")
-def test_reads_and_writes_of_a_copy_count() -> None:
+def test_reads_and_writes_of_a_copy_are_counted() -> None:
     assert copy_rate(32 << 20, CPU) == 8 * (32 << 20)
     assert copy_rate(1 << 20, CPU) == 128 * (1 << 20)
 
@@ -141,8 +143,8 @@ def test_the_fastest_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert matmul_rate(torch.bfloat16, CPU) == 2 * 64**3
 
 
-def test_the_shortest_pass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Passes of 5, 3 and 4 seconds: 3, and the first of all only warms up."""
+def test_the_shortest_pass_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of passes with 5, 3 and 4 seconds the result is 3; the very first pass is a warm-up."""
     now, lengths = [0.0], iter([1.0, 5.0, 3.0, 4.0, 9.0])
     monkeypatch.setattr(roofline.time, "perf_counter", lambda: now[0])
 
@@ -152,8 +154,8 @@ def test_the_shortest_pass_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert roofline.best(one_pass, 12.0) == 3.0
 
 
-def test_a_look_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wide range, since machines differ; and large models are not read twice."""
+def test_measured_rates_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates are in a wide plausible range, since machines differ. Large models are not read twice."""
     monkeypatch.setattr(roofline, "LARGE_READ", 32 << 20)
     monkeypatch.setattr(roofline, "_CPU_SIZES", (128,))
     rates = look(1 << 20, torch.float32, CPU, 0.01)
@@ -165,7 +167,7 @@ def test_a_look_is_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-def test_a_card_is_looked_at() -> None:
+def test_rates_of_a_card() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA card")
     rates = look(1 << 20, torch.float16, torch.device("cuda", 0), 0.05)
@@ -184,8 +186,8 @@ def rapl_zone(root: Path, folder: str, name: str, energy: int, largest: int = 99
     return zone / "energy_uj"
 
 
-def test_packages_and_memory_count_once(tmp_path: Path) -> None:
-    """Cores lie within their package, and psys is the whole platform: neither counts again."""
+def test_packages_and_memory_are_counted_once(tmp_path: Path) -> None:
+    """Cores are part of their package, and psys covers the whole platform; neither is counted twice."""
     first = rapl_zone(tmp_path, "intel-rapl:0", "package-0", 100)
     rapl_zone(tmp_path, "intel-rapl:0:0", "core", 50)
     dram = rapl_zone(tmp_path, "intel-rapl:0:1", "dram", 10)
@@ -196,23 +198,23 @@ def test_packages_and_memory_count_once(tmp_path: Path) -> None:
     before = meter.read()
     first.write_text("400\n")
     dram.write_text("15\n")
-    second.write_text("30\n")  # past 999 it began at 0 again: 40 more
+    second.write_text("30\n")  # it wrapped around at 999: 40 more
     assert meter.joules(before, meter.read()) == pytest.approx((300 + 5 + 40) / 1e6)
 
 
-def test_nothing_is_guessed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_meter_without_readable_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert host_meter(tmp_path / "none") is None
     rapl_zone(tmp_path, "intel-rapl:0", "psys", 1)
     assert host_meter(tmp_path) is None
     hidden = rapl_zone(tmp_path / "b", "intel-rapl:0", "package-0", 1)
     hidden.unlink()
-    hidden.mkdir()  # as unreadable as root's own counters are to others
+    hidden.mkdir()  # unreadable, like the counters of root for other users
     meter = host_meter(tmp_path / "b")
     monkeypatch.setattr("lowmem.benchmarks.latency.energy.host_meter", lambda: meter)
     assert meter is not None and find_meter(CPU) is None
 
 
-def test_a_counter_that_is_no_number(tmp_path: Path) -> None:
+def test_a_counter_that_is_not_a_number(tmp_path: Path) -> None:
     meter = host_meter_of(rapl_zone(tmp_path, "intel-rapl:0", "package-0", 1))
     meter.zones[0].file.write_text("?")
     with pytest.raises(OSError, match="not a number"):

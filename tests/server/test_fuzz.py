@@ -43,24 +43,24 @@ def live() -> Iterator[Live]:
         yield live
 
 
-def mended(case: Any, data: Any) -> Any:
+def corrected(case: Any, data: Any) -> Any:
     """Correct a generated body in some respects, so that requests get past the first checks.
 
     Most bodies name the model that is served; otherwise only the check of the name would be tested. Half of
-    them are changed to obey rules that the description cannot express: which fields exclude each other, the
-    order of messages, the range of token ids. Half of those keep only the required fields, like the simplest
-    input, which is always tried.
+    all bodies are changed to obey rules that the description cannot express: which fields exclude each other,
+    the order of messages, the range of token ids. Half of those keep only the required fields, like the
+    simplest input, which is always tried.
     """
     body = case.body
     if not isinstance(body, dict) or "model" not in body:
         return case
-    how = data.draw(st.sampled_from(("bare", "fitting", "named", "as it came")))
-    if how != "as it came":
+    how = data.draw(st.sampled_from(("bare", "fitting", "named", "unchanged")))
+    if how != "unchanged":
         body["model"] = MODEL
     if how not in ("bare", "fitting"):
         return case
-    told = ("stream_options", "top_logprobs", "best_of", "echo", *UNSUPPORTED)
-    for name in told if how == "fitting" else set(body) - {"model", "messages", "prompt"}:
+    conflicting = ("stream_options", "top_logprobs", "best_of", "echo", *UNSUPPORTED)
+    for name in conflicting if how == "fitting" else set(body) - {"model", "messages", "prompt"}:
         body.pop(name, None)
     messages = body.get("messages")
     for message in messages if isinstance(messages, list) else ():
@@ -100,7 +100,7 @@ def _try(cases: Any, live: Live, statuses: dict[int, int], examples: int) -> Non
     )
     @given(case=cases, data=st.data())
     def one(case: Any, data: Any) -> None:
-        response = mended(case, data).call(base_url=live.url, timeout=60)
+        response = corrected(case, data).call(base_url=live.url, timeout=60)
         statuses[response.status_code] = statuses.get(response.status_code, 0) + 1
         case.validate_response(response, checks=list(CHECKS))
 
