@@ -118,7 +118,7 @@ class ConversionJob:
                     self.discard()
 
     def load(self) -> JobState | None:
-        """The state of an interrupted job, or None if there is none to resume."""
+        """The state of an interrupted job, or None without a job to resume."""
         path = self.folder / "job.json"
         if not path.is_file():
             return None

@@ -20,7 +20,7 @@ from lowmem.text.units import format_bytes
 LIBRARIES = 192 << 20
 """Buffers of torch and the BLAS, and the allocator's slack, while computing (measured)."""
 TOKENS_AT_A_TIME = 1024
-"""Larger forward passes are no faster, and need more memory beside the Hessian."""
+"""Larger forward passes are not faster, and need more memory beside the Hessian."""
 TOKENS_A_STEP = 2048
 """In one step of tuning. With 512 no layer of the tiny model improved."""
 

@@ -48,7 +48,7 @@ class Response:
     ttft_seconds: float
     """From the request to the first token."""
     tokens_per_second: float
-    """Of the tokens after the first; 0 if there is none."""
+    """Decode rate, without the first token; 0 for a single token."""
     dropped_turns: int = 0
     """Turns at the start of the messages that were left out to fit the context."""
     cut_tokens: int = 0

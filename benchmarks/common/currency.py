@@ -27,7 +27,7 @@ def made_with(folder: Path, kernel: str = "") -> MadeWith:
 
 
 def recipe_version(folder: Path) -> int:
-    """The recipe version in the report of a folder that lowmem converted; 0 if there is none."""
+    """The recipe version in the report of a folder that lowmem converted; 0 without a report."""
     try:
         recipe = read_json(folder / REPORT_FILE).get("recipe")
     except LowmemError:

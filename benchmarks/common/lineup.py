@@ -49,8 +49,8 @@ class LineupRequest:
     """What a user wants to measure."""
 
     models: tuple[str, ...]
-    """Folders, weight files, hub ids, or names from `lowmem list`. At most one is unquantized: it stands for
-    all of its versions on this machine. A GPTQ folder stands for itself."""
+    """Folders, weight files, hub ids, or names from `lowmem list`. At most one is unquantized: all of its
+    versions on this machine are measured. A GPTQ folder is one version."""
     reference: str | None = None
     """The unquantized model, if none of `models` is. By default the one that a GPTQ folder's report names."""
     versions: tuple[str, ...] = ()

@@ -1,8 +1,9 @@
-"""What activations of fewer bits cost in quality: `python -m lowmem.benchmarks.experiments.activation_bits SOURCE FOLDER…`.
+"""Quality with fewer activation bits: `python -m lowmem.benchmarks.experiments.activation_bits SOURCE
+FOLDER…`.
 
-Every forward pass of each converted folder goes through our own kernels with so many bits of an activation's
-integer in all linears, and its logits are compared with the unquantized model's in float32, as `lowmem bench
-quality` does. With float32 activations, so that nothing but the integers' width differs.
+Each converted folder runs through lowmem's kernels, which quantize the activations of all linears to 8, 12,
+16 and 24 bits in turn. Logits are compared with those of the unquantized float32 model, as in `lowmem bench
+quality`. All other activations are float32, so only the width of the integers differs.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _use(loaded: LoadedModel, planes: int) -> None:
-    """All linears of the model multiply with so many bytes of an activation."""
+    """Set the number of bytes per activation in all linears of the model."""
     native_linear.PLANES[torch.float32] = planes
     for module in loaded.model.modules():
         if isinstance(module, QuantLinear):

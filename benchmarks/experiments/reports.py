@@ -1,8 +1,9 @@
 """The committed reports of `lowmem bench`: everything again, from the published weights on.
 
-    python -m lowmem.benchmarks.experiments.reports                   both models; writes results/tiny-starchat, results/smollm2
-    python -m lowmem.benchmarks.experiments.reports smollm2           one of them
-    python -m lowmem.benchmarks.experiments.reports --pages           only the pages, from the committed records
+    python -m lowmem.benchmarks.experiments.reports                   both models; writes
+    results/tiny-starchat, results/smollm2 python -m lowmem.benchmarks.experiments.reports smollm2
+    one of them python -m lowmem.benchmarks.experiments.reports --pages           only the pages, from the
+    committed records
 
 Each model is converted and measured in a folder of its own, so the commands in the reports are what a person
 would type there. What is finished in --work is not done again.
@@ -103,7 +104,7 @@ def keep(records: Path, results: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure what is asked for, or draw the pages anew."""
+    """Run the requested measurements, or redraw the pages."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from lowmem.session import Session
 
-DESCRIPTION = """Every version of a model answers HumanEval's 164 problems: pass@1. The answers are programs
-that nobody has reviewed. Each runs in a sandbox: no network, no other processes, files only in a temporary
-folder, limited time and memory (Linux with Landlock and seccomp). A model with a chat template is asked for
+DESCRIPTION = """Every version of a model answers HumanEval's 164 problems: pass@1. The answers are unreviewed
+programs. Each runs in a sandbox: no network, no other processes, files only in a temporary
+folder, limited time and memory (Linux with Landlock and seccomp). A model with a chat template writes
 the whole function; any other continues the prompt. The same command resumes an interrupted measurement."""
 CONTEXT = 2048
 """Tokens of prompt and answer: the longest prompt has about 600 tokens, an answer 512."""

@@ -281,7 +281,7 @@ class _Program(ctypes.Structure):
 def _seccomp(libc: ctypes.CDLL) -> None:
     machine = platform.machine()
     if machine not in ARCHITECTURES:
-        raise WallError(f"there is no list of system calls for {machine}")
+        raise WallError(f"the list of system calls for {machine} is missing")
     code = filter_program(machine)
     program = _Program(len(code) // 8, code)
     # 2: SECCOMP_MODE_FILTER

@@ -77,7 +77,7 @@ class CardMeter:
 
 
 def find_meter(device: torch.device) -> Meter | None:
-    """The energy counter of the device; None if there is none that can be read."""
+    """The energy counter of the device; None without a readable counter."""
     meter = host_meter() if device.type == "cpu" else _card_meter(device)
     try:
         return meter if meter and meter.read() else None

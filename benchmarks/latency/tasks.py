@@ -1,4 +1,4 @@
-"""What a timing process is told, and what it answers. Both cross a pipe as JSON."""
+"""Task and result of a timing process. Both are sent through a pipe as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Lengths:
     new_tokens: int
     """Decoded after each context."""
     notes: tuple[str, ...] = ()
-    """What was left out of the lengths that were asked for, and why."""
+    """Requested lengths that were left out, and the reasons."""
 
     @property
     def context(self) -> int:

@@ -173,7 +173,7 @@ def _score_all(
     places = {
         entrant.subject.label: (entrant.subject.label, digest_of_entrant(entrant)) for entrant, _ in entrants
     }
-    # Versions of earlier runs that are not asked for now stay in the record, behind the others.
+    # Versions of earlier runs that are not requested now stay in the record, after the others.
     others = {place[0]: result for place, (result, _) in known.items() if place[0] not in places}
     found: dict[str, SubjectQuality] = {}
     for label, place in places.items():

@@ -69,8 +69,8 @@ def reference_states(
 ) -> Reference:
     """The model's last hidden states on every text, from `folder` or computed into it.
 
-    Missing texts go through the layers together, so the source is read once. notify: told of damaged files.
-    Raises what StreamedModel.last_hidden raises.
+    Missing texts go through the layers together, so the source is read once. notify: called with a line for
+    each damaged file. Raises what StreamedModel.last_hidden raises.
     """
     _finish_interrupted(folder)
     missing = missing_texts(model, texts, folder, notify)

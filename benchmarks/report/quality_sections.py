@@ -108,7 +108,7 @@ def quality_section(record: QualityRecord, styles: Mapping[str, Style]) -> Secti
         dtypes = _listed([s.subject.dtype for s, _ in floors])
         lead.append(
             f"The noise floor is the unquantized model computed in {dtypes}: the effect of rounding in the "
-            "arithmetic alone. A version near it cannot be told from the original."
+            "arithmetic alone. A version near it is indistinguishable from the original."
         )
     plot = None
     if points:
@@ -287,7 +287,7 @@ def humaneval_sections(record: HumanEvalRecord) -> list[Section]:
     )
     text = (
         "Python functions written from their docstrings and run against the problem's own tests in a "
-        "sandbox. Versions whose standard errors overlap cannot be told apart.",
+        "sandbox. Differences within the standard errors are not significant.",
     )
     return [Section("humaneval", title, text, (humaneval_table(record),), plot)]
 

@@ -29,7 +29,7 @@ NARROW, WIDE = 328, 900
 """Widths in pixels: for a phone of 360 pixels less its margins, and for everything wider."""
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 COLORS = 8
-# matplotlib needs colour values. Each of these stands for a CSS variable of the page.
+# matplotlib needs colour values. Each of these is replaced by a CSS variable of the page.
 INK, MUTED, LINE, ACCENT, SECOND = "#0b0a01", "#0b0a02", "#0b0a03", "#0c0a01", "#0c0a02"
 _VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line"}
 _VARIABLES |= {f"#0c0a0{i}": f"s{i}" for i in range(1, COLORS + 1)}

@@ -126,7 +126,7 @@ class Chat:
         return self.session.stream(messages, params, system=system, on_prefill=on_prefill)
 
     def last_exchange(self) -> Exchange:
-        """The last question and answer. Raises LowmemError where there is none."""
+        """The last question and answer. Raises LowmemError if the conversation is empty."""
         if not self.conversation.exchanges:
             raise LowmemError("the conversation is empty", "Ask something first")
         return self.conversation.exchanges[-1]

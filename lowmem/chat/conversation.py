@@ -37,7 +37,7 @@ class Conversation:
         return replace(self, exchanges=(*self.exchanges, exchange))
 
     def without_last(self) -> Conversation:
-        """A copy without the last exchange. Raises IndexError where there is none."""
+        """A copy without the last exchange. Raises IndexError if the conversation is empty."""
         if not self.exchanges:
             raise IndexError("the conversation is empty")
         return replace(self, exchanges=self.exchanges[:-1])

@@ -111,7 +111,9 @@ def entry_folder(source: str, label: str) -> Path:
     plain name.
     """
     if not _is_label(label):
-        raise InvalidRequestError(f"{label!r} is no name for a checkpoint", "Use letters, digits and -")
+        raise InvalidRequestError(
+            f"{label!r} is not a valid name for a checkpoint", "Use letters, digits and -"
+        )
     return cache_root() / "models" / _key(_origin(source)) / label
 
 
@@ -320,7 +322,7 @@ def _origin(source: str) -> str:
         return source
     try:
         return os.path.realpath(path)
-    except ValueError:  # a zero byte: it is no path, and nothing was made of it
+    except ValueError:  # a zero byte: not a valid path
         return source
 
 

@@ -108,7 +108,7 @@ def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
     unit_values, unit_words = _unit(bits)
     rows, columns = words.shape
     if rows % unit_words:
-        raise ValueError(f"{rows} rows of words are no whole number of {bits}-bit values")
+        raise ValueError(f"{rows} rows of words do not hold a whole number of {bits}-bit values")
     values = torch.empty((rows // unit_words * unit_values, columns), dtype=torch.uint8, device=words.device)
     if values.numel() == 0:
         return values

@@ -123,7 +123,7 @@ def _parsed(args: argparse.Namespace) -> _Run:
 def read_prompt(prompt: str | None, file: str | None) -> str:
     """The prompt: `prompt`, the text of `file`, both separated by an empty line, or standard input.
 
-    Raises InvalidRequestError where there is none, or none that is text.
+    Raises InvalidRequestError if it is missing or not text.
     """
     if prompt is None and file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise InvalidRequestError("the prompt is missing", 'Give one with -p "…", or pipe a text in')
@@ -188,7 +188,7 @@ def _answer(run: _Run, plan: Plan, prompt: str) -> int:
     text = ""
     try:
         for response in session.stream(messages, run.state.params, system=conversation.system, raw=run.raw):
-            # Templates have a newline before the answer, which the model writes and which is no part of it.
+            # The model first writes the newline that templates put before an answer; it is not shown.
             piece = response.text if text or run.raw else response.text.removeprefix("\n")
             if not run.json:
                 sys.stdout.write(shown(piece))

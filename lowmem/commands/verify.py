@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the folder. Returns 0, or 2 with a line per problem. Raises VerifyError where there is none."""
+    """Check the folder. Returns 0, or 2 after a line for each problem. Raises VerifyError if it is not a
+    checkpoint."""
     from lowmem.checkpoint.verify.converted import verify
 
     show = sys.stderr.isatty() and not args.json

@@ -33,7 +33,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Machine:
-    """What `look` found. None stands for what is absent."""
+    """The result of `look`. None means absent."""
 
     python: str
     """Its version."""

@@ -1,4 +1,4 @@
-"""Packed weights are copied into the tiled layout while nobody waits, and between tokens.
+"""Copy packed weights into the tiled layout while idle and between tokens.
 
 A model answers as soon as its files are mapped, in GPTQ's own layout, where consecutive rows are pages apart:
 kernels read it at two thirds of the memory bandwidth. The tiled layout (csrc/linear/tiled.c) is read at full

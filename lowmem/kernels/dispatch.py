@@ -118,8 +118,8 @@ def install(
         for format in dict.fromkeys(spec.format for spec in specs.values()):
             group = {name: spec for name, spec in specs.items() if spec.format == format}
             kernels = kernels_for(list(group.values()), place, activation_bits)
-            told = notify if place.type == "cuda" else None
-            found += replace_linears(model, group, kernels, dtype, told)
+            report = notify if place.type == "cuda" else None
+            found += replace_linears(model, group, kernels, dtype, report)
         if specs:
             names.append(f"{found.name} on the CPU" if names else found.name)
     return ", ".join(names) or REFERENCE

@@ -155,7 +155,7 @@ class Reference(Kernel):
         return min(spec.weights, SLICE_WEIGHTS) * (8 + itemsize)
 
     def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
-        """See Kernel. A QuantLinear multiplies with the reference until it is told otherwise."""
+        """See Kernel. A QuantLinear uses the reference until another kernel replaces it."""
         module: nn.Module = linear
         return module
 

@@ -191,7 +191,7 @@ def _cast(mapped: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _slices(
     source: Source, name: str, nbytes: int, whole: bool = False
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) of a 2-D tensor, so many bytes at a time, but 64 rows at least."""
+    """(first row, rows) of a 2-D tensor, `nbytes` at a time, but at least 64 rows."""
     count, columns = source.infos[name].shape
     if whole:
         yield 0, source.read(name)

@@ -111,7 +111,7 @@ def _check_methods(config: PretrainedConfig) -> None:
     """Every key of config.json became an attribute: none may stand in a method's place."""
     for name in vars(config):
         if callable(getattr(type(config), name, None)):
-            raise ArchitectureError(f"config.json has the key {name!r}, which is no setting")
+            raise ArchitectureError(f"config.json has the key {name!r}, which is not a setting")
 
 
 def _kind(config: PretrainedConfig) -> str:

@@ -192,8 +192,9 @@ def end_token_ids(
     """The ids that stop generation: the end of a turn first, then every end of text.
 
     `configs` are the model's and the generation config: anything with `eos_token_id`, an int or a list of
-    them, or a mapping, as a JSON file gives it. StarChat's own name only `<|endoftext|>`, which is why the
-    turn's end is added here; Llama 3's generation config names several. What is no int is passed over.
+    them, or a mapping, as a JSON file gives it. StarChat's configs name only `<|endoftext|>`, so the end of
+    the turn is added here; Llama 3's generation config names several ids. Values that are not ints are
+    ignored.
     """
     ids: list[Any] = [] if dialogue is None else [dialogue.end_id]
     for config in (tokenizer, *configs):

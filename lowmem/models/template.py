@@ -65,13 +65,13 @@ def check_template(template: str) -> None:
     from jinja2 import Environment, nodes
 
     if not isinstance(template, str):
-        raise ValueError("it is no text")
+        raise ValueError("it is not text")
     if len(template) > MAX_TEMPLATE:
         raise ValueError(f"it is {len(template)} characters long")
     tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
     for power in tree.find_all(nodes.Pow):
         raise ValueError(f"it raises to a power in line {power.lineno}")
-    # What jinja2 counts in a loop is no more than the messages, unless something else has that name.
+    # The counters of a jinja2 loop do not exceed the number of messages, unless `loop` is reassigned.
     counts = all(name.ctx == "load" for name in tree.find_all(nodes.Name) if name.name == "loop")
     for product in tree.find_all(nodes.Mul):
         sides = (product.left, product.right)

@@ -51,7 +51,7 @@ def find_candidates(model: str, *, cuda: bool, dtype: str | None = None) -> list
 
     model: a folder or weight file, a hub id, or a name from `lowmem list`. A quantized checkpoint has one
     version; a 16-bit one also has its conversions, in folders beside it and in lowmem's cache. Only headers
-    are read. Raises SourceError, which says what to type, when there is no version.
+    are read. Raises SourceError with the command to use if no version is found.
     """
     path = Path(model).expanduser()
     if _exists(path):
@@ -149,7 +149,7 @@ def _packed(path: Path, shape: ModelShape, cuda: bool, dtype: str | None) -> Can
 
 
 def _run_dtype(shape: ModelShape, cuda: bool, dtype: str | None) -> str:
-    """The dtype that is asked for, or the stored one; float16 runs as bfloat16 on a CPU (see loader.py)."""
+    """The requested dtype, or the stored one; float16 runs as bfloat16 on a CPU (see loader.py)."""
     return dtype or ("bfloat16" if shape.stored == "float16" and not cuda else shape.stored)
 
 

@@ -55,7 +55,7 @@ def memory_use(device: torch.device) -> MemoryUse:
 
 
 def cuda_driver_present() -> bool:
-    """Whether the library of the CUDA driver is installed; without it there is no usable card."""
+    """Whether the library of the CUDA driver is installed; without it a card cannot be used."""
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -153,7 +153,7 @@ def _budget(request: ModelRequest, card: torch.device | None, vram: int | None, 
 
 
 def _matching(candidates: list[Candidate], request: ModelRequest) -> list[Candidate]:
-    """The candidates with the requested bits and method. Raises SourceError where there is none."""
+    """The candidates with the requested bits and method. Raises SourceError if none matches."""
     bits, method = request.bits, request.method
     found = [c for c in candidates if bits in (None, c.bits) and method in (None, c.form.method)]
     if found:
@@ -165,4 +165,4 @@ def _matching(candidates: list[Candidate], request: ModelRequest) -> list[Candid
         hint = "Use one of these, or leave the choice to the plan"
     what = f"{bits}-bit" if bits else method
     labels = ", ".join(c.label for c in candidates)
-    raise SourceError(f"there is no {what} version of {request.model}; available: {labels}", hint)
+    raise SourceError(f"{request.model} has no {what} version; available: {labels}", hint)

@@ -248,5 +248,7 @@ def _optional(config: Mapping[str, object], *names: str) -> int | None:
 def _int(config: Mapping[str, object], path: Path, *names: str) -> int:
     value = _optional(config, *names)
     if value is None:
-        raise SourceError(f"the config of {path} does not say its {names[0]}", "It is no language model's")
+        raise SourceError(
+            f"the config of {path} does not say its {names[0]}", "Use the config of a language model"
+        )
     return value

@@ -1,8 +1,8 @@
-"""What a model writes, as clean text and as markdown of which nothing that it said is lost.
+"""A model's output as clean text, and as Markdown that loses none of it.
 
-Where CommonMark would drop what a coding assistant said, it is kept: `<int>` is no HTML tag, `__init__` is
-not bold, `2*3*4` holds no emphasis, `>>> x` is no quotation, a line's end and indentation stay, and entities
-are shown as they are written. So code that came without a fence can still be read and copied.
+Where CommonMark would drop or change output of a coding assistant, it is kept: `<int>` is not an HTML tag,
+`__init__` is not bold, `2*3*4` has no emphasis, `>>> x` is not a quotation, line breaks and indentation stay,
+and entities are shown literally. So code outside of a fence can still be read and copied.
 """
 
 from __future__ import annotations

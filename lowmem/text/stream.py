@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem.text.tokenizing import decode
 
-_INCOMPLETE = "\ufffd"  # what a decoder shows for bytes that are no whole character (yet)
+_INCOMPLETE = "\ufffd"  # decoders return this for bytes of an incomplete character
 
 
 class TextStream:
@@ -20,8 +20,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # those since `_given` began; older ones do not matter any more
-        self._given = 0  # of which so many are given out as text
+        self._ids: list[int] = []  # the last tokens; older ones do not affect the text any more
+        self._given = 0  # the number of `_ids` whose text was returned
 
     def push(self, token: int) -> str:
         """The text that is complete with this token; it may be empty."""
@@ -91,7 +91,7 @@ class StopStrings:
         return text
 
     def _match(self) -> int:
-        """Where the first whole stop string starts in what is held, or its length if there is none."""
+        """The start of the first complete stop string in the held text, or the length of that text."""
         starts = [at for at in map(self._held.find, self._stops) if at >= 0]
         return min(starts, default=len(self._held))
 

@@ -94,23 +94,23 @@ def test_standard_errors_equal_the_spread_of_repeated_measurements():
 
     texts = [text() for _ in range(300)]
     real = np.std([values.mean() for values in texts])
-    told = np.mean([standard_error(values) for values in texts])
-    assert told == pytest.approx(real, rel=0.15)
+    reported = np.mean([standard_error(values) for values in texts])
+    assert reported == pytest.approx(real, rel=0.15)
     alone = np.mean([values.std() / np.sqrt(values.size) for values in texts])
     assert alone < 0.4 * real
 
 
 def test_the_standard_error_of_the_perplexity_ratio():
     generator = np.random.default_rng(1)
-    ratios, told = [], []
+    ratios, reported = [], []
     for _ in range(300):
         hard = generator.normal(3, 2, (24, 64))  # hard for both models, so the ratio has no error
         loss = hard + 0.05 + generator.normal(0, 0.1, (24, 1)) + generator.normal(0, 0.3, (24, 64))
         none = np.zeros((24, 65))
         quality = summarize("text", Tokens(none, none > 0, none, loss, hard, none[:, 1:]))
         ratios.append(quality.ppl_ratio)
-        told.append(quality.ppl_ratio_standard_error)
-    assert np.mean(told) == pytest.approx(np.std(ratios), rel=0.15)
+        reported.append(quality.ppl_ratio_standard_error)
+    assert np.mean(reported) == pytest.approx(np.std(ratios), rel=0.15)
     assert np.mean(ratios) == pytest.approx(np.exp(0.05), rel=0.01)
 
 

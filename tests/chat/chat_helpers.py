@@ -28,7 +28,7 @@ class Terminal(io.StringIO):
     """A terminal of fixed size with scrollback, as a file to write to.
 
     It knows line feeds, carriage returns, cursor up and down, erasing to the right, wrapping on and off, and
-    colours. Anything else that is no printable character is a fault of what was written, and raises.
+    colours. Any other unprintable character in the output raises.
     """
 
     def __init__(self, columns: int, rows: int) -> None:

@@ -131,7 +131,7 @@ def test_a_shard_of_many_tensors_past_four_gigabytes(tmp_path):
 
 
 def test_what_torch_cannot_load_safely_is_refused(tmp_path):
-    """torch's restricted unpickler knows protocols up to 3: a plan for what will not load helps nobody."""
+    """torch's restricted unpickler reads protocols up to 3, so the header reader refuses others as well."""
     path = saved(tmp_path / "x.bin", {"x": torch.zeros(3)}, pickle_protocol=4)
     assert torch_reads(path) is None
     refused(path, "cannot be read without running its code")

@@ -1,4 +1,4 @@
-"""Two commands at once: one works, the other is told in one line, and what is there is whole.
+"""Two commands at once: one works, the other is refused in one line, and all files are complete.
 
 Real processes. The first is stopped (SIGSTOP) at a step of its own, so that nothing is left to chance.
 """

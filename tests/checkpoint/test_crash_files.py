@@ -307,7 +307,8 @@ def test_a_conversion_that_begins_during_rm_is_left_alone(tmp_path, monkeypatch)
 
 
 def test_what_a_killed_claim_leaves_goes_with_the_folder(tmp_path, monkeypatch):
-    """Its part had the process's number in its name, and nobody ever removed it, nor the folder around it."""
+    """The name of a partial file once contained the process id, and the file and its folder were never
+    removed."""
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     replace = os.replace
 
@@ -338,14 +339,14 @@ def test_an_empty_job_folder_can_be_removed(tmp_path, monkeypatch):
 # --- conversations -----------------------------------------------------------------------------------------
 
 
-def saving(path: str, step: int, told: str) -> None:
+def saving(path: str, step: int, report: str) -> None:
     """In a process of its own: save a longer conversation over the one that is there, and be killed."""
     import sys
 
     from lowmem.benchmarks.experiments.endurance import faults
 
     conversation = Conversation(None, (Exchange("one", "two"), Exchange("three", "four " * 2000)))
-    sys.addaudithook(faults._Steps(str(Path(path).parent), faults.Fault("kill", step, 0.0, 0), told))
+    sys.addaudithook(faults._Steps(str(Path(path).parent), faults.Fault("kill", step, 0.0, 0), report))
     store.save(path, conversation, SamplingParams())
 
 

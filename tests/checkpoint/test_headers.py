@@ -75,7 +75,7 @@ def test_a_packed_checkpoint_by_safetensors_own_reader(tmp_path, bits):
     count = 0
     for file in (tmp_path / "q").glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+            for name in opened.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 tensor = opened.get_tensor(name)
                 header = found[name]
                 assert (header.shape, header.dtype) == (tuple(tensor.shape), str(tensor.dtype)[6:])

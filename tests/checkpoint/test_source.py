@@ -116,7 +116,7 @@ def test_float64_comes_as_float32_and_integers_are_no_weights(model, tmp_path, f
     assert torch.equal(source.read("a"), wide.float())
     assert torch.equal(source.read("a", slice(1, 3)), wide[1:3].float())
     assert torch.equal(source.read("e"), wide.t().float()) and source.read("e").is_contiguous()
-    assert torch.equal(source.read("c"), torch.arange(4))  # a 1-D buffer is nobody's weight
+    assert torch.equal(source.read("c"), torch.arange(4))  # a 1-D buffer that no linear owns
     with pytest.raises(SourceError, match="'b' is int64"):
         source.read("b")
 

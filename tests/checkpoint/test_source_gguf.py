@@ -185,7 +185,7 @@ def test_a_model_written_in_float32_comes_back(tmp_path, kind, arch, tied):
 
 
 def test_found_by_its_first_bytes(small, tmp_path):
-    """Some programs store GGUF files under a digest; several in one folder must be told apart."""
+    """Some programs store GGUF files under a digest; several in one folder must be distinguished."""
     blob = tmp_path / "sha256-0123"
     blob.write_bytes(small.read_bytes())
     assert isinstance(open_source(str(blob)), GgufSource)

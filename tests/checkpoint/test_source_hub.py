@@ -86,7 +86,7 @@ def _raiser(error: Exception):
 
 
 def test_a_download_asks_for_what_is_needed_and_opens_it(replica, monkeypatch):
-    """StarChat Alpha's file list: no code, no training state, and .bin since there is nothing else."""
+    """StarChat Alpha's file list: no code, no training state, and .bin because it has no safetensors."""
     names = [
         "README.md",
         "config.json",

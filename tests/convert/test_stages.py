@@ -66,7 +66,7 @@ def test_a_stage_leaves_what_it_says(family, config, replays, tmp_path):
         held = bytes_held(context)
         assert held <= sizes.held + slack, stage.name
         assert max(held, sizes.held) <= peak + slack, stage.name
-        # It is no overestimate either; targets may be smaller than the plan must assume.
+        # It is not an overestimate either; targets may be smaller than the plan must assume.
         assert sizes.held <= 1.35 * held + slack, stage.name
 
 

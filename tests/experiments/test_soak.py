@@ -133,7 +133,7 @@ def test_what_is_kept_is_seen() -> None:
         kept.append(open(os.devnull, "rb"))  # noqa: SIM115
 
     tensors = [torch.zeros(2) for _ in range(11)]
-    # Tensors without a storage to be counted, as other parts of a process may have them, are no error.
+    # Tensors without a storage, which other parts of a process may have, do not cause an error.
     with FakeTensorMode():
         bare = [torch.zeros(2)]
     bare += [torch._to_functional_tensor(torch.zeros(2)), torch.zeros(2).to_sparse()]

@@ -56,7 +56,7 @@ def contents(slot: DenseSlot, last: int) -> list[torch.Tensor]:
 def oracle(model: Any, slot: DenseSlot, ids: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """float64 logits of the last tokens, `ids`, and the keys and values that they should have left.
 
-    The layers attend to what the slot holds, so that its rounding is no difference.
+    The layers attend to the values in the slot, so its rounding causes no difference.
     """
     body, config = model.transformer, model.config
     rows, total = len(ids), slot.length

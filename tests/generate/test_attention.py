@@ -20,7 +20,7 @@ def ids_of(length: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def logits_of(model: Any, cache: Any, parts: list[int], **options: Any) -> torch.Tensor:
-    """Logits of `ids_of`, fed in parts of so many tokens."""
+    """Logits of `ids_of`, fed in parts of the given lengths."""
     ids, start, logits = ids_of(sum(parts)), 0, []
     for count in parts:
         part = ids[:, start : start + count]

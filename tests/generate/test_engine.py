@@ -126,14 +126,14 @@ def test_prefill_is_the_first_next_and_decode_feeds_one_token() -> None:
 
 
 def test_prefill_is_fed_in_chunks_and_told() -> None:
-    model, told = Counting(), []
+    model, progress = Counting(), []
     engine = counting(model, chunk=4)
-    next(engine.generate(list(range(1, 11)), GREEDY, lambda done, total: told.append((done, total))))
+    next(engine.generate(list(range(1, 11)), GREEDY, lambda done, total: progress.append((done, total))))
     assert model.fed == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10]]
-    assert told == [(4, 10), (8, 10), (10, 10)]
-    told.clear()
-    next(engine.generate([1, 2, 3, 4, 5, 0], GREEDY, lambda done, total: told.append((done, total))))
-    assert model.fed[3:] == [[0]] and told == [(6, 6)]
+    assert progress == [(4, 10), (8, 10), (10, 10)]
+    progress.clear()
+    next(engine.generate([1, 2, 3, 4, 5, 0], GREEDY, lambda done, total: progress.append((done, total))))
+    assert model.fed[3:] == [[0]] and progress == [(6, 6)]
 
 
 def test_stops_at_a_stop_id_and_gives_it() -> None:

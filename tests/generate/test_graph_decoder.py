@@ -112,7 +112,7 @@ def test_an_inductor_step_gives_the_eager_tokens(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_sixteen_bits_the_check_is_passed(dtype: torch.dtype) -> None:
-    """A mask rounds differently; that is no reason to refuse."""
+    """A mask changes the rounding; that must not be refused."""
     model = tiny_model("gpt_bigcode_mqa", dtype=dtype)
     cache = cache_for(model)
     decoder, (slot,) = graphs_for(model, cache), cache.slots

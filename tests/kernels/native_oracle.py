@@ -182,7 +182,7 @@ def matrix(address: int, rows: int, columns: int, dtype: torch.dtype) -> LmMatri
 def multiply(
     packed: native_linear.Packed, x: torch.Tensor, planes: int, out: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """x [rows, in] times the weight with so many planes, as `out`."""
+    """x [rows, in] times the weight with `planes` planes, as `out`."""
     rows, result = x.shape[0], torch.full((x.shape[0], packed.out_features), -77.0, dtype=out)
     source = matrix(x.data_ptr(), rows, packed.in_features, x.dtype)
     call(packed.struct, source, planes, matrix(result.data_ptr(), rows, packed.out_features, out))

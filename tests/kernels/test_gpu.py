@@ -35,7 +35,7 @@ def test_the_reference_kernel(card: torch.device) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_kernel_is_chosen(bits: int, card: torch.device, dtype: torch.dtype) -> None:
-    """Which one depends on the machine's compilers; that there is one of GPTQModel's, on a card, does not."""
+    """On a card one of GPTQModel's kernels is used; which one depends on the machine's compilers."""
     check = kernels.chosen("kernels", bits, card, dtype)
     assert not check.detail.startswith(REFERENCE), check.detail
 

@@ -108,7 +108,7 @@ class Results:
         self.found: dict[str, dict[str, Any]] = {}
 
     def checkpoint(self, job: Job) -> Path:
-        """The folder of the job's checkpoint, converted when it is first asked for."""
+        """The folder of the job's checkpoint, converted at the first use."""
         out = self.folder / job.checkpoint
         if not out.exists():
             source = self.folder / job.kind

@@ -190,7 +190,7 @@ def test_the_tiled_layout_changes_no_bit(bits: int, outputs: int, sym: bool) -> 
     address = packed.address
     packed.to_tiled()
     packed.to_tiled()
-    linear.qweight.zero_()  # it is no longer read
+    linear.qweight.zero_()  # must not be read any more
     assert packed.address == address and packed.struct.tiled == 1
     assert all(torch.equal(linear(rows[: len(y)]), y) for y in right)
 

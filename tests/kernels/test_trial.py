@@ -181,7 +181,7 @@ def test_after_a_failure_the_linear_is_what_it_was(kernel: type[nn.Module]) -> N
 
 
 def test_out_of_memory_is_no_verdict_on_a_kernel() -> None:
-    """It goes up to whoever planned, and the linear is whole."""
+    """The error reaches the caller, and the linear is unchanged."""
     sample = sample_linear(sample_spec(FORMATS[3]), CPU)
     before = tensors_of(sample)
     with pytest.raises(torch.OutOfMemoryError):
@@ -344,7 +344,7 @@ def test_the_user_hears_of_a_kernel_before_it_is_tried() -> None:
 
 
 def test_a_gptqmodel_that_cannot_be_imported_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its packages may be of wrong versions: the model runs all the same, and the user is told."""
+    """A kernel's packages may have wrong versions: the model still runs, and the user is notified."""
 
     def broken() -> Any:
         raise AttributeError("module 'transformers' has no attribute 'no_init_weights'")
@@ -418,7 +418,7 @@ def test_the_environment_is_as_before(twins: dict[str, Any]) -> None:
 
 @needs_gptqmodel
 def test_a_card_is_offered_gptqmodels_gpu_kernels_in_its_order(twins: dict[str, Any]) -> None:
-    """There is no card here, so only the names; those for CPUs are not among them."""
+    """Without a card only the names are checked; kernels for CPUs are not among them."""
     for bits in ("8", "4"):
         order = [name for name in twins["cuda"][bits] if name in ("MarlinLinear", "ExllamaV2Linear")]
         assert order == ["MarlinLinear", "ExllamaV2Linear"]
@@ -468,7 +468,7 @@ def _main(folder: Path) -> None:
     changed = {k for k in os.environ if os.environ[k] != environment.get(k)} | (
         set(environment) - set(os.environ)
     )
-    # torch itself notes where it keeps compiled code; the other one is ours, where there is no compiler.
+    # torch itself sets its folder for compiled code; the other variable is lowmem's, without a compiler.
     found["environment"] = sorted(changed - {"TORCHINDUCTOR_CACHE_DIR", "GPTQ_TORCH_TRITON_DEQUANT"})
     card = torch.device("cuda", 0)
     found["cuda"] = {

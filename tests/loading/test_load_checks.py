@@ -178,7 +178,7 @@ def test_a_tokenizer_that_was_swapped_after_the_conversion_is_refused(copy: Path
     text = refusal(copy)
     assert "tokenizer.json is not the tokenizer that this checkpoint was made with" in text
     assert "the manifest" in text and "convert again" in text
-    (copy / MANIFEST_FILE).unlink()  # nobody knows now what it was made with
+    (copy / MANIFEST_FILE).unlink()  # its conversion settings are now unknown
     load(copy)
 
 
@@ -204,7 +204,7 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
 
 
 def test_markers_that_the_model_does_not_have_are_refused_and_others_told(tmp_path: Path) -> None:
-    """The dialogue's are needed in every question; a [PAD] that was added later harms nobody."""
+    """The dialogue tokens are needed in every question; a [PAD] that was added later is harmless."""
     save_source(tiny_model("llama", vocab=4096), tmp_path)
     added = {"content": "[PAD]", "special": True, "lstrip": False, "rstrip": False}
     added |= {"single_word": False, "normalized": False}

@@ -57,7 +57,8 @@ def test_every_form_runs(forms: Path, bits: int, method: str) -> None:
 
 
 def test_the_next_form_when_memory_is_gone(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another program took it between plan and load: each failure is told, in the order of the plan."""
+    """Another program took the memory between plan and load: each failure is reported in the order of the
+    plan."""
     real, tried = opening.load, []
 
     def load(path: Path, options: LoadOptions, **hooks: Any) -> Any:
@@ -137,7 +138,7 @@ def test_a_real_failing_allocation(tmp_path: Path) -> None:
 
 
 class FakeCard:
-    """A card that is not there: what is asked of it, and what `load` is told to do with it."""
+    """A fake card: the queries that it answers, and the arguments that `load` receives for it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free = free

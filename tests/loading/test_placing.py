@@ -115,7 +115,7 @@ def test_on_the_fly_is_what_bitsandbytes_makes_of_the_whole_model(
 def test_a_linear_that_nf4_cannot_slice_is_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """96 inputs are no multiple of 64: a block spans two rows."""
+    """96 inputs are not a multiple of 64: a block spans two rows."""
     model = tiny_model("gpt_bigcode_mha", hidden=96, heads=3)
     save_source(model, tmp_path, dtype=torch.bfloat16)
     whole = logits(load(tmp_path, LoadOptions(dtype=torch.bfloat16, on_the_fly="nf4")).model)

@@ -1,4 +1,4 @@
-"""Which forms of a model are found, where, and in which order; and what to type when there is none."""
+"""Versions of a model: where they are found, their order, and the hint if none is found."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_request_that_cannot_be(options: dict[str, object], error: type[Except
 
 
 def test_vram_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It names a card for `plan`; where there is none `run` has nothing to apply it to, and goes on."""
+    """It names a card for `plan`; without a card `run` ignores it."""
     monkeypatch.setenv("LOWMEM_VRAM", "12GiB")
     request = ModelRequest(str(TINY_STARCHAT))
     assert plan_for(request, named_card=True).budget.card == 12 << 30

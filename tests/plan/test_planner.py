@@ -222,7 +222,7 @@ def test_ceiling_is_bytes_over_bandwidth() -> None:
 
 
 def test_groups_and_words_of_a_conversion() -> None:
-    """576 inputs are no multiple of 128: groups of 64, as the converter chooses."""
+    """576 inputs are not a multiple of 128, so groups have 64 inputs, as in the converter."""
     shape = replace(shape_of(), linears=(LinearSpec(576, 576), LinearSpec(512, 576)))
     assert as_converted(shape, 4).format == QuantizationFormat(LinearFormat(4, 64))
     assert as_converted(shape_of(), 3).format == QuantizationFormat(LinearFormat(3, 128))

@@ -381,7 +381,7 @@ def test_weights_are_repacked_while_idle_and_a_request_waits_for_at_most_one() -
 
 
 def test_a_repacking_error_is_reported_and_the_worker_continues() -> None:
-    session, told = Scripted(), list[BaseException]()
+    session, reported = Scripted(), list[BaseException]()
     session.engine.repacking = Repacking(2)
 
     def piece() -> None:
@@ -394,5 +394,5 @@ def test_a_repacking_error_is_reported_and_the_worker_continues() -> None:
             await asyncio.sleep(0.01)
         assert (await drained(worker.submit("a", works(1))))[0] == {0: "onetwothree"}
 
-    with_worker(session, story, report=told.append)
-    assert [str(error) for error in told] == ["no such panel"] * 2
+    with_worker(session, story, report=reported.append)
+    assert [str(error) for error in reported] == ["no such panel"] * 2

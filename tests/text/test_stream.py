@@ -32,7 +32,7 @@ class ByteTokenizer:
 
 
 class ChunkTokenizer:
-    """Each token is a run of bytes of its own, cut anywhere; bytes that are no character are U+FFFD."""
+    """Each token is an arbitrary run of bytes. Bytes that do not form a character decode to U+FFFD."""
 
     def __init__(self, chunks: list[bytes]) -> None:
         self.chunks = chunks

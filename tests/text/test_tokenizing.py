@@ -1,4 +1,4 @@
-"""A tokenizer whose Rust gives up: one line, and whoever asked next is served."""
+"""A panic in a tokenizer's Rust code gives one line, and the next request is served."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Faults at random moments: is anything lost, half visible, or different afterwards?
 
-    python -m lowmem.benchmarks.experiments.endurance.crashes                       all trials; writes results/crash_trials.json
-    python -m lowmem.benchmarks.experiments.endurance.crashes --only convert:kill   some of them, printed and not written
-    python -m lowmem.benchmarks.experiments.endurance.crashes --show                the committed record as a table
+    python -m lowmem.benchmarks.experiments.endurance.crashes                       all trials; writes
+    results/crash_trials.json python -m lowmem.benchmarks.experiments.endurance.crashes --only convert:kill
+    some of them, printed and not written python -m lowmem.benchmarks.experiments.endurance.crashes --show
+               the committed record as a table
 
 Real commands on a model of two layers, each in a process that is forked with the libraries loaded: `lowmem
 convert` into a folder, over an older result, and into lowmem's cache; `lowmem bench quality`, and `bench
@@ -12,12 +13,12 @@ own steps in its files (before it opens, renames or removes something), or a CPU
     kill      SIGKILL
     full      another program leaves the disk (a tmpfs of its own) with a few KiB
     broken    every access to the disk fails (EIO)
-    gone      the disk is no longer there (unmounted)
-    memory    the process may take no more than it has, and a little (RLIMIT_AS)
+    gone      the disk is unmounted
+    memory    the process may allocate only a little more memory (RLIMIT_AS)
 
-What stands there is judged by the scenario's `check`; a command that lives on has to end with 0, or with 2
-and one line. Then the fault is lifted and the same command given again, until it is done: every file has to
-be the one, to the byte, of a run without faults, and no other may be there.
+The scenario's `check` inspects the remaining files. A command that survives must end with 0, or with 2 and
+one line. Then the fault is removed and the same command is repeated until it succeeds: every file must equal
+that of a run without faults, byte for byte, and no other file may be left.
 """
 
 from __future__ import annotations

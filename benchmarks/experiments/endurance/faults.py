@@ -195,7 +195,7 @@ class _Steps:
             return
         self.count += 1
         if self.fault is not None and self.count == self.fault.step:
-            self.over = True  # what we do ourselves is no step
+            self.over = True  # our own file operations are not steps
             self._happen(self.fault)
             self.over = False
         if self.broken:

@@ -39,7 +39,7 @@ from lowmem.text.units import format_bytes
 SERVED = "model"
 PATIENCE = 120.0
 GROWTH = 16 << 20
-"""Bytes of resident memory that are no leak: buffers of the largest requests so far."""
+"""Growth of resident memory that is not a leak, in bytes: buffers of the largest requests so far."""
 
 
 def _chat(rest: str) -> bytes:

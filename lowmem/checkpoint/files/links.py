@@ -33,7 +33,7 @@ def leads_outside(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """SourceError for a link that leads out of its folder, and for what no plain read ends of (a pipe)."""
+    """Raise SourceError for a link that leads out of its folder, and for a pipe or device."""
     if leads_outside(path):
         raise SourceError(
             f"{path} is a link that leads out of its folder, to {os.path.realpath(path)}",
@@ -41,14 +41,14 @@ def check_file(path: Path) -> None:
         )
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # missing: whoever reads it says so
+    except (OSError, ValueError):  # missing: its reader reports that
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise SourceError(f"{path} is no plain file", "Download the checkpoint again")
 
 
 def check_folder(folder: Path) -> None:
-    """`check_file` of everything in a folder that a checkpoint's readers may open, ours or transformers'."""
+    """`check_file` for every file in the folder that lowmem or transformers may open."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(
@@ -56,7 +56,7 @@ def check_folder(folder: Path) -> None:
                 for entry in entries
                 if entry.name in _FOLDERS or any(fnmatchcase(entry.name, p) for p in _PATTERNS)
             )
-    except (OSError, ValueError):  # whoever reads it says so
+    except (OSError, ValueError):  # its reader reports that
         return
     for name in names:
         check_file(folder / name)

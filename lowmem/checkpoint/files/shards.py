@@ -43,7 +43,7 @@ class Shards:
     problems: tuple[Problem, ...]
 
     def stored(self, name: str) -> StoredTensor:
-        """Shape, dtype and place of a tensor; KeyError when there is none."""
+        """Shape, dtype and place of a tensor. Raises KeyError for an unknown name."""
         return self.tensors[name].tensors[name]
 
     def read(self, name: str) -> torch.Tensor:

@@ -32,7 +32,7 @@ class Archive:
     sizes: Mapping[str, int]
 
     def storage_size(self, key: str) -> int | None:
-        """Bytes of the storage `key`, or None if there is no such entry."""
+        """Bytes of the storage `key`, or None without such an entry."""
         return self.sizes.get(f"{self.pickle.filename.removesuffix('data.pkl')}data/{key}")
 
 

@@ -32,9 +32,9 @@ _SIZES = frozenset(
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The object in a config.json, its sizes checked; SourceError for one that no model has.
+    """Read a config.json and check its sizes. Raises SourceError for sizes that no model has.
 
-    What is no number, or is not known here, is left to transformers, which has a type for every key.
+    Other keys and other types are left to transformers, which checks the type of every key.
     """
     config = read_json(file)
     _check(config, file, top=True, depth=0)

@@ -115,10 +115,10 @@ def gguf_metadata(path: str | Path) -> dict[str, object]:
 
 
 def layout_of(folder: Path, display: str) -> Layout:
-    """Which files of `folder` are its checkpoint; only their names are looked at, and where links lead.
+    """The files of the checkpoint in `folder`, chosen by their names and link targets.
 
-    display: how messages call the folder. Raises SourceError when there are no weights, the names do not say
-    which belong together, or a file is a link that leads out of the folder.
+    display: the name of the folder in messages. Raises SourceError if weights are missing, the names are
+    ambiguous, or a file is a link that leads out of the folder.
     """
     try:
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -227,7 +227,7 @@ def _headers_of_file(path: Path) -> dict[str, TensorHeader]:
         header = read_header(path)
         return {name: _of_safetensors(name, header) for name in header.tensors}
     raise SourceError(
-        f"{path} is no checkpoint that can be read", "Give a folder, a .safetensors file or a .gguf file"
+        f"{path} is not a readable checkpoint", "Give a folder, a .safetensors file or a .gguf file"
     )
 
 

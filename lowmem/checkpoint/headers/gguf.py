@@ -29,8 +29,8 @@ MAX_DIMS = 4
 # Scalar value types: struct format by type number.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# Tensor types: name, values in a block and its bytes, by number. The `gguf` package knows them too, but
-# takes numpy along; it is asked for what came after.
+# Tensor types by number: name, values per block, bytes per block. The `gguf` package has them too, but
+# imports numpy; it is used only for newer types.
 TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -236,7 +236,7 @@ def check_whole_model(header: GgufHeader) -> None:
     """SourceError for a part of a split model, or a file that names no architecture or holds no tensors."""
     file = header.path.name
     if not isinstance(header.values.get("general.architecture"), str):
-        raise SourceError(f"{file} does not name its architecture, so it is no model")
+        raise SourceError(f"{file} does not name its architecture, so it is not a model")
     parts = header.values.get("split.count", 0)
     if isinstance(parts, int) and parts > 1:
         raise SourceError(f"{file} is one of {parts} parts", "Join them first: llama-gguf-split --merge")

@@ -279,7 +279,7 @@ class Source(ABC):
         return read_json(file) if file.is_file() else {}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The fast tokenizer; SourceError when there is none, or its files cannot be used."""
+        """The fast tokenizer. Raises SourceError if its files are missing or unusable."""
         if not self._files(VOCABULARIES):
             raise SourceError(
                 f"{self.path} has no tokenizer", "Put the model's tokenizer.json beside its weights"

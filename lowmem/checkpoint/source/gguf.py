@@ -210,7 +210,7 @@ class GgufSource(Source):
 
         try:
             with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sizes of 0 too; what is wrong with them is told below
+                warnings.simplefilter("ignore")  # for example of sizes of 0; problems are reported below
                 auto: Any = AutoModelForCausalLM
                 model = auto.from_config(self.config(), trust_remote_code=False)
             names: dict[str, str] = get_gguf_hf_weights_map(_Shallow(model), self._processor)

@@ -25,9 +25,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def choose_files(names: Iterable[str], repo: str) -> list[str]:
-    """The files of a repository that a conversion needs: safetensors, or .bin when there are none.
+    """The files of a repository that a conversion needs: safetensors, or .bin without any.
 
-    Only plain files of the top folder; never code. SourceError when there are no such weights.
+    Only files of the top folder, and never code. Raises SourceError if the repository has no such weights.
     """
     plain = [name for name in names if _NAME.fullmatch(name) and not name.endswith(".py")]
     weights = next(
@@ -62,7 +62,7 @@ def download(
     network_errors = (transport_error, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, OSError)
 
     def cached() -> Path | None:
-        # The hub's own completeness check looks at the patterns asked for: ask for what we fetch.
+        # The hub's completeness check covers the requested patterns: request those that we fetch.
         for weights in WEIGHTS:
             try:
                 folder = Path(
@@ -84,7 +84,7 @@ def download(
         folder = cached()
         if folder is None:
             raise SourceError(
-                f"{repo} is no folder here, and the hub cannot be reached ({reason})",
+                f"{repo} is not a local folder, and the hub cannot be reached ({reason})",
                 "Connect to the network, or give the path of a local copy",
             )
         if progress:
@@ -103,7 +103,7 @@ def download(
         raise SourceError(f"{repo} on the hub has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise SourceError(
-            f"{repo} is no folder here, and no repository on the hub that you may read",
+            f"{repo} is neither a local folder nor a repository on the hub that you may read",
             "Check the name; for a private one log in first: hf auth login",
         ) from error
     except network_errors as error:

@@ -37,7 +37,7 @@ def model_of(config: Any) -> nn.Module:
 
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # all that is wrong is told as a problem
+            warnings.simplefilter("ignore")  # problems are reported below
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # as above
         raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
@@ -45,7 +45,7 @@ def model_of(config: Any) -> nn.Module:
 
 
 def integer_buffers(model: nn.Module) -> set[str]:
-    """Names of the model's tensors that are no floats by its own definition; all others have to be."""
+    """Names of the buffers that the model defines as integers. All other tensors must be floats."""
     return {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
 
 

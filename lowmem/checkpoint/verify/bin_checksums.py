@@ -13,10 +13,10 @@ _CHUNK = 1 << 20
 
 
 def checksum_faults(shard: Path, on_bytes: Callable[[int], None]) -> list[tuple[str, str]]:
-    """(tensor, what is wrong) for every entry whose bytes do not have its checksum; "" is no tensor's.
+    """(tensor, problem) for every entry with a wrong checksum; the name is "" if it is not a tensor.
 
-    Read 1 MiB at a time; on_bytes hears of each piece's length. Raises SourceError for what is no such
-    archive.
+    Reads 1 MiB at a time and calls on_bytes with the length of each piece. Raises SourceError if the file is
+    not such an archive.
     """
     names: dict[str, list[str]] = {}
     for name, tensor in read_bin_header(shard).items():

@@ -28,11 +28,11 @@ _LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport:
-    """Check the checkpoint in `folder`; problems are in the report, nothing is raised for them.
+    """Check the checkpoint in `folder`. Problems are in the report and do not raise.
 
-    A checkpoint without our manifest is somebody else's: digests are compared where the hub's are known, and
+    A checkpoint without a manifest of lowmem is compared with the hub's digests where they are known, and
     the notes say so. Folders of pickle shards and GGUF files are checked by verify_source.py. Raises
-    VerifyError only when there is nothing to check.
+    VerifyError only if `folder` contains nothing to check.
     """
     folder = Path(folder)
     if not folder.is_dir() and not (folder.is_file() and folder.suffix in (".gguf", ".safetensors")):
@@ -213,7 +213,7 @@ class _ConvertedVerification(Verification):
         return values
 
     def _unclaimed(self, shards: Shards, names: set[str]) -> None:
-        """Tensors that are no part of the model: damage in a checkpoint of ours, maybe age in another's."""
+        """Tensors outside of the model: damage in lowmem's checkpoints, perhaps only old names in others."""
         for name in sorted(names):
             packed = name.rpartition(".")[2] in QUANT_PARTS
             if packed or (self.ours and not name.endswith(_LEGACY)):

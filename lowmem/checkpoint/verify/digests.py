@@ -47,19 +47,19 @@ class Known:
 
 @dataclass(frozen=True)
 class Digests:
-    """What is known of a folder's files, by name, and who says so. ours: a manifest lists all files."""
+    """Known digests of a folder's files by name, and their origin. ours: a manifest lists all files."""
 
     origin: str
     files: Mapping[str, Known]
     ours: bool = False
 
     def note(self, names: list[str]) -> str:
-        """What to tell of a folder of these files that has no manifest."""
+        """The note for a folder of these files without a manifest."""
         if not self.files:
-            return f"there is no {MANIFEST_FILE}: digests were not compared"
+            return f"without {MANIFEST_FILE}, digests were not compared"
         count = sum(name in self.files for name in names)
         what = f"{count} of {len(names)} files were compared with {self.origin}'s digests"
-        return f"there is no {MANIFEST_FILE}: {what}"
+        return f"without {MANIFEST_FILE}, {what}"
 
 
 def known_digests(folder: Path) -> Digests:

@@ -11,12 +11,12 @@ static struct {
     char line[4096];
     size_t length;
     int exit_code, has_terminal;
-    struct termios terminal; /* its original state: a line editor may have switched the echo off */
+    struct termios terminal; /* its original state; a line editor may have switched the echo off since */
     struct sigaction before;
-} told;
+} report;
 
-/* Only functions that POSIX allows in a signal handler. */
-static void tell(int number, siginfo_t *about, void *context)
+/* Uses only functions that POSIX allows in a signal handler. */
+static void report_and_exit(int number, siginfo_t *about, void *context)
 {
     (void)context;
     if (about->si_code <= 0) { /* sent by a process: the default action follows when the handler returns */
@@ -24,28 +24,28 @@ static void tell(int number, siginfo_t *about, void *context)
         raise(number);
         return;
     }
-    if (told.has_terminal) {
+    if (report.has_terminal) {
         signal(SIGTTOU, SIG_IGN);
-        tcsetattr(STDIN_FILENO, TCSANOW, &told.terminal);
+        tcsetattr(STDIN_FILENO, TCSANOW, &report.terminal);
     }
-    for (size_t done = 0; done < told.length;) {
-        const ssize_t written = write(STDERR_FILENO, told.line + done, told.length - done);
+    for (size_t done = 0; done < report.length;) {
+        const ssize_t written = write(STDERR_FILENO, report.line + done, report.length - done);
         if (written <= 0)
             break;
         done += (size_t)written;
     }
-    _exit(told.exit_code);
+    _exit(report.exit_code);
 }
 
 int lm_tell_bus_errors(const char *line, int exit_code)
 {
     if (!line)
-        return sigaction(SIGBUS, &told.before, NULL);
-    told.length = strnlen(line, sizeof told.line);
-    memcpy(told.line, line, told.length);
-    told.exit_code = exit_code;
-    told.has_terminal = tcgetattr(STDIN_FILENO, &told.terminal) == 0;
-    struct sigaction action = {.sa_sigaction = tell, .sa_flags = SA_SIGINFO};
+        return sigaction(SIGBUS, &report.before, NULL);
+    report.length = strnlen(line, sizeof report.line);
+    memcpy(report.line, line, report.length);
+    report.exit_code = exit_code;
+    report.has_terminal = tcgetattr(STDIN_FILENO, &report.terminal) == 0;
+    struct sigaction action = {.sa_sigaction = report_and_exit, .sa_flags = SA_SIGINFO};
     sigemptyset(&action.sa_mask);
-    return sigaction(SIGBUS, &action, &told.before);
+    return sigaction(SIGBUS, &action, &report.before);
 }

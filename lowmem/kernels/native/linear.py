@@ -47,7 +47,7 @@ def planes_of(activation_bits: int) -> int:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of a weight in the form that the library takes."""
+    """The groups of a weight, as passed to the C library."""
 
     size: int
     """Inputs that share a scale: a multiple of 32 that divides `in`."""

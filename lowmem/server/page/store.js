@@ -82,7 +82,7 @@ export function writeDraft(id, text) {
 }
 
 /**
- * A stored value by name; undefined if there is none.
+ * A stored value by name; undefined if it is not stored.
  * @param {string} name
  * @returns {any}
  */

@@ -75,7 +75,7 @@ export class Thread {
     for (const view of this.views.values()) view.mend();
   }
 
-  /** Edit the last question; returns false if there is none. */
+  /** Edit the last question; returns false without a question. */
   editLast() {
     const view = [...this.views.values()].reverse().find((one) => one.turn.role === "user");
     view?.edit();

@@ -12,7 +12,7 @@
 #define INLINE static inline __attribute__((always_inline)) TARGET
 #define UNROLL _Pragma("GCC unroll 16")
 
-/* Bytes of the digits of so many inputs. */
+/* Bytes of the digits of `inputs` inputs. */
 #define DIGIT_BYTES(inputs, planes) ((planes) == LM_PAIRED ? (inputs) * 3 / 2 : (inputs) * (planes))
 
 size_t lm_digit_bytes_avx512(int64_t rows, int64_t in, int planes);

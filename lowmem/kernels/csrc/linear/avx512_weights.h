@@ -16,8 +16,8 @@ INLINE __m512i load_words(const uint32_t *words, __mmask16 mask)
     return mask == FULL ? _mm512_loadu_si512(words) : _mm512_maskz_loadu_epi32(mask, words);
 }
 
-/* A unit is so many rows of words that unpack together, in pieces of so many steps. Unpacking piece by piece leaves the
- * registers to the sums. */
+/* Units: UNIT_ROWS rows of words that are unpacked together, in UNIT_PIECES pieces of PIECE_STEPS steps. Unpacking piece by
+ * piece leaves the registers to the sums. */
 #define UNIT_ROWS(bits) ((bits) == 3 ? 3 : 1)
 #define UNIT_PIECES(bits) ((bits) == 3 ? 4 : (bits) == 2 ? 2 : 1)
 #define PIECE_STEPS(bits) ((bits) == 8 ? 1 : 2)
@@ -69,7 +69,7 @@ INLINE __m512i pairs_of(int bits, const uint32_t *words, __mmask16 mask, const _
     return bits == 4 ? load_words(words, mask) : _mm512_or_si512(step[0], _mm512_slli_epi32(step[1], 4));
 }
 
-/* Digits of a piece of so many steps, in fours. With LM_PAIRED two steps share a third four of lower digits. */
+/* Groups of four digits in a piece of `steps` steps. With LM_PAIRED two steps share a third group of lower digits. */
 #define STEP_DIGITS(steps, planes) ((planes) == LM_PAIRED ? (steps) * 3 / 2 : (steps) * (planes))
 
 /* _mm512_dpbusd_epi32. For the intrinsic, gcc 12 copies every sum to another register and back, a fifth of the time. */

@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-/* The largest integer with so many planes. With LM_PAIRED the shared digit moves the second of a pair by up to 16 * 128,
+/* The largest integer with `planes` planes. With LM_PAIRED the shared digit moves the second of a pair by up to 16 * 128,
  * and its upper digit must still hold the rest. */
 static inline int32_t lm_limit(int planes)
 {
@@ -37,7 +37,7 @@ enum { LM_ROWS_AT_ONCE = 8 };
 
 /* Define an instruction set's functions lm_digit_bytes_SET and lm_quantize_SET: LM_QUANTIZE_ALL(set, target, bytes). The
  * file has defined quantize_group(type, planes, group), which is compiled for every type and every `planes`;
- * bytes(inputs, planes) is the size of so many inputs' digits. */
+ * bytes(inputs, planes) is the size of the digits of `inputs` inputs. */
 #define LM_QUANTIZE(target, bytes, type, planes)                                                                       \
     target static void quantize_##type##_##planes(const lm_matrix *x, lm_input *input, int64_t first, int64_t last)    \
     {                                                                                                                  \
