@@ -92,7 +92,7 @@ def texts(file: str | None, marker: str, prefix_file: str | None, suffix_file: s
     pair = (prefix_file, suffix_file)
     if (file is None) == (pair == (None, None)):
         raise InvalidRequestError(
-            "the text to fill in is missing" if file is None else "two texts to fill in were given",
+            "there is no text to fill in" if file is None else "two texts to fill in were given",
             "Give a FILE with a marker, or --prefix-file and --suffix-file",
         )
     if file is None:

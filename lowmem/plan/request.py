@@ -165,4 +165,4 @@ def _matching(candidates: list[Candidate], request: ModelRequest) -> list[Candid
         hint = "Use one of these, or leave the choice to the plan"
     what = f"{bits}-bit" if bits else method
     labels = ", ".join(c.label for c in candidates)
-    raise SourceError(f"{request.model} has no {what} version; available: {labels}", hint)
+    raise SourceError(f"{request.model} has no {what} version here; available: {labels}", hint)

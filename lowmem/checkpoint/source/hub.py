@@ -103,7 +103,7 @@ def download(
         raise SourceError(f"{repo} on the hub has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise SourceError(
-            f"{repo} is neither a local folder nor a repository on the hub that you may read",
+            f"{repo} is not a local folder, and no repository on the hub that you may read has this name",
             "Check the name; for a private one log in first: hf auth login",
         ) from error
     except network_errors as error:
