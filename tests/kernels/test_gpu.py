@@ -10,7 +10,7 @@ import torch
 from lowmem.config import BITS
 from lowmem.doctor import gpu, kernels
 from lowmem.doctor.report import Check
-from lowmem.kernels.trial import REFERENCE
+from lowmem.kernels.registry import REFERENCE
 from lowmem.plan.bandwidth import card_bandwidth
 
 pytestmark = pytest.mark.gpu

@@ -88,7 +88,7 @@ class NanForManyRows(RightKernel):
 
 class RaisesAtInit(RightKernel):
     def __init__(self, **arguments: Any) -> None:
-        raise ImportError("needs nvcc\nand more lines that nobody wants")
+        raise ImportError("needs nvcc\nand more lines")
 
 
 class RaisesWhenRepacking(RightKernel):

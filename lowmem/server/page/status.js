@@ -94,7 +94,7 @@ export class StatusView {
       ["Context", `${status.context.toLocaleString("en")} tokens of questions and answers together`],
       ["Memory held", `${formatBytes(bytes)}${share}${where}`],
       ["Speed", status.tokens_per_second ? `${status.tokens_per_second.toFixed(1)} tokens/s` : "no answer yet"],
-      ["Waiting", status.queue ? `${status.queue} in the queue` : "nobody"],
+      ["Waiting", status.queue ? `${status.queue} in the queue` : "none"],
     ];
     facts.replaceChildren(...rows.flatMap(([name, text]) => [element("dt", { text: name }), element("dd", { text })]));
     const meter = byId("about-meter");
