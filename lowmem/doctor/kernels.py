@@ -14,6 +14,7 @@ from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch, reference
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
+from lowmem.kernels.native.header import WIDTHS
 from lowmem.kernels.registry import BitsAndBytes
 from lowmem.kernels.trial import sample_linear, sample_spec
 
@@ -62,7 +63,7 @@ def native_works(area: str) -> Check | str:
         missing, _, advice = native.why_not().partition(": ")
         return Check(area, "own kernels", "warning", missing, advice[:1].upper() + advice[1:])
     worst = 0.0
-    for bits in BITS:
+    for bits in WIDTHS:
         for sym in (True, False):
             spec = sample_spec(LinearFormat(bits, _GROUP_SIZE, sym))
             linear = sample_linear(spec, torch.device("cpu"))

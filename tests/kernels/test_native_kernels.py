@@ -16,11 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
-from lowmem.config import BITS
 from lowmem.kernels import reference
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
-from lowmem.kernels.native.header import PAIRED
+from lowmem.kernels.native.header import PAIRED, WIDTHS
 from tests.kernels.native_oracle import (
     ISAS,
     LIMITS,
@@ -78,7 +77,7 @@ def test_fma32_rounds_once(product: float, sum_: float) -> None:
 
 @pytest.mark.parametrize("planes", LIMITS)
 @pytest.mark.parametrize("group", [32, 64, 128, 256, 512, -1])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_every_instruction_set_computes_the_rule(bits: int, group: int, planes: int) -> None:
     """200 outputs end in a half-filled vector; group -1 is 416 inputs, quantized 32 at a time."""
     inputs, seed = {-1: 416}.get(group, 512), bits * 100 + group + planes
@@ -98,7 +97,7 @@ def test_every_instruction_set_computes_the_rule(bits: int, group: int, planes: 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from(BITS),
+    bits=st.sampled_from(WIDTHS),
     planes=st.sampled_from(list(LIMITS)),
     group=st.integers(1, 12),
     groups=st.integers(1, 4),
@@ -167,7 +166,7 @@ def test_low_digits_at_their_least(isa: str) -> None:
 
 
 @pytest.mark.parametrize("planes", LIMITS)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, bits: int, planes: int) -> None:
     """The same bits alone and among up to 40 rows. Another piece of work begins after 512 rows."""
     packed = random_weight(bits, 64, 128, 72, zeros=bits == 3, bias=torch.float16).packed()
@@ -267,7 +266,7 @@ def worst(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_within_the_derived_bound_of_float64(bits: int, kind: torch.dtype) -> None:
     """Outputs in x's dtype with its number of planes: the bound plus half a step of the dtype."""
     half_step = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[kind]
@@ -311,7 +310,7 @@ def test_quantizing_activations_costs_less_than_their_dtype(
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_agrees_with_the_reference_on_stored_tensors(bits: int, kind: torch.dtype) -> None:
     """A weight rounded to nearest and packed as on disk. The reference rounds it to x's dtype first."""
     r = rtn(torch.randn(160, 256, generator=torch.Generator().manual_seed(bits)), bits, 64)

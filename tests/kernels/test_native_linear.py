@@ -19,7 +19,7 @@ from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from lowmem.checkpoint.source.mapped import MappedFiles
-from lowmem.config import BITS, PREFILL_CHUNK
+from lowmem.config import PREFILL_CHUNK
 from lowmem.doctor import kernels as doctor
 from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
@@ -87,7 +87,7 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from(BITS),
+    bits=st.sampled_from(header.WIDTHS),
     groups=st.integers(1, 5),
     group_size=st.sampled_from((32, 64, 96, 128, -1)),
     words=st.integers(1, 7),
@@ -121,7 +121,7 @@ def test_any_linear_agrees_with_float64(
 
 
 @needs_native
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", header.WIDTHS)
 def test_16_bit_activations_lose_bits_only_where_free_or_requested(bits: int) -> None:
     linear = quant_linear(256, 96, bits, 64)
     x = torch.randn(2 * header.DECODE_ROWS + 1, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -176,7 +176,7 @@ def test_a_rows_bits_depend_on_neither_rows_nor_threads() -> None:
 @needs_native
 @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("outputs", [32, 64, 160])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", header.WIDTHS)
 def test_the_tiled_layout_changes_no_bit(bits: int, outputs: int, sym: bool) -> None:
     """Also with a last tile that is not full, and for another holder of the struct's address."""
     linear = quant_linear(256, outputs, bits, 64, sym=sym)
