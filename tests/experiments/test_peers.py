@@ -149,7 +149,7 @@ def __getattr__(name): return lambda *a: Params()
 
 @pytest.fixture
 def peer_python(tmp_path: Path) -> str:
-    """An interpreter with a made-up llama_cpp and numpy, in which neither lowmem nor torch can be imported."""
+    """An interpreter with numpy and a made-up llama_cpp, without lowmem and torch."""
     site = tmp_path / "site"
     site.mkdir()
     (site / "llama_cpp.py").write_text(FAKE_LLAMA)

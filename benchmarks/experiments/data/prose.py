@@ -1,12 +1,11 @@
-"""Make `lowmem/data/prose/`: English that `lowmem bench quality` measures on, from the packages that its
-`sources.json` names.
+"""Make `lowmem/data/prose/`, the English text of `lowmem bench quality`, from the packages in `sources.json`.
 
     python -m lowmem.benchmarks.experiments.data.prose SOURCES
 
-SOURCES holds one unpacked Debian package a folder, named as in `sources.json` (`apt-get download NAME`, then
-`dpkg-deb -x`). The same folders give the same bytes. Only what is written for people is taken: headings,
-paragraphs and lists, no code blocks and no tables. Pages of the works alternate. A paragraph that shares
-thirteen successive words, or fifty characters, with the built-in calibration text is left out.
+SOURCES holds one unpacked Debian package per folder, named as in `sources.json` (`apt-get download NAME`,
+then `dpkg-deb -x`). The same folders give the same bytes. Headings, paragraphs and lists are taken, code
+blocks and tables are not. Pages of the works alternate. A paragraph that shares thirteen successive words,
+or fifty characters, with the built-in calibration text is left out.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from lowmem.benchmarks.experiments.data.calibration import html_text
+from lowmem.benchmarks.experiments.data.excerpts import html_text
 
 DATA = Path(__file__).resolve().parents[3] / "lowmem" / "data"
 WORDS, CHARACTERS = 13, 50
 LEAST = 600
-"""Characters of a page that is taken."""
+"""The fewest characters of a page."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A work in a package: its folder under SOURCES, the pages to take, and where a page's text lies."""
+    """A work in a package: its folder under SOURCES, its pages, and the marks around a page's text."""
 
     name: str
     folder: str

@@ -1,33 +1,32 @@
-"""Faults at random moments: is anything lost, half visible, or different afterwards?
+"""Faults at random moments: is anything lost, visible when incomplete, or different afterwards?
 
-    python -m lowmem.benchmarks.experiments.endurance.crashes                       all trials; writes
-    results/crash_trials.json python -m lowmem.benchmarks.experiments.endurance.crashes --only convert:kill
-    some of them, printed and not written python -m lowmem.benchmarks.experiments.endurance.crashes --show
-               the committed record as a table
+    python -m lowmem.benchmarks.experiments.endurance.crashes            all; writes crash_trials.json
+    python -m lowmem.benchmarks.experiments.endurance.crashes --only convert:kill      only prints
+    python -m lowmem.benchmarks.experiments.endurance.crashes --show     the committed record
 
 Real commands on a model of two layers, each in a process that is forked with the libraries loaded: `lowmem
-convert` into a folder, over an older result, and into lowmem's cache; `lowmem bench quality`, and `bench
-latency` with a stand-in for the process that takes the times. Each trial draws a moment: one of the command's
-own steps in its files (before it opens, renames or removes something), or a CPU time. Then
+convert` into a folder, over an older result, and into lowmem's cache; `lowmem bench quality`; and `lowmem
+bench latency` with a stand-in for the timing processes. Each trial draws a moment: a file operation of the
+command (before it opens, renames or removes something), or a CPU time. The faults are
 
     kill      SIGKILL
-    full      another program leaves the disk (a tmpfs of its own) with a few KiB
+    full      another program fills the disk (a tmpfs of its own) up to a few KiB
     broken    every access to the disk fails (EIO)
     gone      the disk is unmounted
-    memory    the process may allocate only a little more memory (RLIMIT_AS)
+    memory    the process may allocate only a little more (RLIMIT_AS)
 
-The scenario's `check` inspects the remaining files. A command that survives must end with 0, or with 2 and
-one line. Then the fault is removed and the same command is repeated until it succeeds: every file must equal
-that of a run without faults, byte for byte, and no other file may be left.
+The scenario's `check` judges what is visible then. A command that survives must end with 0, or with 2 and
+one line. Then the fault is lifted and the same command repeated until it succeeds: every file must be the
+same, to the byte, as in a run without faults, and there must be no other.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -38,7 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.benchmarks.common import record_file
+from lowmem.benchmarks.common.records import Origin
+from lowmem.benchmarks.experiments.common import RESULTS, Experiment, made_with, origin_here, say
 from lowmem.benchmarks.experiments.endurance.faults import Child, Disk, Fault, Outcome, can_mount, marks_of
 from lowmem.benchmarks.experiments.endurance.scenarios import (
     SCENARIOS,
@@ -51,12 +51,11 @@ from lowmem.benchmarks.experiments.endurance.scenarios import (
 
 from lowmem.errors import LowmemError
 
-RESULTS = Path(__file__).resolve().parents[2] / "results" / "crash_trials.json"
 DISK_BYTES = 24 << 20
 LEAVES_BYTES = 48 << 10
-"""The most that a full disk still has."""
+"""The most room that a full disk still has."""
 SPARE_BYTES = 6 << 20
-"""The most that a process may still take when its memory is short."""
+"""The most that a process may still allocate when memory is short."""
 PLAN = {
     "convert": {"kill": 60, "full": 8, "broken": 8, "gone": 4, "memory": 8},
     "replace": {"kill": 35, "full": 3, "broken": 3},
@@ -64,74 +63,61 @@ PLAN = {
     "quality": {"kill": 45, "full": 5, "broken": 5, "memory": 4},
     "latency": {"kill": 25, "full": 4, "broken": 4},
 }
-"""Faults to be met, by scenario and kind."""
+"""How many commands must meet a fault, by scenario and kind."""
 Plan = dict[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Trials of one fault in one scenario. hit: commands that the fault ended. by: their exit codes (-9 is
-    SIGKILL). said: the line of each kind that a command ended with, once."""
+    """Trials of one fault in one scenario."""
 
     scenario: str
     fault: str
     trials: int
     hit: int
-    by: dict[str, int]
+    """Commands that met the fault."""
+    by: tuple[tuple[str, int], ...]
+    """How many of them ended with which exit code; -9 is SIGKILL."""
     said: tuple[str, ...]
+    """The messages that a command ended with, each kind once."""
 
 
 @dataclass(frozen=True)
 class CrashRecord:
-    """`crash_trials.json`: no trial did harm, or there would be no record."""
+    """`crash_trials.json`. It exists only if no trial did harm."""
 
-    command: str
+    origin: Origin
     seed: int
-    versions: tuple[tuple[str, str], ...]
     tallies: tuple[Tally, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trials and write or print what came of them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lowmem.benchmarks.experiments.endurance.crashes", description=__doc__
-    )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    """Run the trials, write and print their record; the exit code."""
+    experiment = Experiment("endurance.crashes", CrashRecord, RESULTS / "crash_trials.json", render)
+    parser = experiment.parser(__doc__)
     parser.add_argument("--only", action="append", metavar="SCENARIO[:FAULT]", help="may be repeated")
     parser.add_argument("--trials", type=int, metavar="N", help="of each kind, instead of the plan's")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="scenarios at a time (1)")
-    parser.add_argument("--show", action="store_true", help="the committed record, and run nothing")
-    args = parser.parse_args(argv)
-    if args.show:
-        _print(record_file.read(CrashRecord, RESULTS, "lowmem.benchmarks.experiments.endurance.crashes"))
-        return 0
-    plan = {
-        (scenario, fault): args.trials or count
-        for scenario, faults in PLAN.items()
-        for fault, count in faults.items()
-        if not args.only or scenario in args.only or f"{scenario}:{fault}" in args.only
-    }
-    _warm_up()
-    record = CrashRecord(
-        " ".join(
-            [
-                "python -m lowmem.benchmarks.experiments.endurance.crashes",
-                *(argv if argv is not None else sys.argv[1:]),
-            ]
-        ),
-        args.seed,
-        _versions(),
-        tuple(_side_by_side(plan, args.seed, args.jobs)),
-    )
-    if not args.only and not args.trials:
-        record_file.write(record, RESULTS)
-    _print(record)
-    return 0
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+
+    def measure() -> CrashRecord:
+        origin = origin_here("endurance.crashes", words, "a made-up model of two layers")
+        plan = {
+            (scenario, fault): args.trials or count
+            for scenario, faults in PLAN.items()
+            for fault, count in faults.items()
+            if not args.only or scenario in args.only or f"{scenario}:{fault}" in args.only
+        }
+        _warm_up()
+        return CrashRecord(origin, args.seed, tuple(_side_by_side(plan, args.seed, args.jobs)))
+
+    return experiment.run(args, measure, keep=not args.only and not args.trials)
 
 
 def _warm_up() -> None:
-    """Do once what the trials do, so that what libraries import and make at first is there in every fork."""
+    """Run the commands once, so that every fork has the libraries loaded and their caches filled."""
     from lowmem.cli import main as lowmem
 
     with (
@@ -154,12 +140,8 @@ def _side_by_side(plan: Plan, seed: int, jobs: int) -> list[Tally]:
     names = list(dict.fromkeys(scenario for scenario, _ in plan))
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
         parts = [{key: count for key, count in plan.items() if key[0] == name} for name in names]
-        futures = [pool.submit(run, part, seed, say=_say) for part in parts]
+        futures = [pool.submit(run, part, seed, say=say) for part in parts]
         return [tally for future in futures for tally in future.result()]
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def run(
@@ -169,9 +151,9 @@ def run(
     context: Any = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Tally]:
-    """All trials of a plan ((scenario, fault) → how many); TrialError where one did harm.
+    """All trials of a plan ((scenario, fault) → how many). Raises TrialError where one did harm.
 
-    context: of multiprocessing, whose processes have the libraries loaded; None forks this one.
+    context: of multiprocessing, its processes with the libraries loaded; None forks this one.
     """
     context = context or multiprocessing.get_context("fork")
     tallies = []
@@ -192,7 +174,7 @@ def run(
 
 
 class Trials:
-    """A scenario, and what it leaves when nothing happens."""
+    """A scenario, and what it leaves without a fault."""
 
     def __init__(self, scenario: Scenario, material: Material, folder: Path, context: Any) -> None:
         self.scenario, self.material, self.folder, self.context = scenario, material, folder, context
@@ -208,7 +190,7 @@ class Trials:
         shutil.rmtree(root)
 
     def run(self, fault: str, count: int, chance: random.Random) -> Tally:
-        """Until `count` commands have met the fault, or four times as many have been tried."""
+        """Repeat until `count` commands have met the fault, or four times as many have run."""
         codes: Counter[str] = Counter()
         said: dict[str, None] = {}
         trials = hit = 0
@@ -229,9 +211,7 @@ class Trials:
                     if outcome.code == 0 or hit == count or self._is_done(root) or chance.random() < 0.5:
                         break
                 self._finish(root, drawn, outcome.code == 0)
-        return Tally(
-            self.scenario.name, fault, trials, hit, {k: n for k, n in codes.items() if n}, tuple(sorted(said))
-        )
+        return Tally(self.scenario.name, fault, trials, hit, tuple((+codes).items()), tuple(sorted(said)))
 
     def _begin(self, root: Path) -> None:
         root.mkdir(exist_ok=True)
@@ -239,7 +219,7 @@ class Trials:
         self.scenario.prepare(root, self.material)
 
     def _draw(self, fault: str, chance: random.Random) -> Fault:
-        """A moment: of its own steps, or, for a kill, as often a CPU time."""
+        """Draw a moment: a file operation, or, for half of the kills, a CPU time."""
         if fault == "kill" and chance.random() < 0.5:
             return Fault(fault, 0, chance.uniform(0, 1.1 * self.seconds), 0)
         most = {"full": chance.choice((0, LEAVES_BYTES)), "memory": SPARE_BYTES}.get(fault, 0)
@@ -253,7 +233,7 @@ class Trials:
         return outcome
 
     def _judge(self, root: Path, fault: Fault, outcome: Outcome) -> None:
-        """What stands there after a command that met the fault, and how it ended."""
+        """Check what is visible after a fault, and how the command ended."""
         where = f"{self.scenario.name}, {fault}: "
         allowed = (0, -9) if fault.kind == "kill" else (0, 2)
         if outcome.code not in allowed and not self._is_done(root):
@@ -266,7 +246,7 @@ class Trials:
             raise TrialError(f"{where}{error}") from error
 
     def _finish(self, root: Path, fault: Fault, done: bool) -> None:
-        """The same command, undisturbed; what is there then."""
+        """Repeat the command without a fault, and compare all files."""
         if not done:
             outcome = self._command(root, None)
             if outcome.code != 0 and not self._is_done(root):
@@ -277,17 +257,12 @@ class Trials:
             raise TrialError(f"{self.scenario.name} after {fault}: other bytes, files or names: {odd}")
 
     def _is_done(self, root: Path) -> bool:
-        """Whether all was finished already, where doing it again is refused (with exit code 2)."""
+        """Whether everything is finished, so that the command refuses to do it again (exit code 2)."""
         return self.scenario.name in ("convert", "cache") and tree(root) == self.expected
 
 
-# --- what is shown -----------------------------------------------------------------------------------------
-
-
 def _kind_of(said: str, folder: Path) -> str:
-    """A message without what differs from trial to trial."""
-    import re
-
+    """A message without the parts that differ between trials."""
     text = said.strip().replace(str(folder.parent), "DIR")
     text = re.sub(r"[0-9a-f]{24,}", "DIGEST", text)
     text = re.sub(r"[a-z]+-\d{5}|layer-\d+|target-\S+|replay-\S+", "FILE", text)
@@ -295,30 +270,23 @@ def _kind_of(said: str, folder: Path) -> str:
 
 
 def _line(tally: Tally) -> str:
-    codes = ", ".join(f"{count} × {code}" for code, count in sorted(tally.by.items()))
+    codes = ", ".join(f"{count} × {code}" for code, count in sorted(tally.by))
     return f"{tally.scenario:<8} {tally.fault:<7} {tally.trials:>4} trials, {tally.hit:>4} hit ({codes})"
 
 
-def _print(record: CrashRecord) -> None:
+def render(record: CrashRecord) -> str:
+    """A line for each fault of each scenario, and the messages."""
+    lines = []
     for tally in record.tallies:
-        print(_line(tally))
-        for line in tally.said:
-            print(f"    {line}")
+        lines += [_line(tally), *(f"    {line}" for line in tally.said)]
+    hits = sum(tally.hit for tally in record.tallies)
     kills = sum(tally.hit for tally in record.tallies if tally.fault == "kill")
-    print(f"{sum(t.hit for t in record.tallies)} faults met, {kills} of them SIGKILL; seed {record.seed}")
-
-
-def _versions() -> tuple[tuple[str, str], ...]:
-    import torch
-    import transformers
-
-    from lowmem import __version__
-
-    return (("lowmem", __version__), ("torch", torch.__version__), ("transformers", transformers.__version__))
+    lines.append(f"{hits} faults met, {kills} of them SIGKILL; seed {record.seed}")
+    return "\n".join([*lines, made_with(record.origin)])
 
 
 def _scratch() -> str | None:
-    """In memory where that can be: thousands of flushes to a disk take long, and prove nothing here."""
+    """A folder in memory where possible: thousands of flushes to a disk take long and prove nothing."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 

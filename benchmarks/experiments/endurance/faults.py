@@ -1,13 +1,12 @@
-"""A command in a process of its own that meets a fault at a chosen moment. Linux alone.
+"""A command in a process of its own that meets a fault at a chosen moment. Linux only.
 
-The moment is a step of the command in its files: Python's audit events tell before something below the
-trial's folder is opened, renamed, made or removed. Or it is a CPU time, watched by a timer of the kernel's.
+The moment is a file operation of the command: Python's audit events come before something below the trial's
+folder is opened, renamed, made or removed. Or it is a CPU time, watched by a timer of the kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -31,29 +30,33 @@ _LIMIT_SECONDS = 300
 
 @dataclass(frozen=True)
 class Fault:
-    """kind: see crash_trials; "stop" is SIGSTOP. step: the fault comes before this one, from 1; 0 where
-    `cpu_seconds` says when. amount: bytes that a full disk still has, or that memory may still give."""
+    """A fault and its moment."""
 
     kind: str
+    """See `crashes`; "stop" is SIGSTOP."""
     step: int
+    """The file operation that the fault comes before, from 1; 0 where `cpu_seconds` is the moment."""
     cpu_seconds: float
     amount: int
+    """Bytes that a full disk still has, or that memory may still give."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended. code: negative for a signal. hit: the fault came before its end. steps,
-    cpu_seconds: all that it took, 0 where it was killed."""
+    """How a command ended."""
 
     code: int
+    """Negative for a signal."""
     said: str
     hit: bool
+    """Whether the fault came before its end."""
     steps: int
+    """All its file operations; 0 where it was killed. So is `cpu_seconds`."""
     cpu_seconds: float
 
 
 class Disk:
-    """The trial's folder as a disk of its own of `size` bytes, or, with 0, as a plain folder."""
+    """The trial's folder: a disk of its own of `size` bytes, or a plain folder for 0."""
 
     def __init__(self, root: Path, size: int) -> None:
         self.root, self.size = root, size
@@ -68,7 +71,7 @@ class Disk:
         return self
 
     def mend(self) -> None:
-        """Lift the fault: room again, or the disk back in its place."""
+        """Lift the fault: free the disk, or mount it again."""
         if self.size:
             if not os.path.ismount(self.root):
                 _mount("--bind", str(self.below), str(self.root))
@@ -85,7 +88,7 @@ class Disk:
 
 
 def marks_of(root: Path) -> Path:
-    """Where the stand-in for a process that takes times leaves a line for each, beside the trial's folder."""
+    """Where the stand-in for timing processes leaves a line for each, beside the trial's folder."""
     return root.with_name(root.name + ".marks")
 
 
@@ -104,7 +107,7 @@ def _mount(*words: str) -> None:
 
 
 class Child:
-    """One command, with the fault that it is going to meet, if any."""
+    """One command, and the fault that it will meet, if any."""
 
     def __init__(self, context: Any, root: Path, fault: Fault | None) -> None:
         self.context, self.root, self.fault = context, root, fault
@@ -115,14 +118,14 @@ class Child:
         return self.wait()
 
     def start(self, words: Sequence[str]) -> None:
-        """Begin `lowmem WORDS`; `wait` has to follow."""
+        """Start `lowmem WORDS`; `wait` must follow."""
         self.folder = Path(tempfile.mkdtemp(prefix="lowmem-fault-"))
         arguments = (list(words), str(self.root), self.fault, str(self.folder))
         self.process = self.context.Process(target=_command, args=arguments)
         self.process.start()
 
     def stopped(self) -> bool:
-        """Whether it waits at its fault of the kind "stop" (and not, at last, has ended before)."""
+        """Wait until it stops at its fault of kind "stop"; False if it ended before."""
         deadline = time.monotonic() + _LIMIT_SECONDS
         while time.monotonic() < deadline and self.process.is_alive():
             if Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T":
@@ -147,7 +150,7 @@ class Child:
             with contextlib.suppress(OSError, ValueError):
                 told = json.loads((folder / "told").read_text())
             said = (folder / "said").read_text(errors="replace") if (folder / "said").exists() else ""
-            code = int(process.exitcode)
+            code = -signal.SIGKILL if process.exitcode == -signal.SIGPROF else int(process.exitcode)
             hit = code == -signal.SIGKILL or (folder / "hit").exists()
             return Outcome(code, said, hit, told.get("steps", 0), told.get("cpu_seconds", 0.0))
         finally:
@@ -181,7 +184,7 @@ def _command(words: list[str], root: str, fault: Fault | None, told: str) -> Non
 
 
 class _Steps:
-    """Counts the steps below a folder, and has the fault happen before the right one."""
+    """Counts the file operations below a folder, and causes the fault before the chosen one."""
 
     def __init__(self, root: str, fault: Fault | None, told: str) -> None:
         self.root, self.fault, self.told = root, fault, told
@@ -195,7 +198,7 @@ class _Steps:
             return
         self.count += 1
         if self.fault is not None and self.count == self.fault.step:
-            self.over = True  # our own file operations are not steps
+            self.over = True  # our own file operations do not count
             self._happen(self.fault)
             self.over = False
         if self.broken:
@@ -222,7 +225,7 @@ class _Steps:
 
 
 def _fill(file: str, leave: int) -> None:
-    """Take all of the disk but `leave` bytes."""
+    """Fill the disk up to `leave` bytes."""
     room = os.statvfs(os.path.dirname(file))
     size = room.f_bavail * room.f_frsize - leave
     with open(file, "wb") as stream:
@@ -235,35 +238,15 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-class _SigEvent(ctypes.Structure):
-    _fields_ = (
-        ("value", ctypes.c_void_p),
-        ("signal", ctypes.c_int),
-        ("notify", ctypes.c_int),
-        ("padding", ctypes.c_char * 48),
-    )
-
-
-class _Times(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_long) for name in ("again_s", "again_ns", "first_s", "first_ns"))
-
-
 def _kill_after(seconds: float) -> None:
-    """SIGKILL by the kernel once this process has used so much more of the CPU: none of our code is asked."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    timer = ctypes.c_void_p()
-    event = _SigEvent(None, signal.SIGKILL, 0)
-    nanoseconds = int(seconds * 1e9) + 1
-    times = _Times(0, 0, nanoseconds // 10**9, nanoseconds % 10**9)
-    # A timer that is set on this clock counts from now.
-    done = libc.timer_create(2, ctypes.byref(event), ctypes.byref(timer))  # CLOCK_PROCESS_CPUTIME_ID
-    if done or libc.timer_settime(timer, 0, ctypes.byref(times), None):
-        raise OSError(ctypes.get_errno(), "no timer")
+    """Have the kernel kill this process after so much more CPU time; no code of ours runs then."""
+    # SIGPROF's default action ends a process as abruptly as SIGKILL.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_PROF, max(seconds, 1e-6))
 
 
 def _replace_times(root: Path) -> None:
-    """In the place of the process that loads a form and takes its times: the same figures for all, and a mark
-    in a file for each."""
+    """Replace the timing processes: the same figures for all versions, and a mark in a file for each."""
     from lowmem.benchmarks.latency import machine_state
     from lowmem.benchmarks.latency import rounds as latency_rounds
     from lowmem.benchmarks.latency.roofline import Rates

@@ -1,4 +1,4 @@
-"""What `lowmem.benchmarks.experiments.endurance.crashes` has run: commands, what is there before them, what may be seen after."""
+"""The commands of `crashes`: what is there before them, and what may be visible after a fault."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from lowmem.cli import main as lowmem
 
 
 class TrialError(AssertionError):
-    """A fault that did harm, in words with all that repeats it."""
+    """A fault did harm; the message has all that repeats it."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """prepare: makes what is there before, in an empty folder. words: of the command, of that folder. check:
-    raises TrialError where something is half visible; the material beside says what is whole."""
+    """One command. All three functions get the trial's folder."""
 
     name: str
     prepare: Callable[[Path, Material], None]
+    """Makes what is there before, in an empty folder."""
     words: Callable[[Path, Material], list[str]]
+    """The command."""
     check: Callable[[Path, Material], None]
+    """Raises TrialError where something incomplete is visible."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What all trials read: a source, its 4-bit form, another form of it, and calibration text."""
+    """What all trials read: a source, two conversions of it, and calibration text."""
 
     folder: Path
 
@@ -45,17 +47,17 @@ class Material:
 
     @property
     def whole(self) -> Path:
-        """What converting it gives."""
+        """The conversion to 4 bits."""
         return self.folder / "model-4bit"
 
     @property
     def other(self) -> Path:
-        """What it gives with 8 bits."""
+        """The conversion to 8 bits."""
         return self.folder / "model-8bit"
 
     @property
     def text(self) -> Path:
-        """Of calibration and measurement."""
+        """For calibration and measurement."""
         return self.folder / "text.txt"
 
     def convert(self, out: Path | None, *more: str) -> list[str]:
@@ -105,7 +107,7 @@ def _write_source(folder: Path, data: Path) -> None:
 
 
 def tree(root: Path) -> dict[str, str]:
-    """What lies below, by its path: a file's digest, without what a record says of time and machine."""
+    """The files below, by path: digests, without the times and the machine in records."""
     found = {}
     for path in sorted(root.rglob("*")):
         name = path.relative_to(root).as_posix()
@@ -128,7 +130,7 @@ def _timeless(path: Path) -> bytes:
 
 
 def _nothing(root: Path, material: Material) -> None:
-    """The command begins on an empty disk."""
+    """The command starts on an empty disk."""
 
 
 def _check_convert(root: Path, material: Material) -> None:
@@ -168,7 +170,7 @@ def _check_quality(root: Path, material: Material) -> None:
 
     from lowmem.checkpoint.manifest import digest_file, read_manifest
 
-    read_record(QualityRecord, root / "records")  # raises for one that is not whole
+    read_record(QualityRecord, root / "records")  # raises if it is incomplete
     for name, digest in (read_manifest(root / "model-4bit") or {}).items():
         if digest_file(root / "model-4bit" / name) != digest:
             raise TrialError(f"model-4bit/{name} is not what its manifest says")
@@ -176,7 +178,7 @@ def _check_quality(root: Path, material: Material) -> None:
         states = digest_file(about.with_suffix(".states"))
         told = json.loads(about.read_bytes())
         if (states.sha256, states.bytes) != (told["sha256"], told["bytes"]):
-            raise TrialError(f"{about.name} vouches for states that are not there")
+            raise TrialError(f"{about.name} describes states that do not exist")
 
 
 def _check_latency(root: Path, material: Material) -> None:
@@ -195,7 +197,7 @@ def _check_latency(root: Path, material: Material) -> None:
 
 def _whole_or_absent(folder: Path, expected: Path) -> None:
     if folder.exists() and tree(folder) != tree(expected):
-        raise TrialError(f"{folder.name} is visible, and not whole")
+        raise TrialError(f"{folder.name} is visible, but incomplete")
 
 
 def _measure(kind: str, root: Path, material: Material, *more: str) -> list[str]:

@@ -2,8 +2,8 @@
 
     python -m lowmem.benchmarks.experiments.endurance.soak MODEL [--minutes 60]
 
-Two processes run all that time in turns: one uses lowmem's Session, the other is `lowmem run` in a terminal of
-its own, with typed questions, interrupts, resizes, saves and loads. After each round a process is reset,
+Two processes run all that time in turns: one uses lowmem's Session, the other is `lowmem run` in a terminal
+of its own, with typed questions, interrupts, resizes, saves and loads. After each round a process is reset,
 answers one short question that is always the same, and takes a census of what it holds
 (`soak_worker.Census`).
 

@@ -1,7 +1,7 @@
 """The two processes that `soak` watches, and how each counts what it holds.
 
-`session`: random turns on lowmem's Session; answers requests (`workers/protocol.py`). `terminal`: `lowmem run`
-as it is, which appends a census to a file on SIGUSR1.
+`session`: random turns on lowmem's Session; answers requests (`workers/protocol.py`). `terminal`: `lowmem
+run` as it is, which also appends a census to a file on SIGUSR1.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Weights are made up, since times do not depend on them: lowmem's are random integers, llama.cpp's are
 quantized by itself from random float16. Each model comes with StarChat's vocabulary and with one of 4096
-tokens, whose head is so small that the layers are what is timed. The whole head takes 604 MB in 16 bits, as
-much as three layers at 4 bits, and llama.cpp's recipes make it 6 bits: four layers with it would compare heads.
+tokens, whose head is so small that the layers dominate. The whole head takes 604 MB in 16 bits, as much as
+three layers at 4 bits, and llama.cpp's recipes make it 6 bits: four layers with it would compare heads.
 """
 
 from __future__ import annotations
