@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.cli import _COMMANDS, command_parser
-from tests.docs import reference
+from tests.docs import reference, rooms
 from tests.helpers import REPO, TINY_STARCHAT
 
 DOCUMENTS = sorted(
@@ -49,6 +49,11 @@ def anchors(path: Path) -> set[str]:
 def test_the_reference_has_every_command_and_option():
     written = reference.FILE.read_text(encoding="utf-8")
     assert written == reference.reference(), "write it again: python -m tests.docs.reference"
+
+
+def test_the_architecture_lists_every_file():
+    written = rooms.FILE.read_text(encoding="utf-8")
+    assert written == rooms.document(), "write it again: python -m tests.docs.rooms"
 
 
 @each_document
