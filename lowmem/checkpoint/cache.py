@@ -1,12 +1,12 @@
-"""lowmem's own cache of converted checkpoints: where `lowmem convert` writes when no folder is named.
+"""lowmem's cache of converted checkpoints, where `lowmem convert` writes unless a folder is given.
 
 > $LOWMEM_CACHE, or $XDG_CACHE_HOME/lowmem, or ~/.cache/lowmem
 >   models/HuggingFaceH4--starchat-alpha/     a hub id, or NAME-1a2b3c4d of a local checkpoint
 >     origin.json                             {"source": the hub id, or the local path}
->     4bit-g128/                              a finished checkpoint; its folder's time is that of its last use
+>     4bit-g128/                              a finished checkpoint; the folder's time is its last use
 >     3bit-g64.partial/                       an unfinished conversion, see convert/job.py
 
-Needs no torch: a plan looks here first.
+Needs no torch.
 """
 
 from __future__ import annotations
@@ -31,42 +31,45 @@ from lowmem.config import QuantConfig
 from lowmem.errors import InvalidRequestError, LowmemError, OutputError
 
 ORIGIN_FILE = "origin.json"
-# What convert/job.py adds to a checkpoint's name while it works, and while it clears up.
 PARTIAL, WASTE = ".partial", ".partial.done"
+"""Suffixes of a checkpoint's name: an unfinished job, and a folder that is being removed."""
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One checkpoint of the cache, finished or begun.
-
-    name: "key/label", as `remove` takes it. path: the finished folder (there if `complete`). source: the
-    hub id or the absolute path that it was made of. bits, group_size: 0 where nothing says it. nbytes: of
-    all its files, those of an unfinished job included. used: when it was last used or made, in seconds
-    since 1970. unfinished: a job lies beside it. layers_done: of that job.
-    """
+    """One checkpoint of the cache, finished or unfinished."""
 
     name: str
+    """"key/label", as `remove` takes it."""
     path: Path
+    """The finished folder; it exists if `complete`."""
     source: str
+    """The hub id or the absolute path that it was converted from."""
     bits: int
+    """0 if unknown."""
     group_size: int
+    """0 if unknown."""
     nbytes: int
+    """Of all files, those of an unfinished job included."""
     used: float
+    """Time of the last use or of the conversion, in seconds since 1970."""
     complete: bool
     unfinished: bool
+    """There is an unfinished job."""
     layers_done: int = 0
+    """Of the unfinished job."""
 
     @property
     def state(self) -> str:
-        """In words: ready, unfinished or damaged."""
+        """For `lowmem list`: ready, unfinished or damaged."""
         if self.complete:
             return "ready, and an unfinished job" if self.unfinished else "ready"
         return f"unfinished, {self.layers_done} layers done" if self.unfinished else "damaged"
 
 
 def cache_root() -> Path:
-    """The cache's folder, which need not exist yet."""
+    """The cache's folder; it need not exist."""
     own = os.environ.get("LOWMEM_CACHE")
     if own:
         return Path(own).expanduser().absolute()
@@ -75,10 +78,10 @@ def cache_root() -> Path:
 
 
 def label_of(config: QuantConfig, others: Mapping[str, object] | None = None) -> str:
-    """The folder's name for a recipe, as "4bit-g128"; what differs from the defaults is added.
+    """The folder's name for a recipe, such as "4bit-g128", with the settings that differ from the defaults.
 
-    others: settings beyond `config` that were chosen otherwise than by default; they become six digits of
-    a checksum. Raises ValueError for a group size that the converter has yet to choose.
+    others: further settings that differ from their defaults; they become six digits of a checksum. Raises
+    ValueError for a group size that the converter has not chosen yet.
     """
     if config.group_size == 0:
         raise ValueError("the group size is not chosen yet")
@@ -105,20 +108,18 @@ def label_of(config: QuantConfig, others: Mapping[str, object] | None = None) ->
 
 
 def entry_folder(source: str, label: str) -> Path:
-    """Where the checkpoint made of `source` belongs; nothing is created.
+    """The folder of a checkpoint converted from `source`; nothing is created.
 
-    source: a hub id, or a path, which wins if it exists. Raises InvalidRequestError for a label that is no
-    plain name.
+    source: a hub id, or a path, which takes precedence if it exists. Raises InvalidRequestError for a label
+    that is not a plain name.
     """
     if not _is_label(label):
-        raise InvalidRequestError(
-            f"{label!r} is not a valid name for a checkpoint", "Use letters, digits and -"
-        )
+        raise InvalidRequestError(f"{label!r} is not a name for a checkpoint", "Use letters, digits and -")
     return cache_root() / "models" / _key(_origin(source)) / label
 
 
 def claim(source: str, label: str) -> Path:
-    """As `entry_folder`, with the folder around it made and its origin written.
+    """As `entry_folder`; creates the folder above it and writes its origin.
 
     Raises OutputError when the cache cannot be written.
     """
@@ -134,13 +135,13 @@ def claim(source: str, label: str) -> Path:
         reason = error.__cause__ if isinstance(error, OutputError) else error
         raise OutputError(
             f"the cache {cache_root()} cannot be written: {getattr(reason, 'strerror', None) or reason}",
-            "Name a folder after SOURCE, or set LOWMEM_CACHE to one",
+            "Give an output folder after SOURCE, or set LOWMEM_CACHE",
         ) from error
     return folder
 
 
 def prune(folder: Path) -> None:
-    """Remove the folder around the entry `folder` if nothing but its origin, or a part of it, is left."""
+    """Remove the folder above the entry `folder` if only its origin file, whole or partial, is left."""
     with contextlib.suppress(OSError):
         left = list(folder.parent.iterdir())
         if all(path.name in (ORIGIN_FILE, f"{ORIGIN_FILE}.part") for path in left):
@@ -150,14 +151,14 @@ def prune(folder: Path) -> None:
 
 
 def mark_used(folder: Path) -> None:
-    """Note that a checkpoint is used now, if it is one of the cache."""
+    """Set the time of last use of a checkpoint in the cache; other folders are left alone."""
     with contextlib.suppress(OSError):
         if folder.resolve().parent.parent == (cache_root() / "models").resolve():
             os.utime(folder)
 
 
 def entries() -> list[Entry]:
-    """Everything in the cache, sorted by name; what cannot be read is passed over."""
+    """All entries, sorted by name; unreadable folders are skipped."""
     found = []
     for key in _subfolders(cache_root() / "models"):
         source = _read_origin(key)
@@ -167,15 +168,15 @@ def entries() -> list[Entry]:
 
 
 def entries_for(source: str) -> list[Entry]:
-    """The entries that were made of `source`: a hub id or a path."""
+    """The entries that were converted from `source`, a hub id or a path."""
     key = _key(_origin(source))
     return [entry for entry in entries() if entry.name.partition("/")[0] == key]
 
 
 def find(text: str) -> Entry:
-    """The entry that a user means: "key/label", a label, the source's name, or how one of them begins.
+    """The entry named by "key/label", by a label, by its source, or by a prefix of one of them.
 
-    Raises InvalidRequestError, naming what comes near, when none or several fit.
+    Raises InvalidRequestError, with the nearest names, when none or several match.
     """
     known = entries()
     if not known:
@@ -187,7 +188,7 @@ def find(text: str) -> Entry:
                 return matches[0]
             if matches:
                 names = ", ".join(entry.name for entry in matches)
-                raise InvalidRequestError(f"{text!r} could be {names}", "Give the whole name")
+                raise InvalidRequestError(f"{text!r} matches {names}", "Give the full name")
     words = {word: entry.name for entry in known for word in (_source(entry), _label(entry), _name(entry))}
     near = dict.fromkeys(words[word] for word in difflib.get_close_matches(text, words, n=3, cutoff=0.5))
     raise InvalidRequestError(
@@ -197,10 +198,10 @@ def find(text: str) -> Entry:
 
 
 def remove(name: str) -> int:
-    """Remove the entry `name` ("key/label") with its unfinished job; the bytes that were freed.
+    """Remove the entry `name` ("key/label") and its unfinished job; returns the bytes freed.
 
     Links are removed, never followed. Raises InvalidRequestError for a name that is not in the cache, and
-    OutputError while a conversion works on it, or when the disk refuses.
+    OutputError while a conversion is working on it, or when it cannot be removed.
     """
     entry = next((entry for entry in entries() if entry.name == name), None)
     if entry is None:
@@ -208,16 +209,16 @@ def remove(name: str) -> int:
     folder = entry.path
     if folder.parent.is_symlink():
         raise OutputError(
-            f"{folder.parent} is a link to {os.path.realpath(folder.parent)}, outside of the cache",
+            f"{folder.parent} is a link to {os.path.realpath(folder.parent)}, outside the cache",
             "Remove it yourself",
         )
     waste, job = _beside(folder, WASTE), _beside(folder, PARTIAL)
     try:
         with _job_lock(folder) as held:
-            # A job that has begun since is not held, and stays.
+            # A job that began after the lock was tried stays.
             for path in (folder, *([job] if held or job.is_symlink() else [])):
                 if os.path.lexists(path):
-                    # At once by its name, so that half of it is never taken for a checkpoint or a job.
+                    # Renamed first, so that a half-removed folder is never taken for a checkpoint or a job.
                     _remove_tree(waste)
                     path.rename(waste)
             _remove_tree(waste)
@@ -229,12 +230,12 @@ def remove(name: str) -> int:
 
 @contextlib.contextmanager
 def _job_lock(folder: Path) -> Iterator[bool]:
-    """Hold the lock of the unfinished job beside `folder` against a converter; whether there is one."""
+    """Hold the lock of the unfinished job of `folder`; yields whether there is one."""
     job = _beside(folder, PARTIAL)
     if job.is_symlink() or not job.is_dir():
         yield False
         return
-    # Made, where a process was killed before it was: its name goes with the job's.
+    # Creates the lock file of a job that was killed early; it is removed with the job.
     with take(job / "lock", f"a conversion is working on {folder.parent.name}/{folder.name}"):
         yield True
 
@@ -303,7 +304,7 @@ def _size(folder: Path) -> int:
     total = 0
     for parent, _, files in os.walk(folder):
         for name in files:
-            with contextlib.suppress(OSError):  # a conversion may be at work
+            with contextlib.suppress(OSError):  # a conversion may be running
                 total += os.lstat(os.path.join(parent, name)).st_size
     return total
 

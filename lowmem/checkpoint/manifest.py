@@ -1,4 +1,4 @@
-"""What a GPTQ checkpoint says about itself: `quantization_config`, and the digests of its files."""
+"""A GPTQ checkpoint's `quantization_config`, and the manifest with the digests of its files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _DIGEST_CHUNK = 1 << 20
 def read_quantization(folder: str | Path) -> QuantizationFormat:
     """The format of the GPTQ checkpoint in `folder`.
 
-    From config.json's `quantization_config`, or else quantize_config.json, as old auto-gptq wrote it.
-    Raises SourceError when there is neither, or it is not a GPTQ that this program can read.
+    From config.json's `quantization_config`, otherwise from quantize_config.json, as old auto-gptq wrote it.
+    Raises SourceError when there is neither, or it is not a GPTQ format that can be read.
     """
     found = find_quantization(folder)
     if found is None:
@@ -44,11 +44,11 @@ def find_quantization(path: str | Path) -> QuantizationFormat | None:
 
 
 def quantization_in(config: Mapping[str, Any], folder: Path) -> QuantizationFormat | None:
-    """As `find_quantization`, of a config.json that was read."""
+    """As `find_quantization`, with config.json given."""
     file, data = folder / "config.json", config.get("quantization_config")
     if data is None and (folder / "quantize_config.json").is_file():
         file = folder / "quantize_config.json"
-        # This file is auto-gptq's own and often leaves the method out.
+        # auto-gptq often leaves the method out of its own file.
         data = {"quant_method": "gptq", **read_json(file)}
     if data is None:
         return None
@@ -58,9 +58,9 @@ def quantization_in(config: Mapping[str, Any], folder: Path) -> QuantizationForm
 
 
 def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_config") -> QuantizationFormat:
-    """A `quantization_config` → QuantizationFormat; raises SourceError for what cannot be read.
+    """Parse a `quantization_config`; raises SourceError for one that cannot be read.
 
-    `origin` names the file in the error's text.
+    origin: the file's name in messages.
     """
 
     def refuse(
@@ -113,7 +113,7 @@ def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_conf
 
 
 def _short(value: object) -> str:
-    """A value of a file in a message."""
+    """A value from a file, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
 
@@ -122,15 +122,15 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
     """The `quantization_config` of a checkpoint quantized with `config` by lowmem `version`.
 
     desc_act is false even when columns were quantized in act-order: the groups are static, so g_idx is
-    column // group_size and no reader needs a permutation. `static_groups` and `meta.act_order` tell.
-    Raises ValueError for a group size that the converter has yet to choose.
+    column // group_size and readers need no permutation. `static_groups` and `meta.act_order` record it.
+    Raises ValueError for a group size that the converter has not chosen yet.
     """
     if config.group_size == 0:
         raise ValueError("the group size is not chosen yet")
     quantizer = [f"lowmem:{version}"]
     if not config.sym:
-        # GPTQModel refuses asymmetric v1 files unless this names a version of its own from which on
-        # their zero-points are exact. Ours are (1..2^bits-1, see packing.py).
+        # GPTQModel refuses asymmetric v1 files unless the quantizer is a GPTQModel version with exact
+        # zero-points. Ours are exact (1..2^bits-1, see packing.py).
         quantizer.append("gptqmodel:0.9.0:zero-points")
     return {
         "quant_method": "gptq",
@@ -156,14 +156,14 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
 
 @dataclass(frozen=True)
 class FileDigest:
-    """One file of a manifest: lower-case hex sha256, and its length in bytes."""
+    """One file of a manifest: its sha256 in lower-case hex, and its length in bytes."""
 
     sha256: str
     bytes: int
 
 
 def digest_file(file: Path, on_bytes: Callable[[int], None] | None = None) -> FileDigest:
-    """The sha256 and length of a file, read 1 MiB at a time; `on_bytes` hears of each piece's length."""
+    """The sha256 and length of a file, read 1 MiB at a time; `on_bytes` gets each piece's length."""
     sha, length = hashlib.sha256(), 0
     with file.open("rb") as stream:
         while piece := stream.read(_DIGEST_CHUNK):
@@ -175,21 +175,20 @@ def digest_file(file: Path, on_bytes: Callable[[int], None] | None = None) -> Fi
 
 
 def checkpoint_files(folder: Path) -> list[str]:
-    """Names of the files in `folder` that a manifest lists: all plain files but the manifest, sorted."""
+    """Names of the files in `folder` that a manifest lists, sorted: all plain files but the manifest."""
     return sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name != MANIFEST_FILE)
 
 
 def manifest_text(digests: Mapping[str, FileDigest]) -> str:
-    """What `lowmem-manifest.json` holds of these files."""
+    """The text of `lowmem-manifest.json` for these files."""
     files = {name: vars(digest) for name, digest in digests.items()}
     return json.dumps({"version": 1, "files": files}, indent=1) + "\n"
 
 
 def write_manifest(folder: str | Path, digests: Mapping[str, FileDigest] | None = None) -> None:
-    """Write `lowmem-manifest.json`, with the digest of every file of `folder`.
+    """Write `lowmem-manifest.json` atomically, with the digest of every file of `folder`.
 
-    `digests`: of files already digested while they were written, which are not read again. The file
-    appears whole or not at all. Raises OutputError when it cannot be written.
+    digests: known digests, of files that are not read again. Raises OutputError when it cannot be written.
     """
     folder = Path(folder)
     known = digests or {}
@@ -210,9 +209,9 @@ def write_manifest(folder: str | Path, digests: Mapping[str, FileDigest] | None 
 
 
 def read_manifest(folder: str | Path) -> dict[str, FileDigest] | None:
-    """The digests by file name, or None when the folder has no manifest (it is not one of ours).
+    """The digests by file name; None when the folder has no manifest, as lowmem did not write it.
 
-    Raises VerifyError for a manifest that is damaged, or names a file outside of the folder.
+    Raises VerifyError for a manifest that is damaged, or names a file outside the folder.
     """
     file = Path(folder) / MANIFEST_FILE
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""GPTQ's storage ↔ integers: pure functions, exact for 8, 4, 3 and 2 bits.
+"""Pack integers into GPTQ's words and unpack them: pure functions, exact for 8, 4, 3 and 2 bits.
 
 Along the packed axis the values are one little-endian bit stream, 32 values in `bits` words of 32
 bits. `qweight` is packed along the input axis (rows), `qzeros` along the output axis (columns). The
@@ -11,15 +11,15 @@ words, highest bit first, with the number of the value that each bit belongs to:
              word 1   21 | 20 20 20 | … | 12 12 12 | 11 11 11 | 10      low bit of 21, high bit of 10
              word 2   31 31 31 | … | 23 23 23 | 22 22 22 | 21 21        high 2 bits of value 21
 
-This is what auto-gptq, GPTQModel, exllama and vLLM read and write.
+auto-gptq, GPTQModel, exllama and vLLM read and write this layout.
 
-**Zero-points.** Format `gptq` (v1) stores zero - 1, `gptq_v2` stores the zero-point. A zero-point of
-1..2^bits - 1 means the same to every reader. A stored 2^bits - 1 in v1 does not: auto-gptq 0.7.1 adds
-1 to each field and masks, so reads 0; GPTQModel 7.7 adds 0x11111111 (4 bits; 0x55555555 at 2, 0x01010101
-at 8) to the whole word, so reads 0 and *carries 1 into the next higher field of the word*; at 3 bits it
-adds field by field and reads 0. GPTQModel also writes zero-points of 0 by subtracting words the same
-way, so its addition is the only inverse of a file that holds them. `unpack_zeros` computes what
-GPTQModel does; `pack_zeros` refuses zero-points that readers would disagree about.
+**Zero-points.** Format `gptq` (v1) stores zero - 1, `gptq_v2` stores the zero-point. All readers agree on
+zero-points of 1..2^bits - 1. They disagree on a stored 2^bits - 1 in v1: auto-gptq 0.7.1 adds 1 to each field
+and masks, and so reads 0; GPTQModel 7.7 adds 0x11111111 (4 bits; 0x55555555 at 2, 0x01010101 at 8) to the
+whole word, and so reads 0 and *carries 1 into the next higher field*; at 3 bits it adds field by field and
+reads 0. GPTQModel writes zero-points of 0 by the corresponding subtraction of words, so only its addition
+inverts such a file. `unpack_zeros` does what GPTQModel does; `pack_zeros` refuses the zero-points on which
+readers disagree.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import torch
 from lowmem.config import BITS
 
 WORD_BITS = 32
-_CHUNK_VALUES = 1 << 21  # values worked on at a time: the temporaries stay within a few MiB
+_CHUNK_VALUES = 1 << 21
+"""Values processed at a time: temporaries stay within a few MiB."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class StoredShapes:
 
 
 def stored_shapes(in_features: int, out_features: int, bits: int, group_size: int) -> StoredShapes:
-    """The shapes that a linear's tensors must have on disk; group_size -1 is one group.
+    """The shapes of a linear's tensors on disk; group_size -1 is one group.
 
-    Raises ValueError for a width that does not exist, a group size that is not positive, or features
-    that do not fill whole words.
+    Raises ValueError for an unknown width, a group size that is not positive, or features that do not fill
+    whole words.
     """
     if group_size != -1 and group_size < 1:
         raise ValueError(f"group_size {group_size} is neither -1 nor positive")
@@ -91,9 +92,9 @@ def pack_rows(q: torch.Tensor, bits: int) -> torch.Tensor:
         for index in range(unit_values):
             word, shift = divmod(index * bits, WORD_BITS)
             value = values[:, index].to(torch.int32)
-            chunk[:, word] |= value << shift  # bits beyond 31 fall off …
+            chunk[:, word] |= value << shift  # bits above 31 are lost here …
             if shift + bits > WORD_BITS:
-                chunk[:, word + 1] |= value >> (WORD_BITS - shift)  # … and land here
+                chunk[:, word + 1] |= value >> (WORD_BITS - shift)  # … and stored here
     return words
 
 
@@ -118,7 +119,7 @@ def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
         chunk = grouped_words[start:stop]
         for index in range(unit_values):
             word, shift = divmod(index * bits, WORD_BITS)
-            # >> is arithmetic, so the mask must not be wider than what this word holds of the value.
+            # >> is arithmetic, so the mask must not be wider than the bits in this word.
             here = min(bits, WORD_BITS - shift)
             value = (chunk[:, word] >> shift) & ((1 << here) - 1)
             if here < bits:
@@ -131,7 +132,7 @@ def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
     """Zero-points [groups, out] of 1..2^bits-1 → `qzeros` of format `gptq` (v1).
 
     The words are int32 [groups, out * bits / 32]. Raises ValueError for 0 and 2^bits: readers
-    disagree about them (see the module's text).
+    disagree about them (see the module's docstring).
     """
     _check_matrix(zeros)
     if zeros.numel():
@@ -144,8 +145,8 @@ def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack_zeros(words: torch.Tensor, bits: int, *, v2: bool = False) -> torch.Tensor:
     """`qzeros`, int32 [groups, out * bits / 32] → the true zero-points, uint8 [groups, out] of 0..2^bits-1.
 
-    In v1 (v2=False) the stored fields are one less. A stored 2^bits-1 gives 0, and at 8, 4 and 2 bits
-    adds one to the next field of its word, exactly as GPTQModel 7.7 computes it.
+    In v1 (v2=False) the stored fields are one less. A stored 2^bits-1 gives 0, and at 8, 4 and 2 bits adds
+    one to the next field of its word, as in GPTQModel 7.7.
     """
     _check_matrix(words)
     if v2:

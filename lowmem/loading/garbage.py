@@ -1,4 +1,4 @@
-"""Python's collector of cyclic garbage, left out where it only costs time."""
+"""Pause Python's cyclic garbage collector where it only costs time."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused_collection() -> Iterator[None]:
-    """No automatic collection inside; afterwards as it was. Also a decorator.
+    """Disable automatic collection inside the context, and restore it afterwards. Also a decorator.
 
-    For what makes many objects that stay: libraries that are imported, a model that is built. The collector
-    looks through all of them again and again, a fifth of the time of importing torch and transformers, a
-    third of loading a tokenizer and a model of 40 layers, and finds nothing.
+    For code that creates many lasting objects: imports, a model being built. The collector scans them again
+    and again and frees nothing; that is a fifth of the time to import torch and transformers, and a third of
+    the time to load a tokenizer and a model of 40 layers.
     """
     if not gc.isenabled():
         yield

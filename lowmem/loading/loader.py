@@ -106,8 +106,9 @@ def load(
     """Load a converted checkpoint, a GPTQ checkpoint of any tool, or a 16-bit source; reads local files only.
 
     progress: called with bytes read and bytes in all. notify: called with one line for each settings file
-    that was changed since the conversion. Raises SourceError for a checkpoint that is damaged, incomplete, not of
-    its config's model, or with another tokenizer than its own; torch's own errors where memory is short.
+    that was changed since the conversion. Raises SourceError for a checkpoint that is damaged, incomplete,
+    not of its config's model, or with another tokenizer than its own; torch's own errors where memory is
+    short.
     """
     start = time.perf_counter()
     device, on_the_fly = torch.device(options.device), options.on_the_fly

@@ -1,4 +1,4 @@
-"""A user's request → a model that runs: plan, load, and the next best if the memory is gone meanwhile."""
+"""Load the model of a request: plan, load, and try the next version when memory runs out."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def load_option(
     progress: Progress | None = None,
     notify: Notify = lambda line: None,
 ) -> LoadedModel:
-    """Load one option of a plan, its files compared before where that is asked.
+    """Load one option of a plan; with `request.check` its files are compared with their digests first.
 
-    Raises torch's own errors where memory is short.
+    Raises torch's own errors when memory is short.
     """
     import torch
 
@@ -68,7 +68,7 @@ def load_option(
     if request.check:
         notify(f"comparing the files of {candidate.path} with their digests")
         count = check_all(candidate.path, progress)
-        notify(f"{count} files are what they were")
+        notify(f"{count} files match their digests")
     form, layers = candidate.form, candidate.shape.layers
     card = None if option.device == "cpu" else find_card(request.device)
     loaded = load(
@@ -89,7 +89,7 @@ def load_option(
 
 
 def _free() -> None:
-    """Give back what a failed load has taken."""
+    """Free the memory of a failed load."""
     import torch
 
     gc.collect()

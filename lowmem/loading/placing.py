@@ -1,8 +1,8 @@
-"""Tensors from their shards into their places: one at a time, in slices, on the device where they stay.
+"""Move tensors from their shards into a model, one at a time, onto the device where they stay.
 
-What the CPU can use as it lies in the file is mapped. What changes its dtype there (not a float16 embedding,
-see stored_embeddings.py) is cast from the map, whose pages go at once; what goes to a card passes through
-host memory in slices of rows. So a load holds the model and one slice.
+On the CPU, tensors that keep their dtype are mapped; others are cast from the map, whose pages are dropped at
+once (float16 embeddings keep theirs, see stored_embeddings.py). Tensors for a GPU pass through host memory in
+slices of rows. A load therefore holds the model and one slice.
 """
 
 from __future__ import annotations
@@ -25,25 +25,24 @@ from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 
-_CAST_VALUES = 1 << 20  # at a time: 4 MiB in float32 stay in a core's cache
+_CAST_VALUES = 1 << 20
+"""Values cast at a time: 4 MiB of float32 stay in a core's cache."""
 _SEE = "See all that is wrong with: lowmem verify DIR"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """On which device each decoder layer lies; `device` holds all that is not in a layer.
-
-    split: the first `split` decoder layers are on `device`, the others on the CPU and computed there.
-    None: all on `device`.
-    """
+    """The device of each decoder layer."""
 
     device: torch.device
+    """Of the first `split` decoder layers, and of everything outside the layers."""
     layers: str
-    """Name of the list of decoder layers, as `transformer.h`."""
+    """Name of the list of decoder layers, such as `transformer.h`."""
     split: int | None = None
+    """The layers from this one on are on the CPU, and computed there; None: all are on `device`."""
 
     def device_map(self, count: int) -> dict[str, torch.device]:
-        """As transformers writes it, for a model of `count` decoder layers: by the beginnings of names."""
+        """transformers' device map of a model with `count` decoder layers: name prefixes → devices."""
         if self.split is None:
             return {"": self.device}
         return {"": self.device} | {
@@ -51,7 +50,7 @@ class Placement:
         }
 
     def of(self, name: str) -> torch.device:
-        """The device of the tensor or module of that name."""
+        """The device of the tensor or module with this name."""
         if self.split is None or not name.startswith(self.layers + "."):
             return self.device
         index = int(name[len(self.layers) + 1 :].split(".", 1)[0])
@@ -65,13 +64,13 @@ def fill(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Put every tensor in its place, tie what is tied, and leave nothing on meta.
+    """Fill a model on the meta device with the tensors of a source, and tie what it ties.
 
     progress: called with bytes done and bytes in all. Raises SourceError for a tensor that is missing, or
-    not as the model needs it.
+    whose shape or dtype is not the model's.
     """
     infos = source.infos
-    model.tie_weights()  # type: ignore[operator]  # building without memory has parted what is tied
+    model.tie_weights()  # type: ignore[operator]  # building on meta has untied them
     shapes = expected_shapes(model, infos)
     places = source.resolve(shapes)
     integers = integer_buffers(model)
@@ -80,7 +79,7 @@ def fill(
         if name not in integers:
             _check_float(infos[stored], stored)
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
-    if packed and placement.device.type == "cpu":  # else nearly all is cast, and this would hardly show
+    if packed and placement.device.type == "cpu":  # otherwise nearly all is cast, and this saves little
         half = [name for name, stored in places.items() if infos[stored].dtype == "float16"]
         keep_as_stored(model, half, dtype)
     modules = dict(model.named_modules())
@@ -94,16 +93,16 @@ def fill(
         done += infos[stored].nbytes
         if progress:
             progress(done, total)
-    model.tie_weights()  # type: ignore[operator]  # to the tensors that have just been read
+    model.tie_weights()  # type: ignore[operator]  # to the tensors that were just read
     for module_name, module in modules.items():
-        for leaf, buffer in module.named_buffers(recurse=False):  # rotary frequencies and the like
+        for leaf, buffer in module.named_buffers(recurse=False):  # such as rotary frequencies
             device = placement.of(f"{module_name}.{leaf}")
             if buffer.device != device and not buffer.is_meta:
                 module._buffers[leaf] = buffer.to(device)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
         raise SourceError(
-            f"the checkpoint holds no tensor for {left[0]!r} ({len(left)} in all)", "It is not whole"
+            f"the checkpoint holds no tensor for {left[0]!r} ({len(left)} in all)", "It is incomplete"
         )
 
 
@@ -114,7 +113,7 @@ def _check_shape(info: TensorInfo, stored: str, shape: tuple[int, ...]) -> None:
             f"the model of config.json needs {list(shape)}",
             "The config.json and the weights are not of the same model",
         )
-    if 0 in shape:  # kernels divide by what a tensor has none of
+    if 0 in shape:  # kernels divide by sizes
         raise SourceError(f"{info.file}: tensor {stored!r} of shape {list(shape)} is empty", _SEE)
 
 
@@ -122,14 +121,14 @@ def _check_float(info: TensorInfo, stored: str) -> None:
     if getattr(torch, info.dtype) not in FLOATS:
         raise SourceError(
             f"{info.file}: tensor {stored!r} is {info.dtype}, not a float of 16 bits or more",
-            "Give the 16-bit original, or what lowmem convert made of it",
+            "Use the 16-bit original, or a version made by lowmem convert",
         )
 
 
 def _place(
     module: nn.Module, leaf: str, source: Source, name: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """One tensor into its module; packed words, groups and scales keep the dtype they are stored in."""
+    """Put one tensor into its module; the parts of a quantized linear keep their stored dtype."""
     if isinstance(module, QuantLinear) and leaf in QUANT_PARTS:
         tensor = _to(source, name, device, None)
         _check_packed(module, leaf, tensor, name)
@@ -150,7 +149,7 @@ def _place(
 
 
 def _to(source: Source, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
-    """A stored tensor on `device` in `dtype` (None: as it is stored)."""
+    """A stored tensor on `device` in `dtype` (None: the stored dtype)."""
     info = source.infos[name]
     stored: torch.dtype = getattr(torch, info.dtype)
     wanted = dtype or stored
@@ -167,10 +166,10 @@ def _to(source: Source, name: str, device: torch.device, dtype: torch.dtype | No
 
 
 def _cast(mapped: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A mapped tensor in another dtype. Of the map no more than a slice stays in memory.
+    """A mapped tensor in another dtype; at most one slice of the map stays in memory.
 
-    Between the 16-bit dtypes by way of float32, which rounds the same: torch does each half with vectors, and
-    the whole one value at a time (StarChat's embedding: 94 ms for 31).
+    16-bit dtypes are cast to each other by way of float32, with the same rounding: torch vectorizes both
+    halves, but not the direct cast (StarChat's embedding: 31 ms instead of 94).
     """
     result = torch.empty(mapped.shape, dtype=dtype)
     source, target = mapped.reshape(-1), result.view(-1)
@@ -191,13 +190,13 @@ def _cast(mapped: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _slices(
     source: Source, name: str, nbytes: int, whole: bool = False
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, rows) of a 2-D tensor, `nbytes` at a time, but at least 64 rows."""
+    """(first row, rows) of a 2-D tensor, about `nbytes` at a time, but at least 64 rows."""
     count, columns = source.infos[name].shape
     if whole:
         yield 0, source.read(name)
         return
     itemsize = source.infos[name].nbytes // max(1, count * columns)
-    # A multiple of 64 rows keeps NF4's blocks and packing whole.
+    # A multiple of 64 rows does not cut NF4's blocks.
     step = max(64, nbytes // max(1, columns * itemsize) // 64 * 64)
     for first in range(0, count, step):
         yield first, source.read(name, slice(first, min(first + step, count)))
@@ -221,23 +220,23 @@ def _check_packed(module: QuantLinear, leaf: str, tensor: torch.Tensor, name: st
 
 
 def _finite_if_short(tensor: torch.Tensor, name: str) -> torch.Tensor:
-    """The tensor: a norm's weight or a bias has to be finite, of a matrix only `lowmem verify` makes sure."""
+    """Check that a norm's weight or a bias is finite; only `lowmem verify` checks matrices."""
     if tensor.dim() < 2:
         _check_finite(tensor, name)
     return tensor
 
 
 def _check_finite(tensor: torch.Tensor, name: str) -> None:
-    """For what spoils whole rows or columns: all scales of 16 billion parameters take a core 12 ms."""
+    """A NaN here spoils whole rows or columns. All scales of 16 billion parameters take one core 12 ms."""
     if not all_finite(tensor):
         raise SourceError(f"tensor {name!r} has values that are not finite", _SEE)
 
 
 def connect(model: nn.Module, placement: Placement) -> None:
-    """Have what a layer on the CPU is given moved there, and what the rest is given moved back.
+    """Move activations between the GPU and the CPU in a split model.
 
-    Hooks before each decoder layer, and before whatever follows the layers, move tensors among the
-    arguments to where that module's weights are; the KV cache follows its layer by itself.
+    Hooks before each decoder layer, and before the modules that follow the layers, move the tensors among the
+    arguments to the device of that module's weights. The KV cache follows its layer by itself.
     """
     if placement.split is None:
         return
@@ -260,7 +259,7 @@ def _mover(device: torch.device) -> Callable[..., Any]:
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """`value` with every tensor in its tuples, lists and dictionaries on `device`; the rest as it is."""
+    """`value` with every tensor in its tuples, lists and dictionaries moved to `device`."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if type(value) in (tuple, list):

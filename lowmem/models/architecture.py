@@ -1,8 +1,8 @@
-"""What a model is made of, read off a copy of it on the meta device.
+"""The structure of a model, found by running it on the meta device.
 
-Nothing here is written down per model family: transformers builds the model without memory, one
-forward pass on the meta device shows which linears each decoder layer calls, in which order, and
-which of them share an input. Any decoder-only model whose layers are plain `nn.Linear` fits.
+Nothing is hard-coded per model family: transformers builds the model without memory, and one forward pass on
+the meta device shows which linears each decoder layer calls, in which order, and which of them share an
+input. Any decoder-only model whose layers use plain `nn.Linear` works.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One linear of a decoder layer; `name` is relative to the layer, as `mlp.c_fc`."""
+    """One linear of a decoder layer; `name` is relative to the layer, such as `mlp.c_fc`."""
 
     name: str
     in_features: int
@@ -37,7 +37,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer: its linears in the order they run, those with the same input together."""
+    """One decoder layer: its linears in execution order, grouped by shared input."""
 
     name: str
     groups: tuple[tuple[LinearSpec, ...], ...]
@@ -50,17 +50,17 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only model: its layers, and the names of what lies around them."""
+    """A decoder-only model: its layers, and the tensors outside them."""
 
     model_type: str
     layers: tuple[LayerSpec, ...]
     embedding: str
     """Name of the token embedding's weight."""
     head: str
-    """Name of the head's weight; where the head is tied it is stored only on demand."""
+    """Name of the head's weight; a tied head is only stored on demand."""
     tied: bool
     shapes: dict[str, tuple[int, ...]]
-    """Every parameter and persistent buffer of the model, a tied head included once (as embedding)."""
+    """Of every parameter and persistent buffer; a tied head appears once, as the embedding."""
 
     def linear_names(self) -> list[str]:
         """The full name of every linear that is quantized."""
@@ -73,9 +73,9 @@ class Architecture:
         return sorted(names, key=lambda n: n != self.embedding)
 
     def outside_before_layers(self) -> list[str]:
-        """Those of `outside` that the hidden states of the first layer are made of, or may be.
+        """The tensors of `outside` that the first layer's hidden states may depend on.
 
-        The head is not; nor is what follows the layers in the model's own order, the last norm.
+        Leaves out the head, and the tensors that follow the layers in the model's own order (the last norm).
         """
         names = list(self.shapes)
         last_inside = max(i for i, n in enumerate(names) if n.startswith(self.layers[-1].name + "."))
@@ -87,28 +87,28 @@ class Architecture:
 
 
 def build_model(config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool) -> nn.Module:
-    """transformers' model with its parameters on the meta device: structure without memory.
+    """transformers' model with its parameters on the meta device.
 
-    buffers: whether non-persistent buffers (rotary frequencies) are real, as a model that is going to run
-    needs, or on meta too, as a probe does. Old causal masks, which nothing reads, are empty. Raises
-    ArchitectureError for a config of which transformers makes no causal language model.
+    buffers: make non-persistent buffers (rotary frequencies) real, as a model that will run needs them;
+    otherwise they are on meta too. Old causal masks, which nothing reads, are empty. Raises ArchitectureError
+    when transformers cannot make a causal language model from the config.
     """
     _check_methods(config)
     try:
         return _build(config, dtype, buffers)
     except LowmemError:
         raise
-    except Exception as error:  # sizes and names that contradict each other fail anywhere in the model's code
+    except Exception as error:  # contradictory sizes fail anywhere in the model's code
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
             raise
         raise ArchitectureError(
             f"config.json makes no {_kind(config)} model: {one_line(error)}",
-            "The file is damaged, or of another model",
+            "The file is damaged, or belongs to another model",
         ) from error
 
 
 def _check_methods(config: PretrainedConfig) -> None:
-    """Every key of config.json became an attribute: none may stand in a method's place."""
+    """Every key of config.json became an attribute; raise ArchitectureError where one replaced a method."""
     for name in vars(config):
         if callable(getattr(type(config), name, None)):
             raise ArchitectureError(f"config.json has the key {name!r}, which is not a setting")
@@ -123,7 +123,7 @@ def _build(config: PretrainedConfig, dtype: torch.dtype, buffers: bool) -> nn.Mo
 
     if not buffers:
         return _from_config(config, dtype, torch.device("meta")).eval()
-    with contextlib.suppress(RuntimeError):  # of a model that looks into tensors while it is built
+    with contextlib.suppress(RuntimeError):  # a model that reads tensors while it is built
         model = _from_config(config, dtype, torch.device("meta"))
         if _make_buffers(model):
             return model.eval()
@@ -152,10 +152,10 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype, context: Any) -> 
 
 
 def _make_buffers(model: nn.Module) -> bool:
-    """Buffers on meta → real ones, each computed by transformers' own initialisation of its module.
+    """Replace buffers on meta by real ones, computed by transformers' own initialisation of their modules.
 
-    That is a tenth of the time of building the model with them, which would also draw random weights. False,
-    and the model is of no use, where a module leaves a buffer as it was.
+    Takes a tenth of the time of building the model with buffers, which would also draw random weights.
+    Returns False, with the model unusable, when a module does not compute its buffer.
     """
     from transformers import PreTrainedModel
 
@@ -170,7 +170,7 @@ def _make_buffers(model: nn.Module) -> bool:
             if _is_old_mask(buffer):
                 module._buffers[leaf] = torch.empty((0, 0), dtype=torch.bool)
             elif buffer.dtype is torch.bool:
-                return False  # nothing would tell whether it has been computed
+                return False  # a boolean has no value that marks it as not computed
             else:
                 unset = math.nan if buffer.dtype.is_floating_point else torch.iinfo(buffer.dtype).min
                 made.append(torch.full_like(buffer, unset, device="cpu"))
@@ -188,15 +188,15 @@ def _make_buffers(model: nn.Module) -> bool:
 
 
 def _is_old_mask(buffer: torch.Tensor) -> bool:
-    """A causal mask [positions, positions] that transformers keeps for code that is gone.
+    """Whether this is a causal mask [positions, positions] that transformers keeps for removed code.
 
-    StarChat's would take 64 MiB. An empty one in its place would make whatever used it fail, not err.
+    StarChat's would take 64 MiB. Code that used an empty one in its place would fail, not compute nonsense.
     """
     return buffer.dtype is torch.bool and buffer.dim() == 2 and buffer.shape[0] == buffer.shape[1]
 
 
 def decoder_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.ModuleList]:
-    """The list of decoder layers and its name: the outermost one of the configured length."""
+    """The list of decoder layers and its name: the outermost list of the configured length."""
     count = config.get_text_config().num_hidden_layers
     found = [
         (name, module)
@@ -209,9 +209,9 @@ def decoder_layers(model: nn.Module, config: PretrainedConfig) -> tuple[str, nn.
 
 
 def inspect(config: PretrainedConfig) -> Architecture:
-    """Read the architecture off the config alone; no weight is needed.
+    """The architecture of a config's model; no weights are needed.
 
-    Raises ArchitectureError for models that are not decoder layers of plain nn.Linear.
+    Raises ArchitectureError for models that are not made of decoder layers with plain nn.Linear.
     """
     model = build_model(config, torch.float32, buffers=False)
     name, layers = decoder_layers(model, config)
@@ -234,10 +234,10 @@ def inspect(config: PretrainedConfig) -> Architecture:
 
 
 def _probe(model: nn.Module, layers: nn.ModuleList, model_type: str) -> list[_Calls]:
-    """One forward pass without data, and what each layer did in it."""
+    """Run one forward pass on meta, and record what each layer did."""
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
-    # A ready-made mask, so that transformers does not look into tensors that hold nothing; the few
-    # models that cannot take one make their own.
+    # A ready-made mask, so that transformers does not read values of meta tensors; the few models that cannot
+    # take one make their own.
     masks = (torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, device="meta"), None)
     failure: Exception | None = None
     for mask in masks:
@@ -245,7 +245,7 @@ def _probe(model: nn.Module, layers: nn.ModuleList, model_type: str) -> list[_Ca
             with _watched(layers) as calls, torch.no_grad():
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
             return calls
-        except Exception as error:  # whatever the model's own code raises
+        except Exception as error:  # the model's own code may raise anything
             failure = failure or error
     raise ArchitectureError(
         f"{model_type!r} cannot be followed without data: {type(failure).__name__}: {failure}",
@@ -271,7 +271,7 @@ def _check_plain(model_type: str, name: str, layer: nn.Module) -> None:
 
 
 class _Calls:
-    """What one layer did in the probe."""
+    """The calls of one layer during the probe."""
 
     def __init__(self) -> None:
         self.order: list[str] = []
@@ -281,7 +281,7 @@ class _Calls:
 
 @contextlib.contextmanager
 def _watched(layers: nn.ModuleList) -> Iterator[list[_Calls]]:
-    """Hooks that note the order of the linears, what each one reads, and what each layer returns."""
+    """Record the order of the linears, the input of each, and the type that each layer returns."""
     calls = [_Calls() for _ in layers]
     handles = []
 
@@ -326,7 +326,7 @@ def _grouped(layer: nn.Module, record: _Calls) -> tuple[tuple[LinearSpec, ...], 
 
 
 def _ends(model: nn.Module, config: PretrainedConfig) -> tuple[str, str, bool]:
-    """Names of the embedding's and the head's weights, and whether the head is tied."""
+    """Names of the weights of embedding and head, and whether the head is tied."""
     names = {id(module): name for name, module in model.named_modules()}
     get_in: Any = model.get_input_embeddings
     get_out: Any = model.get_output_embeddings

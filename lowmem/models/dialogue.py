@@ -8,11 +8,10 @@
     {answer}<|end|>
 
 A prompt ends with `<|assistant|>` and no newline: the model writes that itself. The system turn is always
-there, empty unless one is given.
+present, and empty unless one is given.
 
-What a user types is text, whatever it looks like: `Dialogue.encode` sets the markers by id and tokenizes
-the contents with special tokens switched off, so that an `<|end|>` inside a question ends nothing.
-`render` gives the text for people and for the chat template; it cannot make that distinction.
+`Dialogue.encode` inserts the markers by id and tokenizes the contents with special tokens switched off, so
+that an `<|end|>` inside a question ends nothing. `render` returns text, in which the two look alike.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class Dialogue:
 
     @classmethod
     def detect(cls, tokenizer: PreTrainedTokenizerBase) -> Dialogue | None:
-        """The dialogue of a tokenizer whose vocabulary holds all four markers, else None."""
+        """The dialogue of a tokenizer whose vocabulary holds all four markers, otherwise None."""
         vocabulary = tokenizer.get_vocab()
         if not all(marker in vocabulary for marker in (SYSTEM, USER, ASSISTANT, END)):
             return None
@@ -116,7 +115,7 @@ class Dialogue:
 
 
 def _with_system(messages: Sequence[Message]) -> list[Message]:
-    """The messages behind a system message, an empty one where none is given; roles are checked."""
+    """The messages with a system message first, empty if none is given; roles are checked."""
     for position, message in enumerate(messages):
         if message.role not in ROLES:
             raise InvalidRequestError(f"{message.role!r} is not a role", f"Use one of {', '.join(ROLES)}")
@@ -130,24 +129,25 @@ def _with_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def split_turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    """Messages without the system text → turns: a user message with all that follows up to the next."""
+    """Messages without the system message → turns: a user message and all messages up to the next one."""
     starts = [at for at, message in enumerate(messages) if message.role == "user" or at == 0]
     return [tuple(messages[a:b]) for a, b in pairwise([*starts, len(messages)])]
 
 
 def first_turn(wholes: Sequence[int], questions: Sequence[int], budget: int) -> int:
-    """The first turn that stays when a dialogue is to fit `budget` tokens; earlier ones are left out.
+    """The first turn to keep so that a dialogue fits `budget` tokens; earlier turns are dropped.
 
     questions[i]: tokens of turn i as the last one, without its answer. wholes[i]: tokens that turn i adds to
-    the dialogues after it; not needed for the last.
+    later dialogues; not needed for the last.
 
-    Dropping only what must go would give every further turn another start, and with it a prompt that is
-    computed from the beginning. So when a dialogue is too long, turns go until half of the budget is free
-    (but not the one before the last, if it fits), and the start then stays for many turns. The past is
-    replayed to know where it was: the same dialogue with a turn more has the same start until it is full.
-    (Dropping to a share k costs k / (1 - k) tokens of prefill for each new one: 1 at a half, 3 at 3/4.)
+    Dropping as few turns as possible would change the first turn each time, and so recompute every prompt
+    from the beginning. Instead, when a dialogue is too long, turns are dropped until half of the budget is
+    free (but not the turn before the last, if it fits), and the first turn then stays for many turns. Earlier
+    turns are replayed to find it: the same dialogue with one more turn has the same first turn until the
+    budget is full. (Dropping to a share k costs k / (1 - k) tokens of prefill for each new one: 1 at a half,
+    3 at 3/4.)
     """
-    first = kept = 0  # kept: tokens of the whole turns before the present one that have stayed
+    first = kept = 0  # kept: tokens of the turns from `first` to before `now`
     for now, question in enumerate(questions):
         kept += wholes[now - 1] if now else 0
         if kept + question <= budget:
@@ -161,10 +161,10 @@ def first_turn(wholes: Sequence[int], questions: Sequence[int], budget: int) -> 
 
 
 def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of text as text: no special token is recognised in it, none is added.
+    """Token ids of plain text: no special token is recognised in it, none is added.
 
-    Where a tokenizer does not obey `split_special_tokens` (slow ones, or markers that were added without
-    being declared special), each marker in the text is broken after its first character instead.
+    Where a tokenizer ignores `split_special_tokens` (slow ones, or markers that were added without being
+    declared special), each marker in the text is split after its first character instead.
     """
     ids = _tokenize(tokenizer, text)
     markers = {
@@ -175,7 +175,7 @@ def encode_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     present = [marker for marker in markers if marker in text]
     if not present or not {markers[marker] for marker in present}.intersection(ids):
         return ids
-    # The lookahead finds every start, also where two markers overlap.
+    # The lookahead finds every start, also of overlapping markers.
     starts = re.finditer("(?=" + "|".join(map(re.escape, present)) + ")", text)
     cuts = [0, *(match.start() + 1 for match in starts), len(text)]
     return [token for a, b in pairwise(cuts) for token in _tokenize(tokenizer, text[a:b])]
@@ -191,10 +191,9 @@ def end_token_ids(
 ) -> tuple[int, ...]:
     """The ids that stop generation: the end of a turn first, then every end of text.
 
-    `configs` are the model's and the generation config: anything with `eos_token_id`, an int or a list of
-    them, or a mapping, as a JSON file gives it. StarChat's configs name only `<|endoftext|>`, so the end of
-    the turn is added here; Llama 3's generation config names several ids. Values that are not ints are
-    ignored.
+    configs: the model's and the generation config, as objects or mappings with `eos_token_id`, an int or a
+    list. StarChat's name only `<|endoftext|>`, which is why the end of a turn is added here; Llama 3's
+    generation config names several. Other values are ignored.
     """
     ids: list[Any] = [] if dialogue is None else [dialogue.end_id]
     for config in (tokenizer, *configs):
@@ -208,7 +207,7 @@ def end_token_ids(
 
 
 def fim_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | None:
-    """Ids of the fill-in-the-middle tokens (prefix, middle, suffix), or None where there are none.
+    """Ids of the fill-in-the-middle tokens (prefix, middle, suffix), or None if the tokenizer has none.
 
     A prompt is prefix, code before, suffix, code after, middle; the model then writes the middle.
     """
@@ -220,9 +219,9 @@ def fim_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | Non
 
 
 def share_room(before: int, after: int, room: int) -> tuple[int, int]:
-    """Tokens that stay of those before and after a hole: 3 to 1 in `room` tokens when both are long.
+    """How many tokens before and after the gap to keep: 3 to 1 of `room` tokens when both are long.
 
-    What either does not need is the other's.
+    A side that needs less leaves the rest to the other.
     """
     kept_after = min(after, max(room // 4, room - before))
     return min(before, room - kept_after), kept_after

@@ -1,10 +1,9 @@
-"""A checkpoint's own chat template, rendered where it can do no harm.
+"""Render a checkpoint's own chat template safely.
 
-transformers renders it in jinja2's ImmutableSandboxedEnvironment, which lets nothing of Python's own be
-reached. What that cannot bound is bounded here: a template is a program, and may run for ever or ask for all
-memory there is. So its lines and its time are counted while it runs, it may not make powers or products of
-what it has computed (one of them could take hours without ending a line), and its text is made once on trial
-with the address space limited.
+transformers renders it in jinja2's ImmutableSandboxedEnvironment, which gives no access to Python. But a
+template is a program, which may loop forever or use up all memory. So its lines and its time are limited
+while it runs, powers and products of computed values are refused (a single one could take hours within one
+line), and its text is first rendered with a limited address space.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_TEMPLATE = 2**20
-"""Characters of a template; long ones have some ten thousand."""
+"""Characters of a template; long ones have about ten thousand."""
 MAX_LINES = 1_000_000
-"""Lines that a template may run through; a dialogue of a hundred turns takes some thousand."""
+"""Lines that a template may execute; a dialogue of a hundred turns takes about a thousand."""
 SECONDS = 5.0
-"""Of this thread's work; some filters walk through a hundred thousand values in one line."""
+"""CPU time of this thread; some filters process a hundred thousand values in one line."""
 MAX_TEXT = 2**22
-"""Characters that it may add to what the messages say."""
+"""Characters that it may add to those of the messages."""
 MEMORY = 2**30
 """Bytes that rendering may take."""
 _COUNTS = ("index", "index0", "revindex", "revindex0", "length")
-_LIMITING = threading.Lock()  # the limit is the process's: two at once would restore each other's
-_FILE = "<template>"  # what jinja2 calls the code that it makes of a template
+_LIMITING = threading.Lock()  # the limit is per process: two threads would restore each other's
+_FILE = "<template>"  # the file name of the code that jinja2 compiles a template to
 
 
 def apply_template(
@@ -43,16 +42,16 @@ def apply_template(
 ) -> list[int]:
     """The token ids of messages in the tokenizer's own chat template.
 
-    messages: of "role" and "content". options: further arguments of transformers' apply_chat_template.
-    Raises whatever the template raises; ValueError or MemoryError where it goes beyond the limits above;
-    InvalidRequestError where the tokenizer gives up.
+    messages: with "role" and "content". options: further arguments of transformers' apply_chat_template.
+    Raises whatever the template raises; ValueError or MemoryError when it exceeds the limits above;
+    InvalidRequestError when the tokenizer fails.
     """
     check_template(tokenizer.chat_template)
     with _limited_memory(), _counted_lines():
         plain = {name: value for name, value in options.items() if name == "add_generation_prompt"}
         text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, **plain)
     if len(text) > MAX_TEXT + sum(len(message["content"]) for message in messages):
-        raise ValueError(f"it makes {len(text)} characters of the messages")
+        raise ValueError(f"it renders the messages to {len(text)} characters")
     with _counted_lines(), panics_told():
         ids: Any = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options)
     return list(ids)
@@ -60,27 +59,27 @@ def apply_template(
 
 @functools.lru_cache(maxsize=16)
 def check_template(template: str) -> None:
-    """ValueError for a template that is too long or makes products of what it computes; jinja2's own errors
-    where it is none."""
+    """Raise ValueError for a template that is too long or multiplies computed values, and jinja2's own errors
+    for a syntax error."""
     from jinja2 import Environment, nodes
 
     if not isinstance(template, str):
-        raise ValueError("it is not text")
+        raise ValueError("it is not a string")
     if len(template) > MAX_TEMPLATE:
         raise ValueError(f"it is {len(template)} characters long")
     tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
     for power in tree.find_all(nodes.Pow):
         raise ValueError(f"it raises to a power in line {power.lineno}")
-    # The counters of a jinja2 loop do not exceed the number of messages, unless `loop` is reassigned.
+    # jinja2's loop counters are at most the number of messages, unless the template assigns to `loop`.
     counts = all(name.ctx == "load" for name in tree.find_all(nodes.Name) if name.name == "loop")
     for product in tree.find_all(nodes.Mul):
         sides = (product.left, product.right)
         if not any(_is_small(side, counts) for side in sides):
-            raise ValueError(f"it multiplies what it has computed in line {product.lineno}")
+            raise ValueError(f"it multiplies computed values in line {product.lineno}")
 
 
 def _without_generation(template: str) -> str:
-    """transformers' own tag, which says what an assistant wrote and renders what is between."""
+    """Replace transformers' own `generation` tag, which marks an assistant's text and renders it."""
     for mark in ("{%- generation", "{% generation", "{%- endgeneration", "{% endgeneration"):
         kind = "endif" if "end" in mark else "if true"
         template = template.replace(mark, mark.split(" ")[0] + " " + kind)
@@ -88,7 +87,7 @@ def _without_generation(template: str) -> str:
 
 
 def _is_small(side: Any, counts: bool) -> bool:
-    """Whether a factor is written in the template, or counts a loop (`counts`: that is what `loop` does)."""
+    """Whether a factor is a constant, or a counter of `loop` (counts: `loop` is jinja2's own)."""
     from jinja2 import nodes
 
     if isinstance(side, nodes.Getattr) and isinstance(side.node, nodes.Name) and side.node.name == "loop":
@@ -100,7 +99,7 @@ def _is_small(side: Any, counts: bool) -> bool:
 
 @contextlib.contextmanager
 def _counted_lines() -> Iterator[None]:
-    """ValueError in this thread once a template has gone through `MAX_LINES`, or worked for `SECONDS`."""
+    """Raise ValueError in this thread once a template has executed MAX_LINES, or run for SECONDS."""
     left, end = MAX_LINES, time.thread_time() + SECONDS
 
     def call(frame: FrameType, _event: str, _argument: Any) -> Any:
@@ -125,7 +124,7 @@ def _counted_lines() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limited_memory() -> Iterator[None]:
-    """`MEMORY` bytes of address space more than now, for the moment; nothing where a system has no limits."""
+    """Limit the address space to MEMORY bytes more than now; does nothing on systems without such limits."""
     if sys.platform != "linux":
         yield
         return

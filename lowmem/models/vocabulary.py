@@ -1,4 +1,4 @@
-"""Whether a tokenizer can be the one that a model was made with: its ids against the embedding's rows."""
+"""Check a tokenizer's ids against the rows of a model's embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FEWEST = 3 / 4
-"""Of a model's rows that its own tokenizer has tokens for: rows are rounded up to a multiple of 128 or so."""
+"""The least share of a model's rows that its own tokenizer uses: rows are rounded up, often to 128."""
 
 
 def check_vocabulary(
@@ -22,9 +22,9 @@ def check_vocabulary(
 ) -> None:
     """Compare the tokenizer's ids with a model whose embedding has `rows` rows.
 
-    needed: ids that an answer cannot do without, such as those of a dialogue. Raises SourceError when text
-    can become an id that the model does not have, or one of `needed` is none of its. notify hears of added
-    tokens that the model does not have, and of a model that has far more rows than there are tokens.
+    needed: ids that answers require, such as the markers of a dialogue. notify: called for added tokens that
+    the model does not have, and for a model with far more rows than tokens. Raises SourceError when text can
+    be encoded to an id that the model does not have, or when it lacks one of `needed`.
     """
     vocabulary = tokenizer.get_vocab()
     if not vocabulary:

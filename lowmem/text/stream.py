@@ -1,4 +1,4 @@
-"""Token ids one at a time → text: whole characters only, ended by stop strings."""
+"""Stream token ids to text: whole characters only, ended by stop strings."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 
 from lowmem.text.tokenizing import decode
 
-_INCOMPLETE = "\ufffd"  # decoders return this for bytes of an incomplete character
+_INCOMPLETE = "\ufffd"  # a decoder's replacement for bytes that are not a whole character (yet)
 
 
 class TextStream:
     """Token ids one at a time → text in whole characters.
 
-    A token may hold a part of a character's bytes; the text waits until they are complete. Each piece is
-    what the last tokens add to the text of those before them, since some tokenizers write a token
+    A token may hold only some of a character's bytes; text is held back until they are complete. Each piece
+    is the difference that the last tokens make to the text before them, since some tokenizers decode a token
     differently at the start of a text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # the last tokens; older ones do not affect the text any more
-        self._given = 0  # the number of `_ids` whose text was returned
+        self._ids: list[int] = []  # the tokens that the next piece depends on
+        self._given = 0  # how many of them have been returned as text
 
     def push(self, token: int) -> str:
-        """The text that is complete with this token; it may be empty."""
+        """The text that this token completes; it may be empty."""
         self._ids.append(token)
         piece, whole = self._piece()
         if not piece or whole.endswith(_INCOMPLETE):
@@ -34,7 +34,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What is left, broken characters as U+FFFD."""
+        """The remaining text, with U+FFFD for incomplete characters."""
         piece, _ = self._piece()
         self._given = len(self._ids)
         return piece
@@ -48,15 +48,15 @@ class TextStream:
 
 
 class StopStrings:
-    """Text piece by piece → the text before the stop string that starts first in it.
+    """Text piece by piece → the text before the first stop string in it.
 
-    What may be the beginning of a stop string is held back until it is clear, and so is a stop string that
-    is there already while a longer one, begun before it, may still come. `found`: the text has ended.
+    Text that may be the beginning of a stop string is held back until that is decided; so is a whole stop
+    string while a longer one that began before it may still be completed. `found`: a stop string was reached.
     Without stop strings every piece passes at once.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        """`stops`: none of them empty, which would end every text before it begins (ValueError)."""
+        """Raises ValueError for an empty stop string, which would end every text at once."""
         if not all(stops):
             raise ValueError("an empty stop string")
         self._stops = tuple(stops)
@@ -65,7 +65,7 @@ class StopStrings:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that is certain with this piece; it may be empty, and always is after the end."""
+        """The text that this piece settles; it may be empty, and always is after the end."""
         if self.found:
             return ""
         self._held += piece
@@ -75,7 +75,7 @@ class StopStrings:
         return self._release(min(match, begun))
 
     def finish(self) -> str:
-        """What was held back, when no more text comes: all of it, or that before a whole stop string."""
+        """The text held back at the end of the input, up to a whole stop string if there is one."""
         match = self._match()
         if not self.found and match < len(self._held):
             return self._end(match)
@@ -91,12 +91,12 @@ class StopStrings:
         return text
 
     def _match(self) -> int:
-        """The start of the first complete stop string in the held text, or the length of that text."""
+        """The start of the first whole stop string in the held text, or the text's length."""
         starts = [at for at in map(self._held.find, self._stops) if at >= 0]
         return min(starts, default=len(self._held))
 
     def _begun(self) -> int:
-        """Where the first stop string starts that the end of what is held cuts short, or its length."""
+        """The start of the first stop string that the held text ends in, or the text's length."""
         first = max(0, len(self._held) - self._longest + 1)
         for at in range(first, len(self._held)):
             tail = self._held[at:]
@@ -106,9 +106,9 @@ class StopStrings:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """The text of one token, special ones too, as it stands inside a text.
+    """The text of one token, special or not, as it appears inside a text.
 
-    Some tokenizers leave a word's space out at the start of a text, so that the second of two shows it. A
+    Some tokenizers drop a leading space at the start of a text, so the second of two equal tokens is used. A
     part of a character is U+FFFD.
     """
     one, two = (decode(tokenizer, [token] * count, skip_special_tokens=False) for count in (1, 2))

@@ -1,8 +1,8 @@
-"""Text → token ids → text, with a tokenizer of which anything may be expected.
+"""Text → token ids → text, with a tokenizer that is not trusted.
 
-Its files come with the checkpoint, and transformers' tokenizers are Rust: where their code gives up (a
-regular expression that tries more than ten million ways at one place of a text) it panics, which no
-`except Exception` sees.
+A tokenizer's files come with the checkpoint, and transformers' tokenizers are written in Rust: where their
+code fails (a regular expression that backtracks more than ten million times) it panics, which `except
+Exception` does not catch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from lowmem.errors import InvalidRequestError
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """The token ids of a text, without the warning about long ones. `options`: of the tokenizer's call.
+    """The token ids of a text, without the warning about long texts. options: of the tokenizer's call.
 
-    Raises InvalidRequestError where the tokenizer gives up.
+    Raises InvalidRequestError when the tokenizer panics.
     """
     with panics_told():
         return list(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """The text of token ids as it was, with no space put right. Raises as `encode` does."""
+    """The text of token ids, with spaces unchanged. Raises as `encode` does."""
     with panics_told():
         return str(
             tokenizer.decode(
@@ -35,13 +35,13 @@ def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> 
 
 @contextlib.contextmanager
 def panics_told() -> Iterator[None]:
-    """A panic of the tokenizers' Rust → InvalidRequestError."""
+    """Turn a panic of the tokenizers' Rust code into InvalidRequestError."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # pyo3's; no module has it to be imported from
+        if type(error).__name__ != "PanicException":  # of pyo3; it cannot be imported
             raise
         raise InvalidRequestError(
-            f"the model's tokenizer gives up on this text: {error}",
-            "Its tokenizer.json may be damaged: put the model's own in its place",
+            f"the model's tokenizer fails on this text: {error}",
+            "Its tokenizer.json may be damaged: replace it by the model's own",
         ) from error

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people read them."""
+"""Format numbers of bytes."""
 
 
 def format_bytes(count: float) -> str:

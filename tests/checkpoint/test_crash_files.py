@@ -16,7 +16,7 @@ from lowmem.convert.job import ConversionJob
 from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.chat import store
-from lowmem.chat.conversation import Conversation, Exchange
+from lowmem.chat.conversation import ChatState, Conversation, Exchange
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.files import lock
 from lowmem.checkpoint.files import whole as whole_file
@@ -105,8 +105,8 @@ def test_a_part_that_a_killed_process_left_is_used_again(tmp_path):
 def test_a_full_disk_says_how_much_is_free(tmp_path):
     error = whole_file.as_output_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "file")
     free = free_bytes(tmp_path) / (1 << 20)
-    assert isinstance(error, DiskFullError) and "MiB are free there" in error.message
-    assert float(error.message.split(", and ")[1].split(" MiB")[0]) == pytest.approx(free, rel=0.2)
+    assert isinstance(error, DiskFullError) and "MiB are free" in error.message
+    assert float(error.message.split("; ")[1].split(" MiB")[0]) == pytest.approx(free, rel=0.2)
     assert free_bytes(tmp_path / "not" / "made" / "yet") > 0
 
 
@@ -346,8 +346,8 @@ def saving(path: str, step: int, report: str) -> None:
     from lowmem.benchmarks.experiments.endurance import faults
 
     conversation = Conversation(None, (Exchange("one", "two"), Exchange("three", "four " * 2000)))
-    sys.addaudithook(faults._Steps(str(Path(path).parent), faults.Fault("kill", step, 0.0, 0), report))
-    store.save(path, conversation, SamplingParams())
+    sys.addaudithook(faults._Steps(str(Path(path).parent), faults.Fault("kill", step, 0.0, 0), told))
+    store.save(path, ChatState(conversation))
 
 
 def test_a_conversation_is_the_older_or_the_newer_one_at_every_kill(spawner, tmp_path):
@@ -355,7 +355,7 @@ def test_a_conversation_is_the_older_or_the_newer_one_at_every_kill(spawner, tmp
     folder.mkdir()
     for step in range(1, 20):
         path = folder / f"{step}.json"
-        store.save(str(path), Conversation(None, (Exchange("one", "two"),)), SamplingParams())
+        store.save(str(path), ChatState(Conversation(None, (Exchange("one", "two"),))))
         process = spawner.Process(target=saving, args=(str(path), step, str(tmp_path)))
         process.start()
         process.join(60)
@@ -372,16 +372,16 @@ def test_a_conversation_is_the_older_or_the_newer_one_at_every_kill(spawner, tmp
 def test_a_conversation_stays_when_the_disk_is_full(tmp_path):
     with Disk(tmp_path / "disk", 64 << 10) as mounted:
         path = mounted.root / "chat.json"
-        store.save(str(path), Conversation(None, (Exchange("one", "two"),)), SamplingParams())
+        store.save(str(path), ChatState(Conversation(None, (Exchange("one", "two"),))))
         before = path.read_bytes()
         (mounted.root / "other").write_bytes(bytes(free_bytes(mounted.root)))
         longer = Conversation(None, (Exchange("one", "two " * 5000),))
         with pytest.raises(store.ConversationError, match="No space left on device"):
-            store.save(str(path), longer, SamplingParams())
+            store.save(str(path), ChatState(longer))
         assert path.read_bytes() == before
         assert sorted(p.name for p in mounted.root.iterdir()) == ["chat.json", "other"]
         (mounted.root / "other").unlink()
-        store.save(str(path), longer, SamplingParams())
+        store.save(str(path), ChatState(longer))
 
 
 # --- memory ------------------------------------------------------------------------------------------------

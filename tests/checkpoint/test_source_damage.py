@@ -126,7 +126,7 @@ def test_a_header_that_lies(tmp_path, case):
 def test_a_header_length_beyond_the_format(tmp_path):
     path = tmp_path / "bad.safetensors"
     path.write_bytes(struct.pack("<Q", 2**63) + b"{}")
-    with pytest.raises(SourceError, match="no safetensors file"):
+    with pytest.raises(SourceError, match="not a safetensors file"):
         read_header(path)
 
 

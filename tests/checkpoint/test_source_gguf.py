@@ -241,7 +241,7 @@ def padded(header: bytes, data: bytes = b"") -> bytes:
 
 
 LYING = {
-    "wrong magic": (preamble(0, 0, magic=b"GGML"), "no GGUF file"),
+    "wrong magic": (preamble(0, 0, magic=b"GGML"), "not a GGUF file"),
     "version": (preamble(0, 0, version=1), "GGUF version 1"),
     "other byte order": (preamble(0, 0, version=3 << 24), "GGUF version"),
     "short": (b"GGUF\3\0\0\0", "truncated"),

@@ -52,7 +52,7 @@ def hub_error(kind: str) -> Exception:
 @pytest.mark.parametrize(
     ("kind", "message", "hint"),
     [
-        ("RepositoryNotFoundError", "no repository on the hub", "log in"),
+        ("RepositoryNotFoundError", "nor a repository on the hub", "log in"),
         ("GatedRepoError", "is gated", "Accept its terms at https://huggingface.co/owner/name and log in"),
         ("RevisionNotFoundError", "has no revision 'v1'", ""),
         ("OfflineModeIsEnabled", "cannot be reached", "local copy"),

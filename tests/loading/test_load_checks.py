@@ -176,7 +176,7 @@ def swap_two_tokens(folder: Path) -> None:
 def test_a_tokenizer_that_was_swapped_after_the_conversion_is_refused(copy: Path) -> None:
     swap_two_tokens(copy)
     text = refusal(copy)
-    assert "tokenizer.json is not the tokenizer that this checkpoint was made with" in text
+    assert "tokenizer.json is not the tokenizer that this checkpoint was converted with" in text
     assert "the manifest" in text and "convert again" in text
     (copy / MANIFEST_FILE).unlink()  # its conversion settings are now unknown
     load(copy)
@@ -342,7 +342,7 @@ def test_a_check_reads_all_and_tells_how_far_it_is(copy: Path) -> None:
     whole = sum(path.stat().st_size for path in copy.iterdir() if path.name != MANIFEST_FILE)
     assert (whole, whole) in steps
     assert any("comparing the files" in line for line in heard) and any(
-        "are what they were" in h for h in heard
+        "match their digests" in h for h in heard
     )
     flip(largest(copy), -1)
     with pytest.raises(SourceError, match="was changed"):
@@ -359,7 +359,7 @@ def test_the_command_line_names_the_file_in_one_line(copy: Path, capsys: pytest.
     assert main([*words, "--quiet"]) == 2
     out, err = capsys.readouterr()
     assert (
-        out == "" and err.count("\n") == 1 and "not the tokenizer that this checkpoint was made with" in err
+        out == "" and err.count("\n") == 1 and "not the tokenizer that this checkpoint was converted with" in err
     )
 
 
@@ -439,5 +439,5 @@ def test_what_the_hub_gave_is_compared_with_the_hubs_digests(
 
 def test_a_pointer_in_the_place_of_a_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(POINTER)
-    with pytest.raises(SourceError, match=r"model\.gguf is not the file itself, but git-LFS' pointer to it"):
+    with pytest.raises(SourceError, match=r"model\.gguf is a git-LFS pointer, not the file itself"):
         open_source(str(tmp_path))

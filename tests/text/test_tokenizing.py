@@ -1,4 +1,4 @@
-"""A panic in a tokenizer's Rust code gives one line, and the next request is served."""
+"""A tokenizer whose Rust code panics: a message of one line, and the next request is served."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_text_that_a_tokenizer_gives_up_on_is_refused_and_the_next_is_not(toke
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     plain = encode(tokenizer, "def f(x):")
     with_endless_splits(tokenizer)
-    with pytest.raises(InvalidRequestError, match=r"gives up on this text.*tokenizer\.json"):
+    with pytest.raises(InvalidRequestError, match=r"fails on this text.*tokenizer\.json"):
         ask(tokenizer)
     assert encode(tokenizer, "def f(x):") == plain
 
@@ -61,7 +61,7 @@ def test_tokens_that_a_tokenizer_gives_up_on(tokenizer: Any) -> None:
         lambda: TextStream(tokenizer).push(long),
         lambda: token_text(tokenizer, long),
     ):
-        with pytest.raises(InvalidRequestError, match="gives up on this text"):
+        with pytest.raises(InvalidRequestError, match="fails on this text"):
             refused()
 
 
@@ -90,4 +90,4 @@ def test_the_command_ends_with_one_line_of_its_own(
     assert main(["run", str(folder), "-p", TEXT, "--quiet", "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.count("\n") == 1 and err.startswith("lowmem run: the model's tokenizer gives up on this text")
+    assert err.count("\n") == 1 and err.startswith("lowmem run: the model's tokenizer fails on this text")

@@ -1,10 +1,9 @@
-"""Which files of a checkpoint's folder may be read: plain ones, through no link that leads out of it.
+"""Which files of a checkpoint's folder may be read: plain files, and no links that lead out of it.
 
-A folder that came from somewhere else says with a link what *this* machine reads: somebody's private model, a
-key, a device. Two kinds of link are honest, and followed: those that stay in the folder, and those of the
-hub's cache, `models--owner--name/snapshots/<commit>/x -> ../../blobs/<digest>`, which older versions of its
-library made from any folder. What a user names on a command line, folder or file, is what was meant, link or
-not.
+A link in a downloaded folder could make this machine read any of its own files: a private model, a key, a
+device. Two kinds of link are followed: links inside the folder, and the links of the hub's cache,
+`models--owner--name/snapshots/<commit>/x -> ../../blobs/<digest>`, which older versions of the hub's library
+created in any folder. A path that the user types on the command line is always followed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _FOLDERS = ("additional_chat_templates",)
 
 
 def leads_outside(path: Path) -> bool:
-    """Whether a file of a folder lies elsewhere, by a link that is not one of the hub's cache."""
+    """Whether a file is a link out of its folder, other than a link of the hub's cache."""
     if not path.is_symlink():
         return False
     target, folder = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
@@ -33,22 +32,22 @@ def leads_outside(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """Raise SourceError for a link that leads out of its folder, and for a pipe or device."""
+    """Raise SourceError for a link that leads out of its folder, and for pipes and devices."""
     if leads_outside(path):
         raise SourceError(
             f"{path} is a link that leads out of its folder, to {os.path.realpath(path)}",
-            "If it is meant, put a copy in its place, or give the folder where the files are",
+            "Replace it by a copy, or give the folder that holds the files",
         )
     try:
         mode = path.stat().st_mode
-    except (OSError, ValueError):  # missing: its reader reports that
+    except (OSError, ValueError):  # a missing file is reported by its reader
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise SourceError(f"{path} is no plain file", "Download the checkpoint again")
+        raise SourceError(f"{path} is not a plain file", "Download the checkpoint again")
 
 
 def check_folder(folder: Path) -> None:
-    """`check_file` for every file in the folder that lowmem or transformers may open."""
+    """`check_file` for every file in a folder that lowmem or transformers may open."""
     try:
         with os.scandir(folder) as entries:
             names = sorted(
@@ -56,7 +55,7 @@ def check_folder(folder: Path) -> None:
                 for entry in entries
                 if entry.name in _FOLDERS or any(fnmatchcase(entry.name, p) for p in _PATTERNS)
             )
-    except (OSError, ValueError):  # its reader reports that
+    except (OSError, ValueError):  # reported by the reader
         return
     for name in names:
         check_file(folder / name)

@@ -1,4 +1,4 @@
-"""Locks that hold a folder against other processes; they end with the process that holds them. No torch."""
+"""Lock files that keep other processes out of a folder; released when their process ends. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import IO
 from lowmem.errors import OutputError
 
 _ATTEMPTS = 50
-"""Each needs another process to finish just between two of our steps."""
+"""An attempt fails only when another process finishes between two of its steps."""
 
 
 def take(path: Path, busy: str, *, create: bool = True) -> IO[bytes]:
-    """The lock file `path`, held until it is closed; made, and the folder around it, unless it must be there.
+    """Take the lock file `path`; it is released when the returned file is closed.
 
-    What is held is the file that has this name now: the folder may be renamed or removed by the process that
-    held it before, and a lock on a file without a name would hold nothing. Raises OutputError, at once,
-    saying `busy` where another process holds it, or that the file cannot be locked; OSError where it cannot
-    be opened.
+    create: create the file and its folder. After locking, the file is compared with the one that has this
+    name now, since the process that held the lock before may have renamed or removed the folder. Does not
+    wait. Raises OutputError with the message `busy` when another process holds the lock, or when the file
+    cannot be locked; OSError when it cannot be opened.
     """
     import fcntl
 
@@ -29,7 +29,7 @@ def take(path: Path, busy: str, *, create: bool = True) -> IO[bytes]:
             lock = os.fdopen(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666), "r+b", 0)
         except FileNotFoundError:
             if create and path.parent.parent.is_dir() and attempt + 1 < _ATTEMPTS:
-                continue  # removed between the two
+                continue  # removed in between
             raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -48,7 +48,7 @@ def take(path: Path, busy: str, *, create: bool = True) -> IO[bytes]:
 
 
 def _is_still(lock: IO[bytes], path: Path) -> bool:
-    """Whether the open file is the one that has this name."""
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
     except FileNotFoundError:

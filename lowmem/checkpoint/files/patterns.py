@@ -1,4 +1,4 @@
-"""Which files of a folder belong to a model, by their names."""
+"""Names of the files that belong to a model."""
 
 TOKENIZER_PATTERNS = (
     "tokenizer.json",
@@ -14,8 +14,8 @@ TOKENIZER_PATTERNS = (
     "sentencepiece.bpe.model",
     "*.tiktoken",
 )
-# Files of which one is enough to have a vocabulary.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model*", "spiece.model", "*.tiktoken")
+"""Files that each hold a whole vocabulary."""
 SETTINGS_PATTERNS = (
     "generation_config.json",
     "chat_template.json",
@@ -23,7 +23,7 @@ SETTINGS_PATTERNS = (
     "dialogue_template.json",
 )
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-# Never copied, whatever they are called: code and weights.
+# Code and weights are never copied.
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe")
 WEIGHT_SUFFIXES = (
     ".bin",

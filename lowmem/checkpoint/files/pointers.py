@@ -1,4 +1,4 @@
-"""What git leaves in the place of a large file until git-lfs has fetched it: some lines of text."""
+"""git-LFS pointers: the text files that stand in for large files until git-lfs has fetched them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from lowmem.errors import SourceError
 
-WHAT = "is not the file itself, but git-LFS' pointer to it"
+WHAT = "is a git-LFS pointer, not the file itself"
 HINT = "Fetch the files with: git lfs pull"
 _START = b"version https://git-lfs.github.com/spec/"
 _MOST = 1024  # bytes of a pointer, by its specification
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file holds a pointer of git-LFS; False for what cannot be read."""
+    """Whether a file is a git-LFS pointer; False if it cannot be read."""
     try:
         if path.stat().st_size > _MOST:
             return False
@@ -24,6 +24,6 @@ def is_pointer(path: Path) -> bool:
 
 
 def check_no_pointer(path: Path) -> None:
-    """SourceError for a pointer."""
+    """Raise SourceError for a pointer."""
     if is_pointer(path):
         raise SourceError(f"{path.name} {WHAT}", HINT)

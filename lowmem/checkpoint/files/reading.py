@@ -1,7 +1,7 @@
-"""Reading files that we did not write: bounded, exact, and never through a memory map.
+"""Bounded, exact reads of untrusted files.
 
-Every length below comes from the file's real size or is checked against it before anything is
-allocated. Errors are `SourceError`s that name the file. torch is imported only by what fills a tensor.
+Every length comes from the file's real size, or is checked against it before anything is allocated. Errors
+are `SourceError`s that name the file. Only functions that fill a tensor import torch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 MAX_JSON = 100_000_000
 MAX_VALUES = 2_000_000
-"""In one JSON text, of some hundred bytes each in memory. The largest indexes have a hundred thousand."""
+"""Values in one JSON text; each takes about a hundred bytes of memory. The largest indexes have 100,000."""
 CHUNK = 65536
 SPREAD_CHUNKS = 64
 
@@ -35,9 +35,9 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of at most 100 MB; SourceError when it is something else.
+    """The JSON object in a file of at most 100 MB.
 
-    Also when the file is a link that leads out of its folder: see links.py.
+    Raises SourceError for anything else, and for a link that leads out of its folder (see links.py).
     """
     check_file(path)
     try:
@@ -46,7 +46,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) > MAX_JSON:
-        raise SourceError(f"{path} is larger than {MAX_JSON} bytes, which no JSON file here should be")
+        raise SourceError(
+            f"{path} is larger than {MAX_JSON} bytes, too large for a JSON file of a checkpoint"
+        )
     value = parse_json(data, str(path))
     if not isinstance(value, dict):
         raise SourceError(f"{path} should hold a JSON object, and holds {type(value).__name__}")
@@ -54,20 +56,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def about_values(data: bytes) -> int:
-    """About how many values a JSON text has."""
+    """An estimate of the number of values in a JSON text."""
     return data.count(b",") + data.count(b"[") + data.count(b"{")
 
 
 def parse_json(data: bytes, what: str) -> Any:
-    """Decode UTF-8 JSON in which no object has a key twice; SourceError names `what` otherwise.
+    """Decode UTF-8 JSON in which no object has a duplicate key.
 
-    Also where it would become far more memory than the text has bytes.
+    Raises SourceError naming `what` for anything else, and for a text of more than MAX_VALUES values, which
+    would take far more memory than it has bytes.
     """
     if about_values(data) > MAX_VALUES:
-        raise SourceError(f"{what} holds more than {MAX_VALUES} values, which no JSON file here should")
+        raise SourceError(
+            f"{what} holds more than {MAX_VALUES} values, too many for a JSON file of a checkpoint"
+        )
     try:
         return json.loads(data.decode("utf-8"), object_pairs_hook=_object_of_unique_keys)
-    except (ValueError, RecursionError) as error:  # ValueError covers both encodings and JSON itself
+    except (ValueError, RecursionError) as error:  # ValueError: bad encoding, or bad JSON
         raise SourceError(f"{what} is not valid JSON: {one_line(error)}") from error
 
 
@@ -79,7 +84,7 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_plain_name(name: object) -> bool:
-    """True for a file name inside the folder: no path parts, no control characters."""
+    """Whether this is the name of a file in the folder: no path separators, no control characters."""
     return (
         isinstance(name, str)
         and bool(re.fullmatch(r"[^/\\:\x00-\x1f]{1,255}", name))
@@ -88,15 +93,15 @@ def is_plain_name(name: object) -> bool:
 
 
 def is_hub_id(text: str) -> bool:
-    """True for `owner/name`."""
+    """Whether this is of the form `owner/name`."""
     return bool(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", text))
 
 
 def read_exact(stream: BinaryIO, offset: int, out: torch.Tensor, what: str) -> None:
     """Fill the contiguous CPU tensor `out` with the file's bytes from `offset`.
 
-    Straight into the tensor's memory, without a map or a second copy: what a read costs is the
-    tensor. SourceError naming `what` when the file ends before.
+    Reads straight into the tensor's memory, without a map or a second copy. Raises SourceError naming `what`
+    when the file is too short.
     """
     import torch
 
@@ -112,7 +117,7 @@ def read_exact(stream: BinaryIO, offset: int, out: torch.Tensor, what: str) -> N
             got = stream.readinto(view[done:])  # type: ignore[attr-defined]
             if not got:
                 raise SourceError(
-                    f"{what} is truncated: {size} bytes should start at {offset}, only {done} are there"
+                    f"{what} is truncated: {size} bytes should start at {offset}, only {done} were read"
                 )
             done += got
     except OSError as error:
@@ -120,7 +125,7 @@ def read_exact(stream: BinaryIO, offset: int, out: torch.Tensor, what: str) -> N
 
 
 def row_numbers(rows: slice | torch.Tensor, count: int) -> range | list[int]:
-    """The rows that `rows` selects out of `count`; IndexError when one is out of range."""
+    """The rows that `rows` selects out of `count`; raises IndexError when one is out of range."""
     if isinstance(rows, slice):
         return range(*rows.indices(count))
     numbers = [int(row) for row in rows.tolist()]
@@ -131,7 +136,7 @@ def row_numbers(rows: slice | torch.Tensor, count: int) -> range | list[int]:
 
 
 def runs(numbers: range | list[int]) -> Iterator[tuple[int, int, int]]:
-    """Runs of consecutive rows as (position in the result, first row, rows): one read each."""
+    """Runs of consecutive rows, each for one read: (position in the result, first row, rows)."""
     if isinstance(numbers, range) and numbers.step == 1:
         if len(numbers):
             yield 0, numbers[0], len(numbers)
@@ -144,15 +149,15 @@ def runs(numbers: range | list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def update_with_bytes(digest: hashlib._Hash, label: str, data: bytes) -> None:
-    """Add labelled, length-prefixed bytes: no two different lists of files make the same stream."""
+    """Add labelled, length-prefixed bytes, so that different lists of files give different streams."""
     digest.update(f"{label}\0{len(data)}\0".encode())
     digest.update(data)
 
 
 def update_with_sample(digest: hashlib._Hash, path: Path) -> None:
-    """Add a file's size, its first and last 64 KiB and 64 evenly spread chunks of 64 KiB.
+    """Add a file's size, its first and last 64 KiB, and 64 evenly spaced chunks of 64 KiB (4 MiB in all).
 
-    A file of up to that much is read whole. It is 4 MiB a file, whatever its size.
+    A smaller file is read whole.
     """
     size = path.stat().st_size
     last = size - CHUNK

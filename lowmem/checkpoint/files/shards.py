@@ -1,4 +1,4 @@
-"""The safetensors files of a folder by their headers: which tensor lies where, and what is wrong there."""
+"""The safetensors files of a folder by their headers: where each tensor is, and every problem found."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ INDEX_FILE = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong: the file (or "" for the whole checkpoint), the tensor (or ""), and what."""
+    """A problem in a checkpoint."""
 
     file: str
+    """"" for the whole checkpoint."""
     tensor: str
+    """"" for the whole file."""
     what: str
+    """Follows file and tensor in a message."""
 
     def __str__(self) -> str:
         where = ": ".join(part for part in (self.file, self.tensor) if part)
@@ -32,22 +35,21 @@ class Problem:
 
 @dataclass(frozen=True)
 class Shards:
-    """The safetensors files of a folder by their headers.
-
-    tensors: each name's header. promised: the file that the index names for each tensor (empty without
-    an index). problems: of the index and the headers.
-    """
+    """The safetensors files of a folder by their headers."""
 
     tensors: dict[str, SafetensorsHeader]
+    """Each tensor's name → the header of its file."""
     promised: dict[str, str]
+    """Each tensor's name → the file that the index names for it; empty without an index."""
     problems: tuple[Problem, ...]
+    """Of the index and the headers."""
 
     def stored(self, name: str) -> StoredTensor:
-        """Shape, dtype and place of a tensor. Raises KeyError for an unknown name."""
+        """Shape, dtype and offsets of a tensor; raises KeyError for an unknown name."""
         return self.tensors[name].tensors[name]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in its stored dtype; SourceError when the file ends before."""
+        """A tensor in its stored dtype; raises SourceError when the file is too short."""
         header = self.tensors[name]
         return read_tensor(header.path, name, header.tensors[name])
 
@@ -58,7 +60,7 @@ class Shards:
 
 
 def read_shards(folder: Path) -> Shards:
-    """The headers of model.safetensors, or of the shards that the index names; nothing is raised."""
+    """The headers of model.safetensors, or of the shards in the index; problems are collected, not raised."""
     problems: list[Problem] = []
     promised: dict[str, str] = {}
     if (folder / INDEX_FILE).is_file():
@@ -88,12 +90,12 @@ def read_shards(folder: Path) -> Shards:
             if name in tensors:
                 problems.append(Problem(file, name, f"is in {tensors[name].path.name} as well"))
             elif promised and promised.get(name) != file:
-                problems.append(Problem(file, name, f"is in this file, but not so in {INDEX_FILE}"))
+                problems.append(Problem(file, name, f"is in this file, but not according to {INDEX_FILE}"))
             else:
                 tensors[name] = header
     for name, file in promised.items():
         if name not in tensors and file not in broken:
-            problems.append(Problem(file, name, f"is promised by {INDEX_FILE} and not there"))
+            problems.append(Problem(file, name, f"is listed in {INDEX_FILE}, and is missing"))
     return Shards(tensors, promised, tuple(problems))
 
 
@@ -106,7 +108,5 @@ def _read_index(file: Path) -> tuple[dict[str, str], Problem | None]:
         return {}, Problem(file.name, "", "has no weight_map")
     for name, shard in weight_map.items():
         if not is_plain_name(shard):
-            return {}, Problem(
-                file.name, name, f"lies in {str(shard)[:80]!r}, which is no name of a file here"
-            )
+            return {}, Problem(file.name, name, f"is in {str(shard)[:80]!r}, which is not a plain file name")
     return weight_map, None

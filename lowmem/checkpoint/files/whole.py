@@ -1,4 +1,4 @@
-"""Files that a reader never sees half of: staged beside their place, flushed to disk, renamed. No torch."""
+"""Atomic writes: a file is staged beside its target, flushed to disk and renamed. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DiskFullError(OutputError):
-    """A file could not be written for want of room."""
+    """A file could not be written because the disk is full."""
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether a write failed for want of room: on the disk, of a quota, or under a limit on a file's size."""
+    """Whether a write failed because of a full disk, a quota, or a limit on the file's size."""
     return error.errno in _FULL
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that may still be written where `folder` is, or is going to be."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def require_room(folder: Path, needed: int, work: str, otherwise: str) -> None:
-    """DiskFullError where `folder` has no room for `needed` bytes: said before hours of work.
+    """Raise DiskFullError when the disk of `folder` has less than `needed` bytes free, before hours of work.
 
-    work: what needs them, as the message's beginning. otherwise: what else there is to do than to free some.
+    work: the beginning of the message, naming what needs the space. otherwise: an alternative to freeing it.
     """
     if needed > (free := free_bytes(folder)):
         raise DiskFullError(
@@ -48,10 +48,10 @@ def require_room(folder: Path, needed: int, work: str, otherwise: str) -> None:
 
 
 def as_output_error(error: OSError, path: Path) -> OutputError:
-    """A failed write in the user's words; what is finished stays and can be resumed."""
+    """A failed write as an error for the user; finished parts stay and can be resumed."""
     if is_disk_full(error):
         try:
-            free = f", and {max(free_bytes(path.parent), 0) / (1 << 20):.1f} MiB are free there"
+            free = f"; {max(free_bytes(path.parent), 0) / (1 << 20):.1f} MiB are free"
         except OSError:
             free = ""
         return DiskFullError(
@@ -65,7 +65,7 @@ def as_output_error(error: OSError, path: Path) -> OutputError:
 
 @contextlib.contextmanager
 def refusals(target: Path) -> Iterator[None]:
-    """What the disk refuses while `target` is made, wherever that happens, in one line: OutputError."""
+    """Turn every OSError while `target` is written into an OutputError of one line."""
     try:
         yield
     except OSError as error:
@@ -79,7 +79,7 @@ def refusals(target: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
+    """Make renames in `folder` survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -88,10 +88,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
-    """Write `chunks` beside `path`, flush them to disk, and rename: all of it or nothing.
+    """Write `chunks` beside `path`, flush them to disk, and rename: all or nothing.
 
-    Where two processes write the same file, one waits for the other. Raises OutputError (DiskFullError for
-    want of room), and leaves no part behind.
+    When two processes write the same file, one waits for the other. Raises OutputError (DiskFullError for a
+    full disk) and removes the partial file.
     """
     part = path.with_name(path.name + ".part")
     digest, count = hashlib.sha256(), 0
@@ -115,17 +115,17 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
 
 
 def write_json(path: Path, value: object) -> FileDigest:
-    """Write JSON for people to read: indented, keys in the order given."""
+    """Write indented JSON, with keys in the given order."""
     return write_whole(path, [(json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()])
 
 
 def _open_part(part: Path) -> IO[bytes]:
-    """The empty file `part`, against other writers: one that a killed process left is used again."""
+    """The empty, locked file `part`; one left by a killed process is reused."""
     while True:
         handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _wait_for(handle)
-            # The writer before us has renamed or removed what we waited for.
+            # The previous writer may have renamed or removed the file that we waited for.
             if part.exists() and os.path.samestat(os.fstat(handle), os.stat(part)):
                 os.ftruncate(handle, 0)
                 return open(handle, "wb")
@@ -145,7 +145,7 @@ def _wait_for(handle: int) -> None:
 
 
 def _forget(stream: IO[bytes], part: Path) -> None:
-    """Remove what could not be finished; what is still buffered would only fail once more."""
+    """Remove an unfinished file; flushing its buffer would only fail again."""
     with contextlib.suppress(OSError):
         part.unlink()
     with contextlib.suppress(OSError):

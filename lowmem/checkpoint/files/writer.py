@@ -21,7 +21,7 @@ _CODES = {getattr(torch, name): code for code, (name, _) in DTYPE_NAMES.items()}
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A tensor that is going to be written: its name, dtype and shape."""
+    """Name, dtype and shape of a tensor to write."""
 
     name: str
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class TensorPlan:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes on disk."""
+        """Bytes on disk."""
         count = 1
         for size in self.shape:
             count *= size
@@ -59,7 +59,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_tensors(path: Path, plans: Sequence[TensorPlan], read: Callable[[str], torch.Tensor]) -> FileDigest:
-    """One safetensors file; `read` gives each tensor when its turn comes, so one is held at a time."""
+    """Write one safetensors file; `read` is called for one tensor at a time."""
 
     def chunks() -> Iterator[bytes | memoryview]:
         yield _header(plans)
@@ -85,10 +85,10 @@ def _stored_chunks(path: Path, tensor: StoredTensor) -> Iterator[bytes]:
 
 
 def merge(staged: Sequence[Path], folder: Path, shard_bytes: int) -> dict[str, FileDigest]:
-    """The staged files as the shards of one checkpoint in `folder`, in order, with an index.
+    """Merge the staged files, in order, into the shards of one checkpoint in `folder`, with an index.
 
-    A shard holds at most `shard_bytes`, unless a single tensor is larger. Bytes are copied as they
-    are, a chunk at a time.
+    A shard holds at most `shard_bytes`, unless a single tensor is larger. Bytes are copied unchanged, a chunk
+    at a time.
     """
     located: list[tuple[TensorPlan, Path, StoredTensor]] = []
     for path in staged:

@@ -1,7 +1,7 @@
-"""config.json, read and held to what any model can be before a library builds one of it.
+"""config.json, read and checked before a library builds a model from it.
 
-transformers makes a module for every layer that a config names, and tables as long as it says: a number is
-all that it takes to keep a machine busy until its memory is gone.
+transformers creates a module for every layer that a config counts, and tables of the lengths that it gives:
+one large number can use up the machine's memory.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from lowmem.checkpoint.files.reading import read_json
 from lowmem.errors import SourceError
 
 MAX_COUNT = 4096
-"""Of layers, experts and the like; Llama 3.1's 405 billion parameters are in 126 layers."""
+"""Layers, experts and similar; Llama 3.1 with 405 billion parameters has 126 layers."""
 MAX_SIZE = 2**40
-"""Of a width, a vocabulary, a context."""
+"""A width, a vocabulary, a context."""
 _MAX_DEPTH = 4
-# What becomes a module each, under whatever name a family has for it.
+# Counts of modules, as different families name them.
 _COUNTS = re.compile(r"(?:^|_)(?:layers?|experts|labels|blocks|tp)$")
-# What no language model has none of.
+# Sizes that are at least 1 in every language model.
 _SIZES = frozenset(
     (
         *("num_hidden_layers", "n_layer", "num_layers", "hidden_size", "n_embd", "d_model"),
@@ -32,9 +32,9 @@ _SIZES = frozenset(
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read a config.json and check its sizes. Raises SourceError for sizes that no model has.
+    """The object in a config.json, with its sizes checked; raises SourceError for a size that no model has.
 
-    Other keys and other types are left to transformers, which checks the type of every key.
+    Other values, and keys that are not known here, are left to transformers' own checks.
     """
     config = read_json(file)
     _check(config, file, top=True, depth=0)
@@ -51,6 +51,6 @@ def _check(config: Mapping[str, Any], file: Path, *, top: bool, depth: int) -> N
         least = 1 if top and key in _SIZES else -MAX_SIZE
         if (key in _SIZES or most == MAX_COUNT) and not least <= value <= most:
             raise SourceError(
-                f"{file}: {key[:100]} is {str(value)[:40]}, and no model has that",
-                "The file is damaged, or made to do harm: download it again",
+                f"{file}: {key[:100]} is {str(value)[:40]}, which no model has",
+                "The file is damaged or malicious: download it again",
             )

@@ -1,7 +1,7 @@
-"""What a checkpoint holds, off its headers alone: names, shapes, dtypes and bytes; needs no torch.
+"""Names, shapes, dtypes and bytes of a checkpoint's tensors, from headers alone; needs no torch.
 
-No weight is read, so this costs milliseconds for a checkpoint of any size. Which files of a folder belong
-to the checkpoint is decided here for every reader.
+No weights are read, so this takes milliseconds at any size. Which files of a folder are the checkpoint is
+decided here for all readers.
 """
 
 from __future__ import annotations
@@ -27,34 +27,33 @@ _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor as it is stored.
-
-    shape: in torch's order. dtype: as torch spells it ("float16"); of a GGUF tensor the name of its type
-    ("F16", "Q4_1"). nbytes: of its data on disk. file: the name of the file inside the folder.
-    """
+    """A stored tensor."""
 
     name: str
     shape: tuple[int, ...]
+    """In torch's order."""
     dtype: str
+    """As torch spells it ("float16"); of a GGUF tensor the name of its ggml type ("F16", "Q4_1")."""
     nbytes: int
+    """Of its data on disk."""
     file: str
+    """Name of the file inside the folder."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which files of a folder are the checkpoint.
-
-    kind: "safetensors", "bin" or "gguf". index: the name of the index that lists the shards, or "".
-    files: without an index, the names of the weight files.
-    """
+    """Which files of a folder are the checkpoint."""
 
     kind: str
+    """"safetensors", "bin" or "gguf"."""
     index: str
+    """Name of the index that lists the shards, or ""."""
     files: tuple[str, ...]
+    """Names of the weight files, if there is no index."""
 
 
 class _Shard(Protocol):
-    """What a reader of shards gives: at least the names of the tensors."""
+    """The header of a shard, as a reader returns it."""
 
     @property
     def path(self) -> Path: ...
@@ -69,7 +68,7 @@ def tensor_headers(path: str | Path) -> dict[str, TensorHeader]:
     """Every tensor of a checkpoint by its stored name.
 
     path: a folder with safetensors or .bin shards or one GGUF, or a .safetensors or .gguf file. Raises
-    SourceError in one line for what is missing, truncated, or has a header that lies.
+    SourceError for a file that is missing, truncated, or contradicts its header.
     """
     path = Path(path)
     if os.path.isfile(path):
@@ -85,9 +84,9 @@ def tensor_headers(path: str | Path) -> dict[str, TensorHeader]:
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
-    """config.json of a checkpoint's folder (or beside a weight file) as it stands, quantized or not.
+    """The config.json of a checkpoint's folder (or beside a weight file), quantized or not.
 
-    Raises SourceError when it is missing, no JSON object, or has sizes that no model has.
+    Raises SourceError when it is missing, is not a JSON object, or has sizes that no model has.
     """
     folder = Path(path)
     if os.path.isfile(folder):
@@ -101,7 +100,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
 
 
 def gguf_metadata(path: str | Path) -> dict[str, object]:
-    """The keys of a GGUF (a file, or the folder with just one) that hold a number, a truth or a text.
+    """The keys of a GGUF (a file, or a folder with one) that hold a number, a boolean or a string.
 
     Arrays, such as the vocabulary, are left out. Raises SourceError as `tensor_headers` does.
     """
@@ -115,10 +114,10 @@ def gguf_metadata(path: str | Path) -> dict[str, object]:
 
 
 def layout_of(folder: Path, display: str) -> Layout:
-    """The files of the checkpoint in `folder`, chosen by their names and link targets.
+    """Which files of `folder` are its checkpoint, by their names alone.
 
-    display: the name of the folder in messages. Raises SourceError if weights are missing, the names are
-    ambiguous, or a file is a link that leads out of the folder.
+    display: the folder's name in messages. Raises SourceError when there are no weights, when the names do
+    not tell which files belong together, or when a file is a link that leads out of the folder.
     """
     try:
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -153,7 +152,7 @@ def layout_of(folder: Path, display: str) -> Layout:
 
 
 def headers_by_name(folder: Path, layout: Layout, read: Callable[[Path], S]) -> dict[str, S]:
-    """Tensor name → header of the shard that holds it, every shard read once with `read`.
+    """Tensor name → header of its shard; `read` is called once for each shard.
 
     Raises SourceError for a shard or a tensor that is missing, or stored twice.
     """
@@ -182,21 +181,21 @@ def _files_of_index(folder: Path, index: str, read: Callable[[Path], S]) -> dict
             if not (folder / file).is_file():
                 raise SourceError(
                     f"{folder} has no {file}, which {index} names for tensor {name[:1024]!r}",
-                    "Download the checkpoint again: a download that was cut off goes on where it stopped",
+                    "Download the checkpoint again: an interrupted download resumes",
                 )
             headers[file] = read(folder / file)
         if name not in headers[file].tensors:
-            raise SourceError(f"{file} does not hold tensor {name[:1024]!r}, which {index} says is there")
+            raise SourceError(f"{file} does not hold tensor {name[:1024]!r}, which {index} lists")
     return {name: headers[file] for name, file in weight_map.items()}
 
 
 def _files_without_index(folder: Path, names: list[str], read: Callable[[Path], S]) -> dict[str, S]:
-    """As `headers_by_name`, when the names alone say which files make the checkpoint."""
+    """As `headers_by_name`, for a folder without an index."""
     if "model.safetensors" in names:
         names = ["model.safetensors"]
     numbered = [_NUMBERED.fullmatch(name) for name in names]
     if len(names) > 1 or numbered[0]:
-        # Without an index, a complete numbered set is as clear: model-00001-of-00003.safetensors, …
+        # Without an index a complete numbered set will do: model-00001-of-00003.safetensors, …
         first = numbered[0]
         if first is None or {m and (m[1], m[3]) for m in numbered} != {(first[1], first[3])}:
             raise SourceError(
@@ -227,7 +226,7 @@ def _headers_of_file(path: Path) -> dict[str, TensorHeader]:
         header = read_header(path)
         return {name: _of_safetensors(name, header) for name in header.tensors}
     raise SourceError(
-        f"{path} is not a readable checkpoint", "Give a folder, a .safetensors file or a .gguf file"
+        f"{path} is not a checkpoint that can be read", "Give a folder, a .safetensors file or a .gguf file"
     )
 
 

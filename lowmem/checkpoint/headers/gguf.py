@@ -1,4 +1,4 @@
-"""GGUF headers, parsed and checked before any other reader sees the file.
+"""GGUF headers, parsed and checked before any other reader opens the file.
 
 > "GGUF", version u32, tensor count u64, key count u64
 > keys: name, type, value        (a string is a u64 length and its bytes)
@@ -19,8 +19,10 @@ from lowmem.errors import SourceError
 
 MAGIC = b"GGUF"
 MAX_HEADER = 512 * 2**20
-MAX_ARRAY = 1_000_000  # elements; the largest vocabularies have some 260,000 tokens and 515,000 merges
-MAX_ELEMENTS = 2_500_000  # of all arrays: other readers make an object of each
+MAX_ARRAY = 1_000_000
+"""Elements of an array; the largest vocabularies have 260,000 tokens and 515,000 merges."""
+MAX_ELEMENTS = 2_500_000
+"""Elements of all arrays: other readers create an object for each."""
 MAX_KEYS = 65_536
 MAX_TENSORS = 200_000
 MAX_KEY = 1024
@@ -29,8 +31,8 @@ MAX_DIMS = 4
 # Scalar value types: struct format by type number.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# Tensor types by number: name, values per block, bytes per block. The `gguf` package has them too, but
-# imports numpy; it is used only for newer types.
+# Tensor types by number: name, values in a block, bytes of a block. The `gguf` package has them too, but
+# imports numpy; it is only used for newer types.
 TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -53,31 +55,33 @@ _AGAIN = "Download or copy it again"
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor as stored: shape in torch's order, `type_name` as ggml spells it ("Q4_1").
-
-    begin counts bytes from the start of the file. row_bytes: bytes of one run of the last axis.
-    """
+    """A stored tensor."""
 
     name: str
     shape: tuple[int, ...]
+    """In torch's order."""
     type_name: str
+    """As ggml spells it ("Q4_1")."""
     begin: int
+    """First byte, from the start of the file."""
     nbytes: int
     row_bytes: int
+    """Bytes of one run along the last axis."""
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A checked header. `values` has the keys with scalar or string values; arrays are skipped."""
+    """A checked header."""
 
     path: Path
     values: Mapping[str, int | float | bool | str]
+    """Keys with scalar or string values; arrays are skipped."""
     tensors: Mapping[str, GgufTensor]
     data_start: int
 
 
 class _Reader:
-    """Sequential reads that never ask for more than the file and the limits allow."""
+    """Sequential reads within the file and the limits."""
 
     def __init__(self, stream: BinaryIO, file: str, size: int) -> None:
         self.stream, self.file, self.size = stream, file, size
@@ -89,7 +93,7 @@ class _Reader:
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.position:
-            raise self.fault(f"is truncated: its header goes on after its {self.size} bytes")
+            raise self.fault(f"is truncated: its header continues after its {self.size} bytes")
         if self.position + count > MAX_HEADER:
             raise self.fault(f"has a header of more than {MAX_HEADER} bytes")
         data = self.stream.read(count)
@@ -112,7 +116,7 @@ class _Reader:
             raise self.fault(f"has {what} that is not UTF-8") from error
 
     def value(self, key: str) -> int | float | bool | str | None:
-        """A key's value; arrays are walked over and give None."""
+        """A key's value; None for an array, which is skipped."""
         kind = self.number("I")
         if kind == _STRING:
             return self.string(f"a value of {key!r}")
@@ -140,8 +144,8 @@ class _Reader:
 def read_gguf_header(path: Path) -> GgufHeader:
     """Parse and check a GGUF header (versions 2 and 3, little-endian).
 
-    Raises SourceError for a wrong magic or version, counts and lengths that the file cannot hold,
-    an unknown tensor type, tensors that overlap or end after the file.
+    Raises SourceError for a wrong magic or version, counts and lengths that the file cannot hold, an unknown
+    tensor type, and tensors that overlap or end after the file.
     """
     try:
         size = path.stat().st_size
@@ -158,12 +162,12 @@ def _parse(reader: _Reader, path: Path) -> GgufHeader:
     if size < 24:
         raise reader.fault(f"is truncated: a file of {size} bytes has no header")
     if reader.take(4) != MAGIC:
-        raise reader.fault("is no GGUF file: it does not begin with 'GGUF'")
+        raise reader.fault("is not a GGUF file: it does not begin with 'GGUF'")
     version = reader.number("I")
     if version not in (2, 3):
         raise reader.fault(f"is GGUF version {version}; versions 2 and 3, little-endian, can be read")
     tensor_count, key_count = reader.number("Q"), reader.number("Q")
-    # The least that a tensor's description (8 + 4 + 4 + 8) and a key (8 + 4 + 1) take.
+    # The smallest description of a tensor (8 + 4 + 4 + 8) and the smallest key (8 + 4 + 1).
     if tensor_count > size // 24 or key_count > size // 13:
         raise reader.fault(f"claims {tensor_count} tensors and {key_count} keys in {size} bytes")
     if tensor_count > MAX_TENSORS or key_count > MAX_KEYS:
@@ -220,7 +224,7 @@ def _place(reader: _Reader, name: str, shape: tuple[int, ...], type_number: int,
 
 
 def _type(reader: _Reader, tensor: str, number: int) -> tuple[str, int, int]:
-    """Name, values in a block and its bytes of a tensor type."""
+    """A tensor type: its name, values in a block, bytes of a block."""
     if number in TYPES:
         return TYPES[number]
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -233,7 +237,7 @@ def _type(reader: _Reader, tensor: str, number: int) -> tuple[str, int, int]:
 
 
 def check_whole_model(header: GgufHeader) -> None:
-    """SourceError for a part of a split model, or a file that names no architecture or holds no tensors."""
+    """Raise SourceError for a part of a split model, and for a file without an architecture or tensors."""
     file = header.path.name
     if not isinstance(header.values.get("general.architecture"), str):
         raise SourceError(f"{file} does not name its architecture, so it is not a model")
@@ -245,7 +249,7 @@ def check_whole_model(header: GgufHeader) -> None:
 
 
 def is_gguf(path: Path) -> bool:
-    """True when the file begins as GGUF files do, whatever its name."""
+    """Whether the file begins with GGUF's magic, whatever its name."""
     try:
         with path.open("rb") as stream:
             return stream.read(4) == MAGIC

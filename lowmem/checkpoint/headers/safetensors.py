@@ -47,19 +47,19 @@ _AGAIN = "Download or copy it again"
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `begin` and `end` count from the start of the file.
-
-    dtype_name: as torch spells it, "float16".
-    """
+    """Shape, dtype and place of a tensor in its file."""
 
     shape: tuple[int, ...]
     dtype_name: str
+    """As torch spells it, "float16"."""
     begin: int
+    """First byte, from the start of the file."""
     end: int
+    """One past the last byte."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype itself; the one thing here that imports torch."""
+        """The dtype as a torch.dtype; imports torch."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.dtype_name)
@@ -68,7 +68,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """A checked header: every tensor lies inside the file, and the file holds nothing else."""
+    """A checked header: every tensor is inside the file, and the file holds nothing else."""
 
     path: Path
     tensors: Mapping[str, StoredTensor]
@@ -76,7 +76,7 @@ class SafetensorsHeader:
 
 
 def read_header_bytes(path: Path) -> tuple[bytes, int]:
-    """The JSON bytes of the header and the file's size; SourceError when they cannot be."""
+    """The JSON bytes of the header and the file's size; raises SourceError when they cannot be read."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -88,7 +88,7 @@ def read_header_bytes(path: Path) -> tuple[bytes, int]:
             length = int.from_bytes(prefix, "little")
             if length > MAX_HEADER:
                 raise SourceError(
-                    f"{path.name} is no safetensors file: its header would be {length} bytes long", _AGAIN
+                    f"{path.name} is not a safetensors file: its header would be {length} bytes long", _AGAIN
                 )
             if 8 + length > size:
                 raise SourceError(
@@ -100,10 +100,10 @@ def read_header_bytes(path: Path) -> tuple[bytes, int]:
 
 
 def read_header(path: Path) -> SafetensorsHeader:
-    """Parse and check a file's header; nothing is allocated for what it claims.
+    """Parse and check a file's header; nothing is allocated by its claims.
 
-    Raises SourceError naming the file, and the tensor at fault, when the file is truncated, too
-    long, or its offsets lie.
+    Raises SourceError naming the file, and the tensor at fault, when the file is truncated or too long, or
+    when offsets do not match shapes.
     """
     data, size = read_header_bytes(path)
     start = 8 + len(data)
@@ -143,15 +143,15 @@ def _stored_tensor(file: str, name: str, entry: object, start: int) -> StoredTen
     code, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     known = DTYPE_NAMES.get(code) if isinstance(code, str) else None
     if known is None:
-        raise fault(f"has dtype {str(code)[:40]!r}, which is not one we can read")
+        raise fault(f"has dtype {str(code)[:40]!r}, which cannot be read")
     if not _is_list_of_counts(shape) or len(shape) > MAX_DIMS:
         raise fault("has a shape that is not a list of whole numbers")
     if not _is_list_of_counts(offsets) or len(offsets) != 2:
         raise fault("has data_offsets that are not two whole numbers")
     (dtype, itemsize), (begin, end) = known, offsets
-    # Beyond 2**63 torch cannot even name the shape of an empty tensor.
+    # torch cannot represent shapes of 2**63 elements or more, even of empty tensors.
     if math.prod(max(dim, 1) for dim in shape) >= 2**63 or end >= 2**63:
-        raise fault("has a shape or offsets beyond any file")
+        raise fault("has a shape or offsets larger than any file")
     if end < begin or end - begin != math.prod(shape) * itemsize:
         raise fault(f"of shape {shape} and dtype {code} cannot lie at offsets {begin} to {end}")
     return StoredTensor(tuple(shape), dtype, start + begin, start + end)

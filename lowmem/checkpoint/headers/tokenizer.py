@@ -1,6 +1,6 @@
-"""The files that transformers makes a tokenizer of, checked before it sees them.
+"""Tokenizer files, checked before transformers reads them.
 
-It reads them whole, with parsers of its own, and obeys what they say about further files.
+transformers reads them whole, with its own parsers, and opens further files that they name.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from lowmem.checkpoint.files.reading import about_values, is_plain_name, read_js
 from lowmem.errors import SourceError
 
 MAX_TOKENIZER = 64 * 2**20
-"""Bytes of one file; the largest vocabularies, of 260,000 tokens, take 35 MB."""
+"""Bytes of one file; the largest vocabularies (260,000 tokens) take 35 MB."""
 MAX_TOKENIZER_VALUES = 5_000_000
-"""In one of them; 260,000 tokens with 515,000 merges are two million."""
+"""Values in one file; 260,000 tokens with 515,000 merges are two million."""
 MAX_TOKEN_ID = 2**24
 _SMALL = (
     "tokenizer_config.json",
@@ -25,8 +25,8 @@ _SMALL = (
     "generation_config.json",
     "chat_template.json",
 )
-# Settings that would be opened. `tokenizer_file` stands in many published files, as the path that it once had
-# on somebody's machine, and transformers knows better.
+# Settings that name files to open. Not `tokenizer_file`: many published files hold its path on another
+# machine, and transformers ignores it.
 _OPENED = (
     *("vocab_file", "merges_file", "spm_file", "source_spm", "target_spm", "vocab", "merges"),
     *("gguf_file", "fast_tokenizer_files", "tokenizer_object", "init_inputs"),
@@ -34,7 +34,7 @@ _OPENED = (
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """SourceError when a tokenizer's files lie or lead elsewhere, are no JSON objects, or beyond any size."""
+    """Raise SourceError for tokenizer files that lead out of the folder, are not JSON, or are too large."""
     check_folder(folder)
     for pattern in (*TOKENIZER_PATTERNS, "chat_template.jinja"):
         for file in folder.glob(pattern):
@@ -44,9 +44,7 @@ def check_tokenizer_files(folder: Path) -> None:
             if size > MAX_TOKENIZER or (
                 size > MAX_TOKENIZER_VALUES and about_values(file.read_bytes()) > MAX_TOKENIZER_VALUES
             ):
-                raise SourceError(
-                    f"{file} is larger than any tokenizer's, of {size} bytes", "Download it again"
-                )
+                raise SourceError(f"{file} is larger than any tokenizer: {size} bytes", "Download it again")
     for name in _SMALL:
         file = folder / name
         if file.is_file():
@@ -61,14 +59,15 @@ def _check_settings(folder: Path, file: Path, settings: dict[str, object]) -> No
         for path in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(path, str) and not is_plain_name(path) and _exists(folder / path):
                 raise SourceError(
-                    f"{file} names a file outside of its folder: {key} is {path[:200]!r}",
-                    "Put the file into the folder, and take the entry out",
+                    f"{file} names a file outside its folder: {key} is {path[:200]!r}",
+                    "Move that file into the folder, and remove the entry",
                 )
     tokens = settings.get("added_tokens_decoder")
     for number in tokens if isinstance(tokens, dict) else ():
         if not number.isdecimal() or len(number) > 9 or int(number) > MAX_TOKEN_ID:
             raise SourceError(
-                f"{file} has a token of number {number[:40]!r}, which no vocabulary has", "Download it again"
+                f"{file} has a token with the id {number[:40]!r}, which no vocabulary has",
+                "Download it again",
             )
 
 

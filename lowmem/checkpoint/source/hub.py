@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: which files to fetch, and errors in one line."""
+"""Download checkpoints from the Hugging Face hub; errors are of one line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowmem.errors import SourceError
 
 TIMEOUT_S = 10.0
 SMALL_FILES = ("config.json", "README.md", *TOKENIZER_PATTERNS, *SETTINGS_PATTERNS, *LICENCE_PATTERNS)
-# In order of preference. The first leaves out second copies such as consolidated.safetensors.
+# In order of preference. The first skips duplicates such as consolidated.safetensors.
 WEIGHTS = (
     ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
     ("*.safetensors", "*.safetensors.index.json"),
@@ -25,9 +25,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def choose_files(names: Iterable[str], repo: str) -> list[str]:
-    """The files of a repository that a conversion needs: safetensors, or .bin without any.
+    """The files of a repository that a conversion needs: safetensors, or .bin if there are none.
 
-    Only files of the top folder, and never code. Raises SourceError if the repository has no such weights.
+    Only plain files of the top folder, and no code. Raises SourceError when there are no such weights.
     """
     plain = [name for name in names if _NAME.fullmatch(name) and not name.endswith(".py")]
     weights = next(
@@ -49,11 +49,11 @@ def download(
     offline: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Path:
-    """The local folder of a hub repository's snapshot, fetched where needed.
+    """The local folder of a hub repository's snapshot, downloaded as needed.
 
-    An interrupted download resumes. Without a network a complete cached copy serves. SourceError
-    in one line when there is neither, or the repository is unknown, gated or private; DiskFullError before
-    anything is fetched when the disk has no room for what is missing.
+    An interrupted download resumes. Without a network a complete cached copy is used. Raises SourceError when
+    there is none, or when the repository is unknown, gated or private; DiskFullError, before anything is
+    downloaded, when the disk is too small for the missing files.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -62,7 +62,7 @@ def download(
     network_errors = (transport_error, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, OSError)
 
     def cached() -> Path | None:
-        # The hub's completeness check covers the requested patterns: request those that we fetch.
+        # The hub's own completeness check covers the given patterns: pass those that we download.
         for weights in WEIGHTS:
             try:
                 folder = Path(
@@ -96,14 +96,14 @@ def download(
     try:
         info = HfApi().model_info(repo, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
     except errors.HFValidationError as error:
-        raise SourceError(f"{repo} is neither a folder here nor a hub id: {one_line(error)}") from error
+        raise SourceError(f"{repo} is neither a local folder nor a hub id: {one_line(error)}") from error
     except errors.GatedRepoError as error:
         raise SourceError(f"{repo} is gated on the hub", _gated(repo)) from error
     except errors.RevisionNotFoundError as error:
         raise SourceError(f"{repo} on the hub has no revision {revision!r}") from error
     except errors.RepositoryNotFoundError as error:
         raise SourceError(
-            f"{repo} is not a local folder, and no repository on the hub that you may read has this name",
+            f"{repo} is neither a local folder nor a repository on the hub that you may read",
             "Check the name; for a private one log in first: hf auth login",
         ) from error
     except network_errors as error:
@@ -121,15 +121,15 @@ def download(
     except network_errors as error:
         raise SourceError(
             f"the download of {repo} stopped: {one_line(error)}",
-            "Run the same command again: it goes on where it stopped",
+            "Run the same command again: the download resumes",
         ) from error
     return Path(folder)
 
 
 def _check_room(repo: str, files: Iterable[Any]) -> None:
-    """Raises DiskFullError where the hub's cache has no room for what it lacks of `files`, RepoSiblings.
+    """Raise DiskFullError when the disk of the hub's cache is too small for the missing part of `files`.
 
-    What an interrupted download has left counts as held.
+    files: RepoSiblings. Parts left by an interrupted download count as present.
     """
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
@@ -142,7 +142,7 @@ def _check_room(repo: str, files: Iterable[Any]) -> None:
         name = lfs.sha256 if lfs else getattr(file, "blob_id", None)
         held = max((path.stat().st_size for path in blobs.glob(f"{name}*")), default=0) if name else 0
         needed += max(0, (getattr(file, "size", None) or 0) - held)
-    work = f"what is left to download of {repo}"
+    work = f"the rest of the download of {repo}"
     require_room(cache, needed, work, "set HF_HOME to a folder on a larger disk")
 
 

@@ -1,8 +1,8 @@
-"""Tensors of safetensors files used where they lie: mapped, not read.
+"""Memory-mapped tensors of safetensors files.
 
-The pages come from the file when they are touched, are shared with the page cache, and can be dropped and
-read again when memory is short. Private maps: nothing is ever written to the file. Only files whose header
-was checked against their size come here, and lowmem replaces files by renaming, never in place.
+Pages are read when they are touched, are shared with the page cache, and can be dropped and read again when
+memory is short. Maps are private: nothing is written to the file. Only files whose header was checked against
+their size are mapped, and lowmem replaces files by renaming, never in place.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _DONTNEED = 4  # of Linux' sys/mman.h
 
 
 class MappedFiles:
-    """Maps each file once, for as long as a tensor of it lives."""
+    """Maps each file once; a map lives as long as a tensor of it."""
 
     def __init__(self) -> None:
         self._storages: dict[Path, torch.UntypedStorage | None] = {}
 
     def tensor(self, header: SafetensorsHeader, name: str) -> torch.Tensor | None:
-        """The tensor over the file's own pages; None where it cannot be mapped, and must be read instead.
+        """The tensor over the file's own pages, or None where it must be read instead.
 
-        That is: not aligned to its dtype, empty, or the system refuses the map.
+        That is the case when it is empty, not aligned to its dtype, or the system refuses the map.
         """
         stored = header.tensors[name]
         dtype: torch.dtype = stored.dtype
@@ -52,13 +52,13 @@ class MappedFiles:
                 storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
                 self._storages[path] = storage
                 _read_ahead(path, size)
-            except (OSError, RuntimeError):  # no memory map on this file system, or too large a one
+            except (OSError, RuntimeError):  # no maps on this file system, or the file is too large
                 self._storages[path] = None
         return self._storages[path]
 
 
 def _read_ahead(path: Path, size: int) -> None:
-    """Have the system read the file in its own order while we build the model."""
+    """Have the system read the file sequentially while the model is built."""
     if not hasattr(os, "posix_fadvise"):
         return
     with path.open("rb") as stream:
@@ -66,14 +66,14 @@ def _read_ahead(path: Path, size: int) -> None:
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
-    """Whether this very tensor came from `MappedFiles`, so that its pages may be forgotten."""
+    """Whether this very tensor came from `MappedFiles`, so that `forget_pages` may take it."""
     return getattr(tensor, "lies_in_file", False)
 
 
 def forget_pages(mapped: torch.Tensor) -> None:
-    """Give back the whole pages inside a contiguous mapped tensor; they come again from the file.
+    """Drop the whole pages inside a contiguous mapped tensor; they are read again when touched.
 
-    Advice to Linux, and nothing elsewhere.
+    Uses madvise on Linux; does nothing elsewhere.
     """
     if sys.platform != "linux":
         return

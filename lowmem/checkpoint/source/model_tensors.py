@@ -1,4 +1,4 @@
-"""The tensors that the model of a config.json has: names, shapes and kinds, known without any weights."""
+"""Names, shapes and dtypes of the tensors that the model of a config.json has, without weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def meta_model(folder: Path) -> nn.Module:
-    """The model of config.json without any weights, on the meta device; no code of the folder's runs.
+    """The model of config.json on the meta device, without weights; no code of the folder runs.
 
     Raises VerifyError when transformers cannot make a causal language model of it.
     """
@@ -32,25 +32,25 @@ def meta_model(folder: Path) -> nn.Module:
 
 
 def model_of(config: Any) -> nn.Module:
-    """As `meta_model`, of a config that was read."""
+    """As `meta_model`, of a transformers config."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # problems are reported below
+            warnings.simplefilter("ignore")  # problems are reported by the caller
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # as above
+    except Exception as error:  # the values are not trusted, and each model class fails in its own way
         raise VerifyError(f"config.json makes no model: {one_line(error)}") from error
     return model
 
 
 def integer_buffers(model: nn.Module) -> set[str]:
-    """Names of the buffers that the model defines as integers. All other tensors must be floats."""
+    """Names of the buffers that the model defines as integers; all other tensors must be floats."""
     return {name for name, buffer in model.named_buffers() if not buffer.dtype.is_floating_point}
 
 
 def unique_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
-    """(name, (all its names, shape)) of every tensor in a model's state: a tied head comes once."""
+    """(name, (all its names, shape)) of every tensor in a model's state; a tied head is listed once."""
     groups: dict[int, list[str]] = {}
     shapes: dict[int, tuple[int, ...]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -71,9 +71,9 @@ def expected_shapes(model: nn.Module, stored: Container[str]) -> dict[str, tuple
 def misfit(
     shape: tuple[int, ...], dtype: torch.dtype, needed: tuple[int, ...], *, integers: bool
 ) -> str | None:
-    """What of a stored tensor is not as the model needs it; None if all is. integers: where they belong."""
+    """How a stored tensor differs from the model's, or None. integers: the model's is of integers."""
     if shape != needed:
         return f"has shape {list(shape)}, the model needs {list(needed)}"
     if not integers and dtype not in FLOATS:
-        return f"has dtype {str(dtype).removeprefix('torch.')}, no float of 16 bits or more"
+        return f"has dtype {str(dtype).removeprefix('torch.')}, not a float of 16 bits or more"
     return None

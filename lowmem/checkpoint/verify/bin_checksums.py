@@ -1,4 +1,4 @@
-"""The checksums of pickle shards: torch.save writes a zip, which has one of every tensor's bytes."""
+"""The checksums in pickle shards: torch.save writes a zip, which holds one for every tensor."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CHUNK = 1 << 20
 
 
 def checksum_faults(shard: Path, on_bytes: Callable[[int], None]) -> list[tuple[str, str]]:
-    """(tensor, problem) for every entry with a wrong checksum; the name is "" if it is not a tensor.
+    """(tensor, problem) for every zip entry whose bytes do not match its checksum; "" if no tensor is in it.
 
-    Reads 1 MiB at a time and calls on_bytes with the length of each piece. Raises SourceError if the file is
-    not such an archive.
+    Reads 1 MiB at a time and calls on_bytes with each piece's length. Raises SourceError when the file is not
+    an archive of torch.save.
     """
     names: dict[str, list[str]] = {}
     for name, tensor in read_bin_header(shard).items():

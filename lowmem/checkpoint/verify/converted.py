@@ -1,7 +1,7 @@
-"""Is a checkpoint whole? What `lowmem verify DIR` checks, one tensor at a time.
+"""Verify a checkpoint of safetensors files, one tensor at a time: `lowmem verify DIR`.
 
-Digests against the manifest, the index against the shards' headers, every tensor that the model needs
-against its name, shape, dtype and values. Every problem is collected, not only the first.
+Compares digests with the manifest, the index with the shards' headers, and every tensor that the model needs
+with its expected name, shape, dtype and values. All problems are collected, not only the first.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from lowmem.checkpoint.verify.report import Progress, Verification, VerifyReport
 from lowmem.checkpoint.verify.source import verify_source
 from lowmem.errors import LowmemError, VerifyError
 
-# Tensors of old checkpoints that no current model has: masks and rotary tables, computed since.
+# Tensors of old checkpoints that current models compute: masks and rotary tables.
 _LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport:
-    """Check the checkpoint in `folder`. Problems are in the report and do not raise.
+    """Check the checkpoint in `folder`; problems are in the report, none is raised.
 
-    A checkpoint without a manifest of lowmem is compared with the hub's digests where they are known, and
-    the notes say so. Folders of pickle shards and GGUF files are checked by verify_source.py. Raises
-    VerifyError only if `folder` contains nothing to check.
+    Without a manifest, files are compared with the hub's digests where these are known, and the notes say so.
+    Pickle shards and GGUF files are checked by `verify_source`. Raises VerifyError only when there is nothing
+    to check.
     """
     folder = Path(folder)
     if not folder.is_dir() and not (folder.is_file() and folder.suffix in (".gguf", ".safetensors")):
@@ -46,7 +46,7 @@ def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport
 
 
 def _other_weights(folder: Path) -> bool:
-    """Whether there are weights, but not in our kind of files."""
+    """Whether the folder holds weights of another layout."""
     return any(path.suffix in (".bin", ".gguf", ".safetensors") for path in folder.iterdir())
 
 
@@ -110,7 +110,11 @@ class _ConvertedVerification(Verification):
                 unclaimed.difference_update(parts)
                 dense.pop(f"{name}.weight", None)
                 if format is None:
-                    self.fault(shards.promised.get(parts[0], ""), name, "is packed, and nothing says how")
+                    self.fault(
+                        shards.promised.get(parts[0], ""),
+                        name,
+                        "is packed, and there is no quantization_config",
+                    )
                 elif (own := format.of(name)) is None:
                     what = "is packed, but quantization_config excludes it (dynamic)"
                     self.fault(shards.promised.get(parts[0], ""), name, what)
@@ -132,11 +136,11 @@ class _ConvertedVerification(Verification):
         return name in shards.tensors or name in shards.promised
 
     def _lost(self, shards: Shards, name: str) -> bool:
-        """The tensor is missing with its file, or from it, which is reported already."""
+        """The tensor is missing and already reported, alone or with its file."""
         return name in shards.promised and name not in shards.tensors
 
     def _linear(self, shards: Shards, name: str, module: Any, format: LinearFormat) -> None:
-        """The four tensors of a packed linear (its bias is one of the dense tensors)."""
+        """Check the four tensors of a packed linear; its bias is a dense tensor."""
         file = next(
             (shards.tensors[f"{name}.{p}"].path.name for p in QUANT_PARTS if f"{name}.{p}" in shards.tensors),
             "",
@@ -144,7 +148,7 @@ class _ConvertedVerification(Verification):
         try:
             shapes = stored_shapes(module.in_features, module.out_features, format.bits, format.group_size)
         except ValueError as error:
-            return self.fault(file, name, f"cannot be of {format.bits} bits: {error}")
+            return self.fault(file, name, f"cannot be packed to {format.bits} bits: {error}")
         for part in QUANT_PARTS:
             tensor = f"{name}.{part}"
             if tensor not in shards.tensors:
@@ -169,7 +173,7 @@ class _ConvertedVerification(Verification):
     def _packed_values(
         self, shards: Shards, tensor: str, part: str, format: LinearFormat, columns: int
     ) -> None:
-        """Values of a packed tensor of the right shape; any word of a qweight is valid."""
+        """Check the values of a packed tensor of the right shape; any word of a qweight is valid."""
         file = shards.tensors[tensor].path.name
         values = self._read(shards, tensor)
         if values is None or part == "qweight":
@@ -213,10 +217,10 @@ class _ConvertedVerification(Verification):
         return values
 
     def _unclaimed(self, shards: Shards, names: set[str]) -> None:
-        """Tensors outside of the model: damage in lowmem's checkpoints, perhaps only old names in others."""
+        """Report tensors that the model does not have: a problem in lowmem's checkpoints, else a note."""
         for name in sorted(names):
             packed = name.rpartition(".")[2] in QUANT_PARTS
             if packed or (self.ours and not name.endswith(_LEGACY)):
-                self.fault(shards.tensors[name].path.name, name, "is no tensor of this model")
+                self.fault(shards.tensors[name].path.name, name, "is not a tensor of this model")
             else:
-                self.notes.append(f"{name} is no tensor of this model, and is not used")
+                self.notes.append(f"{name} is not a tensor of this model, and is not used")

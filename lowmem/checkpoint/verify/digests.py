@@ -1,8 +1,9 @@
-"""What is known of a checkpoint's files beforehand, and whether they are still what they were.
+"""Known digests of a checkpoint's files, and comparisons with them.
 
-Digests come from the manifest of our own checkpoints; else from the hub's cache, whose links name their
-target's digest; else from the notes that its library leaves beside a download into a folder. A hub's file has
-the sha256 of its bytes, a small one git's sha1 of it. A pickle shard has checksums of its own.
+Digests come from the manifest of lowmem's own checkpoints; otherwise from the hub's cache, whose links name
+the digest of their target; otherwise from the metadata files that the hub's library writes beside a download.
+The hub gives the sha256 of large files and git's sha1 of small ones. Pickle shards hold checksums of their
+own.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from lowmem.checkpoint.verify.bin_checksums import checksum_faults
 from lowmem.errors import InvalidRequestError, SourceError, VerifyError
 
 _CHUNK = 1 << 20
-_NOTES = Path(".cache") / "huggingface" / "download"
-_MOST_NOTE = 10_000  # bytes of one note; there are three lines in it
+_METADATA = Path(".cache") / "huggingface" / "download"
+_MAX_METADATA = 10_000
+"""Bytes of a metadata file, which has three lines."""
 _AGAIN = "Convert it again, or copy or download it again"
 _VOCABULARIES = (*VOCABULARIES, "merges.txt")
 _SETTINGS = ("config.json", *TOKENIZER_PATTERNS, *SETTINGS_PATTERNS)
@@ -38,23 +40,27 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Known:
-    """One file as it should be. digest: lower-case hex of a sha256, or of git's sha1. nbytes: None where only
-    the digest is known."""
+    """The expected digest and size of a file."""
 
     digest: str
+    """Lower-case hex of a sha256, or of git's sha1."""
     nbytes: int | None = None
+    """None if only the digest is known."""
 
 
 @dataclass(frozen=True)
 class Digests:
-    """Known digests of a folder's files by name, and their origin. ours: a manifest lists all files."""
+    """The known digests of a folder's files."""
 
     origin: str
+    """"the manifest" or "the hub"."""
     files: Mapping[str, Known]
+    """By file name."""
     ours: bool = False
+    """From a manifest, which lists all files."""
 
     def note(self, names: list[str]) -> str:
-        """The note for a folder of these files without a manifest."""
+        """A line about a folder of these files that has no manifest."""
         if not self.files:
             return f"without {MANIFEST_FILE}, digests were not compared"
         count = sum(name in self.files for name in names)
@@ -63,9 +69,9 @@ class Digests:
 
 
 def known_digests(folder: Path) -> Digests:
-    """The digests of a folder's files; none are known of a folder that was only copied here.
+    """The known digests of a folder's files; none if it was only copied here.
 
-    Raises VerifyError for a manifest that is damaged.
+    Raises VerifyError for a damaged manifest.
     """
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -83,8 +89,8 @@ def _of_hub(folder: Path, name: str) -> Known | None:
         text = target.name if target.parent.name == "blobs" else ""
     else:
         try:
-            with (folder / _NOTES / f"{name}.metadata").open("rb") as stream:
-                lines = stream.read(_MOST_NOTE).decode("ascii", errors="replace").splitlines()
+            with (folder / _METADATA / f"{name}.metadata").open("rb") as stream:
+                lines = stream.read(_MAX_METADATA).decode("ascii", errors="replace").splitlines()
         except OSError:
             return None
         text = lines[1].strip() if len(lines) > 1 else ""
@@ -92,9 +98,9 @@ def _of_hub(folder: Path, name: str) -> Known | None:
 
 
 def difference(file: Path, known: Known, origin: str, on_bytes: Callable[[int], None] | None = None) -> str:
-    """What is wrong with a file, or nothing; read 1 MiB at a time, and not at all when its size is wrong.
+    """How a file differs from its digest, or ""; a file of the wrong size is not read.
 
-    on_bytes: hears of every piece's length, and of the whole length of a file that is not read.
+    on_bytes: called with the length of every piece of 1 MiB, or the whole length of a file that is not read.
     """
     size = file.stat().st_size
     if known.nbytes is not None and size != known.nbytes:
@@ -120,12 +126,11 @@ def _git_digest(file: Path, size: int, on_bytes: Callable[[int], None] | None) -
 
 
 def check_all(path: Path, progress: Callable[[int, int], None] | None = None) -> int:
-    """Compare every file of which a digest is known, before anything is loaded; how many were compared.
+    """Compare every file with its known digest; returns the number of files compared.
 
-    path: a folder, or a weight file, of which only itself is compared. Of pickle shards without digests the
-    checksums of their zips are. progress: bytes read, and all. Raises SourceError naming the first file that
-    is missing or was changed, and InvalidRequestError where nothing is known of the weights: what was asked
-    for cannot be done.
+    path: a folder, or a single weight file. Pickle shards without digests are compared with the checksums in
+    their zip. progress: called with bytes read and bytes in all. Raises SourceError naming the first file
+    that is missing or was changed, and InvalidRequestError when no digest of the weights is known.
     """
     folder = path if path.is_dir() else path.parent
     digests = _digests(folder)
@@ -134,7 +139,7 @@ def check_all(path: Path, progress: Callable[[int, int], None] | None = None) ->
     if not archives and not any(name.endswith(WEIGHT_SUFFIXES) for name in wanted):
         raise InvalidRequestError(
             f"no digest of {path} is known, so it cannot be compared",
-            "Leave --check out; what lowmem converts and what the hub's cache holds can be compared",
+            "Omit --check; only converted checkpoints and files from the hub can be compared",
         )
     files = [folder / name for name in (*wanted, *archives)]
     total = sum(file.stat().st_size for file in files if file.is_file())
@@ -168,11 +173,10 @@ def _pickle_shards(path: Path) -> list[str]:
 
 
 def check_small(folder: Path, notify: Notify) -> None:
-    """What a load of our own checkpoints looks at, in milliseconds: weights' sizes, the small files' digests.
+    """Check a converted checkpoint in milliseconds: the sizes of its weights, the digests of its small files.
 
-    Raises SourceError for weights that are missing or of another length, and for another tokenizer's
-    vocabulary: the model would read and write nonsense. Settings that were changed since may be meant: notify
-    hears of each.
+    Raises SourceError for weights that are missing or of another size, and for a changed vocabulary, with
+    which the model would write nonsense. Changed settings may be intended: notify is called for each.
     """
     if not (folder / MANIFEST_FILE).is_file():
         return
@@ -197,8 +201,8 @@ def check_small(folder: Path, notify: Notify) -> None:
             raise SourceError(f"{folder}: {name} {fault}", _AGAIN)
         if fault and vocabulary:
             raise SourceError(
-                f"{folder}: {name} is not the tokenizer that this checkpoint was made with: it {fault}",
-                "Put the source's own back, or convert again with the one that is meant",
+                f"{folder}: {name} is not the tokenizer that this checkpoint was converted with: it {fault}",
+                "Restore the source's tokenizer, or convert again with the one you want",
             )
         if fault:
             notify(f"{name} {fault}")
