@@ -349,7 +349,7 @@ def test_rm(root):
         (["rm", "8bit"], "--yes"),
         (["rm", "8bit", "nonsense", "--yes"], "'nonsense' is not in the cache"),
         (["rm", "../../x", "--yes"], "not in the cache"),
-        (["rm", "HuggingFaceH4", "--yes"], "could be"),
+        (["rm", "HuggingFaceH4", "--yes"], "matches"),
     ):
         result = lowmem(root, *arguments, stdin=subprocess.DEVNULL)
         assert (result.returncode, result.stdout) == (2, "")
