@@ -346,7 +346,7 @@ def saving(path: str, step: int, report: str) -> None:
     from lowmem.benchmarks.experiments.endurance import faults
 
     conversation = Conversation(None, (Exchange("one", "two"), Exchange("three", "four " * 2000)))
-    sys.addaudithook(faults._Steps(str(Path(path).parent), faults.Fault("kill", step, 0.0, 0), told))
+    sys.addaudithook(faults._Steps(str(Path(path).parent), faults.Fault("kill", step, 0.0, 0), report))
     store.save(path, ChatState(conversation))
 
 
