@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -119,6 +120,9 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def _timeless(path: Path) -> bytes:
+    """A file's bytes; of a record or a work file, its content without times."""
+    if path.name == "quality-results.jsonl":
+        return json.dumps(_results(path), sort_keys=True).encode()
     if path.name not in ("quality.json", "latency.json"):
         return path.read_bytes()
     record = json.loads(path.read_bytes())
@@ -127,6 +131,17 @@ def _timeless(path: Path) -> bytes:
     for subject in record["subjects"]:
         subject.pop("seconds", None)
     return json.dumps(record).encode()
+
+
+def _results(path: Path) -> dict[str, object]:
+    """The results of a work file by place, the last of each; an interrupted run may leave half a line."""
+    found = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            data = json.loads(line)
+            data["result"].pop("seconds", None)
+            found[json.dumps([data["key"], data["place"]])] = data["result"]
+    return found
 
 
 def _nothing(root: Path, material: Material) -> None:
