@@ -21,7 +21,7 @@ lint: $(VENV)/.ready
 	rm -rf build/types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python setup.py --quiet build_py --build-lib build/types
+	$(BIN)/python -W ignore setup.py --quiet build_py --build-lib build/types
 	cp -r benchmarks/experiments build/types/lowmem/benchmarks/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 

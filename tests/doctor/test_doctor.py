@@ -22,6 +22,7 @@ from lowmem.doctor.report import Check, guarded, passed
 from lowmem.generate.decoders.contract import DecoderRefused
 from lowmem.kernels import dispatch, gptqmodel
 from lowmem.kernels.dispatch import KernelChoice, PassedOver
+from lowmem.loading.loader import LoadOptions
 from lowmem.plan import bandwidth
 from tests.helpers import REPO
 
@@ -214,7 +215,7 @@ def test_a_card_with_wrong_results_is_detected(monkeypatch: pytest.MonkeyPatch) 
 
 def test_packing_in_place_keeps_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """At 8 bits the logits barely change, so the kernels are compared on sensible numbers."""
-    dense, packed = (gpu.load(gpu._tiny(), dtype=torch.float32) for _ in range(2))
+    dense, packed = (gpu.load(gpu._tiny(), LoadOptions(dtype=torch.float32)) for _ in range(2))
     gpu.pack_model(packed, 8)
     ids = torch.tensor([gpu._prompt(dense)])
     with torch.inference_mode():

@@ -152,7 +152,8 @@ class Watch:
 
     def judge(self, turns: Mapping[str, int]) -> Watched:
         """Trends and faults of the samples. turns: by kind."""
-        faults, counts, trends = list(self.wrong), self.counts, ()
+        faults, counts = list(self.wrong), self.counts
+        trends: tuple[Trend, ...] = ()
         growing: list[tuple[str, int]] = []
         if len(counts) < FEWEST:
             faults.append(f"{len(counts)} samples are too few to judge")

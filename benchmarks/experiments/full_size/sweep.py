@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lowmem.benchmarks.common.processes import Usage, run_process
@@ -143,7 +144,12 @@ def draw(record: Sweep) -> str:
         return point.usage.peak_bytes / 2**20
 
     grey, colors = "#808080", ("#3987e5", "#d95926")
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "sweep", "text.color": grey, "axes.edgecolor": grey}
+    settings: dict[str, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "sweep",
+        "text.color": grey,
+        "axes.edgecolor": grey,
+    }
     settings |= {"axes.labelcolor": grey, "xtick.color": grey, "ytick.color": grey, "axes.titlesize": 11}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(9, 6), layout="constrained")
@@ -154,7 +160,7 @@ def draw(record: Sweep) -> str:
             for axes, along, found in zip(
                 grid[row], ("layers", "1,000 tokens"), (layers, tokens), strict=True
             ):
-                xs, ys = zip(*found, strict=True)
+                xs, ys = [x for x, _ in found], [y for _, y in found]
                 line = line_through(xs, ys)
                 axes.plot([0, max(xs)], [line.offset, line.offset + line.slope * max(xs)], "--", color=grey)
                 axes.plot(xs, ys, "o", color=colors[row])

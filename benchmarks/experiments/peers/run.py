@@ -201,7 +201,8 @@ def convert(run: Run, version: Version) -> dict[str, Any]:
     if version.method in ("gguf", "gptq"):
         command = _conversion(run, version)
         if version.peer == "lowmem":  # resumes an interrupted conversion, and makes the same rows itself
-            usage, report = run.process(command, name), {}
+            usage = run.process(command, name)
+            report: dict[str, Any] = {}
         else:
             usage, report = run.reported(command, name)
         data |= {"usage": asdict(usage)} | {k: v for k, v in report.items() if k in data}

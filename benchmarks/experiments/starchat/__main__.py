@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from lowmem.benchmarks.experiments.starchat.dimensions import VOCAB, Dimensions, nbytes_of
@@ -95,7 +96,7 @@ def fill_shard(path: Path, seed: int) -> None:
         entries = [name.partition("/")[2] for name in archive.namelist()]
         tensors = [names[entry.removeprefix("data/")] for entry in entries if entry.startswith("data/")]
         values = _made(tensors, seed)
-        writer = torch._C.PyTorchFileWriter(str(filled))
+        writer: Any = torch._C.PyTorchFileWriter(str(filled))  # also takes storages, unlike its stub
         for name, entry in zip(archive.namelist(), entries, strict=True):
             if entry.startswith("data/"):
                 tensor = next(values)

@@ -47,7 +47,7 @@ def write_packed(folder: Path, dimensions: Dimensions, bits: int, group_size: in
         }
 
     quant = QuantConfig(bits=bits, group_size=group_size)
-    config = {"quantization_config": quantization_config_dict(quant, version="0")}
+    config: dict[str, object] = {"quantization_config": quantization_config_dict(quant, version="0")}
     return _write(folder, dimensions, weight, config)
 
 
