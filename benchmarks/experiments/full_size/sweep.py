@@ -155,7 +155,7 @@ def draw(record: Sweep) -> str:
         figure = Figure(figsize=(9, 6), layout="constrained")
         grid = figure.subplots(2, 2, sharey="row")
         for row, (title, value) in enumerate((("seconds", seconds), ("peak memory, MiB", memory))):
-            layers = [(point.layers, value(point)) for point in record.by_layers]
+            layers = [(float(point.layers), value(point)) for point in record.by_layers]
             tokens = [(point.tokens / 1000, value(point)) for point in record.by_tokens]
             for axes, along, found in zip(
                 grid[row], ("layers", "1,000 tokens"), (layers, tokens), strict=True

@@ -100,7 +100,7 @@ def fill_shard(path: Path, seed: int) -> None:
         for name, entry in zip(archive.namelist(), entries, strict=True):
             if entry.startswith("data/"):
                 tensor = next(values)
-                writer.write_record(entry, tensor.untyped_storage(), tensor.nbytes)
+                writer.write_record(entry, tensor.untyped_storage(), tensor.nbytes)  # type: ignore[arg-type]
             elif entry not in ("version", ".data/serialization_id"):  # the writer adds these at the end
                 data = archive.read(name)
                 writer.write_record(entry, data, len(data))

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lowmem.benchmarks.demo import embedded_model
@@ -87,7 +88,7 @@ def _write(
     folder: Path,
     dimensions: Dimensions,
     weight: Callable[[str, int, int], Tensors],
-    quantization: dict[str, object],
+    quantization: dict[str, Any],
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
