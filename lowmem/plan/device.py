@@ -82,7 +82,7 @@ def resolve_device(name: str) -> torch.device:
     if index >= count:
         found = f"torch sees {count} CUDA card{'s' if count != 1 else ''}"
         raise InvalidRequestError(
-            f"device {name} is not available: {found}", "Use cpu, or install the driver"
+            f"device {name} is not available: {found}", "Use --device cpu, or install the driver"
         )
     return torch.device("cuda", index)
 

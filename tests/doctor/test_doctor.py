@@ -195,9 +195,9 @@ def test_a_card_with_wrong_results_is_detected(monkeypatch: pytest.MonkeyPatch) 
 
     real = gpu.load
 
-    def spoiled(*args: Any, **options: Any) -> Any:
-        loaded = real(*args, **options)
-        if options["device"] != "cpu" or options.get("on_the_fly"):
+    def spoiled(folder: Path, options: LoadOptions) -> Any:
+        loaded = real(folder, options)
+        if options.device != "cpu" or options.on_the_fly:
             loaded.model.transformer.wpe.weight.mul_(-1)
         return loaded
 

@@ -15,6 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowmem.checkpoint.dequantize import PackedWeight
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.kernels import reference
 from lowmem.kernels.native import library as native
@@ -316,8 +318,9 @@ def test_agrees_with_the_reference_on_stored_tensors(bits: int, kind: torch.dtyp
     r = rtn(torch.randn(160, 256, generator=torch.Generator().manual_seed(bits)), bits, 64)
     weight = Weight(bits, 64, r.q.to(torch.uint8), r.scales, r.zeros.to(torch.uint8))
     x = activations(20, 256, kind)
-    stored = (pack_rows(r.q, bits), pack_zeros(r.zeros, bits), r.scales, r.g_idx, bits)
-    expected = reference.linear(x, *stored).double()
+    words, zeros = pack_rows(r.q, bits), pack_zeros(r.zeros, bits)
+    stored = PackedWeight(LinearFormat(bits, 64), words, zeros, r.scales, r.g_idx)
+    expected = reference.linear(x, stored).double()
     got = native_linear.linear(weight.packed(), x).double()
     # Plus the reference's errors: its weight and both outputs are rounded, its sum of 256 is float32.
     half_step = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[kind]

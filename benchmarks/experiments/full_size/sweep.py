@@ -157,6 +157,7 @@ def draw(record: Sweep) -> str:
         for row, (title, value) in enumerate((("seconds", seconds), ("peak memory, MiB", memory))):
             layers = [(float(point.layers), value(point)) for point in record.by_layers]
             tokens = [(point.tokens / 1000, value(point)) for point in record.by_tokens]
+            found: list[tuple[float, float]]
             for axes, along, found in zip(
                 grid[row], ("layers", "1,000 tokens"), (layers, tokens), strict=True
             ):
