@@ -1,4 +1,4 @@
-"""What GPTQModel's packer makes of some integers, and its unpacker of some words."""
+"""Reference data: integers packed by GPTQModel, and words unpacked by it."""
 
 from __future__ import annotations
 

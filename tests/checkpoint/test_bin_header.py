@@ -1,4 +1,4 @@
-"""Pickle shards read symbolically: what torch would load, without torch, and nothing is ever run."""
+"""Pickle shards read symbolically: the tensors that torch would load, and no code is run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def saved(path: Path, value: object, **options: Any) -> Path:
 
 
 def rezip(path: Path, change: Callable[[bytes], bytes]) -> Path:
-    """Write the shard again with another pickle, every checksum right."""
+    """Rewrite the shard with another pickle and correct checksums."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -263,7 +263,7 @@ def test_a_pickle_of_too_many_steps(tmp_path):
     )
 
 
-def test_a_pickle_or_a_directory_beyond_all_measure(tmp_path):
+def test_a_pickle_or_a_directory_that_is_too_large(tmp_path):
     path = saved(tmp_path / "x.bin", {"x": torch.zeros(3)})
     rezip(path, lambda data: b"\x80\x02" + b")" * bin_header.MAX_PICKLE)
     refused(path, "not a file that torch.save wrote")
@@ -317,7 +317,7 @@ def torch_reads(path: Path) -> dict[str, Any] | None:
 
 
 def check_damaged(path: Path, blob: bytes) -> None:
-    """A SourceError, or an answer that torch agrees with and that the file can hold."""
+    """A SourceError, or tensors that torch agrees with and that are inside the file."""
     path.write_bytes(blob)
     tracemalloc.start()
     try:
@@ -361,7 +361,7 @@ def test_damaged_bytes_of_the_file(tmp_path, data):
 @given(st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_opcodes_under_right_checksums(tmp_path, data):
-    """The checksum does not help against those who write it: the machine itself must hold."""
+    """An attacker can write correct checksums, so the pickle machine itself must be safe."""
     path = tmp_path / "x.bin"
     path.write_bytes(sound_bytes(data.draw(st.sampled_from([2, 4]))))
 

@@ -1,4 +1,4 @@
-"""What a kill, a full disk or a second process once broke, step by step; and the room that is promised."""
+"""Failures that a kill, a full disk or a second process once caused; and the disk space that is planned."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORCED = ConvertOptions(device="cpu", compute_dtype="float32", force=True)
 
 
 class Killed(BaseException):
-    """In the place of SIGKILL, where what comes after it is of no interest."""
+    """Simulates SIGKILL where nothing after it matters."""
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_full_disk_says_how_much_is_free(tmp_path):
 
 
 def killed_at_rename(monkeypatch, number: int) -> None:
-    """The n-th of os.rename's calls from now on does not come back."""
+    """The n-th call of os.rename from now on raises."""
     rename, calls = os.rename, []
 
     def counted(*args):
@@ -166,7 +166,7 @@ def test_a_job_is_not_taken_for_published_by_the_older_result(source, whole, tmp
 
 @pytest.mark.parametrize("commit", [2, 3])
 def test_a_disk_that_is_full_at_the_commit_loses_no_layer(source, whole, tmp_path, monkeypatch, commit):
-    """A layer is done, and job.json cannot say so: the hidden states of what it does say have to stay."""
+    """When job.json cannot be written, the hidden states that it names must stay."""
     out, commits, original = tmp_path / "out", [], ConversionJob.commit
 
     def full(job):
@@ -186,8 +186,8 @@ def test_a_disk_that_is_full_at_the_commit_loses_no_layer(source, whole, tmp_pat
     assert digest_of(out) == whole
 
 
-def test_what_a_killed_process_left_half_written_takes_no_room(source, whole, tmp_path, monkeypatch):
-    """A result that was half put together counted against the room that a resumed job was said to lack."""
+def test_partial_files_of_a_killed_process_do_not_count(source, whole, tmp_path, monkeypatch):
+    """A half-written result must not count against the free disk space of a resumed job."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr("lowmem.convert.pipeline.assemble", lambda *_: (_ for _ in ()).throw(Killed()))
@@ -219,8 +219,8 @@ def test_what_a_killed_process_left_half_written_takes_no_room(source, whole, tm
         ("llama", QuantConfig(bits=4, group_size=32, true_sequential=False), 4),
     ],
 )
-def test_the_room_that_is_named_is_what_is_taken(kind, config, rows, tmp_path, monkeypatch):
-    """Measured at every write: never more, and not much less."""
+def test_the_planned_disk_space_is_what_is_used(kind, config, rows, tmp_path, monkeypatch):
+    """Measured at every write: never more than planned, and not much less."""
     folder = save_source(tiny_model(kind, layers=2, hidden=128), tmp_path / "source")
     out, most, named = tmp_path / "out", [0], []
     replace = os.replace
@@ -289,7 +289,7 @@ def test_folders_that_can_only_be_read(source, tmp_path, monkeypatch):
 
 
 def test_a_conversion_that_begins_during_rm_is_left_alone(tmp_path, monkeypatch):
-    """rm found no job, so held none, and still renamed the one that another process had begun since."""
+    """rm found no job to lock, and must not rename one that another process began since."""
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     folder = cache.claim("owner/name", "4bit-g128")
     folder.mkdir()
@@ -328,7 +328,7 @@ def test_what_a_killed_claim_leaves_goes_with_the_folder(tmp_path, monkeypatch):
 
 
 def test_an_empty_job_folder_can_be_removed(tmp_path, monkeypatch):
-    """Killed after the folder was made, and before its lock."""
+    """Killed after the folder was created, and before its lock."""
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
     folder = cache.claim("owner/name", "4bit-g128")
     folder.with_name(folder.name + ".partial").mkdir()
@@ -399,7 +399,7 @@ def test_a_conversation_stays_when_the_disk_is_full(tmp_path):
 )
 @pytest.mark.parametrize("words", [["list"], ["convert", "model", "out"], ["bench", "quality", "model"]])
 def test_memory_that_runs_out_is_one_line(words, error, monkeypatch, capsys):
-    """Outside of loading a model it came as a traceback."""
+    """Outside loading a model it once ended in a traceback."""
     from lowmem.cli import main
 
     def fails(*_, **__):
@@ -414,7 +414,7 @@ def test_memory_that_runs_out_is_one_line(words, error, monkeypatch, capsys):
     assert "Close other programs" in said
 
 
-def test_what_only_looks_like_it_stays_a_bug(monkeypatch):
+def test_other_memory_errors_keep_their_traceback(monkeypatch):
     from lowmem.cli import main
 
     def fails(*_):

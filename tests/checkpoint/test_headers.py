@@ -1,4 +1,4 @@
-"""Checkpoints by their headers alone: what the readers of weights see, with no library that takes seconds."""
+"""Checkpoints by their headers alone, without heavy libraries, agree with the readers of weights."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_a_type_that_only_the_gguf_package_knows(tmp_path):
     assert (header.shape, header.dtype, header.nbytes) == ((2, 256), "IQ2_XXS", 132)
 
 
-def test_a_part_of_a_model_is_none(tmp_path):
+def test_a_part_of_a_split_model_is_refused(tmp_path):
     path = tmp_path / "x.gguf"
     model = tiny_model("llama", vocab=96)
     write_gguf(model, path, (Q.F16,), "llama", {"split.count": 3})
@@ -194,7 +194,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 @pytest.mark.parametrize("case", DAMAGE)
-def test_damage_is_told_as_the_readers_of_weights_tell_it(model, tmp_path, format, case):
+def test_damage_gives_the_message_of_the_readers_of_weights(model, tmp_path, format, case):
     folder = save_source(model, tmp_path / "s", format=format, shards=3)
     DAMAGE[case](folder)
     with pytest.raises(SourceError) as theirs:
@@ -278,7 +278,7 @@ def test_the_packed_replica_is_of_the_published_size(tmp_path, bits, mebibytes):
 
 
 def test_replicas_of_small_dimensions_are_what_is_really_written(tmp_path):
-    """The same code at a size that can be made for real: by torch.save, and by the converter."""
+    """The same code at a size for which real files can be written, by torch.save and by the converter."""
     dimensions = {"layers": 2, "n_embd": 64, "heads": 4, "n_positions": 256}
     real = starchat_replica(tmp_path / "real", **dimensions)
     replica = starchat_header_replica(tmp_path / "replica", **dimensions)

@@ -1,4 +1,4 @@
-"""quantization_config as everyone writes it, and the digests of a folder."""
+"""quantization_config as different tools write it, and the digests of a folder."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from lowmem.config import BITS
 
 
 def stream_words(column: list[int], bits: int) -> list[int]:
-    """The layout said once more, with one big integer: value i sits at bit i * bits."""
+    """The layout once more, as one big integer: value i is at bit i * bits."""
     stream = sum(value << (index * bits) for index, value in enumerate(column))
     words = [(stream >> (32 * index)) & 0xFFFFFFFF for index in range(len(column) * bits // 32)]
     return [word - (1 << 32) if word >> 31 else word for word in words]
@@ -70,7 +70,7 @@ def test_values_10_and_21_of_three_bits_straddle_words() -> None:
 
 
 def test_a_full_v1_field_reads_as_gptqmodel_reads_it() -> None:
-    """15 + 1 carries into the neighbour at 4 bits; at 3 bits each field wraps alone."""
+    """At 4 bits 15 + 1 carries into the next field; at 3 bits each field wraps by itself."""
     words = torch.tensor([[0x0000003F]], dtype=torch.int32)  # fields 15, 3, 0, 0, …
     assert unpack_zeros(words, 4).tolist() == [[0, 5, 1, 1, 1, 1, 1, 1]]
     words = pack_rows(torch.tensor([7, 3] + [0] * 30, dtype=torch.uint8)[:, None], 3).T.contiguous()

@@ -1,4 +1,4 @@
-"""Source checkpoints: what is read equals what was written, and each kind of folder is known."""
+"""Sources return the tensors that were written, from every kind of folder."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_safetensors_are_preferred_to_pickles(model, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_memory_is_bounded_by_the_tensor(model, tmp_path, format):
-    """32 tensors of 4 MiB are read in turn: memory at its peak must not hold more than a few."""
+    """32 tensors of 4 MiB are read in turn: peak memory must hold only a few of them."""
     folder = save_source(model, tmp_path / "s", format=format)
     for path in folder.glob("*model*"):
         path.unlink()
@@ -219,7 +219,7 @@ def test_resolve_names_says_the_first_that_is_missing():
 
 @given(st.lists(st.text("ab.", min_size=1, max_size=9), unique=True, max_size=8), st.text("ab", max_size=2))
 def test_resolve_names_under_any_prefix(names, prefix):
-    """What is found under one common prefix is found again, one to one."""
+    """Names under one common prefix are resolved one to one."""
     stored = infos(*(f"{prefix}.{name}" if prefix else name for name in names))
     found = resolve_names(stored, names)
     assert (

@@ -1,4 +1,4 @@
-"""Damaged and lying source files: the fault is named, not suffered."""
+"""Damaged and malicious source files are refused with the fault named."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_a_malicious_pickle_runs_nothing(model, tmp_path):
     assert not target.exists()
 
 
-def test_the_old_pickle_format_says_how_to_go_on(model, tmp_path):
+def test_the_old_pickle_format_is_refused_with_advice(model, tmp_path):
     folder = save_source(model, tmp_path / "s", format="bin")
     torch.save({"x": torch.zeros(3)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert "then torch.save" in fails("old format", str(folder)).hint

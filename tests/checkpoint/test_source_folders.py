@@ -159,7 +159,7 @@ def test_side_files_are_data_of_this_folder_only(folder, tmp_path):
 
 
 def test_side_files_of_the_hub_cache(model, tmp_path):
-    """There every file of a snapshot is a link into the blobs beside the snapshots."""
+    """Every file of a snapshot in the hub's cache is a link to a blob."""
     root = tmp_path / "models--owner--name"
     snapshot = save_source(model, root / "snapshots" / "abc")
     (root / "blobs").mkdir()
@@ -221,7 +221,7 @@ def test_fingerprint_is_of_the_content(model, tmp_path, format):
 
 
 def test_fingerprint_of_a_large_file_samples_it(folder, tmp_path):
-    """Both ends and the middle are seen, and the whole is not read."""
+    """Changes at both ends and in the middle are noticed, and the whole file is not read."""
     size = 3 * 2**30
     entry = {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}
     header = json.dumps({"big": entry}).encode()

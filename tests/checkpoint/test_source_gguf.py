@@ -1,4 +1,4 @@
-"""GGUF sources: bit for bit what transformers makes of the same file, one tensor at a time."""
+"""GGUF sources equal transformers' own reading of the file bit for bit, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_the_tokenizer_comes_from_the_file(tmp_path):
 
 @pytest.mark.parametrize("piece", [1, 1000, 16 * 2**20])
 def test_mixed_types_bit_for_bit(small, monkeypatch, piece):
-    """Both against transformers' own reading, and in pieces of any size."""
+    """Compared with transformers' own reader, in pieces of any size."""
     monkeypatch.setattr(gguf_source, "_PIECE_BYTES", piece)
     source = open_source(str(small))
     expected = by_transformers(small)
@@ -171,7 +171,7 @@ def test_mixed_types_bit_for_bit(small, monkeypatch, piece):
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_model_written_in_float32_comes_back(tmp_path, kind, arch, tied):
-    """An oracle apart from transformers' reading: the model itself, q and k rows in their places."""
+    """Compared with the model itself, independent of transformers' reader: q and k rows are in order."""
     model = tiny_model(kind, vocab=96, hidden=64, tied=tied)
     write_gguf(model, tmp_path / "m.gguf", (Q.F32,), arch)
     source = open_source(str(tmp_path))
@@ -196,7 +196,7 @@ def test_found_by_its_first_bytes(small, tmp_path):
     assert isinstance(open_source(str(tmp_path)), SafetensorsSource)
 
 
-def test_models_that_are_not_for_us(tmp_path):
+def test_models_that_cannot_be_converted(tmp_path):
     model = tiny_model("llama", vocab=96, hidden=64)
     path = tmp_path / "m.gguf"
     for arch, keys, message in (

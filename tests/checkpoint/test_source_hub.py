@@ -1,4 +1,4 @@
-"""Hub ids: what is fetched, what is said when it cannot be."""
+"""Hub ids: the files that are downloaded, and the messages when that fails."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def replica(tmp_path_factory) -> Path:
 
 
 class Answer:
-    """What model_info gives."""
+    """A response of model_info."""
 
     def __init__(self, *names: str) -> None:
         self.sha = "abc"
@@ -122,7 +122,7 @@ def test_a_download_asks_for_what_is_needed_and_opens_it(replica, monkeypatch):
 
 
 def test_what_does_not_fit_the_disk_is_not_fetched(replica, tmp_path, monkeypatch):
-    """The sizes are the hub's; of what the cache holds already, whole or a part, nothing is needed again."""
+    """Sizes come from the hub; files in the cache, whole or partial, need no more space."""
     from huggingface_hub.hf_api import BlobLfsInfo, RepoSibling
 
     gib = 1 << 30

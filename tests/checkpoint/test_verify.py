@@ -1,4 +1,4 @@
-"""verify finds every kind of damage, names the file and the tensor, and is content with what is whole."""
+"""verify finds every kind of damage, names file and tensor, and accepts intact checkpoints."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_dense_checkpoint_can_be_checked_too(tmp_path: Path) -> None:
     assert report.ok and report.format is None and report.linears == 0
 
 
-def test_stored_head_of_a_tied_model_is_no_stranger(tmp_path: Path) -> None:
+def test_a_stored_copy_of_a_tied_head_is_accepted(tmp_path: Path) -> None:
     model = write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path)
     tensors = load_file(tmp_path / SINGLE_FILE)
     tensors["lm_head.weight"] = model.lm_head.weight.detach().clone()
@@ -143,7 +143,7 @@ def add(name: str) -> Callable[[Tensors], None]:
 def test_a_damaged_tensor_is_named(
     copy: Path, change: Callable[[Tensors], None], tensor: str, what: str
 ) -> None:
-    """With fresh digests, so that only the tensors can tell."""
+    """With new digests, so that only the checks of tensors can find it."""
     tensors = load_file(copy / SINGLE_FILE)
     change(tensors)
     save_file(tensors, copy / SINGLE_FILE)

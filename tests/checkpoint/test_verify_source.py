@@ -1,4 +1,4 @@
-"""verify of what lowmem did not write: a flipped bit of a pickle shard is found by the zip's checksums."""
+"""verify for checkpoints of other tools: the zip's checksums find a flipped bit of a pickle shard."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_flipped_bit_in_any_tensor_of_any_shard_is_found_by_name(starchat: Pat
 
 
 def test_other_faults_of_a_source(tmp_path: Path) -> None:
-    """A value that is not finite, a tensor that is not there, another shape, a tensor too many."""
+    """A value that is not finite, a missing tensor, a wrong shape, an extra tensor."""
     model = tiny_model("llama", vocab=4096, hidden=32)
     folder = save_source(model, tmp_path, format="bin")
     file = folder / "pytorch_model.bin"

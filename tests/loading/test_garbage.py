@@ -1,4 +1,4 @@
-"""Python's collector rests while a model is loaded, and works again afterwards, whatever happened."""
+"""Garbage collection is paused while a model is loaded, and restored afterwards, also after errors."""
 
 from __future__ import annotations
 

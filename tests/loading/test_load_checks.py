@@ -1,4 +1,4 @@
-"""What a load looks at before it multiplies: values, tokenizers, files cut short, digests when asked."""
+"""Checks of a load: values, tokenizers, truncated files, and digests with --check."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Change = Callable[[Path], None]
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the converter leaves one: two shards, and a manifest."""
+    """A checkpoint as the converter writes it: two shards, and a manifest."""
     folder = tmp_path_factory.mktemp("converted")
     write_rtn_checkpoint(tiny_model("llama"), folder, bits=4, shards=2)
     write_manifest(folder)
@@ -49,7 +49,7 @@ def copy(converted: Path, tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    """The one line with which a load is refused."""
+    """The message, of one line, of a refused load."""
     with pytest.raises(SourceError) as caught:
         load(folder)
     text = str(caught.value)
@@ -82,7 +82,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     ],
 )
 def test_a_value_that_is_not_finite_is_refused_by_name(name: str, value: float, tmp_path: Path) -> None:
-    """Else every answer is refused later, or a whole column is nothing without a word."""
+    """Otherwise every answer fails later, or a whole column is silently zero."""
     write_rtn_checkpoint(tiny_model("llama"), tmp_path)
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
@@ -143,7 +143,7 @@ def test_a_tensor_without_values_is_refused_before_a_kernel_divides_by_nothing(
 
 
 @pytest.mark.skipif(not native.available(), reason=native.why_not())
-def test_what_c_could_not_count_is_refused() -> None:
+def test_shapes_that_overflow_cs_integers_are_refused() -> None:
     """Shapes of tensors that a sparse file can hold: nothing is allocated for them here either."""
     for inputs, outputs in ((1 << 31, 8), (64, 1 << 31)):
         words = torch.zeros((), dtype=torch.int32).expand(inputs // 8, outputs)
@@ -163,7 +163,7 @@ def edit_json(file: Path, change: Callable[[Any], None]) -> None:
 
 
 def swap_two_tokens(folder: Path) -> None:
-    """As large, the same markers, another vocabulary: what no count can tell."""
+    """The same size and markers, but another vocabulary: counting tokens cannot detect it."""
 
     def change(data: Any) -> None:
         vocabulary = data["model"]["vocab"]
@@ -277,7 +277,7 @@ CUTS = {
 @pytest.mark.parametrize(
     "kind", ["converted", "safetensors", "safetensors in shards", "bin", "bin in shards"]
 )
-def test_what_was_cut_short_is_noticed_before_anything_is_allocated(
+def test_truncated_files_are_refused_before_anything_is_allocated(
     kind: str, how: str, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "it"
@@ -301,7 +301,7 @@ def test_what_was_cut_short_is_noticed_before_anything_is_allocated(
 
 
 def test_a_shard_that_became_longer_or_shorter_is_refused_by_its_size(copy: Path) -> None:
-    """A shard of another conversion: its own header is content with it."""
+    """A shard of another conversion, consistent with its own header."""
     shard = largest(copy)
     save_file(load_file(shard), shard, metadata={"format": "pt", "another": "conversion"})
     assert f"{shard.name} has" in refusal(copy)

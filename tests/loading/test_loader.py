@@ -1,4 +1,4 @@
-"""The loader: a saved checkpoint, loaded, has the logits of the model that was saved."""
+"""A loaded checkpoint has the logits of the model that was saved."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     ids=str,
 )
 def test_quantized_logits(kind: str, bits: int, options: dict[str, Any], tmp_path: Path) -> None:
-    """What the writer's own arithmetic dequantizes == the loaded model, after a save and a load."""
+    """The loaded model equals the writer's own dequantized weights."""
     model = write_rtn_checkpoint(tiny_model(kind), tmp_path, bits=bits, **options)
     loaded = load(tmp_path, LoadOptions(dtype=torch.float32))
     packed = {name for name, module in loaded.model.named_modules() if isinstance(module, QuantLinear)}
@@ -66,7 +66,7 @@ def test_quantized_logits(kind: str, bits: int, options: dict[str, Any], tmp_pat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", [*KINDS, "qwen2"])
 def test_dense_logits(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """A 16-bit or 32-bit source through the same door, to the last bit of what transformers loads."""
+    """A 16-bit or 32-bit source has bit for bit the logits that transformers loads."""
     from transformers import AutoModelForCausalLM
 
     save_source(tiny_model(kind, dtype=dtype), tmp_path, shards=2)
@@ -96,7 +96,7 @@ def test_buffers_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
 def test_a_buffer_that_no_initialisation_computes_is_made_with_the_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Built on meta it would stay what it is not; then the whole model is built with real buffers."""
+    """Such a buffer cannot be computed on meta; then the whole model is built with real buffers."""
     from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
     config = tiny_model("llama").config
@@ -251,7 +251,7 @@ def test_other_ways_to_be_wrong(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_tensors_come_one_at_a_time(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No second copy: when a tensor is read, every one before it is in the model already or dropped."""
+    """No second copy: when a tensor is read, all earlier ones are in the model or dropped."""
     import weakref
 
     from lowmem.checkpoint.source import safetensors
@@ -280,7 +280,7 @@ def test_tensors_come_one_at_a_time(checkpoint: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", [torch.float16, torch.float32, torch.bfloat16], ids=str)
 def test_a_map_is_cast_to_the_last_bit(stored: torch.dtype, wanted: torch.dtype, tmp_path: Path) -> None:
-    """Over several slices, whose pages go; the file and a second look at it stay what they were."""
+    """Over several slices, whose pages are dropped; the file and the map are unchanged."""
     values = torch.cat((torch.randn(5 << 20) * 10, torch.tensor([0.0, -0.0, 65504.0, 6e-8, torch.inf])))
     tensor = values.to(stored)
     save_file({"t": tensor}, tmp_path / "t.safetensors")

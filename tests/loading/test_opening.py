@@ -1,4 +1,4 @@
-"""A request → a model that runs; and what happens when the memory is gone in spite of the plan."""
+"""Open a model for a request, and fall back when memory runs out in spite of the plan."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_next_form_when_memory_is_gone(forms: Path, monkeypatch: pytest.Monk
     assert [line.split(" does not fit")[0] for line in lines[1:]] == ["bfloat16", "8-bit g32"]
 
 
-def test_when_nothing_can_be_had_it_says_so(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_version_can_be_loaded(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB\nmore")
 
@@ -85,7 +85,7 @@ def test_when_nothing_can_be_had_it_says_so(forms: Path, monkeypatch: pytest.Mon
     assert "\n" not in str(caught.value)
 
 
-def test_other_errors_are_not_taken_for_it(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_raised(forms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a bug")
 

@@ -1,4 +1,4 @@
-"""Tensors into their places: mapped, in slices, quantized on the fly, on two devices; and what it takes."""
+"""Placing tensors: mapped, in slices, quantized on the fly, on two devices; and the memory it takes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS = ["gpt_bigcode_mqa", "llama"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_needs_no_cast_lies_in_its_file(kind: str, tmp_path: Path) -> None:
+def test_tensors_without_a_cast_are_mapped(kind: str, tmp_path: Path) -> None:
     """Weights share the file's pages; writing into them does not reach the file."""
     save_source(tiny_model(kind), tmp_path, dtype=torch.bfloat16)
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -61,7 +61,7 @@ def test_a_tensor_that_is_not_aligned_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_slices_give_the_same_weights(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a slice of 64 rows every table passes in several pieces."""
+    """With slices of 64 rows every table is moved in several pieces."""
     model = tiny_model("gpt_bigcode_mqa")
     save_source(model, tmp_path, format=format, dtype=torch.float16)
     small_slices(monkeypatch)

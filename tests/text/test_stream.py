@@ -1,4 +1,4 @@
-"""Text from tokens: whole characters whatever the tokens are, ended exactly where a stop string begins."""
+"""Text from tokens: whole characters for any tokens, ended exactly where a stop string begins."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_no_character_is_split_by_a_run_wise_decoder(text: str) -> None:
 
 
 def test_a_broken_end_is_shown(tokenizer: Any) -> None:
-    """max_new_tokens may cut a character: what is left comes as U+FFFD, not as nothing."""
+    """max_new_tokens may cut a character: the rest is returned as U+FFFD."""
     ids = tokenizer("a😀", add_special_tokens=False).input_ids[:-1]
     parts = list(pieces(TextStream(tokenizer), ids))
     assert parts[0] == "a" and set("".join(parts[1:])) == {"\ufffd"}

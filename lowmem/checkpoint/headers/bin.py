@@ -142,3 +142,16 @@ def _is_in_file(tensor: BinTensor, archive: Archive) -> bool:
         return True
     last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True))
     return (last + 1) * tensor.itemsize <= tensor.storage_nbytes
+
+
+@dataclass(frozen=True)
+class BinHeader:
+    """A checked shard: its tensors by name."""
+
+    path: Path
+    tensors: Mapping[str, BinTensor]
+
+
+def read_bin_shard(path: Path) -> BinHeader:
+    """As `read_bin_header`, with the file beside the tensors."""
+    return BinHeader(path, read_bin_header(path))

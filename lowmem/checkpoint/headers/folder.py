@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.pointers import check_no_pointer
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
-from lowmem.checkpoint.headers.bin import BinTensor, read_bin_header
+from lowmem.checkpoint.headers.bin import BinHeader, read_bin_shard
 from lowmem.checkpoint.headers.config import read_config
 from lowmem.checkpoint.headers.gguf import GgufHeader, check_whole_model, is_gguf, read_gguf_header
 from lowmem.checkpoint.headers.safetensors import SafetensorsHeader, read_header
@@ -77,7 +77,7 @@ def tensor_headers(path: str | Path) -> dict[str, TensorHeader]:
     if layout.kind == "gguf":
         return _gguf_headers(path / layout.files[0])
     if layout.kind == "bin":
-        bins = headers_by_name(path, layout, _read_bin)
+        bins = headers_by_name(path, layout, read_bin_shard)
         return {name: _of_bin(name, bins[name]) for name in bins}
     shards = headers_by_name(path, layout, read_header)
     return {name: _of_safetensors(name, shards[name]) for name in shards}
@@ -230,17 +230,7 @@ def _headers_of_file(path: Path) -> dict[str, TensorHeader]:
     )
 
 
-@dataclass(frozen=True)
-class _BinHeader:
-    path: Path
-    tensors: Mapping[str, BinTensor]
-
-
-def _read_bin(path: Path) -> _BinHeader:
-    return _BinHeader(path, read_bin_header(path))
-
-
-def _of_bin(name: str, header: _BinHeader) -> TensorHeader:
+def _of_bin(name: str, header: BinHeader) -> TensorHeader:
     stored = header.tensors[name]
     return TensorHeader(name, stored.shape, stored.dtype, stored.nbytes, header.path.name)
 

@@ -11,14 +11,13 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowmem.checkpoint.files.reading import one_line, row_numbers
-from lowmem.checkpoint.headers.bin import MAX_PICKLE, check_archive, read_bin_header
+from lowmem.checkpoint.headers.bin import MAX_PICKLE, BinHeader, check_archive, read_bin_header
 from lowmem.checkpoint.source.base import ByteRange, Source, TensorInfo
 from lowmem.errors import SourceError
 
@@ -27,14 +26,6 @@ REMAP_BYTES = 256 * 2**20
 _LOCAL_HEADER = 1024
 """Bytes of a zip entry's own header, padding included: PyTorch aligns the data to 64 bytes."""
 _AGAIN = "Download or copy it again"
-
-
-@dataclass(frozen=True)
-class BinShard:
-    """A shard's tensors by its zip directory and pickle; no other part of it was read."""
-
-    path: Path
-    tensors: Mapping[str, TensorInfo]
 
 
 def load_shard(path: Path) -> dict[str, torch.Tensor]:
@@ -83,27 +74,22 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_shard_header(path: Path) -> BinShard:
-    """Shapes and dtypes of a shard's tensors; it is mapped only while this runs."""
-    infos = {}
-    for name, tensor in load_shard(path).items():
-        dtype = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
-        infos[name] = TensorInfo(tuple(tensor.shape), str(dtype).removeprefix("torch."), path.name)
-    return BinShard(path, infos)
-
-
 class BinSource(Source):
     """A folder of pickle shards."""
 
     _kind = "bin"
 
     def __init__(
-        self, path: Path, display: str, shards: Mapping[str, BinShard], config_json: Mapping[str, Any]
+        self, path: Path, display: str, headers: Mapping[str, BinHeader], config_json: Mapping[str, Any]
     ) -> None:
-        """shards: each tensor's name → its shard."""
-        infos = {name: shard.tensors[name] for name, shard in shards.items()}
+        """headers: each tensor's name → its shard."""
+        infos = {}
+        for name, header in headers.items():
+            stored = header.tensors[name]
+            dtype = "float32" if stored.dtype == "float64" else stored.dtype
+            infos[name] = TensorInfo(stored.shape, dtype, header.path.name)
         super().__init__(path, display, infos, config_json)
-        self._paths = {name: shard.path for name, shard in shards.items()}
+        self._paths = {name: header.path for name, header in headers.items()}
         self._mapped: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._copied = 0

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint.files.reading import is_hub_id
+from lowmem.checkpoint.headers.bin import read_bin_shard
 from lowmem.checkpoint.headers.folder import headers_by_name, layout_of, read_config_json
 from lowmem.checkpoint.headers.gguf import is_gguf
 from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.manifest import quantization_in
 from lowmem.checkpoint.source.base import Source, TensorInfo
-from lowmem.checkpoint.source.bin import BinSource, read_shard_header
+from lowmem.checkpoint.source.bin import BinSource
 from lowmem.checkpoint.source.config import describe_quantization
 from lowmem.checkpoint.source.gguf import GgufSource
 from lowmem.checkpoint.source.hub import download
@@ -86,7 +87,7 @@ def _open_folder(folder: Path, display: str, quantized: bool) -> Source:
             f"{folder} holds quantized weights in .bin files, which cannot be read",
             "Use a safetensors copy of the checkpoint",
         )
-    return BinSource(folder, display, headers_by_name(folder, layout, read_shard_header), config)
+    return BinSource(folder, display, headers_by_name(folder, layout, read_bin_shard), config)
 
 
 def _read_config(folder: Path, quantized: bool) -> Mapping[str, Any]:
