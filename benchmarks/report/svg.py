@@ -135,7 +135,7 @@ def _matplotlib() -> Iterator[Any]:
     except ImportError as error:
         raise InvalidRequestError(
             "matplotlib, which draws the report's plots, is not installed",
-            "Install it with: pip install 'lowmem[report]'",
+            "Install it with: pip install 'lowmem[bench]'",
         ) from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # measured here, drawn by the page
