@@ -84,7 +84,7 @@ class PackedWeight:
 
 
 def dequantize(linear: PackedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The weight [out, in] as nn.Linear holds it, in `dtype`."""
+    """Dequantize a packed weight to [out, in], the layout of nn.Linear, in `dtype`."""
     shape = (linear.qweight.shape[1], linear.g_idx.numel())
     weight = torch.empty(shape, dtype=dtype, device=linear.qweight.device)
     for start, part in slices(linear):
@@ -93,7 +93,7 @@ def dequantize(linear: PackedLinear, dtype: torch.dtype = torch.float32) -> torc
 
 
 def slices(linear: PackedLinear) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first output column, float32 weight [in, columns]) over all output columns."""
+    """Yield (first output column, float32 weight [in, columns]) until all output columns are dequantized."""
     qweight, scales, g_idx, bits = linear.qweight, linear.scales, linear.g_idx, linear.bits
     zeros = unpack_zeros(linear.qzeros, bits, v2=linear.zeros_v2)  # [groups, out]
     count, inputs, outputs = scales.shape[0], g_idx.numel(), qweight.shape[1]

@@ -44,7 +44,10 @@ def find_quantization(path: str | Path) -> QuantizationFormat | None:
 
 
 def quantization_in(config: Mapping[str, Any], folder: Path) -> QuantizationFormat | None:
-    """As `find_quantization`, with config.json given."""
+    """Return the format that `config`, or else quantize_config.json, declares; None if neither does.
+
+    config: the object in the folder's config.json. Raises SourceError if the format cannot be read.
+    """
     file, data = folder / "config.json", config.get("quantization_config")
     if data is None and (folder / "quantize_config.json").is_file():
         file = folder / "quantize_config.json"

@@ -69,13 +69,13 @@ def stored_shapes(in_features: int, out_features: int, bits: int, group_size: in
 
 
 def pack_rows(q: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers [in, out] of 0..2^bits-1 → `qweight`, int32 [in * bits / 32, out].
+    """Pack integers [in, out] of 0..2^bits-1 into `qweight`, int32 [in * bits / 32, out].
 
     Raises ValueError when a value does not fit, or `in` does not fill whole words.
     """
     _check_matrix(q)
     if q.dtype.is_floating_point or q.dtype is torch.bool:
-        raise ValueError(f"integers expected, not {q.dtype}")
+        raise ValueError(f"q must have an integer dtype, not {q.dtype}")
     rows, columns = q.shape
     words = torch.empty((_words(rows, bits), columns), dtype=torch.int32, device=q.device)
     if q.numel() == 0:
@@ -99,7 +99,7 @@ def pack_rows(q: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """`qweight`, int32 [in * bits / 32, out] → integers, uint8 [in, out].
+    """Unpack `qweight`, int32 [in * bits / 32, out], into integers, uint8 [in, out].
 
     Raises ValueError when the tensor is not a matrix of whole words.
     """
@@ -129,7 +129,7 @@ def unpack_rows(words: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
-    """Zero-points [groups, out] of 1..2^bits-1 → `qzeros` of format `gptq` (v1).
+    """Pack zero-points [groups, out] of 1..2^bits-1 into `qzeros` of format `gptq` (v1).
 
     The words are int32 [groups, out * bits / 32]. Raises ValueError for 0 and 2^bits: readers
     disagree about them (see the module's docstring).
@@ -143,10 +143,10 @@ def pack_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_zeros(words: torch.Tensor, bits: int, *, v2: bool = False) -> torch.Tensor:
-    """`qzeros`, int32 [groups, out * bits / 32] → the true zero-points, uint8 [groups, out] of 0..2^bits-1.
+    """Unpack `qzeros`, int32 [groups, out * bits / 32], into the true zero-points.
 
-    In v1 (v2=False) the stored fields are one less. A stored 2^bits-1 gives 0, and at 8, 4 and 2 bits adds
-    one to the next field of its word, as in GPTQModel 7.7.
+    They are uint8 [groups, out] of 0..2^bits-1. In v1 (v2=False) the stored fields are one less. A stored
+    2^bits-1 gives 0, and at 8, 4 and 2 bits adds one to the next field of its word, as in GPTQModel 7.7.
     """
     _check_matrix(words)
     if v2:

@@ -39,7 +39,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, defaults: SamplingPa
     group = parser.add_argument_group("sampling")
     for name, kind, metavar, text in _SAMPLING:
         default = getattr(defaults, name)
-        shown = "" if default is None else f" ({default})"
+        shown = "" if default is None else f" (default: {default})"
         group.add_argument("--" + name.replace("_", "-"), type=kind, metavar=metavar, help=text + shown)
     group.add_argument("--max-tokens", dest="max_new_tokens", type=int, help=argparse.SUPPRESS)
     group.add_argument(

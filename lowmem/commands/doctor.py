@@ -16,7 +16,9 @@ _COLOURS = {"ok": "green", "warning": "yellow", "missing": "red", "skipped": "di
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem doctor`."""
-    parser.add_argument("--quick", action="store_true", help="skip everything that computes or measures")
+    parser.add_argument(
+        "--quick", action="store_true", help="skip checks that run computations or measurements"
+    )
     parser.add_argument("--refresh", action="store_true", help="measure the memory bandwidth again")
     parser.add_argument(
         "--online", action="store_true", help="also check that the Hugging Face hub can be reached"

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="a file with the marker where text is missing; - is standard input",
     )
-    parser.add_argument("--marker", metavar="TEXT", default=MARKER, help="the marker in FILE (%(default)s)")
+    parser.add_argument(
+        "--marker", metavar="TEXT", default=MARKER, help="the marker in FILE (default: %(default)s)"
+    )
     parser.add_argument("--prefix-file", metavar="A", help="instead of FILE: the text before the hole")
     parser.add_argument("--suffix-file", metavar="B", help="instead of FILE: the text after the hole")
     output = parser.add_mutually_exclusive_group()
@@ -116,8 +118,8 @@ def split_at(text: str, marker: str, name: str) -> tuple[str, str]:
     if first != last:
         lines = [text.count("\n", 0, at) + 1 for at in (first, last)]
         raise InvalidRequestError(
-            f"{name} contains {marker!r} more than once (lines {lines[0]} to {lines[1]})",
-            "Leave one marker: each run fills one hole",
+            f"{name} contains {marker!r} more than once (first in line {lines[0]}, last in line {lines[1]})",
+            "Keep only one marker: each run fills one gap",
         )
     return text[:first], text[first + len(marker) :]
 

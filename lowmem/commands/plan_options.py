@@ -21,35 +21,37 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         metavar="N",
-        help="tokens of prompt and answer together (the model's positions, at most 8192)",
+        help="tokens of prompt and answer together (default: the model's positions, at most 8192)",
     )
     group.add_argument(
         "--bits",
         type=int,
         choices=(32, 16, *BITS),
-        help="use a version with this many bits per weight (the best that fits)",
+        help="use a version with this many bits per weight (default: the best that fits)",
     )
     group.add_argument(
         "--quantize",
         choices=METHODS,
         default="auto",
         help="gptq: a converted version; int8, nf4: quantize with bitsandbytes while loading; "
-        "none: the model as published (%(default)s)",
+        "none: the model as published (default: %(default)s)",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument(
-        "--vram", metavar="SIZE", help="memory of the card, such as 12GiB (what is free, or $LOWMEM_VRAM)"
+        "--vram",
+        metavar="SIZE",
+        help="memory of the card, such as 12GiB (default: $LOWMEM_VRAM, or the free memory)",
     )
-    group.add_argument("--ram", metavar="SIZE", help="memory of the host (what is free)")
+    group.add_argument("--ram", metavar="SIZE", help="memory of the host (default: the free memory)")
     group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="data type of the activations (%(default)s)"
+        "--dtype", choices=DTYPES, default="auto", help="data type of the activations (default: %(default)s)"
     )
     group.add_argument(
         "--activation-bits",
         type=int,
         choices=(8, 12, 16),
         help="bits of the activations on a CPU; fewer make prefill faster, 16 is exact "
-        "(16 with 8-bit weights, 12 with 4-bit, 8 with 3- and 2-bit)",
+        "(default: 16 with 8-bit weights, 12 with 4-bit, 8 with 3- and 2-bit)",
     )
 
 

@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen on (%(default)s: reachable from this machine only)",
+        help="address to listen on (default: %(default)s, reachable from this machine only)",
     )
     listen.add_argument(
-        "--port", type=_port, default=8000, metavar="N", help="0 takes any free port (%(default)s)"
+        "--port", type=_port, default=8000, metavar="N", help="0 takes any free port (default: %(default)s)"
     )
     listen.add_argument(
         "--api-key-file", metavar="FILE", help=f"API keys that requests need, one per line; or set ${KEYS}"
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="the model name in requests; may be repeated (the last part of MODEL)",
+        help="the model name in requests; may be repeated (default: the last part of MODEL)",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -64,30 +64,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=32,
         metavar="N",
-        help="requests that may wait; more are answered with 429 (%(default)s)",
+        help="requests that may wait; more are answered with 429 (default: %(default)s)",
     )
     limits.add_argument(
         "--time-limit",
         type=_seconds,
         default=600.0,
         metavar="SECONDS",
-        help="longest time from a request's arrival to its end (%(default)g)",
+        help="longest time from a request's arrival to its end (default: %(default)g)",
     )
     limits.add_argument(
         "--prefix-cache",
         default="128MiB",
         metavar="SIZE",
-        help="host memory for the KV cache of earlier prompts' prefixes; 0 turns it off (%(default)s)",
+        help="host memory for the KV cache of earlier prompts' prefixes; 0 turns it off "
+        "(default: %(default)s)",
     )
     limits.add_argument(
-        "--max-body", default="2MiB", metavar="SIZE", help="largest request body (%(default)s)"
+        "--max-body", default="2MiB", metavar="SIZE", help="largest request body (default: %(default)s)"
     )
     limits.add_argument(
         "--shutdown-seconds",
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="time for answers in progress when the server stops (%(default)g)",
+        help="time for answers in progress when the server stops (default: %(default)g)",
     )
     parser.add_argument("--no-speculation", action="store_true", help="decode one token at a time")
     parser.add_argument("--quiet", action="store_true", help="print only errors on standard error")
@@ -195,7 +196,8 @@ def check_access(
     for name in allow_host:
         if host_name(name) != name.lower():
             raise InvalidRequestError(
-                f"--allow-host {name!r} is not a host name", "Give it without http:// and port"
+                f"--allow-host {name!r} is not a host name",
+                "Give only the host name, without http:// or a port",
             )
     return Access(keys, tuple(allow_host))
 
@@ -209,7 +211,7 @@ def read_keys(path: str | None) -> tuple[str, ...]:
         keys = read_text(path, "Give a file with one key per line").split()
         if not keys:
             raise InvalidRequestError(
-                f"{path} contains no key", "Write one into it with `openssl rand -hex 16`"
+                f"{path} contains no key", "Create one with: openssl rand -hex 16 > FILE"
             )
     else:
         keys = os.environ.get(KEYS, "").replace(",", " ").split()
@@ -217,7 +219,7 @@ def read_keys(path: str | None) -> tuple[str, ...]:
         if len(key) < _SHORTEST_KEY or not key.isascii() or not key.isprintable():
             raise InvalidRequestError(
                 f"an API key is shorter than {_SHORTEST_KEY} characters, or not plain ASCII",
-                "Make one with `openssl rand -hex 16`",
+                "Create one with: openssl rand -hex 16",
             )
     return tuple(dict.fromkeys(keys))
 

@@ -59,7 +59,7 @@ class Repacking:
             self.run_one()
 
     def finish(self) -> None:
-        """Repack all that are left, now."""
+        """Repack all remaining linears now."""
         self.run(float("inf"))
 
     @contextmanager

@@ -87,10 +87,11 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 def distribution(
     logits: torch.Tensor, params: SamplingParams, seen: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """logits [vocab] → (float32 probabilities [n], their token ids [n]); the temperature must not be 0.
+    """Convert logits [vocab] to (float32 probabilities [n], their token ids [n]).
 
-    ids None: the probabilities are of the whole vocabulary. With top_k they are of the k most likely tokens
-    (more if some tie with the k-th), with top_p alone of the nucleus, so the vocabulary is seldom sorted.
+    The temperature must not be 0. ids None: the probabilities are of the whole vocabulary. With top_k they
+    are of the k most likely tokens (more if some tie with the k-th), with top_p alone of the nucleus, so the
+    vocabulary is seldom sorted.
     They are in the vocabulary's order: if two tokens of almost equal probability swap ranks, a random number
     still draws the same token. seen: bool [vocab], the tokens that the repetition penalty applies to.
     """
@@ -167,7 +168,7 @@ class Sampler:
             self._seen = self._seen.to(device)
 
     def choose(self, logits: torch.Tensor) -> SampledToken:
-        """logits [vocab] → the next token; LowmemError when they are not finite.
+        """Choose the next token from logits [vocab]. Raises LowmemError when they are not finite.
 
         logprob and top are of the model's own distribution, before penalty, temperature and filters: the
         log-softmax of the logits in float32.

@@ -82,11 +82,12 @@ class Kernel(ABC):
 
     @abstractmethod
     def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
-        """The module that multiplies from now on: x [..., in] → [..., out] in x's dtype, x being of `dtype`.
+        """Return the module to use in place of `linear`: it multiplies x [..., in] to [..., out] in `dtype`.
 
         linear: a PackedLinear, or an nn.Linear where `format` is None. Its tensors are checked here, once,
         and repacked if need be. The result is `linear` itself or takes over its tensors, and `linear` must
-        not be used any more. Raises Unsuitable, or whatever the kernel's own code raises.
+        not be used any more. Raises Unsuitable if the kernel does not support the tensors; exceptions of
+        the kernel's own code pass through.
         """
 
     def tolerance(self, dtype: str) -> float:

@@ -43,7 +43,7 @@ class KernelChoice:
 
 @dataclass
 class Installed:
-    """What multiplies the linears of a model."""
+    """The kernels that multiply the linears of a model."""
 
     used: Counter[str] = field(default_factory=Counter)
     """How many linears each kernel has, by its name."""
@@ -63,10 +63,11 @@ class Installed:
 
 
 def choose_kernel(device: torch.device, format: LinearFormat, dtype: torch.dtype) -> KernelChoice:
-    """The kernel that `install` tries first on linears of the format, tried on a small one.
+    """Choose the kernel that `install` will try first for this format.
 
-    On a card this imports GPTQModel (seconds) and may compile a kernel (minutes, once). Raises
-    InvalidRequestError when LOWMEM_CPU_KERNEL names no kernel.
+    It is the first kernel that passes a check with a small linear. On a card this imports GPTQModel
+    (seconds) and may compile a kernel (minutes, once). Raises InvalidRequestError when LOWMEM_CPU_KERNEL
+    names no kernel.
     """
     return best_kernel(kernels_for([sample_spec(format)], device), device, format, dtype)
 
@@ -74,9 +75,9 @@ def choose_kernel(device: torch.device, format: LinearFormat, dtype: torch.dtype
 def best_kernel(
     kernels: Sequence[Kernel], device: torch.device, format: LinearFormat, dtype: torch.dtype
 ) -> KernelChoice:
-    """The first of `kernels` that computes what the reference does on a small random linear.
+    """Choose the first of `kernels` whose result for a small random linear agrees with the reference.
 
-    Raises torch.OutOfMemoryError.
+    Raises torch.OutOfMemoryError when the device is out of memory.
     """
     passed_over: list[PassedOver] = []
     for kernel in kernels:

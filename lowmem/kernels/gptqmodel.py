@@ -35,7 +35,7 @@ class Scratch:
     """
 
     def __init__(self, weights: int) -> None:
-        """weights: of the largest linear."""
+        """weights: the number of weights of the largest linear."""
         self._bytes = 2 * weights + 256
         self._spaces: dict[torch.device, Any] = {}
 
@@ -48,20 +48,20 @@ class Scratch:
 
 
 class Backend:
-    """One of GPTQModel's kernels: what `registry.GPTQModelKernel` does."""
+    """Implements `registry.GPTQModelKernel` with one of GPTQModel's kernels."""
 
     def __init__(self, name: str, backend: Any = None, scratch: Scratch | None = None) -> None:
-        """name: of GPTQModel's class. backend: of GPTQModel's enum. scratch: shared by a model's linears."""
+        """name: GPTQModel's class. backend: of GPTQModel's enum. scratch: shared by a model's linears."""
         self.name = name
         self._backend = backend
         self._scratch = scratch
 
     def select(self, format: LinearFormat, device: str, dtype: torch.dtype) -> type[nn.Module]:
-        """GPTQModel's class. Raises with a reason when it does not fit; selecting may compile the kernel."""
+        """Select GPTQModel's class, which may compile the kernel. Raises if the format is unsupported."""
         return _select(self._backend, format, device, dtype)
 
     def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
-        """See Kernel. Raises torch.OutOfMemoryError."""
+        """See Kernel. Raises torch.OutOfMemoryError when the device is out of memory."""
         try:
             with no_chatter():
                 self._empty(spec, device, getattr(torch, dtype))

@@ -8,7 +8,7 @@ from lowmem.checkpoint.dequantize import PackedLinear, slices
 
 
 def linear(x: torch.Tensor, linear: PackedLinear) -> torch.Tensor:
-    """x [..., in] times the dequantized weight, plus bias: [..., out] in x's dtype.
+    """Multiply x [..., in] by the dequantized weight and add the bias; returns [..., out] in x's dtype.
 
     The weight is rounded to x's dtype before the product, as a dense model in that dtype would hold it.
     """

@@ -122,7 +122,7 @@ class GPTQModelKernel(Kernel):
         self._backend = backend
 
     def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
-        """See Kernel. Raises torch.OutOfMemoryError."""
+        """See Kernel. Raises torch.OutOfMemoryError when the device is out of memory."""
         assert self._backend
         return self._backend.why_not(spec, device, dtype)
 

@@ -29,7 +29,7 @@ _PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 def trial(
     kernel: Kernel, linear: PackedLinear, dtype: torch.dtype, *, passed: bool = False
 ) -> tuple[nn.Module | None, str]:
-    """(the module that multiplies by `linear`'s weight, "") or (None, what is wrong with the kernel).
+    """Check a kernel on a linear; returns (the kernel's module, "") or (None, the problem).
 
     The outputs for random rows must be the reference's within the kernel's tolerance (relative, 2-norm),
     unless the kernel is trusted or `passed` a trial for a linear of this `shape_key`. After a failure

@@ -27,7 +27,7 @@ from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_a
 
 _CAST_VALUES = 1 << 20
 """Values cast at a time: 4 MiB of float32 stay in a core's cache."""
-_SEE = "See all that is wrong with: lowmem verify DIR"
+_SEE = "Run `lowmem verify DIR` to list all problems"
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,8 @@ class Dialogue:
     ) -> list[int]:
         """The dialogue as token ids; contents cannot forge a marker.
 
-        Equal to tokenizing `render`'s text when no content spells a special token. Raises as `render` does.
+        Equal to tokenizing `render`'s text when no content spells a special token. Raises
+        InvalidRequestError for an unknown role, or a system message that is not the first.
         """
         newline = encode_plain(tokenizer, "\n")
         ids: list[int] = []
@@ -129,7 +130,7 @@ def _with_system(messages: Sequence[Message]) -> list[Message]:
 
 
 def split_turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
-    """Messages without the system message → turns: a user message and all messages up to the next one."""
+    """Split messages, without the system message, into turns; each starts at a user message."""
     starts = [at for at, message in enumerate(messages) if message.role == "user" or at == 0]
     return [tuple(messages[a:b]) for a, b in pairwise([*starts, len(messages)])]
 

@@ -69,7 +69,7 @@ def check_template(template: str) -> None:
         raise ValueError(f"it is {len(template)} characters long")
     tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_without_generation(template))
     for power in tree.find_all(nodes.Pow):
-        raise ValueError(f"it raises to a power in line {power.lineno}")
+        raise ValueError(f"line {power.lineno} uses the ** operator, which is not allowed")
     # jinja2's loop counters are at most the number of messages, unless the template assigns to `loop`.
     counts = all(name.ctx == "load" for name in tree.find_all(nodes.Name) if name.name == "loop")
     for product in tree.find_all(nodes.Mul):

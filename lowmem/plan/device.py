@@ -103,7 +103,7 @@ def host_memory_peak() -> int:
 
 
 def host_memory_private() -> int:
-    """Resident bytes of this process that no file backs: what it would free by exiting."""
+    """Resident bytes of this process that no file backs; exiting would free them."""
     private = _status_bytes("RssAnon:")
     return host_memory_used() if private is None else private
 
@@ -118,7 +118,10 @@ def _status_bytes(name: str) -> int | None:
 
 
 def host_memory_available() -> int:
-    """Bytes available to this process: of the machine, or of its container if that is less."""
+    """Memory available to this process, in bytes.
+
+    This is the machine's available memory or what remains of the container's limit, whichever is smaller.
+    """
     available = int(psutil.virtual_memory().available)
     for limit_file, used_file in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),

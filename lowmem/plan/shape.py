@@ -161,8 +161,9 @@ def _shape(
         if packed and name.endswith(".qweight") and format is not None:
             if len(header.shape) != 2:
                 raise SourceError(
-                    f"{header.file}: tensor {name!r} has shape {list(header.shape)}, not of two dimensions",
-                    "See all that is wrong with: lowmem verify DIR",
+                    f"{header.file}: tensor {name!r} must have two dimensions; "
+                    f"its shape is {list(header.shape)}",
+                    "Run `lowmem verify DIR` to list all problems",
                 )
             base = name.removesuffix(".qweight")
             own = format.of_packed(base)

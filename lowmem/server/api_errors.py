@@ -69,7 +69,10 @@ def no_such_model(name: str, served: Sequence[str]) -> ApiError:
 
 
 def too_long(prompt_tokens: int, context: int, param: str) -> ApiError:
-    """400: the prompt exceeds the context. Editors match this code and this wording."""
+    """400: the prompt exceeds the context.
+
+    Editor plug-ins look for exactly this code and message, so do not change them.
+    """
     return invalid(
         f"This model's maximum context length is {context} tokens. However, your {param} resulted in "
         f"{prompt_tokens} tokens. Please reduce the length of the {param}.",

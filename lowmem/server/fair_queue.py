@@ -53,7 +53,7 @@ class FairQueue(Generic[Item]):
         return self._crowd(client) is not None
 
     def crowded_out(self, client: str) -> Item | None:
-        """Remove the last item of the longest line, if it is at least two items longer than `client`'s.
+        """Remove the last item of the client with the most items; None unless it has two more than `client`.
 
         A client that fills a bounded queue thus cannot keep other clients out.
         """
@@ -61,7 +61,7 @@ class FairQueue(Generic[Item]):
         return None if line is None else line.pop()
 
     def clear(self) -> list[Item]:
-        """Remove and return all items, line by line."""
+        """Remove and return all items, grouped by client."""
         items = [item for line in self._lines.values() for item in line]
         self._lines.clear()
         return items

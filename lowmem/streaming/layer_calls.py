@@ -31,7 +31,7 @@ class LayerCall:
             return self.output(layer, hidden)
 
     def output(self, layer: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
-        """The output of anything that is called like the layer."""
+        """Call a module that takes the layer's arguments, and return its output."""
         output = layer(hidden, *self.args, **self.kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result

@@ -44,9 +44,10 @@ class PassFolder:
         write_json(self.path / "state.json", {**self._state, "finished": finished})
 
     def resume(self, layers: int, dtype: torch.dtype) -> tuple[HiddenStates | None, int]:
-        """What an interrupted pass over the same rows left: hidden states, and its finished layers.
+        """Return the hidden states and the number of finished layers of an interrupted pass.
 
-        Everything else in the folder is removed. Without such a pass the result is (None, 0).
+        The pass must have run over the same rows; without one the result is (None, 0). Everything else in the
+        folder is removed.
         """
         try:
             state = read_json(self.path / "state.json")
@@ -98,7 +99,7 @@ def working(folder: Path) -> Iterator[None]:
 
 
 def remove_waste(folder: Path) -> None:
-    """Remove what killed processes left of folders that they were removing in `folder`."""
+    """Delete folders in `folder` that a killed process had only partly deleted."""
     for waste in folder.glob(f"*{REMOVED}"):
         shutil.rmtree(waste, ignore_errors=True)
 

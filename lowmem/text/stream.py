@@ -11,7 +11,7 @@ _INCOMPLETE = "\ufffd"  # a decoder's replacement for bytes that are not a whole
 
 
 class TextStream:
-    """Token ids one at a time → text in whole characters.
+    """Decode token ids one at a time to text in whole characters.
 
     A token may hold only some of a character's bytes; text is held back until they are complete. Each piece
     is the difference that the last tokens make to the text before them, since some tokenizers decode a token
@@ -24,7 +24,7 @@ class TextStream:
         self._given = 0  # how many of them have been returned as text
 
     def push(self, token: int) -> str:
-        """The text that this token completes; it may be empty."""
+        """Add a token; returns the text that it completes, which may be empty."""
         self._ids.append(token)
         piece, whole = self._piece()
         if not piece or whole.endswith(_INCOMPLETE):
@@ -34,7 +34,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """The remaining text, with U+FFFD for incomplete characters."""
+        """Return the remaining text, with U+FFFD for incomplete characters."""
         piece, _ = self._piece()
         self._given = len(self._ids)
         return piece
@@ -48,11 +48,11 @@ class TextStream:
 
 
 class StopStrings:
-    """Text piece by piece → the text before the first stop string in it.
+    """Return streamed text up to the first stop string.
 
-    Text that may be the beginning of a stop string is held back until that is decided; so is a whole stop
-    string while a longer one that began before it may still be completed. `found`: a stop string was reached.
-    Without stop strings every piece passes at once.
+    Text that may be the start of a stop string is held back until the next pieces decide. A complete stop
+    string is also held back while a longer one that started earlier may still be completed. Without stop
+    strings, `push` returns each piece immediately.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -63,9 +63,10 @@ class StopStrings:
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.found = False
+        """Whether a stop string was reached."""
 
     def push(self, piece: str) -> str:
-        """The text that this piece settles; it may be empty, and always is after the end."""
+        """Add a piece; returns the text that is no longer held back, always empty after a stop string."""
         if self.found:
             return ""
         self._held += piece
@@ -75,7 +76,7 @@ class StopStrings:
         return self._release(min(match, begun))
 
     def finish(self) -> str:
-        """The text held back at the end of the input, up to a whole stop string if there is one."""
+        """End the input; returns the held text, up to a complete stop string if it contains one."""
         match = self._match()
         if not self.found and match < len(self._held):
             return self._end(match)

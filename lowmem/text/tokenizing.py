@@ -15,16 +15,19 @@ from lowmem.errors import InvalidRequestError
 
 
 def encode(tokenizer: Any, text: str, **options: Any) -> list[int]:
-    """The token ids of a text, without the warning about long texts. options: of the tokenizer's call.
+    """Encode a text to token ids, without the tokenizer's warning about long texts.
 
-    Raises InvalidRequestError when the tokenizer panics.
+    options: further arguments of the tokenizer's call. Raises InvalidRequestError when the tokenizer panics.
     """
     with panics_told():
         return list(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
 def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """The text of token ids, with spaces unchanged. Raises as `encode` does."""
+    """Decode token ids to text, without the tokenizer's clean-up of spaces.
+
+    Raises InvalidRequestError when the tokenizer panics.
+    """
     with panics_told():
         return str(
             tokenizer.decode(

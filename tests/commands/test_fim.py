@@ -190,7 +190,7 @@ def test_left_out_tokens_are_reported(
     ("content", "arguments", "message"),
     [
         (b"no marker", [], "does not contain '<FILL_HERE>'"),
-        (b"a<FILL_HERE>b\n<FILL_HERE>", [], r"more than once \(lines 1 to 2\)"),
+        (b"a<FILL_HERE>b\n<FILL_HERE>", [], r"more than once \(first in line 1, last in line 2\)"),
         (b"aaa", ["--marker", "aa"], "more than once"),
         (b"a", ["--marker", ""], "the marker is empty"),
         (b"", [], "does not contain '<FILL_HERE>'"),

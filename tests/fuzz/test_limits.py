@@ -321,7 +321,7 @@ def test_templates_of_published_models_render() -> None:
             (ValueError, RecursionError),
             "",
         ),
-        ("{{ 10 ** 10 ** 10 }}", ValueError, "power"),
+        ("{{ 10 ** 10 ** 10 }}", ValueError, r"uses the \*\* operator"),
         ("{% set x = 99 %}{{ x * x }}", ValueError, "multiplies"),
         ("{% set loop = namespace(index=99) %}{{ loop.index * loop.index }}", ValueError, "multiplies"),
         ("{% for m in messages %}{{ loop.first * loop.last * m }}{% endfor %}", ValueError, "multiplies"),

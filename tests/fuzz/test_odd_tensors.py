@@ -42,7 +42,7 @@ def test_packed_weights_must_have_two_dimensions(shape: tuple[int, ...], tmp_pat
         tensors[name] = tensors[name].reshape(shape) if shape else tensors[name][0, 0].clone()
 
     edit_tensors(copy_seed("packed", tmp_path / "model"), change)
-    with pytest.raises(SourceError, match=r"qweight' has shape .*, not of two dimensions"):
+    with pytest.raises(SourceError, match=r"qweight' must have two dimensions; its shape is"):
         read_shape(tmp_path / "model")
 
 
@@ -51,7 +51,7 @@ def test_verify_reports_a_quantized_config_without_packed_tensors(tmp_path: Path
     said = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     edit_json(folder / "config.json", quantization_config=said)
     assert [str(problem) for problem in verify(folder).problems] == [
-        "config.json: says that the model is quantized, and no tensor is"
+        "config.json: declares a quantized model, but no tensor is quantized"
     ]
 
 

@@ -37,7 +37,8 @@ def one_line(error: BaseException, limit: int = 200) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file of at most 100 MB.
 
-    Raises SourceError for anything else, and for a link that leads out of its folder (see links.py).
+    Raises SourceError if the file is not such an object, or is a link that leads out of its folder (see
+    links.py).
     """
     check_file(path)
     try:
@@ -63,7 +64,7 @@ def about_values(data: bytes) -> int:
 def parse_json(data: bytes, what: str) -> Any:
     """Decode UTF-8 JSON in which no object has a duplicate key.
 
-    Raises SourceError naming `what` for anything else, and for a text of more than MAX_VALUES values, which
+    Raises SourceError naming `what` if the text is not such JSON or has more than MAX_VALUES values, which
     would take far more memory than it has bytes.
     """
     if about_values(data) > MAX_VALUES:

@@ -108,5 +108,9 @@ def _read_index(file: Path) -> tuple[dict[str, str], Problem | None]:
         return {}, Problem(file.name, "", "has no weight_map")
     for name, shard in weight_map.items():
         if not is_plain_name(shard):
-            return {}, Problem(file.name, name, f"is in {str(shard)[:80]!r}, which is not a plain file name")
+            return {}, Problem(
+                file.name,
+                name,
+                f"is in {str(shard)[:80]!r}, which is not the name of a file in the same folder",
+            )
     return weight_map, None

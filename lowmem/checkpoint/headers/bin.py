@@ -100,7 +100,7 @@ def check_archive(path: Path) -> Archive:
 def read_bin_header(path: Path) -> dict[str, BinTensor]:
     """Every tensor of a shard by name, from its zip directory and pickle; no storage is read.
 
-    Raises SourceError for anything but a flat dictionary of plain tensors inside their storages.
+    Raises SourceError if the shard is not a flat dictionary of plain tensors inside their storages.
     """
     archive = check_archive(path)
     try:

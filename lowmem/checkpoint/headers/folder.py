@@ -102,7 +102,8 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
 def gguf_metadata(path: str | Path) -> dict[str, object]:
     """The keys of a GGUF (a file, or a folder with one) that hold a number, a boolean or a string.
 
-    Arrays, such as the vocabulary, are left out. Raises SourceError as `tensor_headers` does.
+    Arrays, such as the vocabulary, are left out. Raises SourceError for a file that is truncated
+    or contradicts its header.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -152,7 +153,7 @@ def layout_of(folder: Path, display: str) -> Layout:
 
 
 def headers_by_name(folder: Path, layout: Layout, read: Callable[[Path], S]) -> dict[str, S]:
-    """Tensor name → header of its shard; `read` is called once for each shard.
+    """Map each tensor name to the header of its shard; `read` is called once for each shard.
 
     Raises SourceError for a shard or a tensor that is missing, or stored twice.
     """
@@ -174,8 +175,8 @@ def _files_of_index(folder: Path, index: str, read: Callable[[Path], S]) -> dict
     for name, file in weight_map.items():
         if not is_plain_name(file):
             raise SourceError(
-                f"{folder / index} puts tensor {name[:1024]!r} in {str(file)[:200]!r}, "
-                "which is not a plain file name"
+                f"{folder / index} maps tensor {name[:1024]!r} to {str(file)[:200]!r}, "
+                "which is not the name of a file in the same folder"
             )
         if file not in headers:
             if not (folder / file).is_file():

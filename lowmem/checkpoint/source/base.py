@@ -113,7 +113,8 @@ class Source(ABC):
             self.quantized = {linear: format.of_packed(linear) for linear in linears}
             if not linears:
                 raise SourceError(
-                    f"the config of {display} says that the model is quantized, and no tensor is",
+                    f"the config of {display} declares a quantized model, "
+                    "but the checkpoint contains no quantized tensors",
                     "Convert it again",
                 )
 

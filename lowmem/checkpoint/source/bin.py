@@ -31,7 +31,7 @@ _AGAIN = "Download or copy it again"
 def load_shard(path: Path) -> dict[str, torch.Tensor]:
     """The mapped tensors of a shard, each checked to be inside the file.
 
-    Raises SourceError for anything but a flat dictionary of plain CPU tensors.
+    Raises SourceError if the shard is not a flat dictionary of plain CPU tensors.
     """
     entry_sizes = set(check_archive(path).sizes.values())
     size = path.stat().st_size
@@ -47,7 +47,7 @@ def load_shard(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # each opcode of a damaged pickle fails in its own way
         if "map" in str(error).lower() and "memory" in str(error).lower():
             raise SourceError(
-                f"{path.name} ({size} bytes) cannot be mapped: the system has less memory than the shard",
+                f"{path.name} ({size} bytes) cannot be mapped: the file is larger than the system's memory",
                 "Add swap, or use a safetensors copy of the checkpoint",
             ) from error
         raise SourceError(f"{path.name} is damaged: {one_line(error)}", _AGAIN) from error
@@ -124,7 +124,10 @@ class BinSource(Source):
         self._tensors, self._mapped, self._copied = {}, None, 0
 
     def shards(self) -> list[tuple[Path, bytes]]:
-        """See Source.shards: the pickle and the zip directory, whose checksums cover every tensor."""
+        """See Source.shards. A shard's header is its pickle followed by its zip directory.
+
+        The zip directory holds a checksum of every tensor.
+        """
         result = []
         for path in self.checksummed_shards():
             entry = check_archive(path).pickle
@@ -141,7 +144,7 @@ class BinSource(Source):
         return result
 
     def checksummed_shards(self) -> list[Path]:
-        """See Source.checksummed_shards: all of them, since each is a zip."""
+        """See Source.checksummed_shards: all shards, since each is a zip with checksums."""
         return sorted(set(self._paths.values()), key=lambda path: path.name)
 
     def _byte_ranges(self, stored: list[str]) -> list[ByteRange]:

@@ -65,7 +65,7 @@ class GgufSource(Source):
             )
         for key, value in self.header.values.items():
             if key.endswith(("block_count", "expert_count")) and type(value) is int and value > MAX_COUNT:
-                raise SourceError(f"{self.file.name} claims {value} at {key!r}, which no model has")
+                raise SourceError(f"{self.file.name}: {key!r} is {value}; the maximum is {MAX_COUNT}")
         try:
             config = AutoConfig.from_pretrained(
                 self.path, gguf_file=self.file.name, local_files_only=True, trust_remote_code=False

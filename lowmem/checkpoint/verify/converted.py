@@ -128,7 +128,7 @@ class _ConvertedVerification(Verification):
             for alias in stored:
                 self._dense(shards, alias, shape, name in integers)
         if format is not None and not linears and shards.tensors:
-            self.fault("config.json", "", "says that the model is quantized, and no tensor is")
+            self.fault("config.json", "", "declares a quantized model, but no tensor is quantized")
         self._unclaimed(shards, unclaimed)
         return format, linears
 

@@ -32,7 +32,11 @@ _TOLERANCE = 0.2
 
 
 class NativeDecoder(Decoder):
-    """Runs steps in C. A slot's first step is compared with the eager one. Raises DecoderRefused."""
+    """Runs decode steps in C.
+
+    The first step of each slot is checked against the eager decoder's logits. Raises DecoderRefused if the
+    model is not supported or the logits differ.
+    """
 
     max_rows = MAX_ROWS
 
@@ -48,7 +52,10 @@ class NativeDecoder(Decoder):
         return self.eager.prefill(feeds)
 
     def step(self, feeds: Sequence[Feed]) -> StepOutput:
-        """See `Decoder.step`. Raises DecoderRefused, and ValueError for more than MAX_ROWS ids."""
+        """See `Decoder.step`. Also raises ValueError for more than MAX_ROWS ids.
+
+        Raises DecoderRefused if the slot is not supported or the logits of its first step differ.
+        """
         known = len(self._bound)
         rewind(feeds)
         with torch.inference_mode():

@@ -38,7 +38,7 @@ def prompt_attention(
     scaling: of the product of query and key; the default is size ** -0.5. Returns bfloat16 [texts, rows,
     heads, size]. Keys and values that are not slices of a cache are copied. With AVX-512 BF16, products are
     of bfloat16 summed in float32; otherwise everything is float32. A row's result does not depend on the
-    other rows. Raises ValueError for anything that `takes` refuses.
+    other rows. Raises ValueError if `takes` is False.
     """
     if not takes(query, key, value):
         raise ValueError(

@@ -183,7 +183,11 @@ class Packed:
 
     @classmethod
     def of(cls, linear: PackedLinear) -> Packed:
-        """The weight of a packed linear on the CPU. Raises Unsuitable, also if inputs must be reordered."""
+        """Pack the weight of a quantized linear whose tensors are on the CPU.
+
+        Raises Unsuitable if the kernel does not support the tensors, for example if `g_idx` requires
+        reordering the inputs.
+        """
         if any(
             t is not None and t.device.type != "cpu" for t in (linear.qweight, linear.scales, linear.bias)
         ):
@@ -219,7 +223,10 @@ def takes(x: torch.Tensor) -> bool:
 
 
 def linear(packed: Packed, x: torch.Tensor) -> torch.Tensor:
-    """x [..., in] times the weight, plus bias: [..., out] in x's dtype. Raises ValueError for other x."""
+    """Multiply x [..., in] by the weight and add the bias; returns [..., out] in x's dtype.
+
+    Raises ValueError if `takes(x)` is False or x's last dimension is not `in_features`.
+    """
     if not takes(x) or x.shape[-1] != packed.in_features:
         raise ValueError(f"{x.dtype} {list(x.shape)} on {x.device}, for {packed.in_features} inputs")
     x = x.contiguous()
@@ -257,10 +264,11 @@ def takes_dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def dense_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., in] times a float16 or bfloat16 weight [out, in], plus bias: [..., out] in x's dtype.
+    """Multiply x [..., in] by a float16 or bfloat16 weight [out, in] and add the bias.
 
-    Sums are float32, and a row's result does not depend on the other rows. For few rows: the weight is read
-    again for every four of them. Raises ValueError for anything that `takes_dense` refuses.
+    Returns [..., out] in x's dtype. Sums are float32, and a row's result does not depend on the other rows.
+    Use it for few rows: the weight is read again for every four rows. Raises ValueError if `takes_dense` is
+    False for the tensors.
     """
     if not takes_dense(x, weight, bias):
         raise ValueError(f"{x.dtype} {list(x.shape)} on {x.device}, for {weight.dtype} {list(weight.shape)}")
