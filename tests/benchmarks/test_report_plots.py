@@ -89,5 +89,5 @@ def test_a_phone_shows_the_narrow_drawing_unscaled(report):
 
 def test_without_matplotlib_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InvalidRequestError, match=r"pip install 'lowmem\[report\]'"):
+    with pytest.raises(InvalidRequestError, match=r"pip install 'lowmem\[bench\]'"):
         make_report(Records(quality_record(FORMS[:1], ("one",))), COMMAND)
