@@ -158,14 +158,12 @@ TARGET static void softmax(const lm_chunk *c)
 
 /* ---- a chunk ------------------------------------------------------------------------------------------------- */
 
-/* Rearrange the chunk's values [count, size] into elements, floats or pairs of two rows, as
+/* Rearrange a chunk's values [count, size] into elements, floats or pairs of two rows, as
  * [size / ITEMS][count / PAIRS][ITEMS]. Tiles are contiguous and a cache line apart, since lines that are written together
- * would otherwise compete for one place in the cache. */
-TARGET static void spread_values(const lm_chunk *c)
+ * would otherwise compete for one place in the cache. gcc 12 heeds `restrict` on parameters, not on local variables. */
+TARGET static void spread_values(const uint16_t *restrict from, int64_t count, int64_t size, lm_element *restrict to)
 {
-    const uint16_t *restrict from = c->values;
-    lm_element *restrict to = c->elements;
-    const int64_t count = c->count, size = c->size, depth = (count + PAIRS - 1) / PAIRS;
+    const int64_t depth = (count + PAIRS - 1) / PAIRS;
     for (int64_t k = 0; k < depth; k++)
         for (int64_t d = 0; d < size; d += ITEMS) {
             const uint16_t *restrict a = from + k * PAIRS * size + d;
@@ -197,7 +195,7 @@ TARGET static void chunk(const lm_chunk *chunk)
                        .tile_step = ITEMS * width, .count = c.count, .depth = width, .lanes = c.lanes,
                        .ahead = c.values, .bytes = bytes});
     softmax(&c);
-    spread_values(&c);
+    spread_values(c.values, c.count, c.size, c.elements);
     multiply((product){.a = c.elements, .b = (const lm_element *)c.scores, .out = c.part + 2 * c.lanes, .item_step = 1,
                        .k_step = ITEMS, .tile_step = TILE_STEP(depth), .count = c.size, .depth = depth, .lanes = c.lanes,
                        .ahead = c.next, .bytes = bytes});
