@@ -38,9 +38,11 @@ class Run:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem demo`."""
     parser.add_argument("--keep", metavar="DIR", help="keep the converted checkpoints in this folder")
-    parser.add_argument("--rows", type=int, default=128, metavar="N", help="calibration rows (%(default)s)")
     parser.add_argument(
-        "--new-tokens", type=int, default=64, metavar="N", help="tokens of each answer (%(default)s)"
+        "--rows", type=int, default=128, metavar="N", help="calibration rows (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--new-tokens", type=int, default=64, metavar="N", help="tokens of each answer (default: %(default)s)"
     )
 
 

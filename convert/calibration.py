@@ -64,7 +64,7 @@ class CalibrationRows:
 def load_rows(
     spec: CalibrationSpec, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None, vocab_size: int
 ) -> CalibrationRows:
-    """Rows of exactly `row_length` token ids below `vocab_size`; the same arguments give the same rows.
+    """Load rows of exactly `row_length` token ids below `vocab_size`; the same arguments give the same rows.
 
     Raises CalibrationError for a source that cannot be read or has too few tokens, and for a tokenizer whose
     ids exceed the vocabulary.
@@ -125,7 +125,7 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue | None) -> Encoder:
-        """The encoder of a tokenizer. Dialogues use StarChat's template, its own, or plain text."""
+        """Create the encoder of a tokenizer. Dialogues use StarChat's template, its own, or plain text."""
         before = encode(tokenizer, "")[:1]
         lead = tuple(before) if before == [tokenizer.bos_token_id] else ()
         end_of_text = tokenizer.get_vocab().get("<|endoftext|>")  # also where eos is a turn's end
@@ -137,7 +137,7 @@ class Encoder:
         return cls(tokenizer, dialogue, lead, separator, form)
 
     def encode(self, document: Document) -> list[int]:
-        """Token ids of one document."""
+        """Encode one document to token ids."""
         ids = encode_plain(self.tokenizer, document) if isinstance(document, str) else self._turns(document)
         return ids if tuple(ids[: len(self.lead)]) == self.lead else [*self.lead, *ids]
 
@@ -170,7 +170,7 @@ def stretches(text: str, size: int) -> list[str]:
 def pack_from_starts(
     documents: Iterator[list[int]], separator: int | None, length: int, rows: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """At most `rows` rows that each begin with a document, and the tails that were cut off.
+    """Pack at most `rows` rows that each begin with a document; also returns the tails that were cut off.
 
     Consumes no more documents than the rows need.
     """
@@ -192,7 +192,9 @@ def pack_from_starts(
 def cut_stream(
     documents: Iterable[list[int]], separator: int | None, length: int, rows: int
 ) -> tuple[list[list[int]], int]:
-    """At most `rows` rows cut from the concatenated documents, and the number of tokens left over."""
+    """Cut at most `rows` rows from the concatenated documents; also returns the number of tokens left
+    over.
+    """
     made: list[list[int]] = []
     stream: list[int] = []
     for ids in documents if rows else ():

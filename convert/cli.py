@@ -21,50 +21,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out", metavar="OUT", nargs="?", help="folder to create (default: in lowmem's cache, see lowmem list)"
     )
     quant = parser.add_argument_group("quantization")
-    quant.add_argument("--bits", type=int, choices=BITS, default=4, help="bits per weight (%(default)s)")
+    quant.add_argument(
+        "--bits", type=int, choices=BITS, default=4, help="bits per weight (default: %(default)s)"
+    )
     quant.add_argument(
         "--group-size",
         type=int,
         default=0,
         metavar="N",
-        help="input columns that share a scale, -1 for a whole row (128, or 64 or 32 where needed)",
+        help="input columns that share a scale, -1 for a whole row (default: 128, or 64 or 32 where needed)",
     )
     quant.add_argument("--sym", action=argparse.BooleanOptionalAction, default=True, help=argparse.SUPPRESS)
     quant.add_argument(
-        "--asym", dest="sym", action="store_false", help="give each group its own zero-point (symmetric)"
+        "--asym",
+        dest="sym",
+        action="store_false",
+        help="give each group its own zero-point (default: symmetric)",
     )
     quant.add_argument(
         "--desc-act",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="act-order: quantize the most important columns first; inference is not slower (on)",
+        help="quantize the most important columns first (act-order); does not slow down inference "
+        "(default: on)",
     )
     quant.add_argument(
         "--damp-percent",
         type=float,
         default=0.01,
         metavar="F",
-        help="fraction of the Hessian's mean diagonal added to its diagonal (%(default)s)",
+        help="fraction of the Hessian's mean diagonal added to its diagonal (default: %(default)s)",
     )
     quant.add_argument(
         "--true-sequential",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="calibrate each linear on the outputs of the quantized ones before it (on)",
+        help="calibrate each linear on the outputs of the quantized ones before it (default: on)",
     )
     quant.add_argument(
         "--correction",
         type=float,
         default=QuantConfig.correction,
         metavar="F",
-        help="share of the earlier linears' error that a linear corrects; 0 is faster (%(default)s)",
+        help="share of the earlier linears' error that a linear corrects; 0 is faster (default: %(default)s)",
     )
     quant.add_argument(
         "--passes",
         type=int,
         default=QuantConfig.passes,
         metavar="N",
-        help="refinement passes over each group's integers and scale; 0 is faster (%(default)s)",
+        help="refinement passes over each group's integers and scale; 0 is faster (default: %(default)s)",
     )
     quant.add_argument(
         "--tune-steps",
@@ -72,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=QuantConfig.tune_steps,
         metavar="N",
         help="steps of tuning each layer's scales, biases and norms; 32 improve quality and almost "
-        "double the time (%(default)s)",
+        "double the time (default: %(default)s)",
     )
     quant.add_argument(
         "--plain",
@@ -84,26 +90,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         default="builtin",
         metavar="TEXT",
-        help="builtin, oasst1, dolly, FILE.jsonl, FILE.txt or a hub dataset (%(default)s)",
+        help="builtin, oasst1, dolly, FILE.jsonl, FILE.txt or a hub dataset (default: %(default)s)",
     )
     text.add_argument(
-        "--rows", type=int, default=128, metavar="N", help="rows of calibration text (%(default)s)"
+        "--rows", type=int, default=128, metavar="N", help="rows of calibration text (default: %(default)s)"
     )
-    text.add_argument("--row-length", type=int, default=512, metavar="N", help="tokens per row (%(default)s)")
     text.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="random seed of the text (%(default)s)"
+        "--row-length", type=int, default=512, metavar="N", help="tokens per row (default: %(default)s)"
+    )
+    text.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed of the text (default: %(default)s)"
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu or cuda:N (%(default)s)")
-    machine.add_argument("--memory", metavar="SIZE", help="memory limit, such as 8GiB (all free memory)")
+    machine.add_argument("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
+    machine.add_argument(
+        "--memory", metavar="SIZE", help="memory limit, such as 8GiB (default: all free memory)"
+    )
     machine.add_argument(
         "--compute-dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="dtype of the calibration's forward passes (%(default)s)",
+        help="dtype of the calibration's forward passes (default: %(default)s)",
     )
     result = parser.add_argument_group("result")
-    result.add_argument("--shard-size", default="4GiB", metavar="SIZE", help="size of one file (%(default)s)")
+    result.add_argument(
+        "--shard-size", default="4GiB", metavar="SIZE", help="size of one file (default: %(default)s)"
+    )
     result.add_argument(
         "--store-head", action="store_true", help="store a tied head too, which auto-gptq needs"
     )
@@ -117,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert as the arguments say, and return the exit code."""
+    """Convert with the given arguments, and return the exit code."""
     from lowmem.convert.calibration import CalibrationSpec
     from lowmem.convert.job import ConversionJob
     from lowmem.convert.pipeline import convert

@@ -50,7 +50,7 @@ class DiskPlan:
 def plan_disk(
     work: Workload, finished: int = 0, *, side_bytes: int = 0, store_head: bool = False
 ) -> DiskPlan:
-    """What remains to be written after `finished` layers.
+    """Plan the disk space for the work that remains after `finished` layers.
 
     side_bytes: of the source's tokenizer and licence files, 0 if it has none. store_head: as in
     ConvertOptions.

@@ -27,7 +27,7 @@ USE_LOCAL = "Use --calibration builtin, or a local .jsonl or .txt file"
 
 
 def read_documents(source: str) -> tuple[list[Document], str]:
-    """The documents of a source as named in `CalibrationSpec.source`, and their description.
+    """Read the documents of a source (see `CalibrationSpec.source`); also returns their description.
 
     Raises CalibrationError for a source that cannot be read, is empty, or has unknown fields.
     """
@@ -59,7 +59,7 @@ def read_documents(source: str) -> tuple[list[Document], str]:
 
 
 def read_text(path: Path) -> str:
-    """The content of a UTF-8 text file; CalibrationError if it cannot be read, is too large or not UTF-8."""
+    """Read a UTF-8 text file. Raises CalibrationError if it cannot be read, is too large or is not UTF-8."""
     try:
         if path.stat().st_size > FILE_LIMIT:
             raise CalibrationError(
@@ -76,7 +76,7 @@ def read_text(path: Path) -> str:
 
 
 def documents_of_lines(text: str, name: str) -> list[Document]:
-    """The documents of a JSON Lines text; empty lines are skipped."""
+    """Parse the documents of a JSON Lines text; empty lines are skipped."""
 
     def rows() -> Iterator[Any]:
         for number, line in enumerate(text.split("\n"), start=1):
@@ -92,7 +92,7 @@ def documents_of_lines(text: str, name: str) -> list[Document]:
 
 
 def documents_of_rows(rows: Iterable[Any], name: str) -> list[Document]:
-    """The documents of JSON objects or data set rows; None and empty texts are skipped."""
+    """Yield the documents of JSON objects or data set rows; None and empty texts are skipped."""
     documents = []
     for number, row in enumerate(rows, start=1):
         try:
@@ -109,7 +109,9 @@ def documents_of_rows(rows: Iterable[Any], name: str) -> list[Document]:
 
 
 def document_of_row(row: Any) -> Document | None:
-    """The document of one JSON object, or None if its text is empty. Raises ValueError for unknown fields."""
+    """Convert one JSON object to a document; None if its text is empty. Raises ValueError for unknown
+    fields.
+    """
     if not isinstance(row, Mapping):
         raise ValueError("not a JSON object")
     for field in ("messages", "conversations"):
@@ -153,7 +155,7 @@ def _checked_turns(value: Any) -> tuple[Message, ...] | None:
 
 
 def oasst_dialogues(rows: Iterable[Mapping[str, Any]]) -> list[Document]:
-    """The best English conversation of each message tree of OpenAssistant's data.
+    """Yield the best English conversation of each message tree of OpenAssistant's data.
 
     A row is one message: `message_id`, `parent_id` (None at a tree's root), `text`, `role` ("prompter" or
     "assistant"), `lang`, `rank` (0 is the best among siblings; None is unranked), `deleted`, `tree_state`.
@@ -185,9 +187,9 @@ def _rank(row: Mapping[str, Any]) -> tuple[bool, int, str]:
 
 
 def hub_rows(name: str, limit: int | None) -> list[Mapping[str, Any]]:
-    """The first rows of a hub data set's training split, read as data only.
+    """Read the first rows of a hub data set's training split, read as data only.
 
-    Raises CalibrationError without a network connection, and for a data set that does not exist.
+    Raises CalibrationError if there is no network connection or the data set does not exist.
     """
     try:
         from datasets import load_dataset

@@ -31,7 +31,7 @@ GROUP_SIZES = (128, 64, 32)
 
 @dataclass(frozen=True)
 class ConversionInputs:
-    """The source, the calibration rows, and how to convert the one with the other."""
+    """The source, the calibration rows, and the recipe and options of a conversion."""
 
     source: Source
     weights: ModelWeights
@@ -51,14 +51,14 @@ class ConversionInputs:
 
     @property
     def workload(self) -> Workload:
-        """What the memory and disk plans depend on."""
+        """The sizes that the memory and disk plans depend on."""
         count, length = self.rows.tokens.shape
         return Workload(
             self.arch, self.recipe, count, length, self.dtype, self.device, self.source.read_overhead
         )
 
     def entries(self) -> dict[str, Any]:
-        """Everything that the result's bytes depend on, by the names that users know.
+        """The settings that the result's bytes depend on, by the names that users see.
 
         job.json and the model card hold it; an interrupted conversion is recognised by it.
         """
@@ -97,9 +97,9 @@ def prepare(
     options: ConvertOptions,
     message: Callable[[str], None],
 ) -> ConversionInputs:
-    """Open and check everything. message: called with what the user should know.
+    """Open the source, read the calibration rows and check the options.
 
-    Raises LowmemError for whatever the user can correct.
+    message: called with each notice for the user. Raises LowmemError for errors that the user can correct.
     """
     source = open_source(source_name, revision=options.revision, progress=message, quantized=False)
     model_config = source.config()
@@ -125,7 +125,7 @@ def prepare(
 def fit_group_size(
     config: QuantConfig | None, arch: Architecture, message: Callable[[str], None]
 ) -> QuantConfig:
-    """A config whose group size divides the inputs of every linear.
+    """Return a config whose group size divides the inputs of every linear.
 
     With `config.group_size` 0 that is the largest of 128, 64 and 32 that divides them all. A group size that
     the user named is never changed: RecipeError names the linear that it does not divide, and a size that

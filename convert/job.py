@@ -118,7 +118,7 @@ class ConversionJob:
                     self.discard()
 
     def load(self) -> JobState | None:
-        """The state of an interrupted job, or None without a job to resume."""
+        """Read the state of an interrupted job; None if there is no job to resume."""
         path = self.folder / "job.json"
         if not path.is_file():
             return None
@@ -172,7 +172,7 @@ class ConversionJob:
         self.commit()
 
     def clear(self) -> None:
-        """Remove everything that an earlier job left, except the lock."""
+        """Remove all files of an earlier job, except the lock."""
         self._keep("lock")
 
     def sweep(self, finished: int) -> None:
@@ -192,7 +192,7 @@ class ConversionJob:
                 entry.unlink()
 
     def commit(self) -> None:
-        """Write job.json; what it lists counts as finished from then on."""
+        """Write job.json; the layers that it lists then count as finished."""
         write_json(self.folder / "job.json", {"version": JOB_VERSION, **asdict(self.state)})
 
     def was_published(self) -> bool:
@@ -210,7 +210,7 @@ class ConversionJob:
         return self.folder.with_name(self.folder.name + ".done")
 
     def remove_waste(self) -> None:
-        """Remove what a killed process left of a job folder that it was removing."""
+        """Delete job folders that a killed process had only partly deleted."""
         shutil.rmtree(self._waste, ignore_errors=True)
 
     @property
@@ -255,7 +255,7 @@ class ConversionJob:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The differences of two recipes, as `bits (4, now 8)`."""
+    """List the differences of two recipes, as `bits (4, now 8)`."""
     found = []
     for key in [*old, *(k for k in new if k not in old)]:
         before, after = old.get(key), new.get(key)

@@ -69,7 +69,7 @@ class MemoryPlan:
 
 
 def plan_memory(work: Workload, budget: MemoryBudget, fixed_rows: int | None = None) -> MemoryPlan:
-    """The fastest plan that fits the budget.
+    """Choose the fastest plan that fits the budget.
 
     fixed_rows: the rows at a time of an interrupted job, since another number would give other bytes.
     Raises MemoryBudgetError, which names the smallest budget that is enough.
@@ -102,7 +102,9 @@ def plan_memory(work: Workload, budget: MemoryBudget, fixed_rows: int | None = N
 
 
 def measure(work: Workload, base: int, rows: tuple[int, int], keep: bool) -> MemoryPlan:
-    """The peak with `rows` (at a time, in a step of tuning); keep: whether hidden states stay in memory."""
+    """Compute the peak with `rows` (at a time, in a step of tuning); keep: whether hidden states stay in
+    memory.
+    """
     arch, item = work.arch, work.dtype.itemsize
     outside = [math.prod(arch.shapes[name]) for name in arch.outside()]
     chunk = 3 * rows[0] * work.row_length * work.hidden * item

@@ -55,7 +55,7 @@ def convert(
 
     The folder appears complete or not at all. An interrupted conversion resumes after its last finished layer
     when it is called again with the same arguments, and gives the same bytes.
-    Raises LowmemError, with one line that says what to do next, for whatever the caller can correct.
+    Raises LowmemError for errors that the caller can correct; its message says what to do next.
     """
     options = options or ConvertOptions()
     reporter = reporter or Reporter()

@@ -36,7 +36,7 @@ class Reporter:
         """Bytes of disk that the work needs in `folder`, and that are free."""
 
     def message(self, text: str) -> None:
-        """Something that the user should know."""
+        """A notice for the user."""
 
     def phase(self, layer: int, text: str) -> None:
         """The current stage, as `rounding of mlp.c_fc`."""
@@ -73,7 +73,7 @@ def _mean_error(reports: Sequence[LinearReport]) -> float:
 
 
 def describe_plan(plan: MemoryPlan) -> str:
-    """One sentence on memory, hidden states and rows at a time."""
+    """Describe in one sentence the memory, hidden states and rows at a time."""
     where = "in memory" if plan.keep_hidden else "in a file"
     card = f", {format_bytes(plan.device_peak)} on the GPU" if plan.device_peak else ""
     return (
@@ -83,7 +83,7 @@ def describe_plan(plan: MemoryPlan) -> str:
 
 
 class LineReporter(Reporter):
-    """One line per layer, for files and pipes."""
+    """Prints one line per layer, for files and pipes."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -128,7 +128,7 @@ class LineReporter(Reporter):
 
 
 class BarReporter(LineReporter):
-    """A live bar with layer, stage, error and time left, for terminals."""
+    """Displays a live bar with layer, stage, error and time left, for terminals."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class BarReporter(LineReporter):
 
 
 class JsonReporter(Reporter):
-    """One JSON object per line on standard output, for programs."""
+    """Prints one JSON object per line on standard output, for programs."""
 
     def _event(self, kind: str, **values: Any) -> None:
         print(json.dumps({"event": kind, **values}), flush=True)
@@ -205,7 +205,7 @@ class JsonReporter(Reporter):
 
 
 def make_reporter(*, quiet: bool, as_json: bool) -> Reporter:
-    """The reporter that fits the options, and the terminal or pipe on standard error."""
+    """Choose the reporter that fits the options, and the terminal or pipe on standard error."""
     if as_json:
         return JsonReporter()
     if quiet:

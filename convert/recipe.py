@@ -51,7 +51,9 @@ class Recipe:
 
 
 def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the forward passes; "auto" is 16 bits where the hardware computes with them fast."""
+    """Choose the dtype of the forward passes; "auto" is 16 bits where the hardware computes with them
+    fast.
+    """
     if requested == "auto":
         if stored == torch.float32:
             return torch.float32

@@ -21,13 +21,16 @@ OURS = "lowmem "
 
 
 def made_with(folder: Path, kernel: str = "") -> MadeWith:
-    """What a version in `folder` is measured with now. kernel: its name, "" if linears are dequantized."""
+    """Describe the kernels and recipe that a version in `folder` is measured with now.
+
+    kernel: the kernel's name, or "" if linears are dequantized.
+    """
     ours = kernel.startswith(OURS)
     return MadeWith(kernel, native.CONTRACT if ours else 0, recipe_version(folder))
 
 
 def recipe_version(folder: Path) -> int:
-    """The recipe version in the report of a folder that lowmem converted; 0 without a report."""
+    """Read the recipe version from the report of a converted folder; 0 if it has no report."""
     try:
         recipe = read_json(folder / REPORT_FILE).get("recipe")
     except LowmemError:
@@ -37,7 +40,9 @@ def recipe_version(folder: Path) -> int:
 
 
 def outdated(record: QualityRecord | HumanEvalRecord | LatencyRecord) -> tuple[str, ...]:
-    """What the record was measured with that lowmem no longer has, a line for each version of the model."""
+    """Return a line for each version that was measured with kernels or a recipe that lowmem has since
+    replaced.
+    """
     found = []
     for subject in (entry.subject for entry in record.subjects):
         known = subject.made_with
@@ -52,5 +57,5 @@ def outdated(record: QualityRecord | HumanEvalRecord | LatencyRecord) -> tuple[s
 
 
 def is_current(record: QualityRecord | HumanEvalRecord | LatencyRecord) -> bool:
-    """Whether every figure of the record is of today's kernels and recipe."""
+    """Whether every figure of the record was measured with the current kernels and recipe."""
     return not outdated(record)

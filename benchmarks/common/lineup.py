@@ -46,7 +46,7 @@ class Lineup:
 
 @dataclass(frozen=True)
 class LineupRequest:
-    """What a user wants to measure."""
+    """A user's choice of versions to measure."""
 
     models: tuple[str, ...]
     """Folders, weight files, hub ids, or names from `lowmem list`. At most one is unquantized: all of its
@@ -74,7 +74,8 @@ def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="SOURCE",
-        help="the unquantized model that GPTQ folders were converted from (the one that their report names)",
+        help="the unquantized model that GPTQ folders were converted from (default: the one "
+        "named in their report)",
     )
     parser.add_argument(
         "--versions",
@@ -83,14 +84,15 @@ def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda text: tuple(text.split(",")),
         default=(),
         metavar="LIST",
-        help=f"measure only these, separated by commas: {', '.join(VERSIONS)}, or labels such as 4-bit (all)",
+        help=f"measure only these, separated by commas: {', '.join(VERSIONS)}, or labels such as 4-bit "
+        "(default: all)",
     )
 
 
 def lineup_of(
     args: argparse.Namespace, *, cuda: bool, dtype: str | None = None, reference_needed: bool = True
 ) -> LineupRequest:
-    """The request on a command line."""
+    """Convert command-line arguments to a request."""
     return LineupRequest(tuple(args.models), args.reference, args.versions, dtype, cuda, reference_needed)
 
 
@@ -258,7 +260,7 @@ def _relative(path: Path) -> str:
 
 
 def subject_of(candidate: Candidate, label: str) -> Subject:
-    """A candidate in a record, with its sizes from headers."""
+    """Convert a candidate to a record's Subject; sizes are computed from the checkpoint's headers."""
     from lowmem.plan.memory import weights_bytes
 
     shape, form = candidate.shape, candidate.form

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "bitsandbytes", "gptqmodel")
 
 
 def machine_here(device: str = "cpu") -> Machine:
-    """This machine. device: that models run on, as torch names it."""
+    """Describe this machine. device: the torch device that models run on."""
     found = hardware()
     name, memory = "cpu", 0
     if device != "cpu":
@@ -31,7 +31,7 @@ def machine_here(device: str = "cpu") -> Machine:
 
 
 def versions(packages: Sequence[str] = PACKAGES) -> tuple[tuple[str, str], ...]:
-    """(package, version) of lowmem, Python, and the installed ones of `packages`."""
+    """Return (package, version) of lowmem, Python, and each of `packages` that is installed."""
     found = [("lowmem", __version__), ("python", platform.python_version())]
     for package in packages:
         try:
@@ -42,7 +42,7 @@ def versions(packages: Sequence[str] = PACKAGES) -> tuple[tuple[str, str], ...]:
 
 
 def origin_of(argv: Sequence[str], source: str, source_digest: str, device: str = "cpu") -> Origin:
-    """The origin of a measurement that starts now. argv: the words after `lowmem`."""
+    """Describe a measurement that starts now. argv: the words after `lowmem`."""
     return Origin(
         command=shlex.join(["lowmem", *argv]),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),

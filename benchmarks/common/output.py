@@ -22,7 +22,7 @@ _OTHERWISE = "measure fewer --rows, or set LOWMEM_CACHE (with --no-cache: TMPDIR
 
 @dataclass(frozen=True)
 class Output:
-    """Where the record goes, and what is printed."""
+    """Where to write the record, and how to print it."""
 
     folder: Path
     json: bool = False
@@ -37,19 +37,19 @@ def add_output_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
     """Declare --out, --json, --quiet and --fresh. kind: of the record."""
     parser.add_argument("--fresh", "--force", action="store_true", help="ignore the results of earlier runs")
     parser.add_argument(
-        "--out", default=FOLDER, metavar="DIR", help=f"folder for {FILES[kind]} (%(default)s)"
+        "--out", default=FOLDER, metavar="DIR", help=f"folder for {FILES[kind]} (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the record instead of tables")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
 
 
 def output_of(args: argparse.Namespace) -> Output:
-    """What the user chose."""
+    """Convert command-line arguments to an Output."""
     return Output(Path(args.out).expanduser(), args.json, args.quiet, args.fresh)
 
 
 def print_json(record: QualityRecord | HumanEvalRecord | LatencyRecord) -> None:
-    """Print a record as its file has it."""
+    """Print a record as the JSON text of its file."""
     print(json.dumps(to_json(record), indent=1))
 
 
@@ -57,7 +57,7 @@ def print_json(record: QualityRecord | HumanEvalRecord | LatencyRecord) -> None:
 def exclusive(folder: Path, kind: str) -> Iterator[None]:
     """Lock the folder against other measurements of this kind, which would overwrite the record.
 
-    Raises OutputError at once if there is one, or if the folder cannot be made.
+    Raises OutputError at once if such a measurement is running, or if the folder cannot be created.
     """
     file = folder / f"{kind}.lock"
     try:
@@ -77,9 +77,9 @@ def exclusive(folder: Path, kind: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_disk_space(folder: Path, needed: int) -> Iterator[None]:
-    """Check for `needed` bytes in `folder` before the work, and name that number if the disk fills up.
+    """Check that `folder` has `needed` free bytes before the work.
 
-    Raises OutputError.
+    Raises OutputError if it has not, or if the disk fills up during the work; the message names the bytes.
     """
     require_room(folder, needed, "the measurement", _OTHERWISE)
     try:

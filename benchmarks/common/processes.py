@@ -32,7 +32,9 @@ class Usage:
 
 
 def run_process(command: Sequence[str], log: Path) -> Usage:
-    """Run a command with its output in `log`, and watch its memory. Raises SystemExit if it fails."""
+    """Run a command with its output in `log`, and measure its memory. Raises SystemExit if the command
+    fails.
+    """
     usage, code = attempt(command, log)
     if code:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
@@ -48,7 +50,9 @@ def attempt(
     environment: Mapping[str, str] | None = None,
     sample: Callable[[], None] | None = None,
 ) -> tuple[Usage, int]:
-    """Run a command in the folder of `log` and watch its memory: (usage, exit code or negative signal).
+    """Run a command in the folder of `log` and measure its memory.
+
+    Returns (usage, exit code); a negative exit code is a signal number.
 
     log: for its output, and its standard error if `errors` is None. environment: added to this process's.
     sample: called every SAMPLE_SECONDS.
@@ -86,7 +90,7 @@ def attempt(
 def converse(
     module: str, message: str, hear: Callable[[str], None], log: Path, environment: dict[str, str]
 ) -> int:
-    """Run `python -m module` with `message` on standard input; its exit code, negative for a signal.
+    """Run `python -m module` with `message` on standard input. Returns its exit code, negative for a signal.
 
     hear: called with each line of its standard output. log: for its standard error. environment: added to
     this process's. The process runs in the folder of `log`, so modules in the user's folder are not imported.
@@ -128,7 +132,7 @@ def _environment(added: Mapping[str, str]) -> dict[str, str]:
 
 
 def resident(pid: int) -> dict[str, int]:
-    """The memory lines of /proc/PID/status in bytes; empty if the process has ended."""
+    """Read the memory lines of /proc/PID/status, in bytes; empty if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -138,7 +142,7 @@ def resident(pid: int) -> dict[str, int]:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, its cores and the memory."""
+    """Describe the processor, its cores and the memory."""
     lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     fields = {name.strip(): value.strip() for name, _, value in lines}
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024

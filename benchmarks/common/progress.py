@@ -9,10 +9,10 @@ from lowmem.commands.answering import note
 
 
 class Progress:
-    """Reports nothing; the base of what does."""
+    """Base class of progress displays; displays nothing."""
 
     def note(self, line: str) -> None:
-        """Print a line that stays."""
+        """Print a line above the bar."""
 
     def begin(self, title: str) -> None:
         """Name the next piece of work."""
@@ -28,7 +28,7 @@ class Progress:
 
 
 class Lines(Progress):
-    """A line for every note and every piece of work."""
+    """Prints a line for every note and every piece of work."""
 
     def note(self, line: str) -> None:
         note(line)
@@ -41,7 +41,7 @@ class Lines(Progress):
 
 
 class Bar(Progress):
-    """One bar, with notes above it."""
+    """Displays one bar, with notes above it."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -76,7 +76,7 @@ class Bar(Progress):
 
 
 def make_progress(quiet: bool) -> Progress:
-    """The progress report for this process's stderr."""
+    """Choose the progress display for this process's stderr."""
     if quiet:
         return Progress()
     return Bar() if sys.stderr.isatty() else Lines()

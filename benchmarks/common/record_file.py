@@ -26,12 +26,12 @@ Record = TypeVar("Record", QualityRecord, HumanEvalRecord, LatencyRecord)
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """A dataclass as JSON types."""
+    """Convert a dataclass to JSON types."""
     return dataclasses.asdict(record)
 
 
 def write_file(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and its folder if needed. Raises OutputError."""
+    """Write a file whole or not at all, and create its folder. Raises OutputError if the disk refuses."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -40,12 +40,15 @@ def write_file(file: Path, data: bytes) -> None:
 
 
 def write(record: Any, file: Path) -> None:
-    """Write any dataclass as JSON. Raises OutputError."""
+    """Write any dataclass as JSON. Raises OutputError if the file cannot be written."""
     write_file(file, (json.dumps(to_json(record), indent=1) + "\n").encode())
 
 
 def read(kind: type[T], file: Path, module: str) -> T:
-    """The dataclass in a file. Raises SourceError, naming `python -m module` to measure again."""
+    """Read a dataclass from a file.
+
+    Raises SourceError if the file is missing or damaged; the message says to run `python -m module`.
+    """
     try:
         return cast(T, from_json(kind, json.loads(file.read_bytes())))
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -53,14 +56,18 @@ def read(kind: type[T], file: Path, module: str) -> T:
 
 
 def write_record(record: QualityRecord | HumanEvalRecord | LatencyRecord, folder: Path) -> Path:
-    """Write a record to its file in `folder`; the file. Raises OutputError."""
+    """Write a record to its file in `folder` and return the path. Raises OutputError if it cannot be
+    written.
+    """
     file = folder / FILES[type(record)]
     write(record, file)
     return file
 
 
 def read_record(kind: type[Record], folder: Path) -> Record | None:
-    """The record of this kind in `folder`, or None. Raises SourceError if it is damaged."""
+    """Read the record of this kind in `folder`; None if there is no file. Raises SourceError if it is
+    damaged.
+    """
     file = folder / FILES[kind]
     try:
         data = json.loads(file.read_bytes())
@@ -74,7 +81,7 @@ def read_record(kind: type[Record], folder: Path) -> Record | None:
 
 
 def from_json(kind: Any, data: Any) -> Any:
-    """`data` as a value of type `kind`; missing fields get their defaults.
+    """Convert JSON data to a value of type `kind`; missing fields get their defaults.
 
     Raises TypeError, ValueError or KeyError if the data does not have this type.
     """

@@ -84,7 +84,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Repeated:
-    """A quantity measured once a round."""
+    """A quantity measured once per round."""
 
     median: float
     low: float
@@ -122,7 +122,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class TextQuality:
-    """One version against the reference on one text."""
+    """Comparison of one version with the reference on one text."""
 
     text: str
     tokens: int
@@ -142,7 +142,7 @@ class TextQuality:
 
 @dataclass(frozen=True)
 class GreedyAgreement:
-    """How long greedy answers stay equal to the reference's; one number a prompt, in tokens."""
+    """Number of tokens for which greedy answers equal the reference's; one number per prompt."""
 
     limit: int
     """The longest answer allowed."""
@@ -152,7 +152,7 @@ class GreedyAgreement:
 
 @dataclass(frozen=True)
 class SubjectQuality:
-    """One version on every text."""
+    """Results of one version on every text."""
 
     subject: Subject
     noise_floor: bool
@@ -195,7 +195,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class SubjectHumanEval:
-    """One version on all problems."""
+    """Results of one version on all problems."""
 
     subject: Subject
     problems: int
@@ -223,7 +223,7 @@ class HumanEvalRecord:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What the machine could do during the measurement."""
+    """The machine's rates during the measurement."""
 
     read_bytes_per_second: Repeated
     """Memory bandwidth of all cores, or of the card."""
@@ -234,7 +234,7 @@ class Roofline:
 
 @dataclass(frozen=True)
 class PrefillLatency:
-    """Prompts of one length."""
+    """Prefill times of prompts of one length."""
 
     prompt_tokens: int
     ttft: Repeated
@@ -248,7 +248,7 @@ class PrefillLatency:
 
 @dataclass(frozen=True)
 class DecodeLatency:
-    """New tokens after a context of one length."""
+    """Decode times after a context of one length."""
 
     context_tokens: int
     new_tokens: int
@@ -267,7 +267,7 @@ class DecodeLatency:
 
 @dataclass(frozen=True)
 class SubjectLatency:
-    """One version, timed."""
+    """Timings of one version."""
 
     subject: Subject
     fits: bool

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def digest_of(key: object) -> str:
-    """A short digest of a JSON value."""
+    """Compute a short digest of a JSON value."""
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
 
 
@@ -44,7 +44,7 @@ class WorkFile(Generic[T]):
     clock: Callable[[], float] = time.time
 
     def read(self) -> dict[Place, tuple[T, float]]:
-        """Place → (result, seconds that it took)."""
+        """Read the results: a mapping from place to (result, seconds that it took)."""
         found: dict[Place, tuple[T, float]] = {}
         try:
             lines = self.file.read_text(encoding="utf-8").splitlines()
@@ -61,7 +61,7 @@ class WorkFile(Generic[T]):
         return found
 
     def add(self, place: Place, result: T, seconds: float) -> None:
-        """Append one result and flush it to disk. Raises OutputError."""
+        """Append one result and flush it to disk. Raises OutputError if that fails."""
         line = {"key": self.key, "time": self.clock(), "seconds": seconds, "place": place}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)

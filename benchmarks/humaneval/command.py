@@ -44,27 +44,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompting",
         choices=("auto", "chat", "plain"),
         default="auto",
-        help="chat: ask for the function; plain: continue the prompt (chat if the model has a template)",
+        help="chat: ask for the function; plain: continue the prompt (default: chat if "
+        "the model has a template)",
     )
-    how.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (%(default)s)")
-    how.add_argument("--top-p", type=float, default=0.95, metavar="P", help="when sampling (%(default)s)")
     how.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="answers to each problem (%(default)s)"
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: %(default)s)"
     )
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="when sampling (%(default)s)")
     how.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (%(default)s)"
+        "--top-p", type=float, default=0.95, metavar="P", help="when sampling (default: %(default)s)"
     )
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    how.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="answers to each problem (default: %(default)s)"
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="when sampling (default: %(default)s)")
+    how.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add_output_arguments(parser, HumanEvalRecord)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, write `humaneval.json` and print it; 0, or 130 after Ctrl-C, which keeps finished attempts."""
+    """Measure, write `humaneval.json` and print it.
+
+    Returns exit code 0, or 130 after Ctrl-C; finished attempts are kept.
+    """
     if not args.allow_code_execution:
         raise InvalidRequestError(
-            "HumanEval runs programs that the model writes on this machine, in a sandbox without network, "
-            "processes or access to your files",
+            "HumanEval runs model-written programs on this machine. They run in a sandbox and cannot use the "
+            "network, start processes or access your files",
             "To allow that, add --allow-code-execution",
         )
     from lowmem.benchmarks.common.origin import origin_of
@@ -139,7 +147,7 @@ class _Version:
         return replace(found, subject=replace(subject, made_with=made_with(path, self.kernel)))
 
     def open_session(self) -> Session:
-        """Plan and load the version; what does not fit is refused in one line."""
+        """Plan and load the version. Raises MemoryBudgetError if it does not fit in memory."""
         from lowmem.loading.opening import open_model
         from lowmem.plan.request import ModelRequest
         from lowmem.session import Session

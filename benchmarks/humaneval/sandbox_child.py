@@ -35,7 +35,7 @@ _NUMBERS = (("fractions", "Fraction"), ("decimal", "Decimal"))
 
 
 def main() -> None:
-    """Read the job from standard input, lock down, and do it. Ends the process."""
+    """Read the job from standard input, lock down the process and run the job. Ends the process."""
     job = json.loads(sys.stdin.buffer.read())
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
@@ -193,7 +193,7 @@ def _rebuilt(name: str, text: str) -> Exception:
 
 
 def encode(value: Any) -> Any:
-    """A value as JSON types; anything but plain data becomes {"opaque": its type}.
+    """Convert a value to JSON types; a value that is not plain data becomes {"opaque": its type}.
 
     Numbers keep every bit. Iterators are read up to a limit and arrive as iterators. Instances of subclasses
     arrive as the built-in type, so that their own `==` cannot decide a test.
@@ -231,7 +231,9 @@ def encode(value: Any) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """The inverse of `encode`. Raises KeyError, TypeError or ValueError for other data."""
+    """The inverse of `encode`. Raises KeyError, TypeError or ValueError if `encode` cannot have produced the
+    data.
+    """
     if data is None or isinstance(data, (bool, int, float, str)):
         return data
     if isinstance(data, list):

@@ -75,23 +75,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_lineup_arguments(parser)
     what = parser.add_argument_group("what is timed")
     what.add_argument(
-        "--prompts", type=_numbers, metavar="LIST", help="prompt lengths in tokens (32,128,512,2048)"
+        "--prompts", type=_numbers, metavar="LIST", help="prompt lengths in tokens (default: 32,128,512,2048)"
     )
     what.add_argument(
-        "--contexts", type=_numbers, metavar="LIST", help="context lengths in tokens (128,1024,4096)"
+        "--contexts", type=_numbers, metavar="LIST", help="context lengths in tokens (default: 128,1024,4096)"
     )
     what.add_argument(
-        "--new-tokens", type=int, default=64, metavar="N", help="tokens to decode per context (%(default)s)"
+        "--new-tokens",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens to decode per context (default: %(default)s)",
     )
     what.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="times to measure every version (%(default)s)"
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="times to measure every version (default: %(default)s)",
     )
     what.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (the number that torch chooses)"
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)"
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    where.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of activations (%(default)s)")
+    where.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    where.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of activations (default: %(default)s)"
+    )
     where.add_argument("--ram", metavar="SIZE", help="most host memory that a version may use")
     where.add_argument("--vram", metavar="SIZE", help="most card memory that a version may use")
     add_output_arguments(parser, LatencyRecord)
@@ -100,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write `latency.json` and print it.
 
-    Exit code 0, or 130 after Ctrl-C; the record then has the complete rounds.
+    Returns exit code 0, or 130 after Ctrl-C; the record then contains the complete rounds.
     """
     from lowmem.benchmarks.common.origin import origin_of
     from lowmem.benchmarks.latency import machine_state
@@ -130,7 +140,7 @@ class _Measurement:
     origin: Origin
 
     def run(self, lineup: Lineup, lengths: Lengths, before: Before) -> int:
-        """All rounds, into the record; the exit code."""
+        """Measure all rounds and write the record. Returns the exit code."""
         from lowmem.benchmarks.common.progress import make_progress
         from lowmem.benchmarks.latency.machine_state import swap_warning
         from lowmem.benchmarks.latency.summary import make_record

@@ -19,13 +19,13 @@ _NVML = "libnvidia-ml.so.1"
 
 
 class Meter(Protocol):
-    """A counter of energy."""
+    """An energy counter."""
 
     def read(self) -> tuple[int, ...]:
-        """The counters now. Raises OSError if they can no longer be read."""
+        """Read the counters. Raises OSError if they can no longer be read."""
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
-        """Energy between two readings."""
+        """Energy between two readings, in joules."""
 
 
 @dataclass(frozen=True)
@@ -40,44 +40,46 @@ class Zone:
 
 @dataclass(frozen=True)
 class HostMeter:
-    """The processor's packages, and memory if it has its own counter."""
+    """Measures the energy of the processor packages, and of DRAM if RAPL has a separate counter for it."""
 
     zones: tuple[Zone, ...]
 
     def read(self) -> tuple[int, ...]:
-        """Microjoules of each zone."""
+        """Energy of each zone, in microjoules. Raises OSError if a counter is not a number or cannot be
+        read.
+        """
         try:
             return tuple(int(zone.file.read_text()) for zone in self.zones)
         except ValueError as error:
             raise OSError(f"a RAPL counter is not a number: {error}") from error
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
-        """The sum over zones; one wrap-around of a counter is accounted for."""
+        """Energy of all zones, in joules. Each counter may wrap around once between the readings."""
         pairs = zip(self.zones, before, after, strict=True)
         return sum((end - start) % (zone.largest + 1) for zone, start, end in pairs) / 1e6
 
 
 @dataclass(frozen=True)
 class CardMeter:
-    """A card's total in millijoules since the driver was loaded, from NVML."""
+    """Measures the energy of a card with NVML."""
 
     library: Any
     handle: Any
 
     def read(self) -> tuple[int, ...]:
-        """The total."""
+        """Energy since the driver was loaded, in millijoules. Raises OSError if NVML cannot read it."""
         total = ctypes.c_ulonglong()
         if status := self.library.nvmlDeviceGetTotalEnergyConsumption(self.handle, ctypes.byref(total)):
             raise OSError(f"NVML cannot read the energy counter: error {status}")
         return (total.value,)
 
     def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float:
-        """The difference."""
+        """Energy between two readings, in joules."""
         return (after[0] - before[0]) / 1e3
 
 
 def find_meter(device: torch.device) -> Meter | None:
-    """The energy counter of the device; None without a readable counter."""
+    """Find the energy counter of the device; None if it has none or the counter cannot be read."""
     meter = host_meter() if device.type == "cpu" else _card_meter(device)
     try:
         return meter if meter and meter.read() else None
@@ -86,7 +88,7 @@ def find_meter(device: torch.device) -> Meter | None:
 
 
 def host_meter(root: Path = POWERCAP) -> HostMeter | None:
-    """The RAPL zones under `root`: packages, and memory.
+    """Find the RAPL zones of packages and DRAM under `root`; None if there are none or they cannot be read.
 
     Zones of cores are part of their package, and `psys` counts packages again, so both are left out.
     """

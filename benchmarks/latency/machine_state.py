@@ -30,7 +30,7 @@ class Before:
 
 
 def look_before(load_average: float, seconds: float = 0.5) -> Before:
-    """Watch other processes for `seconds`. load_average: of one minute."""
+    """Measure the CPU time of other processes for `seconds`. load_average: of one minute."""
     cores = len(os.sched_getaffinity(0))
     lines = [load_warning(load_average, cores), _battery(), governor_warning()]
     lines += busy_warnings(*_processor_times(seconds), seconds)
@@ -38,7 +38,7 @@ def look_before(load_average: float, seconds: float = 0.5) -> Before:
 
 
 def swap_warning(before: Before) -> str:
-    """A warning if memory was swapped since `before`, else ""."""
+    """Return a warning if memory was swapped since `before`, else ""."""
     moved = _swapped() - before.swapped
     if moved < _SWAPPED:
         return ""
@@ -46,14 +46,14 @@ def swap_warning(before: Before) -> str:
 
 
 def load_warning(load: float, cores: int) -> str:
-    """A warning if the machine was busy, else ""."""
+    """Return a warning if the machine was busy, else ""."""
     if load <= cores / 2:
         return ""
     return f"the machine was busy before the measurement: load average {load:.2f} on {cores} cores"
 
 
 def governor_warning(root: Path = CPUFREQ) -> str:
-    """A warning if the CPU governor keeps cores slow, else ""."""
+    """Return a warning if the CPU governor keeps cores slow, else ""."""
     slow = 0
     for folder in root.glob("cpu[0-9]*/cpufreq"):
         try:
@@ -70,7 +70,10 @@ def governor_warning(root: Path = CPUFREQ) -> str:
 def busy_warnings(
     before: Mapping[tuple[int, str], float], after: Mapping[tuple[int, str], float], seconds: float
 ) -> list[str]:
-    """Warnings about other processes that used much of a core. before, after: (id, name) → CPU seconds."""
+    """Return warnings about other processes that used much of a core.
+
+    before, after: CPU seconds by (id, name).
+    """
     shares = {key: (after[key] - before[key]) / seconds for key in before.keys() & after.keys()}
     busy = sorted((share, key) for key, share in shares.items() if share > BUSY)
     most = busy[: -_NAMED - 1 : -1]

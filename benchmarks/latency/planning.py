@@ -55,7 +55,9 @@ class PlannedVersion:
         return bytes_read_a_token(self.entrant.candidate.shape, self.entrant.candidate.form)
 
     def task(self, machine: TimingTask) -> TimingTask:
-        """The task that times this version. machine: the task for the machine alone, on the same device."""
+        """Create the task that times this version. machine: the task for the machine alone, on the same
+        device.
+        """
         candidate = self.entrant.candidate
         return replace(
             machine,
@@ -77,7 +79,7 @@ class PlannedVersion:
         return prefill_ceiling(shape, form, tokens, read, matmul)
 
     def describe(self, rates: Rates) -> str:
-        """One line before it is timed: why it does not fit, or what the machine allows."""
+        """Describe the version in one line: its speed limit on this machine, or why it does not fit."""
         if self.reason:
             return f"{self.label} does not fit: {self.reason}"
         decode = self.decode_ceiling(self.lengths.contexts[0], rates.read)
@@ -91,10 +93,10 @@ class PlannedVersion:
 def choose_lengths(
     prompts: Sequence[int] | None, contexts: Sequence[int] | None, new_tokens: int, positions: int | None
 ) -> Lengths:
-    """The lengths that fit the model's positions; None takes the defaults.
+    """Choose the lengths that fit the model's positions; None takes the defaults.
 
-    The first default context that is too long is cut to the longest possible. Lengths that the user named and
-    that are too long are left out, with a note. Raises InvalidRequestError if a number is out of range or no
+    The first default context that is too long is cut to the longest possible. Lengths that the user named are
+    omitted with a note if they are too long. Raises InvalidRequestError if a number is out of range or no
     length is left.
     """
     if new_tokens < 2:
@@ -134,7 +136,7 @@ def _listed(word: str, numbers: Sequence[int]) -> str:
 
 
 def plan_version(entrant: Entrant, lengths: Lengths, budget: Budget) -> PlannedVersion:
-    """The lengths that this version can run within the budget."""
+    """Choose the lengths that this version can run within the budget."""
 
     def need(tokens: int) -> int:
         return need_on_device(
@@ -164,5 +166,5 @@ def plan_version(entrant: Entrant, lengths: Lengths, budget: Budget) -> PlannedV
 
 
 def usual_dtype(planned: Sequence[PlannedVersion]) -> str:
-    """The dtype of most versions."""
+    """Return the dtype of most versions."""
     return Counter(one.entrant.subject.dtype for one in planned).most_common(1)[0][0]

@@ -49,7 +49,9 @@ def look(own_bytes: int, dtype: torch.dtype, device: torch.device, seconds: floa
 
 
 def read_rate(nbytes: int, device: torch.device, seconds: float = SECONDS) -> float:
-    """Bytes per second of reading `nbytes` repeatedly: with torch's number of threads, or on the card."""
+    """Measure bytes per second of reading `nbytes` repeatedly: with torch's number of threads, or on the
+    card.
+    """
     if device.type != "cpu":
         return copy_rate(nbytes, device, seconds)
     import torch
@@ -69,7 +71,9 @@ def read_rate(nbytes: int, device: torch.device, seconds: float = SECONDS) -> fl
 
 
 def copy_rate(nbytes: int, device: torch.device, seconds: float = SECONDS) -> float:
-    """Bytes per second that a card reads and writes together, in copies between two halves of `nbytes`."""
+    """Measure the bytes per second that a card reads and writes together, in copies between two halves of
+    `nbytes`.
+    """
     import torch
 
     half = max(1, nbytes // 2)
@@ -86,7 +90,7 @@ def copy_rate(nbytes: int, device: torch.device, seconds: float = SECONDS) -> fl
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = SECONDS) -> float:
-    """Operations per second of the fastest square product among several sizes: 2 n³ each."""
+    """Measure operations per second of the fastest square product among several sizes: 2 n³ each."""
     import torch
 
     fastest = 0.0
@@ -114,7 +118,9 @@ def wait(device: torch.device) -> None:
 
 
 def best(one_pass: Callable[[], object], seconds: float) -> float:
-    """The shortest time of one pass, among passes for `seconds`, at least two; the first is a warm-up."""
+    """Measure the shortest time of one pass, among passes for `seconds`, at least two; the first is a
+    warm-up.
+    """
     one_pass()
     start, shortest, count = time.perf_counter(), float("inf"), 0
     while count < 2 or time.perf_counter() - start < seconds:

@@ -48,7 +48,7 @@ class Rounds:
         """Run every round; results in the work file are not measured again.
 
         After an exception, KeyboardInterrupt included, the results so far are here and in the work file. A
-        version that fails is not tried again, and its earlier results are dropped.
+        version that fails is not tried again, and its earlier results are discarded.
         """
         kept = self.work.read()
         fitting = [one for one in self.planned if not one.reason]
@@ -96,7 +96,7 @@ class Rounds:
 
 @dataclass(frozen=True)
 class _Step:
-    """Shows what a process measures now, and the time left."""
+    """Shows the current step of a process and the time left."""
 
     progress: Progress
     title: str
@@ -111,13 +111,13 @@ class _Step:
 
 
 def order(count: int, round_number: int) -> list[int]:
-    """The order of `count` versions in a round: each round starts one further on."""
+    """Return the order of `count` versions in a round; each round starts with the next version."""
     first = round_number % max(1, count)
     return [*range(first, count), *range(first)]
 
 
 def run_task(task: TimingTask, tell: Tell) -> Timings | str:
-    """Do the task in a process of its own: its timings, or why it failed."""
+    """Run the task in its own process. Returns its timings, or a message that says why it failed."""
     environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if task.threads:
         environment["OMP_NUM_THREADS"] = str(task.threads)
@@ -143,7 +143,11 @@ def run_task(task: TimingTask, tell: Tell) -> Timings | str:
 
 
 def _failure(code: int, log: Path) -> str:
-    """An exit code, negative for a signal, in words, with the last line that the process printed."""
+    """Describe why the process failed.
+
+    That is its exit code and the last line of its log or, after SIGKILL, that memory probably ran out.
+    A negative `code` is a signal number.
+    """
     if code == -signal.SIGKILL:
         return f"killed by the system, probably because memory ran out (exit code {128 + signal.SIGKILL})"
     said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]

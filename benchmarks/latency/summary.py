@@ -34,17 +34,17 @@ _OVER = 1.05
 
 
 def repeated(values: Sequence[float]) -> Repeated:
-    """Values of all rounds with their median, smallest and largest."""
+    """Summarize the values of all rounds by their median, smallest and largest."""
     return Repeated(statistics.median(values), min(values), max(values), tuple(values))
 
 
 def drift_of(per_round: Sequence[float]) -> float:
-    """Largest over smallest, minus 1."""
+    """Compute largest over smallest, minus 1."""
     return max(per_round) / min(per_round) - 1
 
 
 def roofline_of(results: Mapping[str, Sequence[Timings]], dtypes: Mapping[str, str]) -> Roofline:
-    """One value a round: the median of what was measured beside each version.
+    """Compute one value per round: the median of the rates measured beside each version.
 
     results, dtypes: by label. Matrix products are those in the dtype of most versions.
     """
@@ -65,7 +65,7 @@ def roofline_of(results: Mapping[str, Sequence[Timings]], dtypes: Mapping[str, s
 
 
 def subject_latency(planned: PlannedVersion, found: Sequence[Timings], failure: str = "") -> SubjectLatency:
-    """All rounds of one version. failure: why there are none."""
+    """Summarize all rounds of one version. failure: the reason if there are none."""
     subject = planned.entrant.subject
     if reason := planned.reason or failure:
         return SubjectLatency(subject, False, reason, planned.needed_bytes, "", None, (), (), 0, 0)
@@ -121,7 +121,9 @@ def _decode(planned: PlannedVersion, found: Sequence[Timings], index: int) -> De
 
 
 def make_record(origin: Origin, rounds: Rounds, probe: Timings, warnings: Sequence[str]) -> LatencyRecord:
-    """The record of all complete rounds. probe: of the machine alone, used if no version fits."""
+    """Create the record of all complete rounds. probe: timings of the machine alone, used if no version
+    fits.
+    """
     planned, results = rounds.planned, rounds.results()
     dtypes = {one.label: one.entrant.subject.dtype for one in planned}
     if results:

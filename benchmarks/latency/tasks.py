@@ -27,7 +27,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class TimingTask:
-    """What one process measures: the machine, and one version of a model if `path` is given."""
+    """The measurement of one process: the machine and, if `path` is given, one version of a model."""
 
     device: str
     """As torch names it."""
@@ -70,7 +70,7 @@ class DecodeTime:
 
 @dataclass(frozen=True)
 class Timings:
-    """What one process found. Without a version in the task, only the machine's figures."""
+    """The results of one process. If the task has no version, they hold only the machine's figures."""
 
     threads: int
     """That torch used."""

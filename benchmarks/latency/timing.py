@@ -38,7 +38,7 @@ Tell = Callable[[str], None]
 
 
 def measure(task: TimingTask, tell: Tell) -> Timings:
-    """Do the task. Raises what loading and generating raise."""
+    """Run the task. Errors of loading and generating are passed on."""
     import torch
 
     from lowmem.plan.device import card_memory_free, host_memory_available, memory_use, return_freed_memory
@@ -95,7 +95,7 @@ def _time_version(task: TimingTask, found: Timings, tell: Tell) -> Timings:
 
 
 class _Engine(Protocol):
-    """What is timed: lowmem.generate.engine.Engine, or a test's own."""
+    """The methods that are timed, as lowmem.generate.engine.Engine has them."""
 
     def generate(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Any]:
         """Yield tokens."""
@@ -149,7 +149,7 @@ class EngineTimer:
         return tuple(prompts), tuple(decodes)
 
     def stamps(self, prompt: Sequence[int], new_tokens: int) -> list[float]:
-        """The time of the request, then of each token. Raises RuntimeError for too few tokens."""
+        """Return the time of the request, then of each token. Raises RuntimeError for too few tokens."""
         from lowmem.config import SamplingParams
 
         self.finish()
@@ -163,7 +163,7 @@ class EngineTimer:
 
 
 def token_ids(count: int, vocabulary: int) -> list[int]:
-    """`count` scattered ids, the same in every run, none of them 0."""
+    """Return `count` scattered ids, the same in every run, none of them 0."""
     return [1 + i * 7919 % (vocabulary - 1) for i in range(count)]
 
 
@@ -182,7 +182,7 @@ def reset_peak(device: torch.device) -> bool:
 
 
 def main() -> int:
-    """Read a task, do it, answer. Exit code 0, or 1 after a failure."""
+    """Read a task from standard input, run it and print the result. Exit code 0, or 1 after a failure."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     # If memory runs out, Linux ends this process before the user's others; it also ends with its parent.

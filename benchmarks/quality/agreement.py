@@ -44,7 +44,7 @@ BEGINNINGS = (
 
 
 def encode_prompts(loaded: LoadedModel) -> list[list[int]]:
-    """Token ids of the built-in prompts: instructions for a chat model, else beginnings of code."""
+    """Encode the built-in prompts to token ids: instructions for a chat model, else beginnings of code."""
     from lowmem.session import Session
 
     chat = loaded.dialogue is not None or bool(loaded.tokenizer.chat_template)
@@ -55,7 +55,7 @@ def encode_prompts(loaded: LoadedModel) -> list[list[int]]:
 def greedy_answers(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], new_tokens: int = NEW_TOKENS
 ) -> list[list[int]]:
-    """Token ids of the greedy continuation of each prompt, end token included."""
+    """Generate the greedy continuation of each prompt: token ids, including the end token."""
     from lowmem.generate.engine import Engine
 
     context = max(map(len, prompts)) + new_tokens
@@ -71,9 +71,10 @@ def equal_tokens(
     folder: Path,
     progress: Progress | None = None,
 ) -> tuple[int, ...]:
-    """For each answer, the number of tokens before the first that the reference would not have chosen.
+    """Count, for each answer, the tokens before the first one that the reference would not have chosen.
 
-    Rows are padded on the right, which a causal model does not see. folder: for the pass.
+    Rows are padded on the right, which does not change the results of a causal model. folder: for the hidden
+    states of the pass.
     """
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
     rows = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.int64)
@@ -102,7 +103,7 @@ def agreement(
     progress: Progress | None = None,
     new_tokens: int = NEW_TOKENS,
 ) -> GreedyAgreement | None:
-    """Measure one loaded version; None if the model's positions are too few for the prompts."""
+    """Measure one loaded version; None if the prompts exceed the model's positions."""
     config: Any = loaded.model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     prompts = [ids for ids in encode_prompts(loaded) if len(ids) + new_tokens <= positions]

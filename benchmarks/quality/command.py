@@ -28,36 +28,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--texts",
         metavar="LIST",
         help="built-in texts, separated by commas: code, prose, dialogues, humaneval "
-        "(the first three; none with --text)",
+        "(default: the first three; none with --text)",
     )
     what.add_argument(
         "--text", action="append", default=[], metavar="FILE", help="a text file of yours; may be repeated"
     )
-    what.add_argument("--rows", type=int, default=24, metavar="N", help="rows of each text (%(default)s)")
     what.add_argument(
-        "--row-length", type=int, default=512, metavar="N", help="tokens of a row (%(default)s)"
+        "--rows", type=int, default=24, metavar="N", help="rows of each text (default: %(default)s)"
+    )
+    what.add_argument(
+        "--row-length", type=int, default=512, metavar="N", help="tokens of a row (default: %(default)s)"
     )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="arithmetic of quantized versions (float32, which measures the quantization alone; with "
-        "--through-kernels, the one that lowmem run would choose)",
+        help="arithmetic of quantized versions (default: float32, which measures the quantization alone; "
+        "with --through-kernels, the one that lowmem run would choose)",
     )
     how.add_argument(
         "--reference-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="arithmetic of the unquantized model (%(default)s)",
+        help="arithmetic of the unquantized model (default: %(default)s)",
     )
     how.add_argument(
         "--through-kernels",
         action="store_true",
         help="load each version as lowmem run does, and measure with the kernels that answer",
     )
-    how.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    how.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     how.add_argument("--no-greedy", action="store_true", help="do not measure greedy answers")
-    how.add_argument("--no-cache", action="store_true", help="do not keep the reference in lowmem's cache")
+    how.add_argument(
+        "--no-cache", action="store_true", help="do not cache the reference model's hidden states"
+    )
     how.add_argument(
         "--no-record",
         action="store_true",

@@ -32,7 +32,7 @@ EDGES = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class Tokens:
-    """Figures of each token: float64 or bool, [rows, row_length]."""
+    """Figures of each token; float64 or bool tensors [rows, row_length]."""
 
     kld: np.ndarray
     same_top1: np.ndarray
@@ -93,7 +93,7 @@ def _of_part(
 
 
 def summarize(text: str, tokens: Tokens) -> TextQuality:
-    """The summary of one text."""
+    """Summarize the figures of one text."""
     difference = tokens.loss - tokens.reference_loss
     ratio = math.exp(difference.mean())
     same = tokens.same_top1.astype(np.float64)
@@ -113,7 +113,10 @@ def summarize(text: str, tokens: Tokens) -> TextQuality:
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean of values [rows, tokens]: from row means, or the values of a single row."""
+    """Compute the standard error of the mean of values [rows, tokens].
+
+    It is computed from the row means, or from the values if there is a single row.
+    """
     samples = values.mean(1) if values.shape[0] > 1 else values[0]
     if len(samples) < 2:
         return 0.0
@@ -121,7 +124,7 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def spread(values: np.ndarray) -> Spread:
-    """Mean and quantiles of values [rows, tokens]; quantiles are interpolated linearly."""
+    """Compute mean and quantiles of values [rows, tokens]; quantiles are interpolated linearly."""
     median, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99))
     return Spread(
         float(values.mean()),

@@ -20,8 +20,8 @@ from lowmem.plan.candidates import MEASURED, REPORT_FILE
 def write_kld(folder: Path, kld: float, what: str) -> str:
     """Write `kld` into the manifest of `folder`, if lowmem converted it and the manifest is intact.
 
-    what: the text that it was measured on. Links are not followed: a hub cache's files are links. Returns why
-    it could not be written, or "".
+    what: the text that it was measured on. Links are not followed: a hub cache's files are links. Returns the
+    reason if it could not be written, else "".
     """
     report, manifest = folder / REPORT_FILE, folder / MANIFEST_FILE
     if not report.is_file() or not manifest.is_file() or report.is_symlink() or manifest.is_symlink():

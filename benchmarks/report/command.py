@@ -14,9 +14,15 @@ from lowmem.benchmarks.common.record_file import FOLDER, write_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem bench report`."""
     parser.add_argument(
-        "folder", nargs="?", default=FOLDER, metavar="DIR", help="folder with the records (%(default)s)"
+        "folder",
+        nargs="?",
+        default=FOLDER,
+        metavar="DIR",
+        help="folder with the records (default: %(default)s)",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for the pages (the folder of the records)")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for the pages (default: the folder of the records)"
+    )
     parser.add_argument("--json", action="store_true", help="print file names and the summary as JSON")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
 
@@ -24,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write `report.md` and `report.html`; exit code 0.
 
-    Raises SourceError without records, OutputError if a page cannot be written.
+    Raises SourceError if the folder has no records, OutputError if a page cannot be written.
     """
     from lowmem.benchmarks.report.build import make_report
     from lowmem.benchmarks.report.inputs import read_records
@@ -48,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def command_of(args: argparse.Namespace) -> str:
-    """The command line that produces the pages again."""
+    """Return the command line that produces the pages again."""
     words = ["lowmem", "bench", "report"]
     words += [args.folder] if args.folder != FOLDER else []
     words += ["--out", args.out] if args.out else []

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Records:
-    """The records of one folder; None for what was not measured."""
+    """The records of one folder; a kind that was not measured is None."""
 
     quality: QualityRecord | None = None
     latency: LatencyRecord | None = None
@@ -45,7 +45,7 @@ class Records:
 
 
 def read_records(folder: Path) -> Records:
-    """The records in `folder`. Raises SourceError if there are none, or if one is damaged."""
+    """Read the records in `folder`. Raises SourceError if there are none, or if one is damaged."""
     records = Records(
         read_record(QualityRecord, folder),
         read_record(LatencyRecord, folder),
@@ -61,7 +61,7 @@ def read_records(folder: Path) -> Records:
 
 
 def cleaned(value: T, keep_newlines: bool = False) -> T:
-    """The same value with texts that are safe in any document (see `clean`) and integers that fit a float.
+    """Copy a value, with texts made safe for any document (see `clean`) and integers that fit a float.
 
     Commands keep their line breaks.
     """

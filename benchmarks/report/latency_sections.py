@@ -28,7 +28,7 @@ _VERSION = Column("Version", number=False)
 
 
 def latency_sections(record: LatencyRecord, styles: Mapping[str, Style]) -> list[Section]:
-    """Decode against its ceiling, inter-token latency, prefill, memory: those that were measured."""
+    """Create the measured sections: decode and its ceiling, inter-token latency, prefill, memory."""
     found: list[Section] = []
     if not record.subjects:
         return found
@@ -42,7 +42,7 @@ def latency_sections(record: LatencyRecord, styles: Mapping[str, Style]) -> list
 
 
 def per_second(tpot: Repeated) -> Repeated:
-    """Seconds per token as tokens per second; the longest time becomes the lowest rate."""
+    """Convert seconds per token to tokens per second; the longest time becomes the lowest rate."""
     values = tuple(1 / v if v > 0 else math.nan for v in (tpot.median, tpot.high, tpot.low, *tpot.values))
     return Repeated(values[0], values[1], values[2], values[3:])
 
@@ -61,7 +61,7 @@ def _after(context: int) -> str:
 
 
 def decode_section(record: LatencyRecord) -> Section:
-    """Tokens per second beside the most that memory bandwidth allows."""
+    """Create the section on decode: tokens per second and the limit set by memory bandwidth."""
     left_out = tuple(
         Row(s.subject.label, DOES_NOT_FIT, remark=s.reason) for s in record.subjects if not s.fits
     )
@@ -87,7 +87,7 @@ def decode_section(record: LatencyRecord) -> Section:
 
 
 def roofline_text(record: LatencyRecord) -> str:
-    """What the machine could do, in one sentence."""
+    """Describe the machine's rates in one sentence."""
     roof = record.roofline
     flops = rate(roof.matmul_flops_per_second.median, "FLOP")
     return (
@@ -97,7 +97,7 @@ def roofline_text(record: LatencyRecord) -> str:
 
 
 def decode_table(record: LatencyRecord) -> Table:
-    """Decode of every version after every context."""
+    """Create the table of decode for every version and context."""
     energy = any(d.joules_per_token is not None for s in record.subjects for d in s.decode)
     columns = (
         _VERSION,
@@ -139,7 +139,7 @@ def _decode_row(s: SubjectLatency, d: DecodeLatency) -> Row:
 
 
 def itl_section(record: LatencyRecord) -> Section:
-    """The spread of the time between tokens."""
+    """Create the section on the spread of the time between tokens."""
     panels = [
         Panel(_after(context), tuple(_itl_row(s, d) for s, d in found))
         for context, found in _by_context(record).items()
@@ -190,7 +190,7 @@ def _itl_row(s: SubjectLatency, d: DecodeLatency) -> Row:
 
 
 def prefill_section(record: LatencyRecord, styles: Mapping[str, Style]) -> Section:
-    """How fast a prompt is processed."""
+    """Create the section on the speed of prefill."""
     found = [s for s in record.subjects if s.prefill]
     lengths = sorted({p.prompt_tokens for s in found for p in s.prefill})
     series = []
@@ -220,7 +220,7 @@ def prefill_section(record: LatencyRecord, styles: Mapping[str, Style]) -> Secti
 
 
 def prefill_table(record: LatencyRecord) -> Table:
-    """Prefill of every version and prompt length."""
+    """Create the table of prefill for every version and prompt length."""
     columns = (
         _VERSION,
         Column("Prompt", "Tokens of the prompt."),
@@ -249,7 +249,7 @@ def _log_length(tokens: int) -> float:
 
 
 def memory_section(record: LatencyRecord) -> Section:
-    """Planned and measured memory."""
+    """Create the section on planned and measured memory."""
     unit, name = (2.0**30, "GiB") if _largest(record.subjects) >= 2**30 else (2.0**20, "MiB")
     device = any(s.peak_device_bytes for s in record.subjects)
     legend = [("planned", "outline"), ("peak, host", "bar")]
@@ -267,7 +267,7 @@ def memory_section(record: LatencyRecord) -> Section:
 
 
 def memory_table(record: LatencyRecord) -> Table:
-    """Planned and measured memory of every version, and its load time."""
+    """Create the table of planned and measured memory and load time of every version."""
     device = any(s.peak_device_bytes for s in record.subjects)
     columns = (
         _VERSION,

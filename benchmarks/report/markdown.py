@@ -9,7 +9,9 @@ from lowmem.benchmarks.report.document import Report, Section, Table
 
 
 def escaped(text: str) -> str:
-    """Markdown that displays `text` literally, in table cells too: no markup, no HTML, no links."""
+    """Escape `text` so that Markdown displays it literally, in table cells too: no markup, no HTML, no
+    links.
+    """
     text = re.sub(r"([\\`*_\[\]<>|~$])", r"\\\1", text).replace("&", "&amp;")
     text = re.sub(r"://", r"&#58;//", text)
     text = re.sub(r"\b(www)\.", r"\1&#46;", text, flags=re.IGNORECASE).replace("@", "&#64;")
@@ -19,14 +21,14 @@ def escaped(text: str) -> str:
 
 
 def code_block(lines: Sequence[str]) -> str:
-    """Commands in a code block, fenced with more backticks than any of them contains."""
+    """Format commands as a code block, fenced with more backticks than any of them contains."""
     longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([f"{fence}sh", *lines, fence])
 
 
 def markdown_table(table: Table) -> str:
-    """A table with its caption above and the meanings of its columns below."""
+    """Format a table with its caption above and the meanings of its columns below."""
     lines = [
         f"**{escaped(table.caption)}**",
         "",
@@ -41,7 +43,7 @@ def markdown_table(table: Table) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """The whole page."""
+    """Convert the report to a Markdown page."""
     return "\n\n".join(_blocks(report)) + "\n"
 
 

@@ -18,7 +18,7 @@ _MOST_DECIMALS = 7
 
 
 def clean(text: str, keep_newlines: bool = False) -> str:
-    """Text on one line that is safe in any document.
+    """Return text on one line that is safe in any document.
 
     Control characters, characters that change the writing direction and unpaired surrogates become U+FFFD.
     """
@@ -29,7 +29,7 @@ def clean(text: str, keep_newlines: bool = False) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`value` with `digits` significant digits: 0.00251, 71.3, 1230, 1.23×10⁻⁵."""
+    """Format `value` with `digits` significant digits: 0.00251, 71.3, 1230, 1.23×10⁻⁵."""
     if math.isnan(value):
         return NOTHING
     if math.isinf(value):
@@ -45,9 +45,9 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def with_error(value: float, error: float) -> str:
-    """`value ± error`, both rounded to the second significant digit of the standard error.
+    """Format `value ± error`, both rounded to the second significant digit of the standard error.
 
-    Without an error, the value alone with three digits.
+    If the error is 0, only the value is formatted, with three digits.
     """
     if not (math.isfinite(value) and math.isfinite(error) and error > 0):
         return significant(value)
@@ -67,7 +67,7 @@ def with_error(value: float, error: float) -> str:
 
 
 def percent(share: float, error: float = 0.0) -> str:
-    """A share as `71 %`, or with its standard error as `95.47 ± 0.12 %`."""
+    """Format a share as `71 %`, or with its standard error as `95.47 ± 0.12 %`."""
     if math.isfinite(error) and error > 0:
         return f"{with_error(100 * share, 100 * error)} %"
     if not abs(share) < 100:
@@ -87,19 +87,19 @@ def _below_hundred(share: float) -> str:
 
 
 def times(value: float, unit: float) -> str:
-    """`value` in multiples of `unit`: `25 ×`; NOTHING without a unit."""
+    """Format `value` in multiples of `unit`: `25 ×`; NOTHING if the unit is 0."""
     if not (math.isfinite(value) and math.isfinite(unit) and unit > 0):
         return NOTHING
     return f"{significant(value / unit, 2)} ×"
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as a number of milliseconds."""
+    """Format seconds as a number of milliseconds."""
     return significant(1000 * seconds)
 
 
 def duration(seconds: float) -> str:
-    """`45.6 ms`, `1.23 s`, `2 min 05 s`, `1 h 02 min`."""
+    """Format seconds as `45.6 ms`, `1.23 s`, `2 min 05 s`, `1 h 02 min`."""
     if not math.isfinite(seconds) or seconds < 0:
         return NOTHING
     if seconds < 1:
@@ -113,7 +113,7 @@ def duration(seconds: float) -> str:
 
 
 def spread(measured: Repeated, scale: float = 1.0) -> str:
-    """`12.3 (11.9–12.8)`: median, smallest and largest of the rounds, each times `scale`."""
+    """Format `12.3 (11.9–12.8)`: median, smallest and largest of the rounds, each times `scale`."""
     if len(measured.values) < 2:
         return significant(measured.median * scale)
     low, high = significant(measured.low * scale), significant(measured.high * scale)
@@ -121,22 +121,22 @@ def spread(measured: Repeated, scale: float = 1.0) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as `8.25 GiB`; NOTHING for 0, which means unknown."""
+    """Format bytes as `8.25 GiB`; NOTHING for 0, which means unknown."""
     return format_bytes(count) if count > 0 else NOTHING
 
 
 def count(number: int) -> str:
-    """A whole number with thousands separators."""
+    """Format a whole number with thousands separators."""
     return f"{number:,}"
 
 
 def plural(number: int, noun: str) -> str:
-    """`1 core`, `2 cores`."""
+    """Format a count and its noun: `1 core`, `2 cores`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def rate(measured: float, unit: str) -> str:
-    """A rate in billions or trillions of `unit`: `35.1 GB/s`, `431 GFLOP/s`."""
+    """Format a rate in billions or trillions of `unit`: `35.1 GB/s`, `431 GFLOP/s`."""
     if abs(measured) >= 1e12:
         return f"{significant(measured / 1e12)} T{unit}/s"
     return f"{significant(measured / 1e9)} G{unit}/s"

@@ -11,14 +11,14 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def unbroken(text: str) -> str:
-    """`text` with no line break between a number and its unit or error."""
+    """Return `text` with no line break between a number and its unit or error."""
     return re.sub(
         r"(?<=\d) (?=(%|×|±|ms|s|min|h|[KMG]iB|GB/s|[GT]FLOP/s)(\W|$))|(?<=±) (?=\d)", "\u00a0", text
     )
 
 
 def to_html(report: Report) -> str:
-    """The whole page, with inline plots and escaped texts."""
+    """Convert the report to an HTML page, with inline plots and escaped texts."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

@@ -35,7 +35,7 @@ class Point:
 def scatter(
     figure: Figure, points: Sequence[Point], floors: Sequence[tuple[str, float]], x_name: str, y_name: str
 ) -> None:
-    """Points on two logarithmic axes, with a dashed line for each noise floor and a legend."""
+    """Draw points on two logarithmic axes, with a dashed line for each noise floor and a legend."""
     shown = [p for p in points if drawable(p.x, log=True) and drawable(p.y)]
     lines = [(name, y) for name, y in floors if drawable(y, log=True)]
     heights = [y for y in [*(p.y for p in shown), *(y for _, y in lines)] if drawable(y, log=True)]
@@ -81,7 +81,7 @@ def lines(
     *,
     log: bool,
 ) -> None:
-    """One line a series. ticks: of the x axis, (place, text). names: of both axes. log: the y axis."""
+    """Draw one line per series. ticks: of the x axis, (place, text). names: of both axes. log: the y axis."""
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
     entries = [(s.label, s.style.look) for s in series]
@@ -115,7 +115,7 @@ def lines(
 
 @dataclass(frozen=True)
 class Row:
-    """One version in a bar chart; whatever is left out is not drawn."""
+    """One version in a bar chart; fields that are not set are not drawn."""
 
     label: str
     value: str
@@ -162,7 +162,7 @@ def rows(
     *,
     log: bool = False,
 ) -> None:
-    """Horizontal bars under their labels, all panels on one x axis. legend: (name, key of KEYS)."""
+    """Draw horizontal bars under their labels, all panels on one x axis. legend: (name, key of KEYS)."""
     counts = [max(1, len(panel.rows)) for panel in panels]
     _set_height(figure, _ROW * sum(counts) + 26 * len(panels) + 40, [(n, KEYS[k]) for n, k in legend])
     ratios = {"height_ratios": counts}

@@ -40,7 +40,9 @@ class Pooled:
 
 
 def pooled(texts: Sequence[TextQuality]) -> Pooled | None:
-    """Means over all tokens, or None without tokens. The perplexity ratio is a geometric mean."""
+    """Compute means over all tokens; None if there are no tokens. The perplexity ratio is a geometric
+    mean.
+    """
     tokens = sum(t.tokens for t in texts)
     if not tokens:
         return None
@@ -66,13 +68,13 @@ def pooled(texts: Sequence[TextQuality]) -> Pooled | None:
 
 
 def floor_of(record: QualityRecord) -> SubjectQuality | None:
-    """The noise floor that others are compared with: the one in bfloat16, else the first."""
+    """Return the noise floor that others are compared with: the one in bfloat16, else the first."""
     floors = [s for s in record.subjects if s.noise_floor]
     return next((s for s in floors if s.subject.dtype == "bfloat16"), floors[0] if floors else None)
 
 
 def quality_sections(record: QualityRecord, styles: Mapping[str, Style]) -> list[Section]:
-    """Quality against size, and KL divergence by confidence."""
+    """Create the sections on quality against size and on KL divergence by confidence."""
     found = [quality_section(record, styles)]
     if any(text.buckets for s in record.subjects for text in s.texts):
         found.append(confidence_section(record, styles))
@@ -90,7 +92,7 @@ _RATIO = Column("Perplexity ratio", "The version's perplexity over the reference
 
 
 def quality_section(record: QualityRecord, styles: Mapping[str, Style]) -> Section:
-    """Every version against the reference's logits."""
+    """Create the section that compares every version with the reference's logits."""
     floors = [(s, p) for s in record.subjects if s.noise_floor and (p := pooled(s.texts))]
     points = [
         Point(s.subject.label, s.subject.bits_per_weight, p.kld, p.kld_error, styles[s.subject.label])
@@ -130,7 +132,7 @@ def quality_section(record: QualityRecord, styles: Mapping[str, Style]) -> Secti
 
 
 def quality_tables(record: QualityRecord) -> tuple[Table, ...]:
-    """Every version over all texts together, then on each text."""
+    """Create the tables of every version over all texts together, then on each text."""
     texts = dict.fromkeys(t.text for s in record.subjects for t in s.texts)
     return (_overview(record), *(text_table(record, text, folded=len(texts) > 1) for text in texts))
 
@@ -173,7 +175,7 @@ def _overview(record: QualityRecord) -> Table:
 
 
 def text_table(record: QualityRecord, text: str, folded: bool) -> Table:
-    """Every version on one text."""
+    """Create the table of every version on one text."""
     found = [(s, t) for s in record.subjects for t in s.texts if t.text == text]
     columns = (
         _VERSION,
@@ -205,7 +207,7 @@ def text_table(record: QualityRecord, text: str, folded: bool) -> Table:
 
 
 def greedy_text(subject: SubjectQuality) -> str:
-    """`41.2 of 64 (3/8)`."""
+    """Format greedy agreement as `41.2 of 64 (3/8)`."""
     g = subject.greedy
     if g is None or not g.equal_tokens:
         return NOTHING
@@ -215,7 +217,7 @@ def greedy_text(subject: SubjectQuality) -> str:
 
 
 def merged_buckets(texts: Sequence[TextQuality]) -> dict[tuple[float, float], Bucket]:
-    """(low, high) → the buckets of all texts as one, weighted by tokens; without empty ones."""
+    """Merge the buckets of all texts, weighted by tokens; returns non-empty buckets by (low, high)."""
     parts: dict[tuple[float, float], list[Bucket]] = {}
     for bucket in (b for t in texts for b in t.buckets if b.tokens > 0):
         parts.setdefault((bucket.low, bucket.high), []).append(bucket)
@@ -229,7 +231,7 @@ def merged_buckets(texts: Sequence[TextQuality]) -> dict[tuple[float, float], Bu
 
 
 def confidence_section(record: QualityRecord, styles: Mapping[str, Style]) -> Section:
-    """KL divergence by the largest probability of the reference."""
+    """Create the section on KL divergence by the largest probability of the reference."""
     merged = {s.subject.label: merged_buckets(s.texts) for s in record.subjects}
     ranges = sorted({key for buckets in merged.values() for key in buckets})
     place = {key: index for index, key in enumerate(ranges)}
@@ -273,7 +275,7 @@ def confidence_section(record: QualityRecord, styles: Mapping[str, Style]) -> Se
 
 
 def humaneval_sections(record: HumanEvalRecord) -> list[Section]:
-    """The share of HumanEval's problems that each version solves."""
+    """Create the section on the share of HumanEval's problems that each version solves."""
     if not record.subjects:
         return []
     title = "HumanEval"
@@ -293,7 +295,7 @@ def humaneval_sections(record: HumanEvalRecord) -> list[Section]:
 
 
 def humaneval_table(record: HumanEvalRecord) -> Table:
-    """Problems solved by every version, and how the other answers ended."""
+    """Create the table of problems solved by every version, and how the other answers ended."""
     outcomes = sorted({a.outcome for s in record.subjects for a in s.attempts} - {"passed"})
     columns = (
         _VERSION,

@@ -39,7 +39,7 @@ def _of(label: str, entries: Iterable[Entry]) -> Entry | None:
 
 @dataclass(frozen=True)
 class Results:
-    """All that was measured of one version; None for what was not."""
+    """The results of one version; a kind that was not measured is None."""
 
     subject: Subject
     quality: Pooled | None
@@ -73,7 +73,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Headline:
-    """The version that the tiles and sentences describe, and what it is compared with."""
+    """The version that the tiles and sentences describe, and the versions it is compared with."""
 
     main: Results
     dense: Results | None
@@ -116,7 +116,7 @@ class Headline:
 
 
 def make_tiles(headline: Headline) -> tuple[Tile, ...]:
-    """At most four figures on the headline version."""
+    """Create at most four tiles with figures on the headline version."""
     main, dense = headline.main, headline.dense
     found = []
     if dense:
@@ -136,7 +136,7 @@ def make_tiles(headline: Headline) -> tuple[Tile, ...]:
 
 
 def make_story(headline: Headline | None, records: Records) -> tuple[str, ...]:
-    """The main results, a sentence each."""
+    """Describe the main results, one sentence each."""
     if not records.one_model:
         return ("These records measure different models. Their figures cannot be compared.",)
     if headline is None:

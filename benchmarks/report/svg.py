@@ -58,7 +58,7 @@ class Style:
 
     @property
     def look(self) -> dict[str, str]:
-        """As matplotlib's keywords for a line."""
+        """Return the style as matplotlib's keywords for a line."""
         return {"color": self.color, "marker": self.marker, "linestyle": self.line}
 
 
@@ -67,7 +67,7 @@ def _look(style: Style) -> dict[str, Any]:
 
 
 def styles_of(labels: Sequence[str], floors: Sequence[str] = ()) -> dict[str, Style]:
-    """A style for every version, the same in all plots; the noise floors get a dashed line in ink."""
+    """Choose a style for every version, the same in all plots; the noise floors get a dashed line in ink."""
     found = {}
     for index, label in enumerate(label for label in dict.fromkeys(labels) if label not in floors):
         line = ("-", "--", ":")[index // COLORS % 3]
@@ -76,11 +76,11 @@ def styles_of(labels: Sequence[str], floors: Sequence[str] = ()) -> dict[str, St
 
 
 def draw(key: str, title: str, description: str, paint: Callable[[Figure], None]) -> Plot:
-    """A plot in both widths.
+    """Draw a plot in both widths.
 
     key: prefix of its ids, unique within the page. description: read by screen readers after the title.
     paint: draws on an empty figure, whose width it must keep and whose height it must set.
-    Raises InvalidRequestError without matplotlib.
+    Raises InvalidRequestError if matplotlib is not installed.
     """
     with _matplotlib() as make:
         made = []
@@ -108,12 +108,12 @@ def _letter_width(letter: str) -> float:
 
 
 def text_width(text: str, size: float = LETTER) -> float:
-    """Pixels that a text takes at most."""
+    """Estimate the most pixels that a text takes."""
     return size * sum(map(_letter_width, text))
 
 
 def fitted(text: str, width: float, size: float = LETTER) -> str:
-    """`text`, or as much of both its ends as fits in `width` pixels, with an ellipsis between."""
+    """Shorten `text` to `width` pixels: both its ends with an ellipsis between."""
     if text_width(text, size) <= width:
         return text
     best = "…" if text_width("…", size) <= width else ""

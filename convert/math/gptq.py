@@ -54,12 +54,12 @@ class Quantized:
 
 
 def group_width(config: QuantConfig, in_features: int) -> int:
-    """Columns in a group; -1 means all of them."""
+    """Return the number of columns in a group; a group size of -1 means all columns."""
     return in_features if config.group_size == -1 else config.group_size
 
 
 def column_order(diagonal: torch.Tensor, config: QuantConfig) -> torch.Tensor | None:
-    """The order in which columns are rounded, or None for the given order.
+    """Choose the order in which columns are rounded; None for the given order.
 
     Act-order rounds the columns with the largest diag H first, while most others can still correct their
     errors. Here groups are sorted by their largest column, and columns inside their group. So the grid of a
@@ -91,7 +91,7 @@ class Prepared:
         return lacking
 
     def ordered(self, weight_t: torch.Tensor) -> torch.Tensor:
-        """W^T [in, out] with its rows permuted in place to the factor's order."""
+        """Permute the rows of W^T [in, out] in place to the factor's order."""
         if self.order is not None:
             _permute_rows_in_place(weight_t, self.order)
         return weight_t

@@ -38,18 +38,18 @@ class Grid:
 
 
 def quantize_to(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, maxq: int) -> torch.Tensor:
-    """The integers, as floats, of `weight` [..., out] on a grid [out]."""
+    """Compute the integers, as floats, of `weight` [..., out] on a grid [out]."""
     return torch.addcdiv(zero, weight, scale).round_().clamp_(0, maxq)
 
 
 def ranges(bits: int) -> list[float]:
-    """The ranges tried, as fractions of the range that covers all weights."""
+    """Return the ranges to try, as fractions of the range that covers all weights."""
     step = (SHRINK_TO[bits] - WIDEN_TO[bits]) / (CANDIDATES - 1)
     return [WIDEN_TO[bits] + step * i for i in range(CANDIDATES)]
 
 
 def grid_of_range(low: torch.Tensor, high: torch.Tensor, share: float, bits: int, sym: bool) -> Grid:
-    """The grid of a fraction `share` of the range from low to high [out], which includes 0."""
+    """Compute the grid of a fraction `share` of the range from low to high [out], which includes 0."""
     maxq, half = (1 << bits) - 1, 1 << (bits - 1)
     if sym:
         # The longer side becomes the grid's negative side, which has one more level.
@@ -61,7 +61,7 @@ def grid_of_range(low: torch.Tensor, high: torch.Tensor, share: float, bits: int
 
 
 def find_grid(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bool) -> Grid:
-    """The grid of one group with the smallest error of single weights, weighted by importance.
+    """Find the grid of one group with the smallest error of single weights, weighted by importance.
 
     weight: [group, out]. importance: [group], not negative.
     """
@@ -74,14 +74,14 @@ def find_grid(weight: torch.Tensor, importance: torch.Tensor, bits: int, sym: bo
 
 
 def storable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`scale` rounded to a normal float16 number, as `dtype`."""
+    """Round `scale` to a normal float16 number; returns it as `dtype`."""
     tiny, huge = torch.finfo(SCALE_DTYPE).smallest_normal, torch.finfo(SCALE_DTYPE).max
     size = scale.abs().clamp(tiny, huge)
     return torch.where(scale < 0, -size, size).to(SCALE_DTYPE).to(dtype)
 
 
 def range_of(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest and largest of each output's weights [group, out], extended to include 0."""
+    """Find the smallest and largest of each output's weights [group, out], extended to include 0."""
     return weight.amin(0).clamp_max_(0), weight.amax(0).clamp_min_(0)
 
 

@@ -44,7 +44,8 @@ class Hessian:
         self.tokens += x.shape[0]
 
     def finish(self) -> torch.Tensor:
-        """The symmetric mean [in, in]. It is the accumulator's own buffer; nothing can be added any more.
+        """Return the symmetric mean [in, in]. It is the accumulator's own buffer; nothing can be added any
+        more.
 
         Raises CalibrationError if an activation was not finite.
         """
@@ -96,7 +97,7 @@ class Factor:
 
 
 def factor_in_place(hessian: torch.Tensor, damp_percent: float) -> Factor:
-    """The upper triangular R with H + damping = R R^T, written over `hessian` [in, in], symmetric.
+    """Compute the upper triangular R with H + damping = R R^T, written over `hessian` [in, in], symmetric.
 
     With J the reversal, the Cholesky factor L of J H J gives R = J L J, and R^-1 is the factor that
     GPTQ (Frantar et al. 2022, arXiv:2210.17323) computes with Cholesky, inverse, Cholesky. Blocks are

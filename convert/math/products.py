@@ -22,7 +22,9 @@ _TYPES = {torch.float32: header.F32, torch.bfloat16: header.BF16}
 
 
 def name(device: torch.device) -> str:
-    """What computes products: "torch", or the library's instruction set. Results depend on it."""
+    """Name the implementation of products: "torch", or the library's instruction set. Results depend on
+    it.
+    """
     if device.type != "cpu" or not native.available():
         return "torch"
     found: bytes = native.library().lm_gemm_name()

@@ -32,11 +32,11 @@ class CardFacts:
 
     @property
     def mean_error(self) -> float:
-        """Mean over the linears of their relative output error."""
+        """Mean relative output error of the linears."""
         return sum(r.error for r in self.reports) / len(self.reports)
 
     def as_json(self) -> dict[str, Any]:
-        """lowmem-report.json: the same facts for programs."""
+        """Convert to the content of lowmem-report.json."""
         return {
             "base_model": self.base_model,
             "license": self.license_name,
@@ -49,7 +49,7 @@ class CardFacts:
 
 
 def render(facts: CardFacts) -> str:
-    """The card in Markdown, with the front matter that the Hugging Face hub reads."""
+    """Render the card in Markdown, with the front matter that the Hugging Face hub reads."""
     config = facts.config
     group = "one group a row" if config.group_size == -1 else f"groups of {config.group_size} input columns"
     rows, length = facts.calibration_shape

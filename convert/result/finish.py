@@ -47,7 +47,7 @@ class ResultSummary:
 
     @classmethod
     def of_folder(cls, folder: Path) -> ResultSummary:
-        """The summary of a finished checkpoint."""
+        """Read the summary of a finished checkpoint."""
         manifest = read_manifest(folder) or {}
         errors = json.loads((folder / "lowmem-report.json").read_bytes())
         return cls(
@@ -58,12 +58,14 @@ class ResultSummary:
         )
 
     def with_run(self, seconds: Mapping[str, float], total: float, peak: int) -> ResultSummary:
-        """The summary with the seconds by activity and in all, and the peak of host memory in bytes."""
+        """Return the summary with the seconds by activity and in all, and the peak of host memory in
+        bytes.
+        """
         return replace(self, seconds=dict(seconds), total_seconds=total, peak_memory=peak)
 
 
 def stage_outside(job: ConversionJob, weights: ModelWeights, store_head: bool) -> bool:
-    """Stage the embeddings, norms and head; True if the head is tied to the embedding.
+    """Stage the embeddings, norms and head. Returns whether the head is tied to the embedding.
 
     A tied head is stored only with `store_head`, for readers that do not support tied heads.
     """
@@ -134,7 +136,9 @@ def _facts(job: ConversionJob, inputs: ConversionInputs, digests: Mapping[str, F
 
 
 def source_name(source: Source) -> str:
-    """The base model's name: a hub id as typed, or the last part of a path (never a private folder)."""
+    """Return the base model's name: a hub id as typed, or the last part of a path (never a private
+    folder).
+    """
     typed = Path(source.display)
     return typed.resolve().name if typed.expanduser().exists() else source.display
 

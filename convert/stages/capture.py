@@ -22,7 +22,8 @@ Group = tuple[LinearSpec, ...]
 
 
 class CaptureInputs(Stage):
-    """Accumulate the Hessians of some groups of linears, and what the linears lack of their targets.
+    """Accumulate the Hessians of some groups of linears, and how far the linears' outputs are from their
+    targets.
 
     keep_inputs: write the groups' inputs to files, from which their outputs are computed once they are
     quantized (replay.py).

@@ -41,7 +41,7 @@ class LinearReport:
     """Inputs that were zero for every calibration token."""
 
     def warnings(self, damp_percent: float) -> list[str]:
-        """What the user should know about this linear."""
+        """Return warnings about this linear for the user."""
         found = []
         if self.dead_columns:
             found.append(f"{self.dead_columns} inputs never used by the calibration text: rounded to nearest")
@@ -99,7 +99,7 @@ class LayerFiles:
 
 @dataclass
 class Captured:
-    """What one pass of the calibration rows measures at the inputs and outputs of linears."""
+    """Measurements of one pass of the calibration rows at the inputs and outputs of linears."""
 
     hessians: dict[str, Hessian] = field(default_factory=dict)
     """By the first linear of each group."""
@@ -182,7 +182,7 @@ class Stage(ABC):
     """One step of converting a decoder layer.
 
     The converter runs the stages of a layer in order (layer.layer_stages). The memory plan walks over the
-    same stages: `peak` says what `run` needs, and `leave` what it frees and keeps.
+    same stages: `peak` is the memory that `run` needs, and `leave` updates the memory held after it.
     """
 
     name: str
@@ -190,14 +190,14 @@ class Stage(ABC):
 
     @abstractmethod
     def run(self, context: LayerContext) -> None:
-        """Do the work."""
+        """Run the stage on the layer."""
 
     @abstractmethod
     def peak(self, sizes: LayerSizes) -> int:
         """The most bytes that the layer holds on the compute device while the stage runs."""
 
     def leave(self, sizes: LayerSizes) -> None:
-        """Update what the layer holds after the stage; by default it is the same as before."""
+        """Update `sizes` to the memory that the layer holds after this stage. The default changes nothing."""
         return
 
 

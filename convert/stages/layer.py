@@ -17,12 +17,14 @@ from lowmem.models.architecture import LayerSpec
 
 
 def layer_stages(layer: LayerSpec, recipe: Recipe, *, replays: bool) -> list[Stage]:
-    """Every stage of one decoder layer, from its source tensors to its file and the next hidden states."""
+    """List every stage of one decoder layer, from its source tensors to its file and the next hidden
+    states.
+    """
     return [ReadLayer(), *quantizing_stages(layer, recipe, replays=replays), WriteLayer(), AdvanceStates()]
 
 
 def quantizing_stages(layer: LayerSpec, recipe: Recipe, *, replays: bool) -> list[Stage]:
-    """The stages that quantize a layer in memory.
+    """List the stages that quantize a layer in memory.
 
     With true_sequential each group sees the outputs of the quantized ones before it; otherwise all inputs are
     captured in one pass of the unquantized layer. replays: finished linears' outputs are kept in files.
@@ -55,7 +57,7 @@ def _check_group(layer: LayerSpec, group: Group, recipe: Recipe) -> None:
 
 
 class ReadLayer(Stage):
-    """Read the layer's tensors from the source, and have the next layer's brought into the page cache."""
+    """Read the layer's tensors from the source, and prefetch the next layer's into the page cache."""
 
     name = "read"
 

@@ -43,7 +43,7 @@ class FactorHessian(Stage):
 
 
 class RoundLinear(Stage):
-    """Quantize and pack one linear. Its dense weight is dropped."""
+    """Quantize and pack one linear, and free its dense weight."""
 
     def __init__(self, linear: LinearSpec, alone: bool) -> None:
         self.linear = linear
@@ -99,10 +99,10 @@ class RoundLinear(Stage):
 
 
 class RestoreGroup(Stage):
-    """Give the linears of a quantized group their dequantized weights, or keep their outputs instead.
+    """Restore a quantized group's dequantized weights, or store the group's outputs in files.
 
-    keep_outputs: compute the group's outputs once, into files, and drop the weights again (replay.py).
-    restore: False where tuning follows and restores the weights afterwards.
+    keep_outputs: compute the group's outputs once, write them to files (replay.py), then free the weights.
+    restore: whether this stage restores the weights; False if tuning follows, which restores them itself.
     """
 
     def __init__(self, group: Group, keep_outputs: bool, restore: bool = True) -> None:
@@ -144,7 +144,7 @@ class RestoreGroup(Stage):
 
 
 def restore(context: LayerContext, linears: tuple[LinearSpec, ...]) -> None:
-    """Give linears the weights that readers of their packed tensors will compute."""
+    """Restore the weights of quantized linears exactly as inference will dequantize their packed tensors."""
     for spec in linears:
         linear = context.linear(spec.name)
         config, parts = context.config(spec), ("qweight", "qzeros", "scales", "g_idx")

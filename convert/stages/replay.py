@@ -41,7 +41,7 @@ class RowsFile:
             raise as_output_error(error, self.path) from error
 
     def read(self, start: int, end: int) -> torch.Tensor:
-        """Rows start..end, [end - start, row_length, width], in new memory."""
+        """Read rows start..end, [end - start, row_length, width], in new memory."""
         return read_rows(self.path, start, end, (self.row_length, self.width), self.dtype)
 
     def delete(self) -> None:
@@ -84,7 +84,9 @@ class Replay:
         inputs.delete()
 
     def run(self, layer: nn.Module, call: LayerCall, start: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The layer's output for rows from `start` on; outputs of finished linears are read from files."""
+        """Compute the layer's output for rows from `start` on; outputs of finished linears are read from
+        files.
+        """
         self._start = start
         with self._replayed(layer):
             return call.run(layer, hidden)
@@ -103,7 +105,7 @@ class Replay:
         )
 
     def clear(self) -> None:
-        """Remove all files, also those that a killed process left."""
+        """Remove all files, including those of a killed process."""
         self._inputs, self._outputs = {}, {}
         for path in self.folder.glob("replay-*"):
             path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ def packed_bytes(linear: LinearSpec, config: QuantConfig) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is converted and how, as far as memory and disk depend on it."""
+    """The properties of a conversion that its memory and disk plans depend on."""
 
     arch: Architecture
     recipe: Recipe
@@ -71,7 +71,7 @@ class Workload:
 class LayerSizes:
     """Bytes that one decoder layer takes on the compute device.
 
-    The second half is what the layer holds when a stage begins; `Stage.leave` updates it.
+    The second half of the fields describes the layer at the beginning of a stage; `Stage.leave` updates it.
     """
 
     work: Workload
@@ -98,12 +98,12 @@ class LayerSizes:
 
     @property
     def held(self) -> int:
-        """All bytes held between two stages."""
+        """Bytes held between two stages."""
         return self.dense + self.packed + self.hessians + sum(self.lacking.values())
 
     @property
     def largest(self) -> int:
-        """Values of the largest linear."""
+        """Number of weight values in the largest linear."""
         return max(self.values([linear]) for linear in self.layer.linears)
 
     def config(self, linear: LinearSpec) -> QuantConfig:
@@ -111,12 +111,14 @@ class LayerSizes:
         return self.work.recipe.of(f"{self.layer.name}.{linear.name}")
 
     def values(self, linears: Sequence[LinearSpec]) -> int:
-        """Values of some linears' weights."""
+        """Number of weight values in `linears`."""
         return sum(linear.in_features * linear.out_features for linear in linears)
 
     def forward(self, tokens: int) -> int:
-        """A forward pass of that many tokens: residual stream, norms and attention heads; the output of the
-        widest linear, and its activation."""
+        """Bytes of the temporary tensors in a forward pass of `tokens` tokens.
+
+        They are the residual stream, norms, attention heads, and the widest linear's output and activation.
+        """
         hidden = self.layer.linears[0].in_features
         widest = max(max(one.in_features, one.out_features) for one in self.layer.linears)
         return tokens * (8 * hidden + 4 * widest) * max(self.itemsize, 2)

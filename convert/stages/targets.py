@@ -33,7 +33,8 @@ _TOLERANCE = 1 / 64
 
 
 def additions(layer: nn.Module, spec: LayerSpec, call: LayerCall, hidden: torch.Tensor) -> dict[str, Added]:
-    """What each linear's output is added to, by its name; hidden: [rows, row_length, hidden].
+    """Find the tensor that each linear's output is added to, by the linear's name; hidden: [rows,
+    row_length, hidden].
 
     A linear is the last one if silencing it changes the layer's output by the linear's own output. It is
     added to the layer's input if the layer outputs the sum of both while all later linears are silenced.
@@ -125,7 +126,7 @@ class Targets:
         self._files[name].append(chunk)
 
     def read(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Rows start..end of a linear's target, [end - start, row_length, width]."""
+        """Read rows start..end of a linear's target, [end - start, row_length, width]."""
         if self.added[name] == "last":
             assert self.output is not None
             return self.output.read(start, end)
@@ -138,6 +139,6 @@ class Targets:
                 self._files.pop(linear.name).delete()
 
     def clear(self) -> None:
-        """Remove all files, also those that a killed process left."""
+        """Remove all files, including those of a killed process."""
         for path in self.folder.glob("target-*"):
             path.unlink(missing_ok=True)

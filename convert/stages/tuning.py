@@ -39,7 +39,7 @@ CHECKS = 4
 
 @dataclass(frozen=True)
 class Tuned:
-    """The result of tuning one layer; both mappings are empty where nothing helped."""
+    """The result of tuning one layer; both mappings are empty if no step reduced the error."""
 
     scales: Mapping[str, torch.Tensor]
     """float16 [groups, out], by linear."""
@@ -118,7 +118,7 @@ class _Other:
 
 
 class TuneLayer(Stage):
-    """Tune the layer, and store the result where the layer's output came closer to its target."""
+    """Tune the layer, and store the result if the layer's output came closer to its target."""
 
     name = "tuning"
 

@@ -101,7 +101,7 @@ def measure(work: Path, layers: int, rows: int, options: Sequence[str]) -> Point
 
 
 def line_through(xs: Sequence[float], ys: Sequence[float]) -> Line:
-    """The line through the points."""
+    """Fit a line to the points by least squares; also returns the largest relative error."""
     slope, offset = np.polyfit(xs, ys, 1)
     there = offset + slope * np.asarray(xs)
     return Line(offset, slope, float(np.max(np.abs(np.asarray(ys) - there) / np.maximum(there, 1e-9))))

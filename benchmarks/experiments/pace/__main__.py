@@ -103,7 +103,7 @@ class Group:
         ]
 
     def decode(self, context: int, rounds: int, labels: Collection[str] | None = None) -> None:
-        """Time a token after a context."""
+        """Measure the decode time per token with `context` tokens in the KV cache."""
         request = {"what": "decode", "context": context, "tokens": STEPS}
         for label, found in self._turns.ask(f"decode at {context}", rounds, request, labels=labels).items():
             seconds = repeated([median(one["decode"]["seconds"]) for one in found])
