@@ -158,7 +158,12 @@ def _encode_messages(loaded: LoadedModel, messages: Sequence[Message]) -> list[i
     except InvalidRequestError:  # the tokenizer's
         raise
     except Exception as error:  # the checkpoint's template may raise anything
-        raise InvalidRequestError(
-            f"the model's chat template refuses the messages: {one_line(error)}",
-            "Leave --system out, or the template with --raw",
-        ) from error
+        raise template_refused(error) from error
+
+
+def template_refused(error: Exception) -> InvalidRequestError:
+    """The error for messages that make a chat template raise `error`."""
+    return InvalidRequestError(
+        f"the model's chat template refuses the messages: {one_line(error)}",
+        "Leave --system out, or the template with --raw",
+    )

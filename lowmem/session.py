@@ -22,11 +22,11 @@ _DEFAULT = SamplingParams()  # the settings of StarChat Alpha's model card
 
 
 class TokenLogprob(NamedTuple):
-    """A token of an answer."""
+    """A token of an answer, or of a prompt that is scored."""
 
     text: str
-    logprob: float
-    """In nats."""
+    logprob: float | None
+    """In nats; None for the first token of a prompt, which nothing precedes."""
     top: tuple[tuple[str, float], ...]
     """The most likely tokens with their log-probabilities, best first."""
 
@@ -144,13 +144,16 @@ class Session:
         *,
         on_prefill: Progress | None = None,
         on_token: Callable[[], None] | None = None,
-    ) -> Iterator[Response]:
+        end_logprob: bool = False,
+    ) -> Generator[Response, None, None]:
         """Continue token ids as they are, piece by piece; nothing is left out to fit the context.
 
         on_token() is called after each token, even if it adds no text yet; like on_prefill, it may raise to
-        end the answer. Raises InvalidRequestError from this call, also for ids that exceed the context.
+        end the answer. end_logprob: report the log-probability of the token that ends the turn too. Raises
+        InvalidRequestError from this call, also for ids that exceed the context.
         """
-        request = _Request(Prompt(list(ids)), params, time.perf_counter(), on_token=on_token)
+        start = time.perf_counter()
+        request = _Request(Prompt(list(ids)), params, start, on_token=on_token, end_logprob=end_logprob)
         return self._start(request, on_prefill)
 
     def fill_in(
@@ -182,7 +185,7 @@ class Session:
         """Tokens of the context that are kept free for the answer."""
         return min(params.max_new_tokens, self.context // 4)
 
-    def _start(self, request: _Request, on_prefill: Progress | None) -> Iterator[Response]:
+    def _start(self, request: _Request, on_prefill: Progress | None) -> Generator[Response, None, None]:
         tokens = self.engine.generate(request.prompt.ids, request.params, on_prefill)
         # Special tokens add no text, so a stop string that spells one is looked for among the ids.
         added = self.loaded.tokenizer.added_tokens_decoder
@@ -202,13 +205,11 @@ class Session:
                 if request.on_token is not None:
                     request.on_token()
                 reason = token.finish_reason
-                piece = ""
-                if reason == "stop" or token.id in request.ends:
-                    reason = "stop"
-                else:
-                    if token.logprob is not None:
-                        waiting.append((decoded, self._logprob(token, token.logprob)))
-                    piece = text.push(token.id)
+                ends = reason == "stop" or token.id in request.ends
+                if token.logprob is not None and (request.end_logprob or not ends):
+                    waiting.append((decoded, self._logprob(token, token.logprob)))
+                piece = "" if ends else text.push(token.id)
+                reason = "stop" if ends else reason
                 if reason:
                     piece += text.finish()
                 decoded += len(piece)
@@ -264,6 +265,8 @@ class _Request:
     ends: Collection[int] = ()
     """Ids that end the answer, besides the engine's stop ids."""
     on_token: Callable[[], None] | None = None
+    end_logprob: bool = False
+    """Whether the token that ends the turn has a log-probability too."""
 
 
 def join(responses: Iterator[Response]) -> Response:

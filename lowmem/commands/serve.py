@@ -52,11 +52,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a further host name of this server, for browsers and editors; may be repeated",
     )
     listen.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="an origin whose pages may use the server, such as http://localhost:3000 or, for extensions, "
+        "vscode-webview://*; '*' allows every web page; may be repeated",
+    )
+    listen.add_argument(
         "--served-name",
         action="append",
         default=[],
         metavar="NAME",
         help="the model name in requests; may be repeated (default: the last part of MODEL)",
+    )
+    listen.add_argument(
+        "--ignore-field",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a request field to pass over that would be refused by name; may be repeated",
     )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
@@ -116,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
         no_api_key=args.no_api_key,
         allow_host=args.allow_host,
     )
+    check_origins(args.allow_origin)
     max_body = parse_bytes(args.max_body, "--max-body")
     prefixes = 0 if args.prefix_cache in _OFF else parse_bytes(args.prefix_cache, "--prefix-cache")
     request = request_of(args)
@@ -153,9 +169,10 @@ def run(args: argparse.Namespace) -> int:
         app = make_app(
             worker,
             names,
-            guard=GuardSettings(access.hosts, access.keys, max_body),
+            guard=GuardSettings(access.hosts, access.keys, max_body, tuple(args.allow_origin)),
             time_limit=args.time_limit,
             log=say,
+            ignored=args.ignore_field,
         )
 
         def listening() -> None:
@@ -200,6 +217,18 @@ def check_access(
                 "Give only the host name, without http:// or a port",
             )
     return Access(keys, tuple(allow_host))
+
+
+def check_origins(names: list[str]) -> None:
+    """Raises InvalidRequestError for an --allow-origin that no browser sends."""
+    from lowmem.server.cors import is_origin
+
+    for name in names:
+        if not is_origin(name):
+            raise InvalidRequestError(
+                f"--allow-origin {name!r} is not an origin",
+                "Give scheme, host and port without a path, such as http://localhost:3000; or '*' for all",
+            )
 
 
 def read_keys(path: str | None) -> tuple[str, ...]:

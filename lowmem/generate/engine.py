@@ -87,7 +87,7 @@ class Engine:
         request has been started since.
         """
         check_sampling(params)
-        self._check(prompt)
+        self.check_prompt(prompt)
         ids = list(prompt)
         self.sequence = Sequence(
             ids,
@@ -105,7 +105,8 @@ class Engine:
         if self.store is not None:
             self.store.clear()
 
-    def _check(self, prompt: abc.Sequence[int]) -> None:
+    def check_prompt(self, prompt: abc.Sequence[int]) -> None:
+        """Raise InvalidRequestError for a prompt that `generate` would refuse."""
         if not prompt:
             raise InvalidRequestError("the prompt is empty", "Give at least one token")
         if len(prompt) > self._positions:

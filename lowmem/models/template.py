@@ -13,7 +13,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -38,23 +38,32 @@ _FILE = "<template>"  # the file name of the code that jinja2 compiles a templat
 
 
 def apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], **options: Any
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> list[int]:
     """The token ids of messages in the tokenizer's own chat template.
 
-    messages: with "role" and "content". options: further arguments of transformers' apply_chat_template.
-    Raises whatever the template raises; ValueError or MemoryError when it exceeds the limits above;
-    InvalidRequestError when the tokenizer fails.
+    messages: with "role", "content" and whatever else the template knows. options: further arguments of
+    transformers' apply_chat_template. Raises whatever the template raises; ValueError or MemoryError when it
+    exceeds the limits above; InvalidRequestError when the tokenizer fails.
     """
-    check_template(tokenizer.chat_template)
-    with _limited_memory(), _counted_lines():
-        plain = {name: value for name, value in options.items() if name == "add_generation_prompt"}
-        text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, **plain)
-    if len(text) > MAX_TEXT + sum(len(message["content"]) for message in messages):
-        raise ValueError(f"it renders the messages to {len(text)} characters")
+    render_template(
+        tokenizer, messages, **{name: options[name] for name in options if name != "sanitize_control_tokens"}
+    )
     with _counted_lines(), panics_told():
         ids: Any = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options)
     return list(ids)
+
+
+def render_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any
+) -> str:
+    """The text of messages in the tokenizer's own chat template; see `apply_template`."""
+    check_template(tokenizer.chat_template)
+    with _limited_memory(), _counted_lines():
+        text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    if len(text) > MAX_TEXT + len(repr(messages)) + len(repr(options)):
+        raise ValueError(f"it renders the messages to {len(text)} characters")
+    return str(text)
 
 
 @functools.lru_cache(maxsize=16)

@@ -115,8 +115,9 @@ class CompletionLogprobs(BaseModel):
     """Log-probabilities of an answer's tokens."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """null for the first token of an echoed prompt, which nothing precedes; so in `top_logprobs`."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
     """Position of each token in the answer, in characters."""
 

@@ -32,7 +32,7 @@ class Choice:
     cut: bool = False
     """The time limit ended the answer."""
     written: int = 0
-    """Characters sent so far."""
+    """Characters of the tokens whose log-probabilities have been sent."""
 
     def add(self, response: Response) -> tuple[str, tuple[TokenLogprob, ...] | None]:
         """Take the next piece; returns the text and log-probabilities to send for it."""
@@ -171,7 +171,7 @@ class CompletionShape(_Envelope):
 
     def chunk(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         entry = self._entry(choice, text, _completion_logprobs(logprobs, choice.written), None)
-        choice.written += len(text)
+        choice.written += sum(len(token.text) for token in logprobs or ())
         return self._chunk("text_completion", [entry])
 
     def closing(self, choice: Choice) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | 
         return None
     content = [
         {
-            **_token(entry.text, entry.logprob),
+            **_token(entry.text, entry.logprob or 0.0),
             "top_logprobs": [_token(text, logprob) for text, logprob in entry.top],
         }
         for entry in logprobs
@@ -242,9 +242,24 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob] | None, start: int) ->
         start += len(entry.text)
     return {
         "tokens": [entry.text for entry in logprobs],
-        "token_logprobs": [max(entry.logprob, _LEAST_LOGPROB) for entry in logprobs],
-        "top_logprobs": [
-            {text: max(logprob, _LEAST_LOGPROB) for text, logprob in entry.top} for entry in logprobs
-        ],
+        "token_logprobs": [_finite(entry.logprob) for entry in logprobs],
+        "top_logprobs": [_best(entry) for entry in logprobs],
         "text_offset": offsets,
     }
+
+
+def _best(entry: TokenLogprob) -> dict[str, float] | None:
+    """The most likely tokens and the chosen one, as in OpenAI's API; None where there is nothing to choose.
+
+    Several tokens may have the same text, that of an incomplete character: the most likely one counts.
+    """
+    if entry.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for text, logprob in (*entry.top, (entry.text, entry.logprob)):
+        found.setdefault(text, max(logprob, _LEAST_LOGPROB))
+    return found
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, _LEAST_LOGPROB)

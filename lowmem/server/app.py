@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -38,16 +38,17 @@ def make_app(
     guard: GuardSettings = _NO_LIMITS,
     time_limit: float = TIME_LIMIT,
     log: Callable[[str], None] = lambda line: None,
+    ignored: Collection[str] = (),
 ) -> FastAPI:
     """The application on a started worker.
 
     names: names of the model, the preferred one first. time_limit: seconds from a request's arrival to its
-    end. log: receives a line per request.
+    end. log: receives a line per request. ignored: request fields to pass over.
     """
     loaded, context, created = worker.session.loaded, worker.session.context, int(time.time())
     memory = partial(memory_use, loaded.device)
     metrics = Metrics(worker, memory)
-    reader = Reader(loaded, context)
+    reader = Reader(loaded, context, ignored)
     exchange = Exchange(worker, metrics, time_limit)
     app = FastAPI(
         title="lowmem",
@@ -60,7 +61,9 @@ def make_app(
     app.add_middleware(Guard, settings=guard, metrics=metrics, log=log)
     add_error_handlers(app)
 
-    def known(name: str) -> str:
+    def known(name: str | None) -> str:
+        if not name:
+            return names[0]
         if name not in names:
             raise no_such_model(name, names)
         return name

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from lowmem.server.answers import to_json
 from lowmem.server.api_errors import ApiError, invalid, short
+from lowmem.server.paths import hint
 
 _TYPES = {429: "rate_limit_error", 401: "authentication_error"}
 
@@ -43,7 +44,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 400:  # FastAPI's status for a body that json cannot parse
         message = "The body cannot be parsed: send JSON in UTF-8, not nested too deeply"
     if error.status_code in (404, 405):
-        message = f"Invalid URL ({request.method} {short(request.url.path)})"
+        message = f"Invalid URL ({request.method} {short(request.url.path)}). {hint(request.url.path)}"
         code = "unknown_url"
     kind = (
         "server_error" if error.status_code >= 500 else _TYPES.get(error.status_code, "invalid_request_error")

@@ -3,7 +3,7 @@
 A page in a browser can send requests to every address that the browser can reach, including this server.
 Therefore the Host header must name this server (against DNS rebinding), the Origin must be this server's own
 page, and a body must be declared as JSON, which pages of other origins may not send without CORS permission.
-This server sends no CORS headers.
+Only origins that `--allow-origin` names get CORS headers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from lowmem.errors import LowmemError
 from lowmem.server.addresses import host_name, same_address
 from lowmem.server.answers import to_json
 from lowmem.server.api_errors import ApiError, failed, short
+from lowmem.server.cors import Origins, cors_headers, own_origin, preflight_headers
 from lowmem.server.metrics import Metrics, Note, put_note
+from lowmem.server.paths import as_meant
 
 BODY_SECONDS = 60.0
 """Seconds for a request's body to arrive."""
@@ -40,6 +42,7 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
+_MOST_TOLD = 100  # origins
 # Messages of these describe memory or devices; messages of other errors may quote a request.
 _TELLING = (RuntimeError, OSError, MemoryError, LowmemError)
 
@@ -54,6 +57,8 @@ class GuardSettings:
     """API keys, each of which is valid; empty if no key is needed."""
     max_body: int = 2 << 20
     """Bytes of the largest body."""
+    origins: tuple[str, ...] = ()
+    """Further origins whose pages may use the server; see `cors.Origins`."""
 
 
 class Guard:
@@ -65,6 +70,8 @@ class Guard:
         self._app, self._settings, self._metrics, self._log = app, settings, metrics, log
         self._names = {name.lower() for name in (*OWN_NAMES, *settings.hosts)}
         self._digests = [_digest(key) for key in settings.keys]
+        self._origins = Origins(settings.origins)
+        self._told: set[str] = set()  # refused origins that are in the log
         self._bodies = 0  # bytes of all bodies in memory
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,20 +83,28 @@ class Guard:
         put_note(scope, note)
         started = False
         held: list[bytes] = []  # the body, part by part
+        headers = Headers(scope=scope)
+        origin = headers.get("origin", "")
+        cors = cors_headers(origin) if self._origins.allow(origin) else {}
+        scope = as_meant(scope)
 
         async def sending(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
                 note.status = message["status"]
-                _add_headers(message, note)
+                _add_headers(message, note, cors)
             await send(message)
 
         async def refuse(error: ApiError) -> None:
             await _send_error(error, sending)
 
         try:
-            headers = Headers(scope=scope)
+            self._check_host(scope, headers)
+            self._check_origin(scope, headers)
+            if scope["method"] == "OPTIONS":
+                await _send_options(headers, bool(cors), sending)
+                return
             self._check(scope, headers, note)
             if scope["method"] == "POST":
                 await self._read(headers, receive, held)
@@ -107,16 +122,23 @@ class Guard:
             self._metrics.ended(note)
             self._log(note.line())
 
-    def _check(self, scope: Scope, headers: Headers, note: Note) -> None:
-        self._check_host(scope, headers)
+    def _check_origin(self, scope: Scope, headers: Headers) -> None:
+        """Require that a page which sends more than GET is this server's own, or of an allowed origin."""
         origin = headers.get("origin")
-        if origin is not None and scope["method"] not in ("GET", "HEAD"):
-            # A proxy in front of this server may use another scheme.
-            scheme, _, place = origin.lower().partition("://")
-            if scheme not in ("http", "https") or place != headers.get("host", "").lower():
-                raise ApiError(
-                    403, f"Pages of {short(origin)!r} may not use this server", code="origin_not_allowed"
-                )
+        if origin is None or scope["method"] in ("GET", "HEAD") or self._origins.allow(origin):
+            return
+        if own_origin(origin, headers.get("host", "")):
+            return
+        message = (
+            f"Pages of {short(origin)!r} may not use this server. "
+            f"Start it with --allow-origin {short(origin) or 'ORIGIN'} to allow them"
+        )
+        if origin not in self._told and len(self._told) < _MOST_TOLD:
+            self._told.add(origin)
+            self._log(message)  # browsers do not show the response
+        raise ApiError(403, message, code="origin_not_allowed")
+
+    def _check(self, scope: Scope, headers: Headers, note: Note) -> None:
         if self._digests and not is_open(scope["method"], scope["path"]):
             note.client = self._key(headers)
         if scope["method"] == "POST":
@@ -215,9 +237,9 @@ def _too_large(most: int) -> ApiError:
     return ApiError(413, f"The request is larger than {most} bytes", code="request_too_large")
 
 
-def _add_headers(message: Message, note: Note) -> None:
+def _add_headers(message: Message, note: Note, cors: dict[str, str]) -> None:
     headers = MutableHeaders(raw=message.setdefault("headers", []))
-    for name, value in _HEADERS.items():
+    for name, value in (_HEADERS | cors).items():
         headers[name] = value
     headers.setdefault("Cache-Control", "no-store")
     headers["X-Request-Id"] = note.id
@@ -233,6 +255,17 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return await receive()
 
     return replay
+
+
+async def _send_options(headers: Headers, cors: bool, send: Send) -> None:
+    """Answer OPTIONS, which needs no key: a browser asks before it sends one. cors: the origin is allowed."""
+    found = {"Allow": "GET, HEAD, POST, OPTIONS"}
+    if cors and "access-control-request-method" in headers:
+        private = headers.get("access-control-request-private-network") == "true"
+        found |= preflight_headers(headers.get("access-control-request-headers", ""), private)
+    raw = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in found.items()]
+    await send({"type": "http.response.start", "status": 204, "headers": raw})
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _send_error(error: ApiError, send: Send) -> None:

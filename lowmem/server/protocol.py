@@ -1,18 +1,15 @@
 """Request schemas: OpenAI's fields with their limits. Does not import torch.
 
-Fields that OpenAI's API does not define, or that do not change an answer (`user`, `metadata`), are ignored
-like in other local servers, because editors send fields of their own. Fields that would change the answer and
-are not supported are refused by name; see `refuse_unsupported`.
+Numbers are taken in the variants that clients send (`variants`). What other fields mean is in `fields`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from lowmem.server.api_errors import invalid
+from lowmem.server.variants import Flag, FlagIsCount, MinusOneIsNoLimit, MinusOneIsUnset, Number, Whole
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 64
@@ -45,25 +42,57 @@ class _Strict(BaseModel):
 
 
 class ContentPart(_Strict):
-    """A part of a message. Only text is supported; `reading` refuses other types."""
+    """A part of a message. Only text is supported; `turns` refuses other types."""
 
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra={"required": ["type", "text"]})
     type: Annotated[Text, Field(json_schema_extra={"enum": ["text"]})]
     text: Text | None = None
+    refusal: Text | None = None
+    """The text of a part of type "refusal"."""
+
+
+class FunctionCall(_Strict):
+    """A function that an assistant called."""
+
+    name: Text
+    arguments: Text | dict[str, Any] | None = None
+    """JSON, as a text or as an object."""
+
+
+class ToolCall(_Strict):
+    """A tool that an assistant called."""
+
+    id: Text | None = None
+    function: FunctionCall
 
 
 class ChatMessage(_Strict):
-    """One message. `developer` is a synonym of `system`."""
+    """One message. `developer` is a synonym of `system`, and `function` an older name of `tool`.
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=MOST_MESSAGES)]
+    An assistant's message may have no content; those of others need one.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | Annotated[list[ContentPart], Field(max_length=MOST_MESSAGES)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_MESSAGES)] | None = None
+    function_call: FunctionCall | None = None
+    """An older form of `tool_calls`."""
+    tool_call_id: Text | None = None
+    """The call that a tool's message answers."""
+    name: Text | None = None
+    """The name of a tool, or of a speaker; templates may use it."""
+    reasoning_content: Text | None = None
+    """The reasoning before an assistant's answer; templates may use it."""
 
 
 class StreamOptions(_Strict):
     """Options of a stream."""
 
-    include_usage: bool | None = None
+    include_usage: Flag | None = None
     """Send a last chunk with the usage."""
+
+
+Limit = Annotated[int, Field(ge=0, lt=_MOST_TOKENS), Whole, MinusOneIsNoLimit]
 
 
 class SamplingFields(_Strict):
@@ -73,18 +102,24 @@ class SamplingFields(_Strict):
     answers, each uses the next seed.
     """
 
-    model: Text
-    stream: bool | None = None
+    model: Text | None = None
+    """Without one, the served model."""
+    stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), Whole] | None = None
+    seed: Annotated[Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS), Whole] | None, MinusOneIsUnset] = None
+    """-1 draws one."""
     stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2), Finite] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1), Finite] | None = None
-    top_k: Annotated[int, Field(ge=0, lt=_MOST_TOKENS)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1), Finite] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100), Finite] | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=_MOST_TOKENS)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), Finite, Number] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1), Finite, Number] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=_MOST_TOKENS), Whole] | None = None
+    """0 and -1 turn it off."""
+    min_p: Annotated[float, Field(ge=0, le=1), Finite, Number] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100), Finite, Number] | None = None
+    max_tokens: Limit | None = None
+    """-1 is no limit but the context."""
+    n_predict: Limit | None = None
+    """llama.cpp's name of `max_tokens`."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -101,9 +136,15 @@ class ChatRequest(SamplingFields):
     """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=_MOST_TOKENS)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    max_completion_tokens: Limit | None = None
+    logprobs: Flag | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS), Whole] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=MOST_MESSAGES)] | None = None
+    """Given to a chat template that knows tools; otherwise without effect: the model answers in words."""
+    functions: Annotated[list[dict[str, Any]], Field(max_length=MOST_MESSAGES)] | None = None
+    """An older form of `tools`."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Arguments of the model's chat template."""
 
 
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=_MOST_TOKENS)]], Field(min_length=1)]
@@ -113,7 +154,8 @@ class CompletionRequest(SamplingFields):
     """The body of POST /v1/completions.
 
     With `suffix`, the model fills in the text between `prompt` and `suffix`; their far ends are cut if they
-    exceed the context. `echo` puts the prompt before the answer.
+    exceed the context. `echo` puts the prompt before the answer, and its log-probabilities before the
+    answer's.
     """
 
     prompt: (
@@ -123,40 +165,6 @@ class CompletionRequest(SamplingFields):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     suffix: Text | None = None
-    echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
-
-
-_NONE: tuple[object, ...] = (None,)
-# Unsupported fields that would change the answer, each with the values that change nothing. `tools` and
-# `functions` are ignored: a model may always answer in words, and Continue sends them with every request.
-UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "audio": _NONE,
-    "frequency_penalty": (None, 0),
-    "function_call": (None, "none", "auto"),
-    "grammar": (None, ""),
-    "guided_json": _NONE,
-    "json_schema": _NONE,
-    "logit_bias": (None, {}),
-    "modalities": (None, ["text"]),
-    "prediction": _NONE,
-    "presence_penalty": (None, 0),
-    "response_format": (None, {"type": "text"}),
-    "tool_choice": (None, "none", "auto"),
-    "web_search_options": _NONE,
-}
-
-
-def refuse_unsupported(request: BaseModel) -> None:
-    """Raise ApiError for the first field that asks for something unsupported."""
-    for name, value in (request.model_extra or {}).items():
-        harmless = UNSUPPORTED.get(name)
-        if harmless is not None and not any(_same(value, other) for other in harmless):
-            raise invalid(
-                f"{name} is not supported by this server. Leave it out", name, "unsupported_parameter"
-            )
-
-
-def _same(value: Any, other: object) -> bool:
-    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+    echo: Flag | None = None
+    best_of: Annotated[int, Field(ge=1, le=MOST_CHOICES), Whole] | None = None
+    logprobs: Annotated[Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS), Whole] | None, FlagIsCount] = None

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.loading.loader import LoadedModel
-from lowmem.models.dialogue import Message, fim_tokens
+from lowmem.models.dialogue import fim_tokens
 from lowmem.prompts import encode_prompt
-from lowmem.server.api_errors import invalid, invalid_request, short, too_long
-from lowmem.server.protocol import (
-    MOST_ANSWERS,
-    ChatMessage,
-    ChatRequest,
-    CompletionRequest,
-    SamplingFields,
-    refuse_unsupported,
-)
+from lowmem.server.api_errors import invalid, invalid_request, too_long
+from lowmem.server.fields import CHAT, TEXT, check_others
+from lowmem.server.protocol import MOST_ANSWERS, ChatRequest, CompletionRequest, SamplingFields
+from lowmem.server.turns import encode_turns
 from lowmem.server.worker import Continuation, Hole, Work
 from lowmem.text.tokenizing import decode
 
@@ -48,8 +44,10 @@ class Asked:
 class Reader:
     """Reads requests in its own thread with its own tokenizer, since threads cannot share a tokenizer."""
 
-    def __init__(self, loaded: LoadedModel, context: int) -> None:
+    def __init__(self, loaded: LoadedModel, context: int, ignored: Collection[str] = ()) -> None:
+        """ignored: request fields to pass over, besides those that change no answer."""
         self.context = context
+        self._ignored = frozenset(ignored)
         self._vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
         self._loaded = replace(loaded, tokenizer=copy.deepcopy(loaded.tokenizer))
         self._thread = ThreadPoolExecutor(1, "reader")
@@ -63,32 +61,30 @@ class Reader:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._completion, request)
 
     def _chat(self, request: ChatRequest) -> Asked:
-        check_fields(request)
-        if request.top_logprobs is not None and not request.logprobs:
+        self._check_fields(request, CHAT)
+        if request.top_logprobs and not request.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        limit = request.max_completion_tokens or request.max_tokens or self.context
-        params = self._params(request, min(limit, self.context), logprobs)
-        messages = read_messages(request.messages)
-        try:
-            if self._loaded.dialogue is None and not self._loaded.tokenizer.chat_template:
-                ids = encode_prompt(self._loaded, _only_question(messages), raw=True)
-            else:
-                ids = encode_prompt(self._loaded, messages)
-        except InvalidRequestError as error:
-            raise invalid_request(error, "messages") from error
+        limit = self._limit(request, self.context)
+        if limit == 0:
+            raise invalid("max_tokens is 0. Ask for at least one token", "max_tokens")
+        params = self._params(request, limit, logprobs)
+        ids = encode_turns(self._loaded, request)
         works = self._choices(ids, params, request.n or 1, "messages")
         return Asked(works, ("",) * len(works), answer_starts=self._loaded.dialogue is not None)
 
     def _completion(self, request: CompletionRequest) -> Asked:
-        check_fields(request)
+        self._check_fields(request, TEXT)
         choices = request.n or 1
         if request.best_of is not None and request.best_of != choices:
             raise invalid("best_of must equal n. Leave it out", "best_of")
-        if request.echo and request.logprobs is not None:
-            raise invalid("echo cannot be combined with logprobs. Leave one of them out", "echo")
-        limit = min(request.max_tokens or COMPLETION_TOKENS, self.context)
-        params = self._params(request, limit, request.logprobs)
+        limit = self._limit(request, COMPLETION_TOKENS)
+        if limit == 0 and not request.echo:
+            raise invalid("max_tokens is 0. Ask for at least one token, or for echo: true", "max_tokens")
+        if request.suffix and request.echo and request.logprobs is not None:
+            raise invalid("echo with logprobs cannot be combined with suffix. Leave one of them out", "echo")
+        params = self._params(request, max(1, limit), request.logprobs)
+        echoes_scored = bool(request.echo) and request.logprobs is not None
         prompts = _prompts(request)
         if len(prompts) * choices > MOST_ANSWERS:
             raise invalid(
@@ -102,7 +98,8 @@ class Reader:
                 works += self._holes(prompt, request.suffix, params, choices)
             else:
                 ids = self._ids(prompt) if isinstance(prompt, str) else list(prompt)
-                works += self._choices(ids, params, choices, "prompt")
+                for work in self._choices(ids, params, choices, "prompt"):
+                    works.append(replace(work, scored=echoes_scored, answered=limit > 0))
             echoes += [self._echo(prompt) if request.echo else ""] * choices
         _check_logprobs(works)
         return Asked(tuple(works), tuple(echoes))
@@ -140,62 +137,27 @@ class Reader:
             return prompt
         return decode(self._loaded.tokenizer, prompt, skip_special_tokens=False)
 
+    def _check_fields(self, request: SamplingFields, route: str) -> None:
+        """Raise ApiError for fields that are unsupported or cannot be combined."""
+        check_others(request.model_extra or {}, route, self._ignored)
+        if request.include_usage and not request.stream:
+            raise invalid("stream_options needs stream: true", "stream_options")
+
+    def _limit(self, request: SamplingFields, usual: int) -> int:
+        """Most tokens of an answer; `usual` without a limit in the request."""
+        given = (getattr(request, "max_completion_tokens", None), request.max_tokens, request.n_predict)
+        return min(next((limit for limit in given if limit is not None), usual), self.context)
+
     def _params(self, request: SamplingFields, limit: int, logprobs: int | None) -> SamplingParams:
-        given = {
+        given: dict[str, Any] = {
             name: getattr(request, name)
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(request, name) is not None
         }
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
         seed = None if request.seed is None else request.seed % (1 << 64)
         return replace(CARD, **given, max_new_tokens=limit, seed=seed, stop=request.stops, logprobs=logprobs)
-
-
-def check_fields(request: SamplingFields) -> None:
-    """Raise ApiError for fields that are unsupported or cannot be combined."""
-    refuse_unsupported(request)
-    if request.stream_options is not None and not request.stream:
-        raise invalid("stream_options needs stream: true", "stream_options")
-
-
-def read_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """The messages as dialogue turns, leading system texts joined. Raises ApiError for non-text parts."""
-    read: list[Message] = []
-    for at, message in enumerate(messages):
-        text = _content(message, at)
-        role = "system" if message.role == "developer" else message.role
-        if role == "system" and len(read) == 1 and read[0].role == "system":
-            read[0] = Message("system", f"{read[0].content}\n\n{text}")
-        elif role == "system" and read:
-            raise invalid(
-                f"messages[{at}] is a system message after others. Put it first",
-                f"messages[{at}].role",
-            )
-        else:
-            read.append(Message(role, text))
-    return read
-
-
-def _content(message: ChatMessage, at: int) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    for number, part in enumerate(message.content):
-        if part.type != "text" or part.text is None:
-            raise invalid(
-                f"a content part of type {short(part.type)!r} is not supported. Send text",
-                f"messages[{at}].content[{number}]",
-                "unsupported_content",
-            )
-    return "".join(part.text or "" for part in message.content)
-
-
-def _only_question(messages: Sequence[Message]) -> str:
-    """The text of the only user message, for a model without a chat template."""
-    if [message.role for message in messages] != ["user"]:
-        raise invalid(
-            "this model has no chat template. Send a single user message, or use /v1/completions",
-            "messages",
-        )
-    return messages[0].content
 
 
 def _prompts(request: CompletionRequest) -> list[str | Sequence[int]]:
@@ -216,11 +178,11 @@ def _seeded(params: SamplingParams, choices: int) -> list[SamplingParams]:
 
 
 def _check_logprobs(works: Sequence[Work]) -> None:
-    entries = sum(
-        work.params.max_new_tokens * (1 + work.params.logprobs)
-        for work in works
-        if work.params.logprobs is not None
-    )
+    entries = 0
+    for work in works:
+        if work.params.logprobs is not None:
+            prompt = len(work.ids) if isinstance(work, Continuation) and work.scored else 0
+            entries += (prompt + work.params.max_new_tokens) * (1 + work.params.logprobs)
     if entries > MOST_LOGPROBS:
         raise invalid(
             f"{entries} log-probabilities exceed the limit of {MOST_LOGPROBS}. Ask for fewer tokens, answers "

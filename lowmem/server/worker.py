@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError
 from lowmem.server.api_errors import ApiError, failed, invalid_request, queue_full, shutting_down, too_slow
+from lowmem.server.echo import echo_prompt
 from lowmem.server.fair_queue import FairQueue
 from lowmem.server.mailbox import Mailbox, Piece
 
@@ -32,6 +33,10 @@ class Continuation:
 
     ids: tuple[int, ...]
     params: SamplingParams
+    scored: bool = False
+    """The log-probabilities of the prompt come before those of the answer."""
+    answered: bool = True
+    """False: the prompt alone is asked for."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +299,9 @@ def _responses(
         return session.fill_in(
             work.prefix, work.suffix, work.params, on_prefill=on_prefill, on_token=on_token
         )
-    return session.continue_ids(work.ids, work.params, on_prefill=on_prefill, on_token=on_token)
+    if not work.scored and work.answered:
+        return session.continue_ids(work.ids, work.params, on_prefill=on_prefill, on_token=on_token)
+    return echo_prompt(session, work, on_prefill, on_token)
 
 
 @contextmanager

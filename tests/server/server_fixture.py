@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -102,7 +102,8 @@ class GatedSession(Session):
         *,
         on_prefill: Any = None,
         on_token: Callable[[], None] | None = None,
-    ) -> Iterator[Response]:
+        end_logprob: bool = False,
+    ) -> Generator[Response, None, None]:
         def gated() -> None:
             self.gate.pass_through()
             if on_token is not None:
@@ -114,7 +115,9 @@ class GatedSession(Session):
 
         self.gate.start()
         self.gate.pass_through()
-        return super().continue_ids(ids, params, on_prefill=prefilled, on_token=gated)
+        return super().continue_ids(
+            ids, params, on_prefill=prefilled, on_token=gated, end_logprob=end_logprob
+        )
 
 
 @dataclass

@@ -265,7 +265,7 @@ def test_a_lone_surrogate_is_accepted(live: Live) -> None:
     ("options", "param", "code"),
     [
         ({"messages": []}, "messages", None),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0].role", None),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "messages[0].role", None),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", None),
         ({"messages": [{"role": "user"}]}, "messages[0].content", None),
         (
@@ -273,7 +273,6 @@ def test_a_lone_surrogate_is_accepted(live: Live) -> None:
             "messages[0].content[0]",
             "unsupported_content",
         ),
-        ({"messages": [*user("a"), {"role": "system", "content": "b"}]}, "messages[1].role", None),
         ({"temperature": 3}, "temperature", None),
         ({"temperature": "hot"}, "temperature", None),
         ({"top_p": 0}, "top_p", None),
@@ -320,11 +319,11 @@ def test_unsupported_chat_options_are_refused_by_name(
             "presence_penalty": 0.0,
         },
         {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": False},
-        {"made_up_by_an_editor": [1, 2]},
+        {"made_up_by_an_editor": None},
     ],
     ids=str,
 )
-def test_default_values_and_unknown_fields_are_ignored(
+def test_default_values_and_fields_that_change_nothing_are_accepted(
     client: openai.OpenAI, harmless: dict[str, Any]
 ) -> None:
     assert chat(client, max_tokens=2, extra_body=harmless).usage.completion_tokens == 2
@@ -340,7 +339,8 @@ def test_default_values_and_unknown_fields_are_ignored(
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": ["a"] * 20, "n": 4}, "n"),
         ({"prompt": "a", "best_of": 3}, "best_of"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": "a", "suffix": "b", "echo": True, "logprobs": 1}, "echo"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
         ({"prompt": [5], "suffix": "b"}, "suffix"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
     ],

@@ -22,7 +22,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from lowmem.server.protocol import UNSUPPORTED
+from lowmem.server.protocol import ChatRequest, CompletionRequest
 from tests.server.server_fixture import MODEL, Live, live_server
 
 CHECKS = (
@@ -32,6 +32,7 @@ CHECKS = (
     response_schema_conformance,
     status_code_conformance,
 )
+FIELDS = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
 QUICK = 15
 LONG = int(os.environ.get("LOWMEM_FUZZ_EXAMPLES", "1500"))
 
@@ -59,8 +60,8 @@ def corrected(case: Any, data: Any) -> Any:
         body["model"] = MODEL
     if how not in ("bare", "fitting"):
         return case
-    conflicting = ("stream_options", "top_logprobs", "best_of", "echo", *UNSUPPORTED)
-    for name in conflicting if how == "fitting" else set(body) - {"model", "messages", "prompt"}:
+    conflicting = {"stream_options", "top_logprobs", "best_of", "echo", "chat_template_kwargs"}
+    for name in conflicting | (set(body) - FIELDS) if how == "fitting" else set(body) - {"model", "messages", "prompt"}:
         body.pop(name, None)
     messages = body.get("messages")
     for message in messages if isinstance(messages, list) else ():

@@ -1,0 +1,279 @@
+"""Messages of a chat request → token ids, also an agent's: calls of tools, their results, late system texts.
+
+A chat template gets the messages as transformers would hand them over. Where it refuses such a message, or
+leaves its text out, as a template without tools does, and for StarChat's own dialogue, the messages are
+written out plainly: a call as a sentence of the assistant, a result and a late system text as the user's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lowmem.errors import InvalidRequestError
+from lowmem.loading.loader import LoadedModel
+from lowmem.models.dialogue import Message
+from lowmem.models.template import apply_template, render_template
+from lowmem.prompts import encode_prompt, template_refused
+from lowmem.server.api_errors import ApiError, invalid, invalid_request, short
+from lowmem.server.protocol import ChatMessage, ChatRequest, ToolCall
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_SYNONYMS = {"developer": "system", "function": "tool"}
+_RESERVED = ("messages", "role", "tools", "documents", "add_generation_prompt", "continue_final_message")
+# transformers' own arguments of apply_chat_template; the template never sees them.
+_ARGUMENTS = re.compile(
+    "conversation|chat_template|tokenize|padding|truncation|max_length|return_.*|tokenizer_kwargs|sanitize.*"
+)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool."""
+
+    name: str
+    arguments: str
+    """JSON."""
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a request: `role` is "system", "user", "assistant" or "tool"."""
+
+    role: str
+    content: str
+    calls: tuple[Call, ...] = ()
+    """Calls of an assistant."""
+    name: str | None = None
+    """The tool that answers, or the speaker."""
+    call_id: str | None = None
+    """The call that a tool answers."""
+    reasoning: str | None = None
+    """The reasoning before an assistant's answer."""
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether the turn has more than a role and a text."""
+        return self.role == "tool" or bool(self.calls or self.name or self.reasoning)
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: arguments are an object, absent fields are left out."""
+        found: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.calls:
+            found["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+                    **({"id": call.id} if call.id is not None else {}),
+                }
+                for call in self.calls
+            ]
+        rest = {"name": self.name, "tool_call_id": self.call_id, "reasoning_content": self.reasoning}
+        return found | {name: value for name, value in rest.items() if value is not None}
+
+
+def read_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
+    """The messages as turns, leading system texts joined. Raises ApiError for content that is not text."""
+    turns: list[Turn] = []
+    names: dict[str | None, str] = {}  # of the tools that were called, by the id of the call
+    for at, message in enumerate(messages):
+        role = _SYNONYMS.get(message.role, message.role)
+        calls = _calls(message) if role == "assistant" else ()
+        names |= {call.id: call.name for call in calls}
+        name = message.name or (names.get(message.tool_call_id) if role == "tool" else None)
+        turn = Turn(role, _content(message, at), calls, name, message.tool_call_id, message.reasoning_content)
+        if role == "system" and len(turns) == 1 and turns[0].role == "system":
+            turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{turn.content}")
+        else:
+            turns.append(turn)
+    return turns
+
+
+def encode_turns(loaded: LoadedModel, request: ChatRequest) -> list[int]:
+    """The token ids of a request's messages, up to where the answer begins.
+
+    Raises ApiError for messages that the model's template refuses, and arguments that it does not use.
+    """
+    turns = read_turns(request.messages)
+    template = None if loaded.dialogue is not None else loaded.tokenizer.chat_template
+    options = _template_arguments(request, template)
+    if (tools := _tools(request)) is not None:
+        options["tools"] = tools
+    try:
+        if template:
+            return _by_template(loaded, turns, options)
+        if loaded.dialogue is None:
+            return encode_prompt(loaded, _only_question(turns), raw=True)
+        return encode_prompt(loaded, plain(turns))
+    except InvalidRequestError as error:
+        raise invalid_request(error, "messages") from error
+
+
+def plain(turns: Sequence[Turn]) -> list[Message]:
+    """The turns with the roles that every dialogue has: one system message at the start, user, assistant.
+
+    A tool's result and a late system text join the user's messages beside them, so that turns alternate.
+    """
+    found: list[Message] = []
+    joins = False  # the last message is the user's, and may be added to
+    for at, turn in enumerate(turns):
+        written = Message("user" if turn.role == "tool" else turn.role, _written(turn))
+        moved = turn.role == "tool"
+        if turn.role == "system" and at:
+            written, moved = replace(written, role="user"), True
+        last = found[-1] if found else None
+        if last is not None and last.role == written.role == "user" and (moved or joins):
+            found[-1] = replace(last, content=f"{last.content}\n\n{written.content}")
+        else:
+            found.append(written)
+        joins = moved
+    return found
+
+
+def _by_template(loaded: LoadedModel, turns: Sequence[Turn], options: dict[str, Any]) -> list[int]:
+    """The ids of the turns in the model's chat template: as they are, or else written out plainly."""
+    written = plain(turns)
+    attempts = [[_plain_dict(message) for message in written]]
+    if written[0].role == "system" and len(written) > 1:  # some templates have no system message
+        attempts.append([_plain_dict(message) for message in _without_system(written)])
+    late = any(turn.role == "system" for turn in turns[1:])
+    if (late or any(turn.needs_template for turn in turns)) and _knows(loaded, turns, options):
+        attempts.insert(0, [turn.for_template() for turn in turns])
+    options = {**options, "add_generation_prompt": True, "sanitize_control_tokens": True}
+    failure = None
+    for messages in attempts:
+        try:
+            return apply_template(loaded.tokenizer, messages, **options)
+        except InvalidRequestError:  # the tokenizer's
+            raise
+        except Exception as error:  # the template may raise anything
+            failure = failure or error
+    assert failure is not None
+    raise template_refused(failure) from failure
+
+
+def _knows(loaded: LoadedModel, turns: Sequence[Turn], options: dict[str, Any]) -> bool:
+    """Whether the model's chat template writes out tools' results, calls and late system texts."""
+    signs = [f"sign{at}of{len(turns)}" for at in range(len(turns))]
+    probes = [
+        replace(
+            turn,
+            content=sign if turn.role in ("system", "tool") else turn.content,
+            calls=tuple(replace(call, name=sign) for call in turn.calls),
+        )
+        for turn, sign in zip(turns, signs, strict=True)
+    ]
+    try:
+        text = render_template(
+            loaded.tokenizer,
+            [probe.for_template() for probe in probes],
+            add_generation_prompt=True,
+            **options,
+        )
+    except Exception:  # the template may raise anything
+        return False
+    return all(
+        sign in text
+        for turn, sign in zip(turns, signs, strict=True)
+        if turn.calls or turn.role in ("system", "tool")
+    )
+
+
+def _without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the text of the first, a system message, at the start of the user's first."""
+    system, first, *rest = messages
+    if first.role != "user":
+        return [replace(system, role="user"), first, *rest]
+    return [replace(first, content=f"{system.content}\n\n{first.content}"), *rest]
+
+
+def _plain_dict(message: Message) -> dict[str, str]:
+    return {"role": message.role, "content": message.content}
+
+
+def _written(turn: Turn) -> str:
+    """What a turn says, in words."""
+    if turn.role == "tool":
+        return f"Result of {turn.name or 'the tool'}:\n{turn.content}"
+    calls = [f"Call {call.name} with {call.arguments}" for call in turn.calls]
+    return "\n\n".join([*([turn.content] if turn.content or not calls else []), *calls])
+
+
+def _calls(message: ChatMessage) -> tuple[Call, ...]:
+    entries = list(message.tool_calls or ())
+    if message.function_call is not None:
+        entries.append(ToolCall(function=message.function_call))
+    found = []
+    for entry in entries:
+        given = entry.function.arguments
+        text = given if isinstance(given, str) else json.dumps(given or {})
+        found.append(Call(entry.function.name, text, entry.id))
+    return tuple(found)
+
+
+def _arguments(text: str) -> Any:
+    """Arguments as an object, which templates expect; a text that is not JSON stays one."""
+    try:
+        return json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return text
+
+
+def _content(message: ChatMessage, at: int) -> str:
+    if message.content is None:
+        if message.role in ("assistant", "tool", "function"):
+            return ""
+        raise invalid(f"messages[{at}].content is missing. Send text", f"messages[{at}].content")
+    if isinstance(message.content, str):
+        return message.content
+    texts: list[str] = []
+    for number, part in enumerate(message.content):
+        text = part.refusal if part.type == "refusal" else part.text if part.type in _TEXT_PARTS else None
+        if text is None:
+            raise invalid(
+                f"a content part of type {short(part.type)!r} is not supported. Send text",
+                f"messages[{at}].content[{number}]",
+                "unsupported_content",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
+    """The tools that the template may show to the model."""
+    if (request.model_extra or {}).get("tool_choice") == "none":
+        return None
+    older = [{"type": "function", "function": function} for function in request.functions or ()]
+    return [*(request.tools or ()), *older] or None
+
+
+def _template_arguments(request: ChatRequest, template: object) -> dict[str, Any]:
+    """`chat_template_kwargs`. Raises ApiError for an argument that the template does not use."""
+    given = request.chat_template_kwargs or {}
+    for name in given:
+        known = isinstance(template, str | Mapping) and re.search(rf"\b{re.escape(name)}\b", str(template))
+        if not known or name in _RESERVED or _ARGUMENTS.fullmatch(name):
+            raise _unused(name)
+    return dict(given)
+
+
+def _unused(name: str) -> ApiError:
+    return invalid(
+        f"the model's chat template does not use {short(name)!r} of chat_template_kwargs. Leave it out",
+        "chat_template_kwargs",
+        "unsupported_parameter",
+    )
+
+
+def _only_question(turns: Sequence[Turn]) -> str:
+    """The text of the only user message, for a model without a chat template."""
+    if [turn.role for turn in turns] != ["user"]:
+        raise invalid(
+            "this model has no chat template. Send a single user message, or use /v1/completions",
+            "messages",
+        )
+    return turns[0].content
