@@ -224,7 +224,9 @@ ACCEPTED = (
         "the prefix cache changes no answer",
     ),
     Accepted(("n_cache_reuse", "n_keep", "n_discard", "id_slot", "slot_id"), "the cache changes no answer"),
-    Accepted(("priority", "keep_alive", "ttl", "provider", "models", "route"), "where and when the model runs"),
+    Accepted(
+        ("priority", "keep_alive", "ttl", "provider", "models", "route"), "where and when the model runs"
+    ),
     Accepted(("prediction", "draft_model", "backend_sampling"), "speculation changes no answer"),
     Accepted(
         ("speculative.n_max", "speculative.n_min", "speculative.p_min"), "speculation changes no answer"

@@ -145,7 +145,8 @@ class Reader:
 
     def _limit(self, request: SamplingFields, usual: int) -> int:
         """Most tokens of an answer; `usual` without a limit in the request."""
-        given = (getattr(request, "max_completion_tokens", None), request.max_tokens, request.n_predict)
+        newer = request.max_completion_tokens if isinstance(request, ChatRequest) else None
+        given = (newer, request.max_tokens, request.n_predict)
         return min(next((limit for limit in given if limit is not None), usual), self.context)
 
     def _params(self, request: SamplingFields, limit: int, logprobs: int | None) -> SamplingParams:

@@ -146,6 +146,7 @@ def live_server(
     host: str = "127.0.0.1",
     shutdown_seconds: float = 30.0,
     names: tuple[str, ...] = (MODEL,),
+    ignored: tuple[str, ...] = (),
 ) -> Iterator[Live]:
     """Run a server in a thread of this process, and stop it at the end of the context."""
     gate, log = Gate(), []
@@ -159,7 +160,14 @@ def live_server(
 
     worker = Worker(open_session, queue_limit=queue_limit, report=lambda error: log.append(repr(error)))
     worker.start()
-    app = make_app(worker, names, guard=guard or GuardSettings(), time_limit=time_limit, log=log.append)
+    app = make_app(
+        worker,
+        names,
+        guard=guard or GuardSettings(),
+        time_limit=time_limit,
+        log=log.append,
+        ignored=ignored,
+    )
     listening = threading.Event()
     with bind(host, 0) as listener:
         server = Server(app, worker, shutdown_seconds=shutdown_seconds, listening=listening.set)

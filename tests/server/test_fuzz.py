@@ -61,7 +61,11 @@ def corrected(case: Any, data: Any) -> Any:
     if how not in ("bare", "fitting"):
         return case
     conflicting = {"stream_options", "top_logprobs", "best_of", "echo", "chat_template_kwargs"}
-    for name in conflicting | (set(body) - FIELDS) if how == "fitting" else set(body) - {"model", "messages", "prompt"}:
+    for name in (
+        conflicting | (set(body) - FIELDS)
+        if how == "fitting"
+        else set(body) - {"model", "messages", "prompt"}
+    ):
         body.pop(name, None)
     messages = body.get("messages")
     for message in messages if isinstance(messages, list) else ():
