@@ -98,6 +98,7 @@ def write_rtn_checkpoint(
     config = json.loads((folder / "config.json").read_text())
     quant = QuantConfig(bits=bits, group_size=group_size, sym=False, desc_act=False)
     config["quantization_config"] = quantization_config_dict(quant, version="0")
+    config["quantization_config"]["desc_act"] = act_order_seed is not None
     if v2:
         config["quantization_config"]["checkpoint_format"] = "gptq_v2"
     (folder / "config.json").write_text(json.dumps(config))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowmem.errors import SourceError
 
@@ -69,7 +69,8 @@ class FormatException:
     @property
     def is_supported(self) -> bool:
         """Whether the pattern is simple enough to be evaluated (see `covers`)."""
-        return all(_PIECE.fullmatch(piece) for piece in self.pattern.split(".*"))
+        few = self.pattern.count("(") <= _MOST_GROUPS  # alternatives may match one text in several ways
+        return few and all(_PIECE.fullmatch(piece) for piece in self.pattern.split(".*"))
 
     def covers(self, linear: str) -> bool:
         """Whether the pattern matches the name of a linear.
@@ -88,7 +89,11 @@ class FormatException:
 
 
 # Literals, `.`, classes, `\d+` before a dot or the end, (a|b) without quantifiers: little to backtrack.
-_PIECE = re.compile(r"(?:[\w-]|\\[.d-]|\\d\+(?=\\\.|$)|\.|\[[\w-]+\]|\((?:\?:)?[\w|-]+\)|\^|\$)*", re.ASCII)
+_MOST_GROUPS = 8
+_PIECE = re.compile(
+    r"(?:[\w-]|\\[.d-]|\\d\+(?=\\\.|$)|\.|\[[\w-]+\]|\((?:\?:)?(?:[\w|-]|\\[.d-]|\[[\w-]+\])+\)|\^|\$)*",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class QuantizationFormat:
     """The first one that covers a linear decides."""
     quantizer: tuple[str, ...] = ()
     """"name:version" of each tool that wrote the checkpoint."""
+    origin: str = field(default="quantization_config", compare=False)
+    """The file that says so, for messages."""
 
     def of(self, linear: str) -> LinearFormat | None:
         """The format of a linear by its dotted name; None where it is left in 16 bits."""

@@ -1,4 +1,4 @@
-"""A GPTQ checkpoint's `quantization_config`, and the manifest with the digests of its files."""
+"""What describes a GPTQ checkpoint: its `quantization_config`, and the manifest with its files' digests."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
-from lowmem.checkpoint.formats import LAYOUTS, FormatException, LinearFormat, QuantizationFormat
+from lowmem.checkpoint.foreign import foreign_method
+from lowmem.checkpoint.formats import QuantizationFormat
+from lowmem.checkpoint.gptq_config import parse_quantization
 from lowmem.checkpoint.headers.config import read_config
-from lowmem.config import BITS, QuantConfig
+from lowmem.config import QuantConfig
 from lowmem.errors import OutputError, SourceError, VerifyError
 
 MANIFEST_FILE = "lowmem-manifest.json"
@@ -51,74 +53,14 @@ def quantization_in(config: Mapping[str, Any], folder: Path) -> QuantizationForm
     file, data = folder / "config.json", config.get("quantization_config")
     if data is None and (folder / "quantize_config.json").is_file():
         file = folder / "quantize_config.json"
-        # auto-gptq often leaves the method out of its own file.
-        data = {"quant_method": "gptq", **read_json(file)}
+        data = read_json(file)
+        if "quant_method" not in data and not foreign_method(data):
+            data = {"quant_method": "gptq", **data}  # auto-gptq often leaves it out of its own file
     if data is None:
         return None
     if not isinstance(data, dict):
         raise SourceError(f"quantization_config in {file} is not an object")
     return parse_quantization(data, str(file))
-
-
-def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_config") -> QuantizationFormat:
-    """Parse a `quantization_config`; raises SourceError for one that cannot be read.
-
-    origin: the file's name in messages.
-    """
-
-    def refuse(
-        problem: str, hint: str = "Only GPTQ checkpoints of 8, 4, 3 or 2 bits can be read"
-    ) -> SourceError:
-        return SourceError(f"{origin}: {problem}", hint)
-
-    method = str(data.get("quant_method") or data.get("method") or "").lower()
-    if method != "gptq":
-        raise refuse(f"quant_method is {_short(method or 'missing')}, not 'gptq'")
-    bits = data.get("bits", data.get("wbits"))
-    if type(bits) is not int or bits not in BITS:  # 4.0 is in BITS too
-        raise refuse(f"bits is {_short(bits)}")
-    group_size = data.get("group_size", data.get("q_group_size", 128))
-    if (
-        isinstance(group_size, bool)
-        or not isinstance(group_size, int)
-        or not (group_size == -1 or 1 <= group_size < 2**31)
-    ):
-        raise refuse(f"group_size is {_short(group_size)}")
-    layout = str(data.get("checkpoint_format") or data.get("format") or "gptq").lower()
-    if layout not in LAYOUTS or data.get("is_marlin_format"):
-        raise refuse(
-            f"checkpoint_format is {_short(layout)}", "Only the formats gptq and gptq_v2 can be read"
-        )
-    pack_dtype = str(data.get("pack_dtype") or "int32").removeprefix("torch.")
-    if pack_dtype != "int32":
-        raise refuse(f"pack_dtype is {_short(pack_dtype)}", "Only int32 words can be read")
-    if data.get("lm_head"):
-        raise refuse("the head is quantized (lm_head)", "Only checkpoints with a dense head can be read")
-    dynamic = data.get("dynamic") or {}
-    if not isinstance(dynamic, dict) or not all(str(key).startswith("-:") for key in dynamic):
-        # "-:" leaves modules in 16 bits; any other key gives them a format of their own.
-        raise refuse(
-            "some linears have a format of their own (dynamic)",
-            "Only checkpoints with one format for all quantized linears can be read",
-        )
-    for flag in ("sym", "desc_act"):
-        if not isinstance(data.get(flag, False), bool):
-            raise refuse(f"{flag} is {_short(data[flag])}, neither true nor false")
-    meta = data.get("meta")
-    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
-    if isinstance(quantizer, str):
-        quantizer = [quantizer]
-    return QuantizationFormat(
-        LinearFormat(bits, group_size, data.get("sym", True), data.get("desc_act", False), layout),
-        tuple(FormatException(str(key)[2:], None) for key in dynamic),
-        tuple(str(name) for name in quantizer) if isinstance(quantizer, list) else (),
-    )
-
-
-def _short(value: object) -> str:
-    """A value from a file, shortened for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, Any]:

@@ -157,6 +157,18 @@ def unpack_zeros(words: torch.Tensor, bits: int, *, v2: bool = False) -> torch.T
     return unpack_rows((words + ones).T, bits).T.contiguous()
 
 
+def _middle_words(bits: int, v2: bool) -> torch.Tensor:
+    """The words, int32 [1 or 3], that `qzeros` repeats where every zero-point is the middle, 2^(bits - 1)."""
+    stored = torch.full((WORD_BITS, 1), (1 << (bits - 1)) - (0 if v2 else 1), dtype=torch.uint8)
+    return pack_rows(stored, bits)[: _unit(bits)[1], 0]
+
+
+def all_middle(qzeros: torch.Tensor, bits: int, *, v2: bool = False) -> bool:
+    """Whether every zero-point of `qzeros` is the middle, 2^(bits - 1); compares whole words."""
+    words = _middle_words(bits, v2).to(qzeros.device)
+    return bool((qzeros.reshape(-1, len(words)) == words).all())
+
+
 def _unit(bits: int) -> tuple[int, int]:
     """The smallest whole number of words: (values, words) in it."""
     if bits not in BITS:

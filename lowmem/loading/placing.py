@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lowmem.checkpoint.formats import QUANT_PARTS
+from lowmem.checkpoint.packed_values import value_faults
 from lowmem.checkpoint.source.mapped import forget_pages
 from lowmem.checkpoint.source.model_tensors import expected_shapes, integer_buffers
 from lowmem.checkpoint.source.open import Source, TensorInfo
@@ -99,6 +100,7 @@ def fill(
             device = placement.of(f"{module_name}.{leaf}")
             if buffer.device != device and not buffer.is_meta:
                 module._buffers[leaf] = buffer.to(device)
+    _check_packed_values(model, source)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
         raise SourceError(
@@ -130,9 +132,7 @@ def _place(
 ) -> None:
     """Put one tensor into its module; the parts of a quantized linear keep their stored dtype."""
     if isinstance(module, QuantLinear) and leaf in QUANT_PARTS:
-        tensor = _to(source, name, device, None)
-        _check_packed(module, leaf, tensor, name)
-        setattr(module, leaf, tensor)
+        setattr(module, leaf, _to(source, name, device, None))  # header and values are checked as a whole
     elif leaf == "weight" and bnb.is_empty(module):
         rows = bnb.rows_may_be_sliced(module) and source.reads_rows
         slices = _slices(source, name, QUANTIZED_SLICE_BYTES, whole=not rows)
@@ -202,21 +202,17 @@ def _slices(
         yield first, source.read(name, slice(first, min(first + step, count)))
 
 
-def _check_packed(module: QuantLinear, leaf: str, tensor: torch.Tensor, name: str) -> None:
-    if leaf == "scales":
-        if tensor.dtype not in FLOATS:
-            raise SourceError(
-                f"tensor {name!r} is {tensor.dtype}, not a float of 16 bits or more", "Convert it again"
-            )
-        _check_finite(tensor, name)
-    elif tensor.dtype is not torch.int32:
-        raise SourceError(f"tensor {name!r} is {tensor.dtype}, not int32", "Convert it again")
-    if leaf == "g_idx":
-        low, high = (int(edge) for edge in tensor.aminmax())
-        if not 0 <= low <= high < module.scales.shape[0]:
-            raise SourceError(
-                f"tensor {name!r} names groups {low} to {high}, there are {module.scales.shape[0]}", _SEE
-            )
+def _check_packed_values(model: nn.Module, source: Source) -> None:
+    """Check groups, zero-points and scales of every packed linear, of which only zero-points are not small.
+
+    Raises SourceError naming the first tensor that contradicts the config.
+    """
+    if source.format is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            for fault in value_faults(name, module, source.format.origin):
+                raise fault.error()
 
 
 def _finite_if_short(tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from lowmem.checkpoint.foreign import refuse_foreign
 from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.headers.folder import TensorHeader, gguf_metadata, read_config_json, tensor_headers
 from lowmem.checkpoint.manifest import find_quantization
+from lowmem.checkpoint.packed_headers import packed_linears
 from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
 
@@ -98,6 +100,9 @@ def read_shape(path: Path) -> ModelShape:
 
     Raises SourceError for a checkpoint that is damaged, or whose config lacks sizes.
     """
+    folder = path.parent if path.is_file() else path
+    if (folder / "config.json").is_file():  # before headers, whose dtypes may be those of another method
+        refuse_foreign(path, read_config_json(path))
     headers = tensor_headers(path)
     if any(header.file.endswith(".gguf") for header in headers.values()):
         config = _gguf_config(gguf_metadata(path))
@@ -105,6 +110,7 @@ def read_shape(path: Path) -> ModelShape:
     else:
         config = read_config_json(path)
         format = find_quantization(path)
+        packed_linears(headers, format)
     text = config.get("text_config")
     if isinstance(text, dict):
         config = {**config, **text}
@@ -159,12 +165,6 @@ def _shape(
             bias = f"{name.removesuffix('.weight')}.bias" in headers
             linears[LinearSpec(header.shape[1], header.shape[0], bias)] = None
         if packed and name.endswith(".qweight") and format is not None:
-            if len(header.shape) != 2:
-                raise SourceError(
-                    f"{header.file}: tensor {name!r} must have two dimensions; "
-                    f"its shape is {list(header.shape)}",
-                    "Run `lowmem verify DIR` to list all problems",
-                )
             base = name.removesuffix(".qweight")
             own = format.of_packed(base)
             inputs = header.shape[0] * 32 // own.bits

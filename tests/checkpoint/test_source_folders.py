@@ -81,11 +81,11 @@ def test_a_local_folder_wins_over_a_hub_id(model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("quantization", "said"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "already quantized .gptq, 4 bits."),
-        ({"quant_method": "awq", "w_bit": 4}, "already quantized .awq, 4 bits."),
-        ({"load_in_8bit": True}, "already quantized .bitsandbytes, 8 bits."),
-        ({"quant_method": "fp8"}, "already quantized .fp8."),
-        ("odd", "already quantized .unknown method."),
+        ({"quant_method": "gptq", "bits": 4}, "already quantized .4-bit g128."),
+        ({"quant_method": "awq", "w_bit": 4}, "quantized in AWQ"),
+        ({"load_in_8bit": True}, "quantized in bitsandbytes"),
+        ({"quant_method": "fp8"}, "quantized in FP8"),
+        ({"quant_method": "new"}, "quant_method is 'new'"),
     ],
     ids=str,
 )

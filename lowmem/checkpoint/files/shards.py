@@ -10,6 +10,7 @@ import torch
 from lowmem.checkpoint.files.pointers import HINT, WHAT, is_pointer
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
 from lowmem.checkpoint.headers.safetensors import SafetensorsHeader, StoredTensor, read_header
+from lowmem.checkpoint.source.base import TensorInfo
 from lowmem.checkpoint.source.safetensors import read_tensor
 from lowmem.errors import LowmemError, printable
 
@@ -47,6 +48,11 @@ class Shards:
     def stored(self, name: str) -> StoredTensor:
         """Shape, dtype and offsets of a tensor; raises KeyError for an unknown name."""
         return self.tensors[name].tensors[name]
+
+    def header(self, name: str) -> TensorInfo:
+        """The same as readers of the tensor see it, with its file."""
+        stored = self.stored(name)
+        return TensorInfo(stored.shape, stored.dtype_name, self.tensors[name].path.name)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in its stored dtype; raises SourceError when the file is too short."""

@@ -16,13 +16,14 @@ from typing import Any, Protocol, TypeVar
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.pointers import check_no_pointer
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
+from lowmem.checkpoint.foreign import check_disguise, other_weights
 from lowmem.checkpoint.headers.bin import BinHeader, read_bin_shard
 from lowmem.checkpoint.headers.config import read_config
 from lowmem.checkpoint.headers.gguf import GgufHeader, check_whole_model, is_gguf, read_gguf_header
 from lowmem.checkpoint.headers.safetensors import SafetensorsHeader, read_header
 from lowmem.errors import SourceError
 
-_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,11 @@ def layout_of(folder: Path, display: str) -> Layout:
     except OSError as error:
         raise SourceError(f"{display} cannot be read: {error.strerror or error}") from error
     check_folder(folder)
-    safetensors = [name for name in names if name.endswith(".safetensors")]
     ggufs = [name for name in names if name.endswith(".gguf")]
-    for kind, index, found in (
-        ("safetensors", "model.safetensors.index.json", safetensors),
-        ("bin", "pytorch_model.bin.index.json", [n for n in names if n == "pytorch_model.bin"]),
-    ):
-        if index in names:
+    for kind in ("safetensors", "bin"):
+        if index := _index(names, kind):
             return Layout(kind, index, ())
-        if found:
+        if found := _weight_files(names, kind):
             return Layout(kind, "", tuple(found))
     if len(ggufs) == 1:
         check_no_pointer(folder / ggufs[0])
@@ -146,10 +143,31 @@ def layout_of(folder: Path, display: str) -> Layout:
         raise SourceError(
             f"{display} holds {len(ggufs)} GGUF files", f"Give one of them, such as {folder / ggufs[0]}"
         )
+    if others := other_weights(names):
+        raise SourceError(
+            f"{display} holds {others}", "Use the model's safetensors or pytorch_model.bin files"
+        )
     raise SourceError(
         f"{display} holds no weights: no safetensors, no pytorch_model.bin and no .gguf",
         "Give the folder that the model was downloaded to",
     )
+
+
+def _index(names: list[str], kind: str) -> str:
+    """The index of the shards, as "model.safetensors.index.json"; "" without one, or with several others."""
+    usual = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}[kind]
+    found = [name for name in names if name.endswith(f".{kind}.index.json")]
+    return usual if usual in found else found[0] if len(found) == 1 else ""
+
+
+def _weight_files(names: list[str], kind: str) -> list[str]:
+    """The weight files of a folder without an index."""
+    if kind == "safetensors":
+        return [name for name in names if name.endswith(".safetensors")]
+    if "pytorch_model.bin" in names:
+        return ["pytorch_model.bin"]
+    # auto-gptq and GPTQ-for-LLaMa: gptq_model-4bit-128g.bin, llama-7b-4bit-128g.pt
+    return [name for name in names if re.fullmatch(r".*\d ?-?bit.*\.(bin|pt)|gptq_model.*\.bin", name)]
 
 
 def headers_by_name(folder: Path, layout: Layout, read: Callable[[Path], S]) -> dict[str, S]:
@@ -160,6 +178,7 @@ def headers_by_name(folder: Path, layout: Layout, read: Callable[[Path], S]) -> 
 
     def read_file(path: Path) -> S:
         check_no_pointer(path)
+        check_disguise(path)
         return read(path)
 
     if layout.index:
@@ -200,15 +219,15 @@ def _files_without_index(folder: Path, names: list[str], read: Callable[[Path], 
         first = numbered[0]
         if first is None or {m and (m[1], m[3]) for m in numbered} != {(first[1], first[3])}:
             raise SourceError(
-                f"{folder} holds {len(names)} safetensors files and no index to say which belong together",
-                "Add model.safetensors.index.json, or give one file",
+                f"{folder} holds {len(names)} weight files and no index to say which belong together",
+                f"Add model.safetensors.index.json, or give one file, such as {folder / names[0]}",
             )
         count = int(first[3])
         present = {int(m[2]) for m in numbered if m}
         missing = next((number for number in range(1, count + 1) if number not in present), None)
         if missing is not None:
             raise SourceError(
-                f"{folder} has no {first[1]}-{missing:05}-of-{first[3]}.safetensors", "Download the rest"
+                f"{folder} has no {first[1]}-{missing:05}-of-{first[3]}.{first[4]}", "Download the rest"
             )
     files: dict[str, S] = {}
     for file in names:

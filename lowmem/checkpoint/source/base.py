@@ -26,9 +26,10 @@ from lowmem.checkpoint.files.patterns import (
     WEIGHT_SUFFIXES,
 )
 from lowmem.checkpoint.files.reading import one_line, read_json, update_with_bytes, update_with_sample
-from lowmem.checkpoint.formats import QUANT_PARTS, LinearFormat, QuantizationFormat
+from lowmem.checkpoint.formats import QUANT_PARTS, QuantizationFormat
 from lowmem.checkpoint.headers.tokenizer import check_tokenizer_files
-from lowmem.checkpoint.packing import stored_shapes
+from lowmem.checkpoint.packed_headers import packed_linears
+from lowmem.checkpoint.packed_values import groups_in_order, value_faults
 from lowmem.checkpoint.source.card import license_of_card
 from lowmem.checkpoint.source.config import model_config
 from lowmem.checkpoint.source.names import resolve_names
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 FLOATS = ("float32", "float16", "bfloat16")
 """The dtypes of a dense weight."""
 _COMPARE_BYTES = 16 * 2**20
-_MISMATCH = "The quantization_config and the tensors are not of the same checkpoint"
 
 
 @dataclass(frozen=True)
@@ -97,30 +97,33 @@ class Source(ABC):
         format: QuantizationFormat | None = None,
     ) -> None:
         """Raises SourceError where `format` is given and no linear is quantized, or not as it says."""
+        self.quantized = packed_linears(infos, format)
+        """The format of each quantized linear by its name (`transformer.h.0.attn.c_attn`)."""
+        self._groups_in_order = {
+            f"{linear}.g_idx": own for linear, own in self.quantized.items() if f"{linear}.g_idx" not in infos
+        }
+        """g_idx tensors that are not stored, as some tools omit them where groups are in order."""
         self.path = path
         """The folder; of a single file the folder that it is in."""
         self.display = display
         """The text by which the user named it."""
-        self.infos = infos
-        """Every stored tensor by its stored name."""
+        self.infos = {
+            **infos,
+            **{name: _g_idx_info(infos, name, own.bits) for name, own in self._groups_in_order.items()},
+        }
+        """Every stored tensor by its stored name; of a quantized linear always all four tensors."""
         self._config_json = config_json
         self.format = format
         """How the linears are quantized; None for a checkpoint that is not."""
-        self.quantized: dict[str, LinearFormat] = {}
-        """The format of each quantized linear by its name (`transformer.h.0.attn.c_attn`)."""
-        if format is not None:
-            linears = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
-            self.quantized = {linear: format.of_packed(linear) for linear in linears}
-            if not linears:
-                raise SourceError(
-                    f"the config of {display} declares a quantized model, "
-                    "but the checkpoint contains no quantized tensors",
-                    "Convert it again",
-                )
+        if format is not None and not self.quantized:
+            raise SourceError(
+                f"the config of {display} declares a quantized model, "
+                "but the checkpoint contains no quantized tensors",
+                "Convert it again",
+            )
 
     # ---- tensors
 
-    @abstractmethod
     def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
         """A stored tensor, or some rows of a 2-D one, in CPU memory of its own.
 
@@ -128,9 +131,19 @@ class Source(ABC):
         when a 2-D tensor is neither a part of a quantized linear nor float32, float16 or bfloat16; KeyError
         for an unknown name.
         """
+        if (format := self._groups_in_order.get(name)) is not None:
+            return groups_in_order(self.infos[name].shape[0], format.group_size)
+        return self._read(name, rows)
+
+    @abstractmethod
+    def _read(self, name: str, rows: slice | torch.Tensor | None) -> torch.Tensor:
+        """See read."""
 
     def map(self, name: str) -> torch.Tensor | None:
         """A stored tensor over the file's own pages; None where it cannot be mapped and must be read."""
+        return None if name in self._groups_in_order else self._map(name)
+
+    def _map(self, name: str) -> torch.Tensor | None:
         return None
 
     @abstractmethod
@@ -143,7 +156,8 @@ class Source(ABC):
 
     def byte_ranges(self, names: Iterable[str]) -> list[ByteRange]:
         """Where the data of tensors is, to read it ahead; names as in `dense_infos`."""
-        return self._byte_ranges([stored for name in names for stored in self._stored(name)])
+        stored = [stored for name in names for stored in self._stored(name)]
+        return self._byte_ranges([name for name in stored if name not in self._groups_in_order])
 
     def _byte_ranges(self, stored: list[str]) -> list[ByteRange]:
         return []
@@ -164,12 +178,6 @@ class Source(ABC):
         infos = dict(self.infos)
         for linear, format in self.quantized.items():
             words = infos[f"{linear}.qweight"]
-            if len(words.shape) != 2 or words.dtype != "int32":
-                raise SourceError(
-                    f"{words.file}: tensor '{linear}.qweight' is {words.dtype} of shape {list(words.shape)}, "
-                    "not a matrix of int32 words",
-                    _MISMATCH,
-                )
             shape = (words.shape[1], words.shape[0] * 32 // format.bits)
             infos[f"{linear}.weight"] = TensorInfo(shape, "float32", words.file)
         return infos
@@ -186,38 +194,25 @@ class Source(ABC):
 
     def _stored(self, name: str) -> list[str]:
         """The stored tensors that `dense(name)` reads."""
-        linear = name.removesuffix(".weight")
-        if linear == name or linear not in self.quantized:
-            return [name]
-        return [f"{linear}.{part}" for part in QUANT_PARTS]
+        linear = self.packed_name(name)
+        return [name] if linear is None else [f"{linear}.{part}" for part in QUANT_PARTS]
+
+    def packed_name(self, dense: str) -> str | None:
+        """The quantized linear whose weight a name of `dense_infos` is; None for a tensor that is stored."""
+        linear = dense.removesuffix(".weight")
+        return linear if linear != dense and linear in self.quantized else None
+
+    def packed(self, linear: str) -> PackedWeight:
+        """The tensors of a quantized linear, read and not checked; without its bias."""
+        parts = (self.read(f"{linear}.{part}") for part in QUANT_PARTS)
+        return PackedWeight(self.quantized[linear], *parts)
 
     def _dequantized(self, linear: str) -> torch.Tensor:
-        format = self.quantized[linear]
-        out, inputs = self.dense_infos[f"{linear}.weight"].shape
-        try:
-            shapes = stored_shapes(inputs, out, format.bits, format.group_size)
-        except ValueError as error:
-            raise SourceError(f"{linear}: {error}", _MISMATCH) from None
-        parts = {}
-        for part in QUANT_PARTS:
-            name, expected = f"{linear}.{part}", getattr(shapes, part)
-            info = self.infos.get(name)
-            if info is None:
-                raise SourceError(f"the checkpoint holds no tensor {name!r}", "It is incomplete")
-            dtypes = FLOATS if part == "scales" else ("int32",)
-            if info.shape != expected or info.dtype not in dtypes:
-                raise SourceError(
-                    f"{info.file}: tensor {name!r} is {info.dtype} of shape {list(info.shape)}, "
-                    f"not {dtypes[0]} of {list(expected)}",
-                    _MISMATCH,
-                )
-            parts[part] = self.read(name)
-        low, high = (int(edge) for edge in parts["g_idx"].aminmax())
-        if not 0 <= low <= high < shapes.groups:
-            raise SourceError(
-                f"tensor {linear}.g_idx names groups {low} to {high} of {shapes.groups}", _MISMATCH
-            )
-        return dequantize(PackedWeight(format, **parts))
+        packed = self.packed(linear)
+        assert self.format is not None
+        for fault in value_faults(linear, packed, self.format.origin):
+            raise fault.error()
+        return dequantize(packed)
 
     # ---- names
 
@@ -369,3 +364,9 @@ class Source(ABC):
         if rows is not None and len(info.shape) != 2:
             raise ValueError(f"rows of {name!r}, which has shape {info.shape}")
         return info
+
+
+def _g_idx_info(infos: Mapping[str, TensorInfo], name: str, bits: int) -> TensorInfo:
+    """What a g_idx that is not stored would be."""
+    words = infos[name.removesuffix("g_idx") + "qweight"]
+    return TensorInfo((words.shape[0] * 32 // bits,), "int32", words.file)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lowmem.checkpoint.files.reading import one_line, row_numbers
+from lowmem.checkpoint.formats import QuantizationFormat
 from lowmem.checkpoint.headers.bin import MAX_PICKLE, BinHeader, check_archive, read_bin_header
 from lowmem.checkpoint.source.base import ByteRange, Source, TensorInfo
 from lowmem.errors import SourceError
@@ -80,7 +81,12 @@ class BinSource(Source):
     _kind = "bin"
 
     def __init__(
-        self, path: Path, display: str, headers: Mapping[str, BinHeader], config_json: Mapping[str, Any]
+        self,
+        path: Path,
+        display: str,
+        headers: Mapping[str, BinHeader],
+        config_json: Mapping[str, Any],
+        format: QuantizationFormat | None = None,
     ) -> None:
         """headers: each tensor's name → its shard."""
         infos = {}
@@ -88,13 +94,13 @@ class BinSource(Source):
             stored = header.tensors[name]
             dtype = "float32" if stored.dtype == "float64" else stored.dtype
             infos[name] = TensorInfo(stored.shape, dtype, header.path.name)
-        super().__init__(path, display, infos, config_json)
+        super().__init__(path, display, infos, config_json, format)
         self._paths = {name: header.path for name, header in headers.items()}
         self._mapped: Path | None = None
         self._tensors: dict[str, torch.Tensor] = {}
         self._copied = 0
 
-    def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
+    def _read(self, name: str, rows: slice | torch.Tensor | None) -> torch.Tensor:
         """See Source.read."""
         info = self._check_read(name, rows)
         path = self._paths[name]

@@ -41,17 +41,3 @@ def model_config(folder: Path, config_json: Mapping[str, Any]) -> PretrainedConf
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config  # type: ignore[no-any-return]
-
-
-def describe_quantization(quantization: object) -> str:
-    """A `quantization_config` of any method in words, such as "gptq, 4 bits"."""
-    if not isinstance(quantization, Mapping):
-        return "unknown method"
-    method = quantization.get("quant_method")
-    bits = quantization.get("bits") or quantization.get("w_bit")
-    if quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"):
-        method, bits = method or "bitsandbytes", 4
-    elif quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
-        method, bits = method or "bitsandbytes", 8
-    name = method if isinstance(method, str) and method.isprintable() else "unknown method"
-    return f"{name[:40]}, {bits} bits" if type(bits) is int else name[:40]

@@ -109,7 +109,7 @@ class GgufSource(Source):
         """See Source.read_overhead; dequantizing makes float32 copies on the way."""
         return 16 * numel
 
-    def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
+    def _read(self, name: str, rows: slice | torch.Tensor | None) -> torch.Tensor:
         """See Source.read. Quantized blocks come as float32."""
         info, stored = self._check_read(name, rows), self._gguf[name]
         if rows is not None and stored.name in _TABLES and stored.shape == info.shape:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint.files.reading import is_hub_id
+from lowmem.checkpoint.foreign import refuse_foreign
+from lowmem.checkpoint.formats import QuantizationFormat
 from lowmem.checkpoint.headers.bin import read_bin_shard
 from lowmem.checkpoint.headers.folder import headers_by_name, layout_of, read_config_json
 from lowmem.checkpoint.headers.gguf import is_gguf
@@ -14,7 +16,6 @@ from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.manifest import quantization_in
 from lowmem.checkpoint.source.base import Source, TensorInfo
 from lowmem.checkpoint.source.bin import BinSource
-from lowmem.checkpoint.source.config import describe_quantization
 from lowmem.checkpoint.source.gguf import GgufSource
 from lowmem.checkpoint.source.hub import download
 from lowmem.checkpoint.source.safetensors import SafetensorsSource
@@ -61,9 +62,8 @@ def _open_file(path: Path, display: str, quantized: bool) -> Source:
     if path.suffix == ".gguf" or is_gguf(path):
         return GgufSource(path, display)
     if path.suffix == ".safetensors":
-        config = _read_config(path.parent, quantized)
+        config, format = _read_config(path.parent, quantized)
         header = read_header(path)
-        format = quantization_in(config, path.parent) if quantized else None
         return SafetensorsSource(path.parent, display, dict.fromkeys(header.tensors, header), config, format)
     raise SourceError(
         f"{display} is not a checkpoint that can be read",
@@ -75,28 +75,22 @@ def _open_folder(folder: Path, display: str, quantized: bool) -> Source:
     layout = layout_of(folder, display)
     if layout.kind == "gguf":
         return GgufSource(folder / layout.files[0], display)
-    config = _read_config(folder, quantized)
-    format = quantization_in(config, folder) if quantized else None
+    config, format = _read_config(folder, quantized)
     if format is not None and (folder / "adapter_config.json").is_file():
         raise SourceError(f"{folder} holds an adapter, not a model", "Give the folder of the whole model")
     if layout.kind == "safetensors":
         headers = headers_by_name(folder, layout, read_header)
         return SafetensorsSource(folder, display, headers, config, format)
-    if format is not None:
-        raise SourceError(
-            f"{folder} holds quantized weights in .bin files, which cannot be read",
-            "Use a safetensors copy of the checkpoint",
-        )
-    return BinSource(folder, display, headers_by_name(folder, layout, read_bin_shard), config)
+    return BinSource(folder, display, headers_by_name(folder, layout, read_bin_shard), config, format)
 
 
-def _read_config(folder: Path, quantized: bool) -> Mapping[str, Any]:
-    """config.json of a folder; SourceError where it is quantized in a way that the caller cannot use."""
+def _read_config(folder: Path, quantized: bool) -> tuple[Mapping[str, Any], QuantizationFormat | None]:
+    """config.json of a folder, and its format; SourceError where the caller cannot use a quantized model."""
     config = read_config_json(folder)
-    for key in ("compression_config",) if quantized else ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise SourceError(
-                f"{folder} is already quantized ({describe_quantization(config[key])})",
-                "Use the 16-bit original instead",
-            )
-    return config
+    refuse_foreign(folder, config)
+    format = quantization_in(config, folder)
+    if format is not None and not quantized:
+        raise SourceError(
+            f"{folder} is already quantized ({format.label})", "Use the 16-bit original instead"
+        )
+    return config, format

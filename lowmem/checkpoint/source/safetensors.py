@@ -79,15 +79,14 @@ class SafetensorsSource(Source):
         self._headers = dict(headers)
         self._mapped = MappedFiles()
 
-    def read(self, name: str, rows: slice | torch.Tensor | None = None) -> torch.Tensor:
+    def _read(self, name: str, rows: slice | torch.Tensor | None) -> torch.Tensor:
         """See Source.read."""
         self._check_read(name, rows)
         header = self._headers[name]
         tensor = read_tensor(header.path, name, header.tensors[name], rows)
         return tensor.float() if tensor.dtype == torch.float64 else tensor
 
-    def map(self, name: str) -> torch.Tensor | None:
-        """See Source.map."""
+    def _map(self, name: str) -> torch.Tensor | None:
         return self._mapped.tensor(self._headers[name], name)
 
     def shards(self) -> list[tuple[Path, bytes]]:

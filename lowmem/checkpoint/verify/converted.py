@@ -6,16 +6,22 @@ with its expected name, shape, dtype and values. All problems are collected, not
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.shards import INDEX_FILE, SINGLE_FILE, Shards, read_shards
+from lowmem.checkpoint.foreign import refuse_foreign
 from lowmem.checkpoint.formats import QUANT_PARTS, LinearFormat, QuantizationFormat
+from lowmem.checkpoint.headers.folder import read_config_json
 from lowmem.checkpoint.manifest import MANIFEST_FILE, checkpoint_files, find_quantization
-from lowmem.checkpoint.packing import stored_shapes, unpack_zeros
+from lowmem.checkpoint.packed_values import groups_in_order
+from lowmem.checkpoint.packing import stored_shapes
+from lowmem.checkpoint.source.base import FLOATS
 from lowmem.checkpoint.source.model_tensors import integer_buffers, meta_model, misfit, unique_tensors
 from lowmem.checkpoint.values import all_finite
 from lowmem.checkpoint.verify.digests import known_digests
@@ -32,17 +38,26 @@ def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport
 
     Without a manifest, files are compared with the hub's digests where these are known, and the notes say so.
     Pickle shards and GGUF files are checked by `verify_source`. Raises VerifyError only when there is nothing
-    to check.
+    to check, and SourceError for a checkpoint of another method than GPTQ.
     """
     folder = Path(folder)
     if not folder.is_dir() and not (folder.is_file() and folder.suffix in (".gguf", ".safetensors")):
         raise VerifyError(f"{folder} is not a folder", "Give the folder that lowmem convert wrote")
     if folder.is_dir():
         check_folder(folder)
+    refuse_foreign(folder, _config(folder))
     whole = (SINGLE_FILE, INDEX_FILE, MANIFEST_FILE)
     if folder.is_file() or (not any((folder / name).is_file() for name in whole) and _other_weights(folder)):
         return verify_source(folder, progress)
     return _ConvertedVerification(folder, progress).run()
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """The config.json of a folder or of a file; empty if it cannot be read, which is reported later."""
+    try:
+        return read_config_json(folder)
+    except LowmemError:
+        return {}
 
 
 def _other_weights(folder: Path) -> bool:
@@ -119,7 +134,7 @@ class _ConvertedVerification(Verification):
                     what = "is packed, but quantization_config excludes it (dynamic)"
                     self.fault(shards.promised.get(parts[0], ""), name, what)
                 else:
-                    self._linear(shards, name, module, own)
+                    self._linear(shards, name, module, own, format)
         for name, (aliases, shape) in dense.items():
             stored = [alias for alias in aliases if alias in shards.tensors]
             unclaimed.difference_update(stored)
@@ -139,64 +154,44 @@ class _ConvertedVerification(Verification):
         """The tensor is missing and already reported, alone or with its file."""
         return name in shards.promised and name not in shards.tensors
 
-    def _linear(self, shards: Shards, name: str, module: Any, format: LinearFormat) -> None:
-        """Check the four tensors of a packed linear; its bias is a dense tensor."""
-        file = next(
-            (shards.tensors[f"{name}.{p}"].path.name for p in QUANT_PARTS if f"{name}.{p}" in shards.tensors),
-            "",
-        )
+    def _linear(
+        self, shards: Shards, name: str, module: Any, own: LinearFormat, format: QuantizationFormat
+    ) -> None:
+        """Check the tensors of a packed linear; its bias is a dense tensor."""
+        headers = {
+            part: shards.header(f"{name}.{part}")
+            for part in QUANT_PARTS
+            if f"{name}.{part}" in shards.tensors
+        }
+        file = next((header.file for header in headers.values()), "")
         try:
-            shapes = stored_shapes(module.in_features, module.out_features, format.bits, format.group_size)
+            shapes = stored_shapes(module.in_features, module.out_features, own.bits, own.group_size)
         except ValueError as error:
-            return self.fault(file, name, f"cannot be packed to {format.bits} bits: {error}")
+            return self.fault(file, name, f"cannot be packed to {own.bits} bits: {error}")
+        values: dict[str, torch.Tensor] = {}
         for part in QUANT_PARTS:
-            tensor = f"{name}.{part}"
-            if tensor not in shards.tensors:
-                if not self._lost(shards, tensor):
+            tensor, header, shape = f"{name}.{part}", headers.get(part), tuple(getattr(shapes, part))
+            if header is None:
+                implied = part == "g_idx" and not self.ours and not own.desc_act
+                if implied:
+                    values[part] = groups_in_order(module.in_features, own.group_size)
+                elif not self._lost(shards, tensor):
                     self.fault(file, tensor, "the tensor is missing")
-                continue
-            stored, shape = shards.stored(tensor), tuple(getattr(shapes, part))
-            right = stored.dtype.is_floating_point if part == "scales" else stored.dtype is torch.int32
-            if stored.shape != shape:
+            elif header.shape != shape:
                 self.fault(
-                    shards.tensors[tensor].path.name,
+                    header.file,
                     tensor,
-                    f"has shape {list(stored.shape)}; {format.bits} bits in groups of {format.group_size} "
+                    f"has shape {list(header.shape)}; {own.bits} bits in groups of {own.group_size} "
                     f"of {module.in_features} to {module.out_features} need {list(shape)}",
                 )
-            elif not right:
-                self.fault(shards.tensors[tensor].path.name, tensor, f"has dtype {stored.dtype}")
-            else:
-                self._packed_values(shards, tensor, part, format, module.in_features)
+            elif header.dtype not in (FLOATS if part == "scales" else ("int32",)):
+                self.fault(header.file, tensor, f"has dtype {header.dtype}")
+            elif (found := self._read(shards, tensor)) is not None:
+                values[part] = found
+        if len(values) == len(QUANT_PARTS):
+            packed = PackedWeight(own, *(values[part] for part in QUANT_PARTS))
+            self.packed_values(name, packed, format, lambda tensor: shards.tensors[tensor].path.name)
         return None
-
-    def _packed_values(
-        self, shards: Shards, tensor: str, part: str, format: LinearFormat, columns: int
-    ) -> None:
-        """Check the values of a packed tensor of the right shape; any word of a qweight is valid."""
-        file = shards.tensors[tensor].path.name
-        values = self._read(shards, tensor)
-        if values is None or part == "qweight":
-            return
-        if part == "scales":
-            if not all_finite(values):
-                self.fault(file, tensor, "has values that are not finite")
-        elif part == "g_idx":
-            groups = 1 if format.group_size == -1 else -(-columns // format.group_size)
-            low, high = int(values.min()), int(values.max())
-            expected = torch.arange(columns) // (columns if format.group_size == -1 else format.group_size)
-            if low < 0 or high >= groups:
-                self.fault(file, tensor, f"names groups {low} to {high}, there are 0 to {groups - 1}")
-            elif not format.desc_act and not torch.equal(values.long(), expected):
-                self.fault(file, tensor, "has groups out of order, and desc_act is false")
-        elif part == "qzeros" and not format.zeros_v2:
-            full = unpack_zeros(values, format.bits, v2=True) == 2**format.bits - 1
-            if bool(full.any()):
-                what = "has zero-points that readers of the format disagree about (stored as all ones)"
-                if self.ours:
-                    self.fault(file, tensor, what)
-                else:
-                    self.notes.append(f"{tensor} {what}")
 
     def _dense(self, shards: Shards, name: str, shape: tuple[int, ...], integers: bool) -> None:
         stored, file = shards.stored(name), shards.tensors[name].path.name

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowmem.checkpoint.dequantize import PackedLinear
 from lowmem.checkpoint.files.shards import Problem
 from lowmem.checkpoint.formats import QuantizationFormat
+from lowmem.checkpoint.packed_values import value_faults, value_note
 from lowmem.checkpoint.verify.digests import Digests, difference
 from lowmem.errors import VerifyError
 
@@ -56,6 +58,8 @@ class Verification:
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.done = self.total = 0
+        self.ours = False
+        """There is a manifest of lowmem's."""
         self._progress = progress
 
     def advance(self, count: int) -> None:
@@ -67,6 +71,19 @@ class Verification:
     def fault(self, file: str, tensor: str, what: str) -> None:
         """Record a problem."""
         self.problems.append(Problem(file, tensor, what))
+
+    def packed_values(
+        self, linear: str, packed: PackedLinear, format: QuantizationFormat, file: Callable[[str], str]
+    ) -> None:
+        """Check the values of a packed linear. file: from a tensor's name to that of its file."""
+        for fault in value_faults(linear, packed, format.origin):
+            self.fault(file(fault.tensor), fault.tensor, fault.what)
+        qzeros = f"{linear}.qzeros"
+        if note := value_note(packed, format.quantizer):
+            if self.ours:  # our converter writes no such zero-points
+                self.fault(file(qzeros), qzeros, note)
+            else:
+                self.notes.append(f"{qzeros}: {note}")
 
     def compare(self, digests: Digests, names: Iterable[str]) -> None:
         """Record every file of `names` that differs from its digest."""

@@ -1,4 +1,4 @@
-"""Verify a checkpoint that lowmem did not write: pickle shards, a GGUF, single safetensors files.
+"""Verify a checkpoint that lowmem did not write: pickle shards, a GGUF, other tools' safetensors files.
 
 A pickle shard is a zip, which holds a checksum of every tensor's bytes; files are compared with the hub's
 digests where these are known. Then names, shapes and values of every tensor that the model needs are checked.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from lowmem.checkpoint.formats import QUANT_PARTS
 from lowmem.checkpoint.manifest import checkpoint_files
 from lowmem.checkpoint.source.model_tensors import expected_shapes, integer_buffers, misfit, model_of
 from lowmem.checkpoint.source.open import Source, open_source
@@ -28,14 +29,15 @@ def verify_source(path: Path, progress: Progress | None = None) -> VerifyReport:
     """Check a folder's weights, or a weight file; problems are in the report, none is raised."""
     folder = path if path.is_dir() else path.parent
     run = _SourceVerification(folder, checkpoint_files(path) if path.is_dir() else [path.name], progress)
-    tensors = 0
+    tensors = linears = 0
+    format = None
     try:
-        source = open_source(path, offline=True, quantized=False)
-        tensors = len(source.infos)
+        source = open_source(path, offline=True)
+        tensors, linears, format = len(source.infos), len(source.quantized), source.format
         run.check(source)
     except LowmemError as error:
         run.fault("", "", error.message)
-    return run.report(tensors)
+    return run.report(tensors, linears, format)
 
 
 class _SourceVerification(Verification):
@@ -59,16 +61,28 @@ class _SourceVerification(Verification):
         integers = integer_buffers(model)
         shapes = expected_shapes(model, source.infos)
         names = source.resolve(shapes)
-        for name, stored in sorted(names.items(), key=lambda item: (source.infos[item[1]].file, item[1])):
-            info = source.infos[stored]
+        infos = source.dense_infos
+        for name, stored in sorted(names.items(), key=lambda item: (infos[item[1]].file, item[1])):
+            info = infos[stored]
             dtype = getattr(torch, info.dtype)
+            packed = source.packed_name(stored)
             if what := misfit(info.shape, dtype, shapes[name], integers=name in integers):
                 self.fault(info.file, stored, what)
+            elif packed is not None:
+                self._packed(source, packed)
             elif not all(all_finite(part) for part in self._parts(source, stored)):
                 self.fault(info.file, stored, "has values that are not finite")
         source.release()
-        for name in sorted(set(source.infos) - set(names.values())):
+        parts = {f"{linear}.{part}" for linear in source.quantized for part in QUANT_PARTS}
+        for name in sorted(set(source.infos) - set(names.values()) - parts):
             self.notes.append(f"{name} is not a tensor of this model, and is not used")
+
+    def _packed(self, source: Source, linear: str) -> None:
+        """Check the values of a packed linear."""
+        assert source.format is not None
+        self.advance(sum(source.infos[f"{linear}.{part}"].nbytes for part in QUANT_PARTS))
+        packed = source.packed(linear)
+        self.packed_values(linear, packed, source.format, lambda tensor: source.infos[tensor].file)
 
     def _parts(self, source: Source, name: str) -> Iterator[torch.Tensor]:
         """A tensor, some rows at a time where a source reads rows."""

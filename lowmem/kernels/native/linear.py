@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lowmem.checkpoint.dequantize import PackedLinear
-from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
+from lowmem.checkpoint.packing import all_middle, pack_rows, unpack_rows, unpack_zeros
 from lowmem.kernels.contract import Unsuitable
 from lowmem.kernels.native.header import PAIRED, TILE_OUTPUTS, WIDTHS, LmDense, LmMatrix, LmPacked
 from lowmem.kernels.native.library import TYPES, loaded, running, workspace
@@ -195,7 +195,8 @@ class Packed:
         groups = groups_of(linear.g_idx, linear.scales.shape[0])
         if groups.order is not None:
             raise Unsuitable("its inputs are not in the order of their groups")
-        zeros = None if _symmetric(linear) else unpack_zeros(linear.qzeros, linear.bits, v2=linear.zeros_v2)
+        symmetric = all_middle(linear.qzeros, linear.bits, v2=linear.zeros_v2)
+        zeros = None if symmetric else unpack_zeros(linear.qzeros, linear.bits, v2=linear.zeros_v2)
         scales = linear.scales
         if groups.index is not None:
             scales, zeros = scales[groups.index], None if zeros is None else zeros[groups.index]
@@ -207,14 +208,6 @@ def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: tor
         raise Unsuitable(f"its {name} is {tensor.dtype} {list(tensor.shape)}")
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.data_ptr() % tensor.itemsize:
         raise Unsuitable(f"its {name} is not contiguous, aligned memory on the CPU")
-
-
-def _symmetric(linear: PackedLinear) -> bool:
-    """Whether all zero-points are 2^(bits - 1); compares whole words."""
-    bits, middle = linear.bits, (1 << (linear.bits - 1)) - (0 if linear.zeros_v2 else 1)
-    value = torch.full((32, 1), middle, dtype=torch.uint8)
-    words = pack_rows(value, bits)[: 3 if bits == 3 else 1, 0]
-    return bool((linear.qzeros.reshape(-1, len(words)) == words).all())
 
 
 def takes(x: torch.Tensor) -> bool:
