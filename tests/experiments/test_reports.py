@@ -12,8 +12,6 @@ from lowmem.benchmarks.experiments.common import RESULTS
 from lowmem.benchmarks.experiments.reports import MODELS, Model
 
 
-# Remove this mark in the commit that measures again; it fails once the records are current.
-@pytest.mark.xfail(strict=True, reason="measured before the packed kernels: python -m ….experiments.reports")
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
 def test_a_committed_page_is_of_the_code_that_it_stands_beside(model: Model) -> None:
     assert reports.check(RESULTS / model.name) == []
