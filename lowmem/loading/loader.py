@@ -26,7 +26,7 @@ from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch
 from lowmem.kernels.quant_linear import swap_linears
 from lowmem.loading.garbage import paused_collection
-from lowmem.loading.placing import Placement, connect, fill
+from lowmem.loading.placing import Placement, check_packed, connect, fill
 from lowmem.models.architecture import build_model, decoder_layers
 from lowmem.models.dialogue import Dialogue, end_token_ids
 from lowmem.models.vocabulary import check_vocabulary
@@ -106,9 +106,9 @@ def load(
     """Load a converted checkpoint, a GPTQ checkpoint of any tool, or a 16-bit source; reads local files only.
 
     progress: called with bytes read and bytes in all. notify: called with one line for each settings file
-    that was changed since the conversion. Raises SourceError for a checkpoint that is damaged, incomplete,
-    not of its config's model, or with another tokenizer than its own; torch's own errors where memory is
-    short.
+    that was changed since the conversion, and on zero-points that readers disagree about. Raises SourceError
+    for a checkpoint that is damaged, incomplete, not of its config's model, or with another tokenizer than
+    its own, and for packed tensors that contradict their config; torch's own errors where memory is short.
     """
     start = time.perf_counter()
     device, on_the_fly = torch.device(options.device), options.on_the_fly
@@ -135,6 +135,7 @@ def load(
     split = options.split if options.split is not None and options.split < len(layers) else None
     placement = Placement(device, layers_name, split)
     fill(model, source, placement, dtype, progress)
+    check_packed(model, source, notify)
     kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
     if source.format:
         kernel = dispatch.install(model, device, dtype, activation_bits=options.activation_bits)

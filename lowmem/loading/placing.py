@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lowmem.checkpoint.formats import QUANT_PARTS
-from lowmem.checkpoint.packed_values import value_faults
+from lowmem.checkpoint.packed_values import value_faults, value_note
 from lowmem.checkpoint.source.mapped import forget_pages
 from lowmem.checkpoint.source.model_tensors import expected_shapes, integer_buffers
 from lowmem.checkpoint.source.open import Source, TensorInfo
@@ -100,7 +100,6 @@ def fill(
             device = placement.of(f"{module_name}.{leaf}")
             if buffer.device != device and not buffer.is_meta:
                 module._buffers[leaf] = buffer.to(device)
-    _check_packed_values(model, source)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if left:
         raise SourceError(
@@ -202,17 +201,23 @@ def _slices(
         yield first, source.read(name, slice(first, min(first + step, count)))
 
 
-def _check_packed_values(model: nn.Module, source: Source) -> None:
-    """Check groups, zero-points and scales of every packed linear, of which only zero-points are not small.
+def check_packed(model: nn.Module, source: Source, notify: Callable[[str], None]) -> None:
+    """Check groups, zero-points and scales of every packed linear, once all tensors are in place.
 
-    Raises SourceError naming the first tensor that contradicts the config.
+    notify: called with a line on zero-points that readers of the format disagree about. Raises SourceError
+    naming the first tensor that contradicts the config.
     """
     if source.format is None:
         return
+    notes: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             for fault in value_faults(name, module, source.format.origin):
                 raise fault.error()
+            if note := value_note(module, source.format.quantizer):
+                notes.setdefault(note, []).append(name)
+    for note, names in notes.items():
+        notify(f"{len(names)} linears, such as {names[0]}: {note}")
 
 
 def _finite_if_short(tensor: torch.Tensor, name: str) -> torch.Tensor:

@@ -237,7 +237,7 @@ def test_other_ways_to_be_wrong(checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["group_size"] = 64  # not what the tensors are
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SourceError, match="scales.*4 groups of 32 inputs.*group_size 64"):
+    with pytest.raises(SourceError, match=r"scales.*4 groups of 32 inputs.*group_size 64"):
         load(folder)
     config["quantization_config"]["quant_method"] = "awq"
     (folder / "config.json").write_text(json.dumps(config))

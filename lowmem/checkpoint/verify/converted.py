@@ -172,8 +172,8 @@ class _ConvertedVerification(Verification):
         for part in QUANT_PARTS:
             tensor, header, shape = f"{name}.{part}", headers.get(part), tuple(getattr(shapes, part))
             if header is None:
-                implied = part == "g_idx" and not self.ours and not own.desc_act
-                if implied:
+                in_order = not own.desc_act or shapes.groups == 1
+                if part == "g_idx" and in_order and not self.ours:  # some tools omit it
                     values[part] = groups_in_order(module.in_features, own.group_size)
                 elif not self._lost(shards, tensor):
                     self.fault(file, tensor, "the tensor is missing")
