@@ -102,6 +102,12 @@ class SamplingParams:
     """Drop tokens with less than this share of the highest probability; 0 turns the filter off."""
     repetition_penalty: float = 1.0
     """Divide positive logits of earlier tokens by this, and multiply negative ones; 1 turns it off."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logits of tokens that the answer has already; 0 turns it off."""
+    frequency_penalty: float = 0.0
+    """Subtract this from a token's logit for each time that the answer has it; 0 turns it off."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, what to add to its logit); each id once."""
     seed: int | None = None
     """The same seed gives the same tokens; None differs between runs."""
     stop: tuple[str, ...] = ()
@@ -128,6 +134,9 @@ def check_sampling(params: SamplingParams) -> None:
         raise InvalidRequestError(
             f"repetition_penalty is {params.repetition_penalty}", "Use a number such as 1.1; 1 turns it off"
         )
+    added = (params.presence_penalty, params.frequency_penalty, *(bias for _, bias in params.logit_bias))
+    if not all(math.isfinite(value) for value in added):
+        raise InvalidRequestError("a penalty or a logit bias is not finite", "Use numbers such as 0.5")
     if isinstance(params.stop, str) or not all(isinstance(text, str) and text for text in params.stop):
         raise InvalidRequestError("a stop text is empty or not a string", "Use non-empty strings")
     if params.logprobs is not None and not 0 <= params.logprobs <= MAX_LOGPROBS:

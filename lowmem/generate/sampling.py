@@ -3,7 +3,8 @@
 The order is that of transformers' generate: repetition penalty (greedy too), then temperature, top-k, top-p,
 min-p. The filters are those of its logits processors (repetition penalty: Keskar et al. 2019, "CTRL"; top-p:
 Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"; min-p: Nguyen et al. 2024, "Turning Up
-the Heat"), so a model card's settings mean the same here.
+the Heat"), so a model card's settings mean the same here. OpenAI's presence and frequency penalties and its
+logit bias follow the repetition penalty, as in vLLM.
 """
 
 from __future__ import annotations
@@ -166,6 +167,13 @@ class Sampler:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool)
             self._seen[list(prompt)] = True
             self._seen = self._seen.to(device)
+        self._chosen: set[int] = set()  # tokens of the answer
+        self._bias: torch.Tensor | None = None  # float32 [vocab], added to the logits
+        if params.logit_bias or params.presence_penalty or params.frequency_penalty:
+            self._bias = torch.zeros(vocabulary)
+            for token, bias in params.logit_bias:
+                self._bias[token] = bias
+            self._bias = self._bias.to(device)
 
     def choose(self, logits: torch.Tensor) -> SampledToken:
         """Choose the next token from logits [vocab]. Raises LowmemError when they are not finite.
@@ -184,14 +192,15 @@ class Sampler:
         repeated on better logits. (Sampling compares with the borders of the chosen token's share of the
         distribution; it ignores that a token may just enter or leave the nucleus.)
         """
+        scores = self._scores(logits)
         if self.params.temperature == 0:
-            chosen, low, high = self._greedy(logits, second=noise > 0)
+            chosen, low, high = self._greedy(scores, second=noise > 0)
         else:
-            likely, ids = distribution(logits, self.params, self._seen)
+            likely, ids = distribution(scores, self.params)
             index, low, high = draw(likely, torch.tensor(self._point, dtype=torch.float64))
             chosen = index if ids is None else ids[index]
         # One transfer, so a GPU is waited for once a token. amax propagates NaN.
-        plain = self.params.temperature == 0 and self._seen is None
+        plain = self.params.temperature == 0 and scores is logits
         numbers = [part.to(torch.float64) for part in (chosen, high if plain else logits.amax(), low, high)]
         token, peak, below, above = torch.stack(numbers).tolist()
         if not math.isfinite(peak):
@@ -202,17 +211,31 @@ class Sampler:
         if noise > 0 and not self._clear(below, above, noise * abs(peak)):
             return None
         self._point = self._random.random()
-        if self._seen is not None:
-            self._seen[int(token)] = True
+        self._saw(int(token))
         return self._choice(int(token), logits)
 
-    def _greedy(
-        self, logits: torch.Tensor, *, second: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(token, the runner-up's score, the token's score)."""
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits with penalties and bias; `logits` itself without any."""
         scores = logits
         if self._seen is not None:
-            scores = penalize(logits.to(torch.float32), self._seen, self.params.repetition_penalty)
+            scores = penalize(scores.to(torch.float32), self._seen, self.params.repetition_penalty)
+        if self._bias is not None:
+            scores = scores.to(torch.float32) + self._bias
+        return scores
+
+    def _saw(self, token: int) -> None:
+        """Count a chosen token for the penalties."""
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._bias is not None:
+            first = token not in self._chosen
+            self._chosen.add(token)
+            self._bias[token] -= self.params.frequency_penalty + first * self.params.presence_penalty
+
+    def _greedy(
+        self, scores: torch.Tensor, *, second: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(token, the runner-up's score, the token's score)."""
         best, token = scores.max(dim=-1)
         return token, scores.topk(2).values[1] if second and scores.shape[-1] > 1 else best, best
 

@@ -9,7 +9,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from lowmem.server.variants import Flag, FlagIsCount, MinusOneIsNoLimit, MinusOneIsUnset, Number, Whole
+from lowmem.server.variants import (
+    EmptyIsUnset,
+    Flag,
+    FlagIsCount,
+    MinusOneIsNoLimit,
+    MinusOneIsUnset,
+    Number,
+    Whole,
+)
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 64
@@ -19,6 +27,7 @@ MOST_ANSWERS = 64
 MOST_STOPS = 16
 LONGEST_STOP = 256
 MOST_TOP_LOGPROBS = 20
+MOST_BIASES = 1024
 _MOST_TOKENS = 1 << 31
 _SEEDS = 1 << 63
 
@@ -92,6 +101,8 @@ class StreamOptions(_Strict):
     """Send a last chunk with the usage."""
 
 
+Bias = Annotated[float, Field(ge=-100, le=100), Finite, Number]
+Biases = Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)]
 Limit = Annotated[int, Field(ge=0, lt=_MOST_TOKENS), Whole, MinusOneIsNoLimit]
 
 
@@ -116,6 +127,10 @@ class SamplingFields(_Strict):
     """0 and -1 turn it off."""
     min_p: Annotated[float, Field(ge=0, le=1), Finite, Number] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100), Finite, Number] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2), Finite, Number] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2), Finite, Number] | None = None
+    logit_bias: Annotated[Biases | None, EmptyIsUnset] = None
+    """What to add to the logits of tokens, by their ids."""
     max_tokens: Limit | None = None
     """-1 is no limit but the context."""
     n_predict: Limit | None = None

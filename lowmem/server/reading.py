@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,13 +14,22 @@ from lowmem.errors import InvalidRequestError
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import fim_tokens
 from lowmem.prompts import encode_prompt
-from lowmem.server.api_errors import invalid, invalid_request, too_long
+from lowmem.server.api_errors import invalid, invalid_request, short, too_long
 from lowmem.server.fields import CHAT, TEXT, check_others
 from lowmem.server.protocol import MOST_ANSWERS, ChatRequest, CompletionRequest, SamplingFields
 from lowmem.server.turns import encode_turns
 from lowmem.server.worker import Continuation, Hole, Work
 from lowmem.text.tokenizing import decode
 
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 CARD = SamplingParams()
 """Defaults of fields that a request leaves out."""
 COMPLETION_TOKENS = 16
@@ -149,14 +158,24 @@ class Reader:
         given = (newer, request.max_tokens, request.n_predict)
         return min(next((limit for limit in given if limit is not None), usual), self.context)
 
+    def _biases(self, given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+        """The logit bias by token id. Raises ApiError for a key that is not an id of the vocabulary."""
+        found: dict[int, float] = {}
+        for name, bias in given.items():
+            if not (name.isascii() and name.isdecimal() and int(name[:20]) < self._vocabulary):
+                raise invalid(
+                    f"logit_bias has {short(name)!r}. Give token ids below {self._vocabulary}", "logit_bias"
+                )
+            found[int(name)] = bias
+        return tuple(found.items())
+
     def _params(self, request: SamplingFields, limit: int, logprobs: int | None) -> SamplingParams:
         given: dict[str, Any] = {
-            name: getattr(request, name)
-            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-            if getattr(request, name) is not None
+            name: getattr(request, name) for name in _SAMPLING if getattr(request, name) is not None
         }
         if given.get("top_k") == -1:
             given["top_k"] = 0
+        given["logit_bias"] = self._biases(request.logit_bias or {})
         seed = None if request.seed is None else request.seed % (1 << 64)
         return replace(CARD, **given, max_new_tokens=limit, seed=seed, stop=request.stops, logprobs=logprobs)
 

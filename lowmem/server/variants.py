@@ -48,9 +48,15 @@ def _count(value: Any) -> Any:
     return (1 if value else None) if isinstance(value, bool) else value
 
 
+def _empty(value: Any) -> Any:
+    """An empty list becomes null."""
+    return None if value == [] else value
+
+
 Whole = BeforeValidator(_whole)
 Number = BeforeValidator(_number)
 Flag = Annotated[bool, BeforeValidator(_flag)]
 MinusOneIsUnset = BeforeValidator(_unset)
 MinusOneIsNoLimit = BeforeValidator(_limit)
 FlagIsCount = BeforeValidator(_count)
+EmptyIsUnset = BeforeValidator(_empty)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -229,6 +231,33 @@ def test_the_penalty_is_over_prompt_and_answer_and_for_greedy_too() -> None:
         3,
         1,
     ]  # 1 is 2.5 all along, 2 is 1.5 from then on
+
+
+def test_openais_penalties_count_the_answer_alone() -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, from OpenAI's documentation, beside the bias."""
+    rows = torch.randn(40, 12, generator=torch.Generator().manual_seed(0)) + torch.linspace(0, 2, 12)
+    params = greedy(presence_penalty=0.3, frequency_penalty=0.7, logit_bias=((3, 1.5), (11, -100)))  # type: ignore[arg-type]
+    sampler = Sampler(params, list(range(12)), 12, "cpu")
+    counts = torch.zeros(12)
+    bias = torch.zeros(12)
+    bias[3], bias[11] = 1.5, -100
+    for row in rows:
+        expected = int((row + bias - 0.7 * counts - 0.3 * (counts > 0)).argmax())
+        chosen = sampler.choose(row)
+        assert chosen.id == expected != 11
+        counts[expected] += 1
+    assert (counts > 1).sum() > 3
+    warm = SamplingParams(temperature=1, top_k=0, top_p=1, seed=1, logit_bias=((5, -100.0),))
+    flat = torch.zeros(12)
+    drawn = {Sampler(replace(warm, seed=seed), [], 12, "cpu").choose(flat).id for seed in range(99)}
+    assert drawn == set(range(12)) - {5}
+
+
+def test_log_probabilities_are_the_models_own() -> None:
+    logits = torch.tensor([1.0, 2.0, 3.0])
+    plain = Sampler(greedy(logprobs=3), [], 3, "cpu").choose(logits)
+    moved = Sampler(greedy(logprobs=3, logit_bias=((0, 9.0),)), [], 3, "cpu").choose(logits)  # type: ignore[arg-type]
+    assert moved.id == 0 and moved.top == plain.top
 
 
 def test_frequencies_follow_the_distribution() -> None:

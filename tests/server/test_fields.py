@@ -114,6 +114,9 @@ EFFECTS: dict[str, dict[str, Any]] = {
     "top_k": {"temperature": 2, "seed": 3, "top_k": 1, "top_p": 1},
     "min_p": {"temperature": 2, "seed": 3, "min_p": 1, "top_k": 0, "top_p": 1},
     "repetition_penalty": {"repetition_penalty": 50},
+    "presence_penalty": {"presence_penalty": 2, "max_tokens": 60},
+    "frequency_penalty": {"frequency_penalty": 2, "max_tokens": 60},
+    "logit_bias": {"logit_bias": {str(token): 100 for token in (300, 301)}},
     "seed": {"temperature": 2, "seed": 4, "top_k": 0, "top_p": 1},
 }
 

@@ -60,7 +60,7 @@ def corrected(case: Any, data: Any) -> Any:
         body["model"] = MODEL
     if how not in ("bare", "fitting"):
         return case
-    conflicting = {"stream_options", "top_logprobs", "best_of", "echo", "chat_template_kwargs"}
+    conflicting = {"stream_options", "top_logprobs", "best_of", "echo", "chat_template_kwargs", "logit_bias"}
     for name in (
         conflicting | (set(body) - FIELDS)
         if how == "fitting"

@@ -58,6 +58,8 @@ def text_of(answer: httpx.Response) -> str:
         {"top_logprobs": 0},
         {"stream_options": {"include_usage": False}},
         {"tools": []},
+        {"logit_bias": []},
+        {"logit_bias": {}, "presence_penalty": 0, "frequency_penalty": "0.0"},
         {"chat_template_kwargs": {}},
     ],
     ids=str,
