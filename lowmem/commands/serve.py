@@ -178,6 +178,8 @@ def run(args: argparse.Namespace) -> int:
         def listening() -> None:
             from lowmem.chat.figures import describe
 
+            if "*" in args.allow_origin and not access.keys:
+                say(f"every web page that you visit may use this server: set {KEYS} to require a key")
             say(describe(session.loaded, session.context))
             print(f"serving {names[0]} at {url_of(listener)} (API: {url_of(listener)}/v1)", flush=True)
 

@@ -20,7 +20,7 @@ class Origins:
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
-        self._names = {name.lower() for name in names}
+        self._names = {_normal(name) for name in names}
 
     def allow(self, origin: str) -> bool:
         """Whether pages of an origin may use the server."""
@@ -31,10 +31,15 @@ class Origins:
 
 def is_origin(name: str) -> bool:
     """Whether an option's value can be allowed: an origin, a scheme's "app://*", "null" or "*"."""
-    name = name.lower()
+    name = _normal(name)
     if _EXTENSION.fullmatch(name):
         return not name.startswith(("http:", "https:"))  # "*" says that more clearly
     return name in (ANY, "null") or _ORIGIN.fullmatch(name) is not None
+
+
+def _normal(name: str) -> str:
+    """An option's value as browsers write origins."""
+    return name.lower().rstrip("/")
 
 
 def own_origin(origin: str, host: str) -> bool:

@@ -82,7 +82,7 @@ class ChatMessage(_Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Text | Annotated[list[ContentPart], Field(max_length=MOST_MESSAGES)] | None = None
+    content: Text | Annotated[list[ContentPart | Text], Field(max_length=MOST_MESSAGES)] | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_MESSAGES)] | None = None
     function_call: FunctionCall | None = None
     """An older form of `tool_calls`."""

@@ -23,6 +23,8 @@ from lowmem.server.protocol import ChatMessage, ChatRequest, ToolCall
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _SYNONYMS = {"developer": "system", "function": "tool"}
+_PREFILL = ("prefix", "partial")
+"""How some APIs mark an assistant's message as the beginning of the answer."""
 _RESERVED = ("messages", "role", "tools", "documents", "add_generation_prompt", "continue_final_message")
 # transformers' own arguments of apply_chat_template; the template never sees them.
 _ARGUMENTS = re.compile(
@@ -81,6 +83,7 @@ def read_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
     turns: list[Turn] = []
     names: dict[str | None, str] = {}  # of the tools that were called, by the id of the call
     for at, message in enumerate(messages):
+        _check_prefill(message, at)
         role = _SYNONYMS.get(message.role, message.role)
         calls = _calls(message) if role == "assistant" else ()
         names |= {call.id: call.name for call in calls}
@@ -223,6 +226,18 @@ def _arguments(text: str) -> Any:
         return text
 
 
+def _check_prefill(message: ChatMessage, at: int) -> None:
+    """Raise ApiError for a message that the answer is asked to continue."""
+    for name in _PREFILL:
+        if (message.model_extra or {}).get(name):
+            raise invalid(
+                f"{name} is not supported by this server. "
+                "Write the dialogue as text, and send it to /v1/completions",
+                f"messages[{at}].{name}",
+                "unsupported_parameter",
+            )
+
+
 def _content(message: ChatMessage, at: int) -> str:
     if message.content is None:
         if message.role in ("assistant", "tool", "function"):
@@ -232,6 +247,9 @@ def _content(message: ChatMessage, at: int) -> str:
         return message.content
     texts: list[str] = []
     for number, part in enumerate(message.content):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
         text = part.refusal if part.type == "refusal" else part.text if part.type in _TEXT_PARTS else None
         if text is None:
             raise invalid(

@@ -83,7 +83,7 @@ def test_a_star_allows_every_origin_and_hosts_are_still_checked() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [APP, "https://app.example", "app://obsidian.md", "app://*", "chrome-extension://abc", "null", "*"],
+    [APP, f"{APP}/", "https://app.example", "app://obsidian.md", "app://*", "chrome-extension://abc", "null", "*"],
 )
 def test_origins_are_accepted(name: str) -> None:
     assert is_origin(name)
@@ -91,7 +91,7 @@ def test_origins_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["localhost:3000", f"{APP}/", f"{APP}/app", "https://*", "http://*.example", "", "app:"]
+    "name", ["localhost:3000", f"{APP}/app", "https://*", "http://*.example", "", "app:"]
 )
 def test_what_no_browser_sends_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequestError, match="not an origin"):
@@ -101,3 +101,4 @@ def test_what_no_browser_sends_is_refused(name: str) -> None:
 def test_no_origin_is_allowed_by_default() -> None:
     assert not any(Origins().allow(origin) for origin in ("", "null", APP, "*"))
     assert not Origins(["app://*"]).allow("app")
+    assert Origins([f"{APP.upper()}/"]).allow(APP)

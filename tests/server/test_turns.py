@@ -172,6 +172,14 @@ def test_contents_cannot_forge_a_marker() -> None:
         assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("name", ["prefix", "partial"])
+def test_the_beginning_of_an_answer_is_refused_by_name(name: str) -> None:
+    begun = {"role": "assistant", "content": "It is", name: True}
+    with pytest.raises(ApiError, match=name):
+        text_of(None, [USER, begun])
+    assert "It is<|end|>" in text_of(None, [USER, {**begun, name: False}])
+
+
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
     with live_server() as live:
@@ -193,8 +201,9 @@ def live() -> Iterator[Live]:
         [USER, {"role": "assistant", "content": "x"}, {"role": "developer", "content": "Be brief."}, USER],
         [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}], "name": "me"}],
         [{"role": "tool", "content": None, "tool_call_id": "unknown"}],
+        [{"role": "user", "content": ["a", {"type": "text", "text": "b"}]}],
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_messages_of_agents_are_answered(live: Live, messages: list[dict[str, Any]]) -> None:
     body = {"model": MODEL, "messages": messages, "tools": [TOOL], "max_tokens": 2}
