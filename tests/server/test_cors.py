@@ -83,7 +83,16 @@ def test_a_star_allows_every_origin_and_hosts_are_still_checked() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [APP, f"{APP}/", "https://app.example", "app://obsidian.md", "app://*", "chrome-extension://abc", "null", "*"],
+    [
+        APP,
+        f"{APP}/",
+        "https://app.example",
+        "app://obsidian.md",
+        "app://*",
+        "chrome-extension://abc",
+        "null",
+        "*",
+    ],
 )
 def test_origins_are_accepted(name: str) -> None:
     assert is_origin(name)
