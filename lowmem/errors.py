@@ -36,6 +36,10 @@ class SourceError(LowmemError):
     """The checkpoint is missing, damaged, or of a kind that lowmem cannot read."""
 
 
+class ForeignError(SourceError):
+    """The checkpoint is whole, and in a format that lowmem does not read; the message names it."""
+
+
 class ArchitectureError(LowmemError):
     """The model is not a stack of decoder layers with plain linears."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import SourceError
+from lowmem.errors import ForeignError
 
 HINT = "Use the 16-bit original (`lowmem convert` makes a GPTQ version of it), or a GPTQ or GGUF version"
 _METHODS = {
@@ -88,16 +88,20 @@ class Foreign:
     problem: str
     hint: str = HINT
 
+    def error(self, where: object) -> ForeignError:
+        """The error of a file or folder."""
+        return ForeignError(f"{where}: {self.problem}", self.hint)
+
 
 def refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise SourceError for a folder (or weight file) whose config or files are another method's.
+    """Raise ForeignError for a folder (or weight file) whose config or files are another method's.
 
     config: the object in its config.json.
     """
     folder = path.parent if path.is_file() else path
     found = foreign_config(config) or _foreign_files(folder)
     if found:
-        raise SourceError(f"{path}: {found.problem}", found.hint)
+        raise found.error(path)
 
 
 def foreign_config(config: Mapping[str, Any]) -> Foreign | None:
@@ -153,19 +157,19 @@ def foreign_tensors(names: Iterable[str]) -> Foreign | None:
 
 
 def check_disguise(path: Path) -> None:
-    """Raise SourceError for a GGUF or an older GGML file whose name says that it is something else."""
+    """Raise ForeignError for a GGUF or an older GGML file whose name says that it is something else."""
     try:
         with path.open("rb") as stream:
             magic = stream.read(4)
     except OSError:
         return  # the reader of the file says what is wrong
     if magic == b"GGUF" and path.suffix != ".gguf":
-        raise SourceError(
+        raise ForeignError(
             f"{path.name} is a GGUF file under another name",
             f"Rename it to {path.stem}.gguf, and give that file",
         )
     if magic in _OLD_GGML:
-        raise SourceError(f"{path.name} is a GGML file from before GGUF, which lowmem does not read", HINT)
+        raise ForeignError(f"{path.name} is a GGML file from before GGUF, which lowmem does not read", HINT)
 
 
 def other_weights(names: Iterable[str]) -> str:

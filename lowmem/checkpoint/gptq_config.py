@@ -15,7 +15,7 @@ from typing import Any
 from lowmem.checkpoint.foreign import HINT, foreign_method
 from lowmem.checkpoint.formats import LAYOUTS, FormatException, LinearFormat, QuantizationFormat
 from lowmem.config import BITS
-from lowmem.errors import SourceError
+from lowmem.errors import ForeignError, SourceError
 
 _READABLE = "Only GPTQ checkpoints of 8, 4, 3 or 2 bits can be read"
 _AUTO_ROUND = ("auto-round", "auto_round", "autoround", "intel/auto-round")
@@ -36,7 +36,7 @@ class _Settings:
 
     def refuse(self, problem: str, hint: str = _READABLE) -> SourceError:
         """The error for a setting that cannot be used."""
-        return SourceError(f"{self.origin}: {problem}", hint)
+        return ForeignError(f"{self.origin}: {problem}", hint)
 
     def first(self, *names: str) -> Any:
         """The first of these keys that is present and not null; None without one."""
@@ -85,7 +85,7 @@ def parse_quantization(data: Mapping[str, Any], origin: str = "quantization_conf
     """
     settings = _Settings(data, origin)
     if foreign := foreign_method(data):
-        raise settings.refuse(foreign.problem, foreign.hint)
+        raise foreign.error(origin)
     method = settings.text("", "quant_method", "method")
     if not method and ("desc_act" in data or "damp_percent" in data):
         method = "gptq"  # as early versions of auto-gptq

@@ -13,7 +13,7 @@ from typing import Protocol
 from lowmem.checkpoint.foreign import HINT, foreign_tensors
 from lowmem.checkpoint.formats import QUANT_PARTS, LinearFormat, QuantizationFormat
 from lowmem.config import BITS
-from lowmem.errors import SourceError
+from lowmem.errors import ForeignError, SourceError
 
 MISMATCH = "The quantization_config and the tensors are not of the same checkpoint"
 _FLOATS = ("float16", "bfloat16", "float32")
@@ -58,12 +58,12 @@ def packed_linears(
     linears = [name.removesuffix(".qweight") for name in stored if name.endswith(".qweight")]
     if format is None:
         if linears:
-            raise SourceError(
+            raise ForeignError(
                 f"{stored[linears[0] + '.qweight'].file} holds GPTQ tensors, but no config describes them",
                 f"Write quantize_config.json beside it: {_guess(stored, linears[0])}",
             )
         if foreign := foreign_tensors(stored):
-            raise SourceError(f"{next(iter(stored.values())).file}: {foreign.problem}", foreign.hint)
+            raise foreign.error(next(iter(stored.values())).file)
         return {}
     found = {}
     for linear in linears:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from lowmem.checkpoint.files.links import check_folder
+from lowmem.checkpoint.files.patterns import WEIGHT_SUFFIXES
 from lowmem.checkpoint.files.pointers import check_no_pointer
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
 from lowmem.checkpoint.foreign import check_disguise, other_weights
@@ -21,7 +22,7 @@ from lowmem.checkpoint.headers.bin import BinHeader, read_bin_shard
 from lowmem.checkpoint.headers.config import read_config
 from lowmem.checkpoint.headers.gguf import GgufHeader, check_whole_model, is_gguf, read_gguf_header
 from lowmem.checkpoint.headers.safetensors import SafetensorsHeader, read_header
-from lowmem.errors import SourceError
+from lowmem.errors import ForeignError, SourceError
 
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
 
@@ -143,8 +144,11 @@ def layout_of(folder: Path, display: str) -> Layout:
         raise SourceError(
             f"{display} holds {len(ggufs)} GGUF files", f"Give one of them, such as {folder / ggufs[0]}"
         )
+    for name in names:
+        if name.endswith(WEIGHT_SUFFIXES):
+            check_disguise(folder / name)
     if others := other_weights(names):
-        raise SourceError(
+        raise ForeignError(
             f"{display} holds {others}", "Use the model's safetensors or pytorch_model.bin files"
         )
     raise SourceError(
@@ -245,6 +249,7 @@ def _headers_of_file(path: Path) -> dict[str, TensorHeader]:
     if path.suffix == ".safetensors":
         header = read_header(path)
         return {name: _of_safetensors(name, header) for name in header.tensors}
+    check_disguise(path)
     raise SourceError(
         f"{path} is not a checkpoint that can be read", "Give a folder, a .safetensors file or a .gguf file"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint.files.reading import is_hub_id
-from lowmem.checkpoint.foreign import refuse_foreign
+from lowmem.checkpoint.foreign import check_disguise, refuse_foreign
 from lowmem.checkpoint.formats import QuantizationFormat
 from lowmem.checkpoint.headers.bin import read_bin_shard
 from lowmem.checkpoint.headers.folder import headers_by_name, layout_of, read_config_json
@@ -65,6 +65,7 @@ def _open_file(path: Path, display: str, quantized: bool) -> Source:
         config, format = _read_config(path.parent, quantized)
         header = read_header(path)
         return SafetensorsSource(path.parent, display, dict.fromkeys(header.tensors, header), config, format)
+    check_disguise(path)
     raise SourceError(
         f"{display} is not a checkpoint that can be read",
         "Give a folder, a .safetensors file or a .gguf file",

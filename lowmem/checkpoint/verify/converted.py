@@ -6,7 +6,6 @@ with its expected name, shape, dtype and values. All problems are collected, not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,9 @@ from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.shards import INDEX_FILE, SINGLE_FILE, Shards, read_shards
 from lowmem.checkpoint.foreign import refuse_foreign
 from lowmem.checkpoint.formats import QUANT_PARTS, LinearFormat, QuantizationFormat
-from lowmem.checkpoint.headers.folder import read_config_json
+from lowmem.checkpoint.headers.folder import read_config_json, tensor_headers
 from lowmem.checkpoint.manifest import MANIFEST_FILE, checkpoint_files, find_quantization
+from lowmem.checkpoint.packed_headers import packed_linears
 from lowmem.checkpoint.packed_values import groups_in_order
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.checkpoint.source.base import FLOATS
@@ -27,7 +27,7 @@ from lowmem.checkpoint.values import all_finite
 from lowmem.checkpoint.verify.digests import known_digests
 from lowmem.checkpoint.verify.report import Progress, Verification, VerifyReport
 from lowmem.checkpoint.verify.source import verify_source
-from lowmem.errors import LowmemError, VerifyError
+from lowmem.errors import ForeignError, LowmemError, VerifyError
 
 # Tensors of old checkpoints that current models compute: masks and rotary tables.
 _LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -38,26 +38,32 @@ def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport
 
     Without a manifest, files are compared with the hub's digests where these are known, and the notes say so.
     Pickle shards and GGUF files are checked by `verify_source`. Raises VerifyError only when there is nothing
-    to check, and SourceError for a checkpoint of another method than GPTQ.
+    to check, and ForeignError for a checkpoint in a format that lowmem does not read.
     """
     folder = Path(folder)
     if not folder.is_dir() and not (folder.is_file() and folder.suffix in (".gguf", ".safetensors")):
         raise VerifyError(f"{folder} is not a folder", "Give the folder that lowmem convert wrote")
     if folder.is_dir():
         check_folder(folder)
-    refuse_foreign(folder, _config(folder))
+    if folder.is_file() or not (folder / MANIFEST_FILE).is_file():
+        _refuse_foreign(folder)
     whole = (SINGLE_FILE, INDEX_FILE, MANIFEST_FILE)
     if folder.is_file() or (not any((folder / name).is_file() for name in whole) and _other_weights(folder)):
         return verify_source(folder, progress)
     return _ConvertedVerification(folder, progress).run()
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
-    """The config.json of a folder or of a file; empty if it cannot be read, which is reported later."""
+def _refuse_foreign(path: Path) -> None:
+    """Raise ForeignError for a checkpoint that lowmem does not read; any other fault is reported later."""
     try:
-        return read_config_json(folder)
+        refuse_foreign(path, read_config_json(path))
+        headers, format = tensor_headers(path), find_quantization(path)
+        if format is None:
+            packed_linears(headers, None)
+    except ForeignError:
+        raise
     except LowmemError:
-        return {}
+        return
 
 
 def _other_weights(folder: Path) -> bool:
