@@ -21,10 +21,12 @@ from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput
 from lowmem.generate.decoders.selection import SelectedDecoder
 from lowmem.generate.lookup import Pace
 from lowmem.generate.onednn_cache import limit_primitive_caches
+from lowmem.generate.position_scaling import rows_at_scale
 from lowmem.generate.prefix_store import MIN_TOKENS, PrefixStore, common_prefix
 from lowmem.generate.repacking import Repacking
 from lowmem.generate.sampling import Sampler
 from lowmem.generate.sequence import Sequence, Token
+from lowmem.models.positions import longest_sequence
 
 Progress = Callable[[int, int], None]
 
@@ -66,7 +68,9 @@ class Engine:
         self.speculate = speculate
         self.chunk = chunk
         self.cache: KVCache = DenseKVCache(int(model.config.get_text_config().num_hidden_layers), context)
-        self.decoder: Decoder = SelectedDecoder(model, self.cache, graphs=graphs)
+        decoder = SelectedDecoder(model, self.cache, graphs=graphs)
+        self.decoder: Decoder = decoder
+        self._scaling = decoder.eager.scaling
         self.store: PrefixStore | None = None
         """Keeps the rows of earlier prompts that the next one overwrites; None: they are lost."""
         self.sequence: Sequence | None = None
@@ -156,13 +160,14 @@ class Engine:
         prompt, slot = sequence.prompt, sequence.slot
         # The last token is always fed: its logits are not kept.
         common = common_prefix(slot.tokens, prompt[:-1])
+        common = min(common, rows_at_scale(slot.scales, self._scaling.scale(len(prompt))))
         if self.store is not None:
-            common = self._exchange(self.store, slot, prompt[:-1], common)
+            common = self._exchange(self.store, slot, prompt, common)
         slot.cut(common)
         sequence.cached_tokens = done = common
         while True:
             part = prompt[done : done + self.chunk]
-            (logits,) = self.decoder.prefill([Feed(slot, part)])
+            (logits,) = self.decoder.prefill([Feed(slot, part, len(prompt))])
             done += len(part)
             if on_prefill is not None:
                 on_prefill(done, len(prompt))
@@ -177,9 +182,10 @@ class Engine:
         """
         if len(slot.tokens) - common >= MIN_TOKENS and slot.length >= len(slot.tokens):
             store.save(slot.tokens, slot)
-        if store.longest(prompt) < common + MIN_TOKENS:
+        kept, scale = prompt[:-1], self._scaling.scale(len(prompt))
+        if store.longest(kept, scale) < common + MIN_TOKENS:
             return common
-        return store.restore(prompt, slot)
+        return store.restore(kept, slot, scale)
 
     def _check_latest(self, sequence: Sequence) -> None:
         if sequence is not self.sequence:
@@ -188,5 +194,6 @@ class Engine:
 
 def context_length(model: Any) -> int:
     """The number of positions that prompt and answer share; 2^31 - 1 for a model without a limit."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else 2**31 - 1
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "rope_parameters")
+    return longest_sequence({name: getattr(config, name, None) for name in names}) or 2**31 - 1

@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import unwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -234,11 +235,15 @@ def inspect(config: PretrainedConfig) -> Architecture:
 
 
 def _probe(model: nn.Module, layers: nn.ModuleList, model_type: str) -> list[_Calls]:
-    """Run one forward pass on meta, and record what each layer did."""
+    """Run one forward pass on meta, and record what each layer did; `model` cannot run afterwards."""
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     # A ready-made mask, so that transformers does not read values of meta tensors; the few models that cannot
     # take one make their own.
     masks = (torch.zeros(1, 1, PROBE_TOKENS, PROBE_TOKENS, device="meta"), None)
+    for module in model.modules():
+        if "dynamic" in str(getattr(module, "rope_type", "")):
+            # Without the update of the frequencies, which reads the positions' values.
+            module.forward = unwrap(type(module).forward).__get__(module)
     failure: Exception | None = None
     for mask in masks:
         try:

@@ -20,6 +20,7 @@ from lowmem.checkpoint.manifest import find_quantization
 from lowmem.checkpoint.packed_headers import packed_linears
 from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
+from lowmem.models.positions import longest_sequence
 
 _LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
 # Masks and rotary tables of old checkpoints, which current models compute.
@@ -194,7 +195,7 @@ def _shape(
         kv_heads=kv_heads,
         head_dim=_optional(config, "head_dim") or hidden // heads,
         vocab=embedding.shape[0] if embedding else _int(config, path, "vocab_size"),
-        positions=_optional(config, "max_position_embeddings", "n_positions", "max_seq_len"),
+        positions=longest_sequence(config),
         stored=_dtype(config, headers),
         tensors=tuple(tensors),
         linears=tuple(linears),

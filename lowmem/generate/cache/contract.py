@@ -7,11 +7,14 @@ To add a way of storing rows (8-bit, say), write one file with a `KVCache` and a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers.cache_utils import Cache
+
+UNSCALED = 0
+"""The scale of rows whose rotary embeddings do not depend on the sequence's length."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Slot(ABC):
         self.index = index
         self.capacity = capacity
         self.tokens: list[int] = []
+        self.scales: list[int] = []
+        """For each token the scale of its rows (see `PositionScaling.scale`)."""
 
     @property
     @abstractmethod
@@ -80,8 +85,11 @@ class Slot(ABC):
         """Copy the first `count` rows to the host, as `load` takes them."""
 
     @abstractmethod
-    def load(self, rows: Sequence[torch.Tensor], ids: Sequence[int]) -> None:
-        """Replace the contents with the first len(ids) rows of a `save`; `ids` are their tokens."""
+    def load(self, rows: Sequence[torch.Tensor], ids: Sequence[int], scale: int = UNSCALED) -> None:
+        """Replace the contents with the first len(ids) rows of a `save`.
+
+        ids: their tokens. scale: the scale of all of them.
+        """
 
     @abstractmethod
     def saved_bytes(self, count: int) -> int:
@@ -92,14 +100,16 @@ class Slot(ABC):
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot cut a slot of {self.length} tokens to {length}")
         del self.tokens[length:]
+        del self.scales[length:]
         self._cut_rows(length)
 
     def rewind(self) -> None:
         """Drop the rows that an interrupted or rejected step has left behind `tokens`."""
         self.cut(len(self.tokens))
 
-    def commit(self, ids: Iterable[int]) -> None:
-        """Record that every layer now holds the rows of `ids`."""
+    def commit(self, ids: Sequence[int], scales: Sequence[int] = ()) -> None:
+        """Record that every layer now holds the rows of `ids`; without `scales` they are unscaled."""
+        self.scales += scales or [UNSCALED] * len(ids)
         self.tokens += ids
 
     @abstractmethod

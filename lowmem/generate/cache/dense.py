@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lowmem.generate.cache.contract import FixedView, KVCache, Layout, Slot
+from lowmem.generate.cache.contract import UNSCALED, FixedView, KVCache, Layout, Slot
 
 
 class _Buffers:
@@ -192,14 +192,14 @@ class DenseSlot(Slot):
         )
 
     @torch.inference_mode()
-    def load(self, rows: Sequence[torch.Tensor], ids: Sequence[int]) -> None:
+    def load(self, rows: Sequence[torch.Tensor], ids: Sequence[int], scale: int = UNSCALED) -> None:
         self.cut(0)
         count = len(ids)
         buffers = [buffer for layer in self.layers for buffer in _rows(layer)]
         for buffer, saved in zip(buffers, rows, strict=True):
             buffer[:, :, :count] = saved[:, :, :count]
         self.advance(count)
-        self.commit(ids)
+        self.commit(ids, [scale] * count)
 
     def saved_bytes(self, count: int) -> int:
         buffers = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]

@@ -33,6 +33,8 @@ class Feed:
     slot: Slot
     """Where the sequence's keys and values are."""
     ids: Sequence[int]
+    length: int | None = None
+    """Of a prefill: tokens of the whole prompt, where this is a chunk of it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def rewind(feeds: Sequence[Feed]) -> None:
 
 
 def commit(feeds: Sequence[Feed]) -> None:
-    """Record the ids of a prefill or step that has succeeded."""
+    """Record the ids of a prefill or step that has succeeded, without a position scaling."""
     for feed in feeds:
         feed.slot.commit(feed.ids)
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.config import PREFILL_CHUNK
 from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache.contract import Slot
-from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, commit, rewind
+from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, rewind
+from lowmem.generate.position_scaling import PositionScaling
 from lowmem.kernels.quant_linear import QuantLinear
 
 # A product of several rows may round differently from a product of one row. The gap between the two largest
@@ -42,22 +44,38 @@ class EagerDecoder(Decoder):
         # where the difference is near 1e-6, nor where all linears before the head are our own kernels'.
         rowwise = self.device.type == "cpu" and use_row_attention(model)
         self._pairs = rowwise and table.dtype is not torch.float32 and not _row_invariant(model)
+        self.scaling = PositionScaling(model)
 
     def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
         """See `Decoder.prefill`."""
         rewind(feeds)
+        lengths = [feed.length or feed.slot.length + len(feed.ids) for feed in feeds]
+        logits = []
         with torch.inference_mode():
-            logits = tuple(self.append(feed.slot, feed.ids, keep=1) for feed in feeds)
-        commit(feeds)
-        return logits
+            for feed, length in zip(feeds, lengths, strict=True):
+                with self.scaling.rotated_for(length):
+                    logits.append(self.append(feed.slot, feed.ids, keep=1))
+        for feed, length in zip(feeds, lengths, strict=True):
+            feed.slot.commit(feed.ids, [self.scaling.scale(length)] * len(feed.ids))
+        return tuple(logits)
 
     def step(self, feeds: Sequence[Feed]) -> StepOutput:
         """See `Decoder.step`."""
         rewind(feeds)
         with torch.inference_mode():
-            logits = tuple(self._step(feed.slot, feed.ids) for feed in feeds)
-        commit(feeds)
+            steps = [self._scaled_step(feed.slot, feed.ids) for feed in feeds]
+        for feed, (_, scales) in zip(feeds, steps, strict=True):
+            feed.slot.commit(feed.ids, scales)
+        logits = tuple([logits for logits, _ in steps])
         return StepOutput(logits, _ROUNDING.get(logits[0].dtype, 0.0))
+
+    def append(self, slot: Slot, ids: Sequence[int], keep: int) -> torch.Tensor:
+        """One forward without rewinding or committing; returns the last `keep` logits [keep, vocab]."""
+        options = {"logits_to_keep": keep} if self._keeps_logits else {}
+        fed = torch.tensor([list(ids)], device=self.device)
+        output = self.model(input_ids=fed, past_key_values=slot.view, use_cache=True, **options)
+        logits: torch.Tensor = output.logits[0, -keep:]
+        return logits
 
     def _step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:
         if not self._pairs or len(ids) != 1 or slot.length + 2 > slot.capacity:
@@ -67,13 +85,38 @@ class EagerDecoder(Decoder):
         slot.cut(length + 1)
         return logits[:1]
 
-    def append(self, slot: Slot, ids: Sequence[int], keep: int) -> torch.Tensor:
-        """One forward without rewinding or committing; returns the last `keep` logits [keep, vocab]."""
-        options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        fed = torch.tensor([list(ids)], device=self.device)
-        output = self.model(input_ids=fed, past_key_values=slot.view, use_cache=True, **options)
-        logits: torch.Tensor = output.logits[0, -keep:]
-        return logits
+    def _scaled_step(self, slot: Slot, ids: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
+        """The logits after every id, and the scales of the rows that hold the ids afterwards."""
+        if not self.scaling:
+            return self._step(slot, ids), []
+        start, scaling = len(slot.tokens), self.scaling
+        scales = [scaling.scale(start + row + 1) for row in range(len(ids))]
+        # The second row of a pair has the next position.
+        if scaling.scale(start + len(ids) + 1) == scales[0] and not self._recomputes(slot.scales, scales[0]):
+            with scaling.rotated_for(start + len(ids) + 1):
+                return self._step(slot, ids), scales
+        rows = []
+        for row, scale in enumerate(scales):
+            if self._recomputes([*slot.scales, *scales[:row]], scale):
+                self._recompute(slot, ids[:row], scale)
+                scales[:row] = [scale] * row
+            with scaling.rotated_for(start + row + 1):
+                rows.append(self.append(slot, ids[row : row + 1], keep=1))
+        return torch.cat(rows), scales
+
+    def _recomputes(self, scales: Sequence[int], scale: int) -> bool:
+        """Whether the model computes rows of these scales anew for a token of `scale`."""
+        return self.scaling.recomputes and any(found != scale for found in scales)
+
+    def _recompute(self, slot: Slot, ids: Sequence[int], scale: int) -> None:
+        """Compute the slot's rows, and those of `ids` behind them, at the scale of the next token."""
+        tokens = list(slot.tokens)
+        whole = [*tokens, *ids]
+        slot.cut(0)
+        with self.scaling.rotated_for(len(whole) + 1):
+            for start in range(0, len(whole), PREFILL_CHUNK):
+                self.append(slot, whole[start : start + PREFILL_CHUNK], keep=1)
+        slot.commit(tokens, [scale] * len(tokens))
 
 
 def _row_invariant(model: nn.Module) -> bool:

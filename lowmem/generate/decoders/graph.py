@@ -92,6 +92,8 @@ class GraphDecoder(Decoder):
         graphs: Graphs | None = None,
     ) -> None:
         self.eager, self.backend = eager, backend
+        if eager.scaling:
+            raise DecoderRefused("the rotary embedding depends on the length of the sequence")
         parameters = inspect.signature(eager.model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._windows: dict[tuple[int, int], _Window] = {}  # by slot and size
