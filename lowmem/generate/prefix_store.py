@@ -60,7 +60,8 @@ class PrefixStore:
         the same text with small changes again and again, and its versions would leave no room for others.
         """
         scale = slot.scales[0] if slot.scales else UNSCALED
-        ids = ids[: rows_at_scale(slot.scales, scale)]
+        alike = rows_at_scale(slot.scales, scale)
+        ids = ids[:alike] if alike < len(slot.scales) else ids
         count, new_bytes = len(ids), slot.saved_bytes(len(ids))
         if count < MIN_TOKENS or new_bytes > self.max_bytes:
             return
