@@ -24,6 +24,7 @@ DENSE = ("safetensors", "sharded", "one file", "bin", "bin shards", "gguf", "hub
 PACKED = (
     *("gptq", "gptq in one file", "gptq v2", "gptq, act-order", "gptq with dense linears"),
     *("gptq without g_idx", "gptq of auto-gptq", "gptq of auto-gptq in shards", "gptq in a pickle"),
+    "gptq of auto-gptq, one of several files",
 )
 
 
@@ -86,6 +87,10 @@ def as_published_in_2023(kind: str, folder: Path) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(old))
     if "pickle" in kind:
         return torch.save(tensors, folder / "gptq_model-4bit-32g.bin")
+    if "several" in kind:
+        (folder / "quantize_config.json").write_text(json.dumps(old | {"model_file_base_name": "first"}))
+        save_file({"other": torch.zeros(1)}, folder / "second.safetensors")
+        return save_file(tensors, folder / "first.safetensors", metadata={"format": "pt"})
     if "shards" not in kind:
         return save_file(tensors, folder / "gptq_model-4bit-32g.safetensors", metadata={"format": "pt"})
     names = list(tensors)

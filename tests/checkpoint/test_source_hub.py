@@ -176,6 +176,9 @@ def test_choosing_files_of_a_repository():
     ]
     assert hub.choose_files(both, "o/n") == both[:2]
     assert hub.choose_files(["odd.safetensors", "pytorch_model.bin"], "o/n") == ["odd.safetensors"]
+    for old in ("gptq_model-4bit-128g.safetensors", "gptq_model-4bit-128g.bin"):
+        published = ["config.json", old, "quantize_config.json"]
+        assert hub.choose_files([*published, "huggingface-metadata.txt"], "o/n") == published
     with pytest.raises(SourceError, match="no safetensors") as caught:
         hub.choose_files(["config.json", "a.Q4.gguf"], "o/n")
     assert "gguf" in caught.value.hint

@@ -22,6 +22,8 @@ SETTINGS_PATTERNS = (
     "chat_template.jinja",
     "dialogue_template.json",
 )
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Settings of a quantized checkpoint beside its config.json: auto-gptq's, AutoAWQ's and ModelOpt's."""
 LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 # Code and weights are never copied.
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".dll", ".dylib", ".sh", ".exe")

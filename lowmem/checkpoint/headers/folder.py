@@ -136,7 +136,8 @@ def layout_of(folder: Path, display: str) -> Layout:
         if index := _index(names, kind):
             return Layout(kind, index, ())
         if found := _weight_files(names, kind):
-            return Layout(kind, "", tuple(found))
+            named = _named_file(folder) if len(found) > 1 else ""
+            return Layout(kind, "", (named,) if named in found else tuple(found))
     if len(ggufs) == 1:
         check_no_pointer(folder / ggufs[0])
         return Layout("gguf", "", (ggufs[0],))
@@ -162,6 +163,13 @@ def _index(names: list[str], kind: str) -> str:
     usual = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}[kind]
     found = [name for name in names if name.endswith(f".{kind}.index.json")]
     return usual if usual in found else found[0] if len(found) == 1 else ""
+
+
+def _named_file(folder: Path) -> str:
+    """The weight file that auto-gptq's quantize_config.json names; "" without it."""
+    file = folder / "quantize_config.json"
+    name = read_json(file).get("model_file_base_name") if file.is_file() else None
+    return f"{name}.safetensors" if isinstance(name, str) else ""
 
 
 def _weight_files(names: list[str], kind: str) -> list[str]:

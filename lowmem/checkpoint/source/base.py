@@ -20,6 +20,7 @@ from lowmem.checkpoint.files.links import leads_outside
 from lowmem.checkpoint.files.patterns import (
     CODE_SUFFIXES,
     LICENCE_PATTERNS,
+    QUANTIZATION_FILES,
     SETTINGS_PATTERNS,
     TOKENIZER_PATTERNS,
     VOCABULARIES,
@@ -349,7 +350,8 @@ class Source(ABC):
 
     def _described_by(self) -> list[Path]:
         """Files beside the weights that the config comes from."""
-        return [self.path / "config.json"]
+        files = ("config.json", *QUANTIZATION_FILES)
+        return [self.path / name for name in files if (self.path / name).is_file()]
 
     def _check_read(self, name: str, rows: slice | torch.Tensor | None) -> TensorInfo:
         """The info of a tensor that may be read so: see `read`. ValueError for rows of what is not 2-D."""

@@ -8,18 +8,27 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
-from lowmem.checkpoint.files.patterns import LICENCE_PATTERNS, SETTINGS_PATTERNS, TOKENIZER_PATTERNS
+from lowmem.checkpoint.files.patterns import (
+    LICENCE_PATTERNS,
+    QUANTIZATION_FILES,
+    SETTINGS_PATTERNS,
+    TOKENIZER_PATTERNS,
+)
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.checkpoint.files.whole import require_room
 from lowmem.errors import SourceError
 
 TIMEOUT_S = 10.0
-SMALL_FILES = ("config.json", "README.md", *TOKENIZER_PATTERNS, *SETTINGS_PATTERNS, *LICENCE_PATTERNS)
+SMALL_FILES = (
+    *("config.json", "README.md", *QUANTIZATION_FILES),
+    *(*TOKENIZER_PATTERNS, *SETTINGS_PATTERNS, *LICENCE_PATTERNS),
+)
 # In order of preference. The first skips duplicates such as consolidated.safetensors.
 WEIGHTS = (
     ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
     ("*.safetensors", "*.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+    ("gptq_model*.bin", "gptq_model*.bin.index.json"),
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
