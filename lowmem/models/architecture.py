@@ -19,6 +19,7 @@ from torch import nn
 
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.errors import ArchitectureError, LowmemError
+from lowmem.models.layer_state import check_layer_state, other_state
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -96,7 +97,11 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool) 
     """
     _check_methods(config)
     try:
-        return _build(config, dtype, buffers)
+        text = config.get_text_config(decoder=True).to_dict()
+        check_layer_state(text | {"is_encoder_decoder": config.is_encoder_decoder})
+        model = _build(config, dtype, buffers)
+        _check_state(model, config)
+        return model
     except LowmemError:
         raise
     except Exception as error:  # contradictory sizes fail anywhere in the model's code
@@ -113,6 +118,17 @@ def _check_methods(config: PretrainedConfig) -> None:
     for name in vars(config):
         if callable(getattr(type(config), name, None)):
             raise ArchitectureError(f"config.json has the key {name!r}, which is not a setting")
+
+
+def _check_state(model: nn.Module, config: PretrainedConfig) -> None:
+    """Raise ArchitectureError for state that `check_layer_state` did not recognise by the config's words."""
+    from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    text = config.get_text_config(decoder=True)
+    types = [type(layer) for layer in DynamicCache(config=text).layers]
+    others = {t.__name__ for t in types if t not in (DummyLayer, DynamicLayer, DynamicSlidingWindowLayer)}
+    if others or getattr(model, "_is_stateful", False):
+        raise other_state(_kind(text), sorted(others))
 
 
 def _kind(config: PretrainedConfig) -> str:

@@ -20,6 +20,7 @@ from lowmem.checkpoint.manifest import find_quantization
 from lowmem.checkpoint.packed_headers import packed_linears
 from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
+from lowmem.models.layer_state import check_layer_state
 from lowmem.models.positions import longest_sequence
 
 _LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
@@ -115,6 +116,7 @@ def read_shape(path: Path) -> ModelShape:
     text = config.get("text_config")
     if isinstance(text, dict):
         config = {**config, **text}
+    check_layer_state(config)
     return _shape(path, headers, config, format)
 
 
