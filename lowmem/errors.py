@@ -1,7 +1,7 @@
 """The exceptions of lowmem.
 
 A `LowmemError` is a mistake or a limit that the user can act on. The command line prints it in one line and
-exits with 2. Any other exception is a bug and keeps its traceback.
+exits with 2. Any other exception is a bug: one line says what to report, and --debug shows the traceback.
 """
 
 MAX_MESSAGE = 4000

@@ -14,6 +14,7 @@ RANKS = {
     "lowmem": 0,
     "lowmem.errors": 0,
     "lowmem.config": 1,
+    "lowmem.debug": 1,
     "lowmem.text": 1,
     "lowmem.checkpoint": 2,
     "lowmem.models": 3,

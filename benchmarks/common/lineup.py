@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lowmem.benchmarks.common.records import Subject
 
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.errors import InvalidRequestError, LowmemError, SourceError
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def _name(model: str, dense: Candidate) -> str:
     """The name to open an unquantized model by: the hub id as typed, or its path."""
     from lowmem.checkpoint.files.reading import is_hub_id
 
-    return model if is_hub_id(model) and not Path(model).expanduser().exists() else str(dense.path)
+    return model if is_hub_id(model) and not typed_path(model).exists() else str(dense.path)
 
 
 def _unquantized(reference: str, cuda: bool) -> tuple[str, Candidate]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from lowmem.benchmarks.common.record_file import FILES, FOLDER, to_json
 from lowmem.benchmarks.common.records import HumanEvalRecord, LatencyRecord, QualityRecord
 
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.lock import take
 from lowmem.checkpoint.files.whole import DiskFullError, refusals, require_room
 from lowmem.errors import OutputError
@@ -45,7 +46,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, kind: type) -> None:
 
 def output_of(args: argparse.Namespace) -> Output:
     """Convert command-line arguments to an Output."""
-    return Output(Path(args.out).expanduser(), args.json, args.quiet, args.fresh)
+    return Output(typed_path(args.out), args.json, args.quiet, args.fresh)
 
 
 def print_json(record: QualityRecord | HumanEvalRecord | LatencyRecord) -> None:

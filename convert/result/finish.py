@@ -14,6 +14,7 @@ from lowmem.convert.job import ConversionJob
 from lowmem.convert.result.card import CardFacts, render
 
 import lowmem
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.whole import write_json, write_whole
 from lowmem.checkpoint.files.writer import merge, write_tensors
 from lowmem.checkpoint.manifest import FileDigest, quantization_config_dict, read_manifest, write_manifest
@@ -140,7 +141,7 @@ def source_name(source: Source) -> str:
     folder).
     """
     typed = Path(source.display)
-    return typed.resolve().name if typed.expanduser().exists() else source.display
+    return typed.resolve().name if typed_path(typed).exists() else source.display
 
 
 def _side_files(inputs: ConversionInputs, folder: Path) -> dict[str, FileDigest]:

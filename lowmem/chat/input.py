@@ -19,6 +19,7 @@ from prompt_toolkit.output import ColorDepth, Output
 from prompt_toolkit.styles import Style
 
 from lowmem.chat.store import state_folder
+from lowmem.errors import OutputError
 
 _PROMPT, _CONTINUATION = "> ", "  "
 _LARGEST_ENTRY = 20_000  # characters; longer messages, such as pasted files, are not kept
@@ -201,7 +202,11 @@ class _RunHistory(_Newest, InMemoryHistory):
 
 def open_history(notify: Callable[[str], None]) -> History:
     """The history in a file that only its owner can read, or else of this run only."""
-    path = state_folder() / "history"
+    try:
+        path = state_folder() / "history"
+    except OutputError as error:
+        notify(f"the history cannot be saved: {error}")
+        return _RunHistory()
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)

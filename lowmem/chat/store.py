@@ -16,8 +16,9 @@ from typing import Any
 
 from lowmem.chat.conversation import ChatState, Conversation, Exchange
 from lowmem.chat.settings import settings_from, settings_record
+from lowmem.checkpoint.files.home import home_folder, typed_path
 from lowmem.config import SamplingParams
-from lowmem.errors import InvalidRequestError, LowmemError
+from lowmem.errors import InvalidRequestError, LowmemError, OutputError
 
 FORMAT, VERSION = "lowmem-chat", 1
 LARGEST = 16 << 20  # bytes; no context holds as much text
@@ -92,7 +93,7 @@ def load(name: str, params: SamplingParams) -> ChatState:
 def _path(name: str) -> Path:
     """A typed name as a path: expands ~, and resolves links, so that saving keeps them."""
     try:
-        return Path(name).expanduser().resolve()
+        return typed_path(name).resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise ConversationError(f"{name!r} is not a path: {error}", "Name a file") from error
 
@@ -189,8 +190,15 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def state_folder() -> Path:
-    """The folder of history and rescued conversations: $XDG_STATE_HOME or ~/.local/state, lowmem."""
+    """The folder of history and rescued conversations: $XDG_STATE_HOME or ~/.local/state, lowmem.
+
+    Raises OutputError for a user without a home folder.
+    """
     named = os.environ.get("XDG_STATE_HOME", "")
     # The XDG Base Directory Specification has relative paths ignored.
-    base = Path(named) if os.path.isabs(named) else Path.home() / ".local" / "state"
-    return base / "lowmem"
+    if os.path.isabs(named):
+        return Path(named) / "lowmem"
+    home = home_folder()
+    if home is None:
+        raise OutputError("there is no home folder", "Set XDG_STATE_HOME to a folder")
+    return home / ".local" / "state" / "lowmem"

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from lowmem.errors import OutputError
+from lowmem.text.standard import ReaderGone
+
 try:
     import termios
 except ImportError:  # Windows, where the console echoes only during a read
@@ -105,7 +108,7 @@ def restored_terminal() -> Iterator[None]:
             try:
                 sys.stdout.write(_SHOW_CURSOR + _NO_BRACKETED_PASTE + _WRAP + _NO_COLOUR)
                 sys.stdout.flush()
-            except OSError:
+            except (OSError, OutputError, ReaderGone):
                 pass  # the terminal was closed
         raise
     finally:

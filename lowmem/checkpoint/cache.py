@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowmem.checkpoint.files.home import home_folder, typed_path
 from lowmem.checkpoint.files.lock import take
 from lowmem.checkpoint.files.reading import is_hub_id, read_json
 from lowmem.checkpoint.files.whole import DiskFullError, write_whole
@@ -69,12 +70,17 @@ class Entry:
 
 
 def cache_root() -> Path:
-    """The cache's folder; it need not exist."""
+    """The cache's folder; it need not exist. Raises OutputError for a user without a home folder."""
     own = os.environ.get("LOWMEM_CACHE")
     if own:
-        return Path(own).expanduser().absolute()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path("~/.cache")).expanduser().absolute() / "lowmem"
+        return typed_path(own).absolute()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(shared):  # the XDG Base Directory Specification has relative paths ignored
+        return Path(shared) / "lowmem"
+    home = home_folder()
+    if home is None:
+        raise OutputError("there is no home folder for lowmem's cache", "Set LOWMEM_CACHE to a folder")
+    return home / ".cache" / "lowmem"
 
 
 def label_of(config: QuantConfig, others: Mapping[str, object] | None = None) -> str:
@@ -152,15 +158,19 @@ def prune(folder: Path) -> None:
 
 def mark_used(folder: Path) -> None:
     """Set the time of last use of a checkpoint in the cache; other folders are left alone."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, OutputError):
         if folder.resolve().parent.parent == (cache_root() / "models").resolve():
             os.utime(folder)
 
 
 def entries() -> list[Entry]:
-    """All entries, sorted by name; unreadable folders are skipped."""
-    found = []
-    for key in _subfolders(cache_root() / "models"):
+    """All entries, sorted by name; unreadable folders are skipped. None without a home folder."""
+    found: list[Entry] = []
+    try:
+        root = cache_root()
+    except OutputError:
+        return found
+    for key in _subfolders(root / "models"):
         source = _read_origin(key)
         names = {_without_suffix(path.name) for path in _subfolders(key)}
         found += [_entry(key / label, source) for label in sorted(names) if _is_label(label)]

@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.config import SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 
@@ -52,10 +52,15 @@ def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> Sampl
     given = {name: getattr(args, name) for name, *_ in _SAMPLING}
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.stop is not None:
-        values["stop"] = tuple(args.stop)
+        values["stop"] = tuple(map(argument_text, args.stop))
     params = replace(defaults, **values)
     check_sampling(params)
     return params
+
+
+def argument_text(word: str) -> str:
+    """A word of the command line as the UTF-8 text that it is, also where the system's encoding is ASCII."""
+    return word.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def read_text(name: str, too_large: str) -> str:
@@ -70,7 +75,7 @@ def read_text(name: str, too_large: str) -> str:
             stream = getattr(sys.stdin, "buffer", None)
             data = stream.read(LARGEST + 1) if stream else sys.stdin.read().encode()
         else:
-            with Path(name).expanduser().open("rb") as file:
+            with typed_path(name).open("rb") as file:
                 data = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = (isinstance(error, OSError) and error.strerror) or str(error)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
+
+from lowmem.text.standard import print_json
 
 if TYPE_CHECKING:
     from lowmem.doctor.report import Check
@@ -47,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         _print_table(found)
     if args.json:
-        print(
-            json.dumps({"ok": passed(found), "checks": [vars(check) for check in found]}, ensure_ascii=False)
-        )
+        print_json({"ok": passed(found), "checks": [vars(check) for check in found]})
     else:
         print(verdict(found))
     return 0 if passed(found) else SICK

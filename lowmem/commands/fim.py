@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from lowmem.commands.answering import (
 from lowmem.commands.plan_options import add_check_argument, add_plan_arguments, request_of
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
+from lowmem.text.standard import print_json
 
 if TYPE_CHECKING:
     from lowmem.loading.loader import LoadedModel
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         return INTERRUPTED
     assert final is not None, "the engine yields at least one response"
     if args.json:
-        print(json.dumps(_record(replace(final, text=middle), session.loaded), ensure_ascii=False))
+        print_json(_record(replace(final, text=middle), session.loaded))
     else:
         # The whole file is printed at once, so that a redirected file is never half written.
         shown = middle if streamed else prefix + middle + suffix

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from typing import TYPE_CHECKING
+
+from lowmem.text.standard import print_json
 
 if TYPE_CHECKING:
     from lowmem.checkpoint.cache import Entry
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     found = entries()
     if args.json:
-        print(json.dumps({"cache": str(cache_root()), "entries": [_record(entry) for entry in found]}))
+        print_json({"cache": str(cache_root()), "entries": [_record(entry) for entry in found]})
     elif found:
         rows = [_HEADINGS, *(_row(entry) for entry in found)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADINGS))]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
 
 from lowmem.commands.plan_options import add_plan_arguments, request_of
+from lowmem.text.standard import print_json
 
 if TYPE_CHECKING:
     from lowmem.plan.planner import Option, Plan
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         request = replace(request, bandwidth=float(parse_bytes(rate, "--bandwidth")))
     plan = plan_for(request, named_card=True, measure=True)
     if args.json:
-        print(json.dumps(record(plan), ensure_ascii=False))
+        print_json(record(plan))
     else:
         print_table(plan)
         print(plan.reason)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from lowmem import __version__
 from lowmem.commands.answering import (
     INTERRUPTED,
     add_sampling_arguments,
+    argument_text,
     load_session,
     model_record,
     note,
@@ -23,6 +23,7 @@ from lowmem.commands.answering import (
 from lowmem.commands.plan_options import add_check_argument, add_plan_arguments, request_of
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
+from lowmem.text.standard import print_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,7 +106,7 @@ def _parsed(args: argparse.Namespace) -> _Run:
     prompt = None if chat else read_prompt(args.prompt, args.file)
     state = load(args.load, SamplingParams()) if args.load else ChatState()
     if args.system is not None:
-        state = replace(state, conversation=replace(state.conversation, system=args.system))
+        state = replace(state, conversation=replace(state.conversation, system=argument_text(args.system)))
     state = replace(state, params=sampling_params(args, state.params), model=args.model)
     check_seed(state.params)
     return _Run(
@@ -127,7 +128,7 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
     """
     if prompt is None and file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise InvalidRequestError("the prompt is missing", 'Give one with -p "…", or pipe a text in')
-    parts = [] if prompt is None else [prompt.encode("utf-8", "replace").decode("utf-8")]
+    parts = [] if prompt is None else [argument_text(prompt)]
     if file is not None or prompt is None:
         parts.append(read_text(file or "-", "Give a shorter excerpt").rstrip("\r\n"))
     text = "\n\n".join(parts)
@@ -149,8 +150,6 @@ def _chat(run: _Run, plan: Plan) -> int:
     from lowmem.chat.repl import talk
     from lowmem.chat.view import is_plain
 
-    # A character that the terminal's encoding lacks is shown as ? instead of raising in an answer.
-    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="replace")
     console = Console(theme=THEME, highlight=False, markup=False, emoji=False)
     prompt = Prompt(open_history(run.say), commands.names(), commands.choices(), plain=is_plain(console))
     if not run.quiet:
@@ -201,7 +200,7 @@ def _answer(run: _Run, plan: Plan, prompt: str) -> int:
         raise
     assert final is not None, "the engine yields at least one response"
     if run.json:
-        print(json.dumps(_record(replace(final, text=text), session), ensure_ascii=False), flush=True)
+        print_json(_record(replace(final, text=text), session))
     elif not text.endswith("\n"):
         print(flush=True)
     if final.dropped_turns:

@@ -6,10 +6,10 @@ import argparse
 import os
 import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem.chat.loading import Loading
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.commands.answering import INTERRUPTED, load_session, note, notifier, read_text
 from lowmem.commands.plan_options import add_check_argument, add_plan_arguments, request_of
 from lowmem.errors import InvalidRequestError
@@ -257,7 +257,7 @@ def read_keys(path: str | None) -> tuple[str, ...]:
 
 def served_name(model: str) -> str:
     """The model name in requests: a hub id or a name from the cache unchanged, the last part of a path."""
-    path = Path(model).expanduser()
+    path = typed_path(model)
     if not path.exists():
         return model
     name = path.resolve()

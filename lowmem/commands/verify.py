@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
 
 from lowmem.errors import printable
+from lowmem.text.standard import print_json
 
 if TYPE_CHECKING:
     from lowmem.checkpoint.verify.converted import VerifyReport
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if show:
         print("\r\x1b[K", end="", file=sys.stderr)
     if args.json:
-        print(json.dumps(_record(report), ensure_ascii=False))
+        print_json(_record(report))
     else:
         for problem in report.problems:
             print(problem)

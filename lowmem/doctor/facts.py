@@ -107,6 +107,11 @@ def _host(machine: Machine) -> Checks:
     if machine.limit is not None and machine.limit < machine.memory_total:
         memory += f", limited to {format_bytes(machine.limit)} by the container"
     yield Check("host", "memory", "ok", memory)
+    if machine.cache is None:
+        yield Check(
+            "host", "cache", "warning", "this user has no home folder", "Set LOWMEM_CACHE to a folder"
+        )
+        return
     disk = f"{machine.cache}, {format_bytes(machine.disk_free)} free"
     if machine.disk_free < _LEAST_DISK:
         advice = "Conversions need more: remove some with lowmem rm, or set $LOWMEM_CACHE"

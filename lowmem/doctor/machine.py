@@ -11,6 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowmem.errors import OutputError
+
 PACKAGES = ("torch", "transformers", "gptqmodel", "bitsandbytes", "triton")
 CPU_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile")
 
@@ -60,8 +62,8 @@ class Machine:
     memory_available: int
     limit: int | None
     """Memory limit of the container, in bytes."""
-    cache: Path
-    """lowmem's cache folder."""
+    cache: Path | None
+    """lowmem's cache folder; None for a user without a home folder."""
     disk_free: int
     """Bytes free on the cache's disk."""
 
@@ -71,12 +73,15 @@ def look() -> Machine:
     import psutil
 
     from lowmem.checkpoint.cache import cache_root
+    from lowmem.checkpoint.files.whole import free_bytes
     from lowmem.plan.bandwidth import machine_name
     from lowmem.plan.device import host_memory_available
 
     torch_error, cuda_build, cards = _torch_side()
-    cache = cache_root()
-    there = next((folder for folder in (cache, *cache.parents) if folder.exists()), Path("/"))
+    try:
+        cache: Path | None = cache_root()
+    except OutputError:
+        cache = None
     return Machine(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -94,7 +99,7 @@ def look() -> Machine:
         memory_available=host_memory_available(),
         limit=_memory_limit(),
         cache=cache,
-        disk_free=shutil.disk_usage(there).free,
+        disk_free=free_bytes(cache or Path.cwd()),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.formats import QuantizationFormat
 from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.digests import check_small
@@ -117,7 +118,7 @@ def load(
     return_freed_memory(RETURNED if on_the_fly == "int8" else 4 << 20)
     source = open_source(folder, offline=True)
     config, tokenizer = source.config(), source.tokenizer()
-    if Path(folder).expanduser().is_dir():
+    if typed_path(folder).is_dir():
         check_small(source.path, notify)
     dtype = options.dtype or default_dtype(config, device)
     model = build_model(config, dtype, buffers=True)

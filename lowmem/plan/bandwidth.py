@@ -50,12 +50,16 @@ def host_bandwidth(refresh: bool = False, *, folder: Path | None = None) -> Meas
 
     refresh: measure again. folder: of the stored value, by default lowmem's cache folder.
     """
-    file = (folder if folder is not None else cache_root()) / MACHINE_FILE
+    with contextlib.suppress(OutputError):  # a user without a home folder: nothing is stored
+        folder = folder or cache_root()
+    file = folder / MACHINE_FILE if folder else None
     machine = machine_name()
-    stored = None if refresh else _read(file)
+    stored = None if refresh or file is None else _read(file)
     if stored is not None and stored.machine == machine:
         return stored
     measured = Measured(measure_host(), machine, datetime.date.today().isoformat())
+    if file is None:
+        return measured
     with contextlib.suppress(OSError, OutputError):  # a read-only folder: the next run measures again
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {"host_bandwidth": vars(measured)})

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowmem.checkpoint import cache
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id, read_json
 from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.config import BITS
@@ -53,7 +54,7 @@ def find_candidates(model: str, *, cuda: bool, dtype: str | None = None) -> list
     version; a 16-bit one also has its conversions, in folders beside it and in lowmem's cache. Only headers
     are read. Raises SourceError with the command to use if no version is found.
     """
-    path = Path(model).expanduser()
+    path = typed_path(model)
     if _exists(path):
         found = _of_path(path, model, cuda, dtype)
     else:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id
 from lowmem.errors import InvalidRequestError, SourceError
 from lowmem.plan import device as machine
@@ -105,7 +105,7 @@ def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Pl
     try:
         return plan_for(request)
     except SourceError:
-        if Path(model).expanduser().exists() or not is_hub_id(model):
+        if typed_path(model).exists() or not is_hub_id(model):
             raise
     from lowmem.checkpoint.source.hub import download
 

@@ -35,13 +35,21 @@ for _name in ("config.json", INDEX, "tokenizer.json", "tokenizer_config.json"):
     add(f"{_name} is a link that leads outside", "source", lambda f, n=_name: move_outside(f, n))
     if _name == "config.json" or _name == INDEX:
         add(f"packed: {_name} leads outside", "packed", lambda f, n=_name: move_outside(f, n))
-for _kind in ("source", "packed", "bin"):
-    add(
-        f"{_kind}: a shard is a link that leads outside",
-        _kind,
-        lambda f: move_outside(f, first_shard(f).name),
-    )
-add("a GGUF is a link that leads outside", "gguf", lambda f: move_outside(f, "model.gguf"))
+for _kind in ("source", "packed", "bin", "gguf"):
+    add(f"{_kind}: weights are a link to a pipe", _kind, lambda f: link_to_pipe(f, weights_of(f)))
+
+
+def weights_of(folder: Path) -> str:
+    """The name of a weight file."""
+    gguf = folder / "model.gguf"
+    return gguf.name if gguf.exists() else first_shard(folder).name
+
+
+def link_to_pipe(folder: Path, name: str) -> None:
+    """Replace a file by a link to a pipe in the folder outside."""
+    (folder / name).unlink()
+    os.mkfifo(outside_of(folder) / name)
+    (folder / name).symlink_to(outside_of(folder) / name)
 
 
 @case("a shard is a link to a device", "source")

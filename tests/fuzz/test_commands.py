@@ -21,7 +21,7 @@ COMMANDS = ("plan", "verify", "run", "convert")
 # One case of each kind, with the commands that read furthest.
 QUICK = {
     "config.json is a link that leads outside": ("plan",),
-    "packed: a shard is a link that leads outside": ("run",),
+    "packed: weights are a link to a pipe": ("run",),
     "config.json is a pipe": ("run",),
     "the index names '/etc/passwd'": ("convert",),
     "source: n_layer '1000000000'": ("convert",),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id
 from lowmem.checkpoint.foreign import check_disguise, refuse_foreign
 from lowmem.checkpoint.formats import QuantizationFormat
@@ -40,7 +41,7 @@ def open_source(
     Raises SourceError for everything that cannot be read, naming the file and tensor at fault.
     """
     display = str(source)
-    path = Path(display).expanduser()
+    path = typed_path(display)
     try:
         found = bool(display) and path.exists()
     except (OSError, ValueError):  # a name too long, or with a zero byte
