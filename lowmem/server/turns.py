@@ -56,6 +56,8 @@ class Turn:
     """The call that a tool answers."""
     reasoning: str | None = None
     """The reasoning before an assistant's answer."""
+    bare: bool = False
+    """The message has no content, not even an empty one."""
 
     @property
     def needs_template(self) -> bool:
@@ -64,7 +66,9 @@ class Turn:
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: arguments are an object, absent fields are left out."""
-        found: dict[str, Any] = {"role": self.role, "content": self.content}
+        found: dict[str, Any] = {"role": self.role}
+        if not self.bare:
+            found["content"] = self.content
         if self.calls:
             found["tool_calls"] = [
                 {
@@ -88,7 +92,15 @@ def read_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
         calls = _calls(message) if role == "assistant" else ()
         names |= {call.id: call.name for call in calls}
         name = message.name or (names.get(message.tool_call_id) if role == "tool" else None)
-        turn = Turn(role, _content(message, at), calls, name, message.tool_call_id, message.reasoning_content)
+        turn = Turn(
+            role,
+            _content(message, at),
+            calls,
+            name,
+            message.tool_call_id,
+            message.reasoning_content,
+            bare=message.content is None,
+        )
         if role == "system" and len(turns) == 1 and turns[0].role == "system":
             turns[0] = replace(turns[0], content=f"{turns[0].content}\n\n{turn.content}")
         else:
@@ -144,8 +156,10 @@ def _by_template(loaded: LoadedModel, turns: Sequence[Turn], options: dict[str, 
     if written[0].role == "system" and len(written) > 1:  # some templates have no system message
         attempts.append([_plain_dict(message) for message in _without_system(written)])
     late = any(turn.role == "system" for turn in turns[1:])
-    if (late or any(turn.needs_template for turn in turns)) and _knows(loaded, turns, options):
-        attempts.insert(0, [turn.for_template() for turn in turns])
+    if late or any(turn.needs_template for turn in turns):
+        filled = [replace(turn, bare=False) for turn in turns]  # some templates need an empty content
+        known = next((given for given in (turns, filled) if _knows(loaded, given, options)), ())
+        attempts = [*([[turn.for_template() for turn in known]] if known else []), *attempts]
     options = {**options, "add_generation_prompt": True, "sanitize_control_tokens": True}
     failure = None
     for messages in attempts:

@@ -79,7 +79,6 @@ def test_a_template_that_knows_tools_gets_what_transformers_would_hand_it() -> N
             USER,
             {
                 "role": "assistant",
-                "content": "",
                 "tool_calls": [
                     {"type": "function", "function": {"name": "size", "arguments": {"of": "abc"}}}
                 ],
@@ -93,6 +92,13 @@ def test_a_template_that_knows_tools_gets_what_transformers_would_hand_it() -> N
     )
     assert text_of(TOOLS, messages, tools=[TOOL]) == expected
     assert '<call>size{"of": "abc"}' in expected and "<tools>" in expected and "[tool]3" in expected
+
+
+def test_a_missing_content_stays_missing_unless_the_template_needs_one() -> None:
+    absent = TOOLS.replace("m.content or ''", "m.content if m.content is defined else '(none)'")
+    assert "(none)" in text_of(absent, [USER, CALLED, RESULT])
+    needed = TOOLS.replace("m.content or ''", "m.content + ''")
+    assert '<call>size{"of": "abc"}[tool]3' in text_of(needed, [USER, CALLED, RESULT])
 
 
 def test_tools_are_given_to_the_template_unless_none_may_be_used() -> None:

@@ -53,7 +53,7 @@ MALFORMED: tuple[tuple[str, bytes], ...] = (
     ("no text", _chat('{"a": 1}') + b"]}"),
     ("no number", _chat('"x"') + b'], "temperature": "hot"}'),
     ("no such model", _chat('"x"').replace(b'"model": "model"', b'"model": "other"') + b"]}"),
-    ("tools", _chat('"x"') + b'], "tools": [{}]}'),
+    ("a forced tool", _chat('"x"') + b'], "tool_choice": "required"}'),
     ("too long", _chat('"' + "word " * 50_000 + '"') + b"]}"),
     ("too large", b" " * (3 << 20)),
 )
