@@ -49,7 +49,7 @@ def _score(
     last: torch.Tensor | None = None  # log-probabilities [1, vocab] after the previous part
     for at in range(0, len(prompt), ROWS):
         part = list(prompt[at : at + ROWS])
-        (logits,) = engine.decoder.step([Feed(slot, part)]).logits
+        (logits,) = engine.decoder.prefill([Feed(slot, part, len(prompt), keep=len(part))])
         with torch.inference_mode():
             after = logits.to(torch.float32).log_softmax(dim=-1)
             rows = after[:-1] if last is None else torch.cat((last, after[:-1]))

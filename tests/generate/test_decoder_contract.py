@@ -112,6 +112,15 @@ def test_chunked_prefill_gives_the_logits_of_one_forward(case: Case) -> None:
         assert slot.tokens == prompt
 
 
+def test_a_prefill_gives_as_many_logits_as_asked_for(case: Case) -> None:
+    slot, prompt = case.cache.slots[0], prompt_of(20)
+    (first,) = case.decoder.prefill([Feed(slot, prompt[:12], 20, keep=12)])
+    (rest,) = case.decoder.prefill([Feed(slot, prompt[12:], 20, keep=3)])
+    expected = case.logits(prompt)
+    case.assert_close(first, expected[:12])
+    case.assert_close(rest, expected[-3:])
+
+
 def test_a_step_behind_a_cut_continues_the_shorter_sequence(case: Case) -> None:
     slot, prompt = case.cache.slots[1], prompt_of(20)
     case.greedy(slot, prompt, 5)

@@ -35,6 +35,8 @@ class Feed:
     ids: Sequence[int]
     length: int | None = None
     """Of a prefill: tokens of the whole prompt, where this is a chunk of it."""
+    keep: int = 1
+    """Of a prefill: after how many of its last ids to return logits."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
-        """Append the ids of each feed; returns the logits [1, vocab] after the last id of each."""
+        """Append the ids of each feed; returns the logits [keep, vocab] after the last ids of each."""
 
     @abstractmethod
     def step(self, feeds: Sequence[Feed]) -> StepOutput:

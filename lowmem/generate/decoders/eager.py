@@ -54,7 +54,7 @@ class EagerDecoder(Decoder):
         with torch.inference_mode():
             for feed, length in zip(feeds, lengths, strict=True):
                 with self.scaling.rotated_for(length):
-                    logits.append(self.append(feed.slot, feed.ids, keep=1))
+                    logits.append(self.append(feed.slot, feed.ids, feed.keep))
         for feed, length in zip(feeds, lengths, strict=True):
             feed.slot.commit(feed.ids, [self.scaling.scale(length)] * len(feed.ids))
         return tuple(logits)
