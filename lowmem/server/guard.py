@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lowmem import debug
 from lowmem.errors import LowmemError
 from lowmem.server.addresses import host_name, same_address
 from lowmem.server.answers import to_json
@@ -222,10 +223,14 @@ def is_open(method: str, path: str) -> bool:
 
 
 def explain(error: BaseException, about: str) -> str:
-    """The log entry of an internal error: its traceback, and its message unless that may quote a request."""
+    """The log entry of an internal error: its place, and its message unless that may quote a request.
+
+    With --debug a traceback follows.
+    """
     message = f": {str(error).splitlines()[0][:300]}" if isinstance(error, _TELLING) and str(error) else ""
-    frames = "".join(traceback.format_tb(error.__traceback__))
-    return f"{about}: internal error\n{frames}{type(error).__name__}{message}"
+    line = f"{about}: internal error: {type(error).__name__}{message}{debug.place_of(error)}"
+    frames = "".join(traceback.format_tb(error.__traceback__)) if debug.enabled() else ""
+    return f"{line}\n{frames}".rstrip("\n")
 
 
 def _digest(key: str) -> bytes:

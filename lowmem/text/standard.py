@@ -161,7 +161,7 @@ def _told() -> Iterator[None]:
         silence_output()
         raise StandardOutputError(
             f"standard output cannot be written: {error.strerror or error}",
-            "Free space on its disk, or redirect the output to another place",
+            "Redirect it to a file on a disk with space",
         ) from error
 
 

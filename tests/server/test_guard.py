@@ -249,7 +249,7 @@ def test_bind_addresses() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "example.org")))
 
 
-def test_logged_errors_do_not_quote_requests() -> None:
+def test_logged_errors_do_not_quote_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(error: Exception) -> str:
         try:
             raise error
@@ -258,4 +258,6 @@ def test_logged_errors_do_not_quote_requests() -> None:
 
     assert "secret" not in fail(ValueError("secret")) and "ValueError" in fail(ValueError("secret"))
     assert "CUDA out of memory" in fail(RuntimeError("CUDA out of memory"))
+    assert len(fail(ValueError("x")).splitlines()) == 1 and "test_guard.py" in fail(ValueError("x"))
+    monkeypatch.setenv("LOWMEM_DEBUG", "1")
     assert "in fail" in fail(ValueError("x"))
