@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem.convert.inputs import ConversionInputs
 from lowmem.convert.job import ConversionJob
 from lowmem.convert.result.card import CardFacts, render
+from lowmem.convert.result.templates import store_templates
 
 import lowmem
 from lowmem.checkpoint.files.home import typed_path
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG_FILES = ("config.json", "generation_config.json")
-TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def assemble(job: ConversionJob, inputs: ConversionInputs) -> ResultSummary:
     digests["generation_config.json"] = write_json(
         folder / "generation_config.json", _generation_config(inputs)
     )
-    if inputs.dialogue is not None and not tokenizer.chat_template:
-        digests[TEMPLATE_FILE] = write_whole(folder / TEMPLATE_FILE, [CHAT_TEMPLATE.encode()])
+    starchat = CHAT_TEMPLATE if inputs.dialogue is not None else None
+    store_templates(folder, tokenizer.chat_template or starchat, digests)
     facts = _facts(job, inputs, digests)
     digests["lowmem-report.json"] = write_json(folder / "lowmem-report.json", facts.as_json())
     digests["README.md"] = write_whole(folder / "README.md", [render(facts).encode()])

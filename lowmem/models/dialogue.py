@@ -23,6 +23,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import InvalidRequestError
+from lowmem.models.turn_end import turn_end_ids
 from lowmem.text.tokenizing import encode
 
 if TYPE_CHECKING:
@@ -193,10 +194,11 @@ def end_token_ids(
     """The ids that stop generation: the end of a turn first, then every end of text.
 
     configs: the model's and the generation config, as objects or mappings with `eos_token_id`, an int or a
-    list. StarChat's name only `<|endoftext|>`, which is why the end of a turn is added here; Llama 3's
-    generation config names several. Other values are ignored.
+    list. StarChat's name only `<|endoftext|>`, which is why the end of a turn is added here: that of the
+    dialogue, or else of the chat template. Llama 3's generation config names several. Other values are
+    ignored.
     """
-    ids: list[Any] = [] if dialogue is None else [dialogue.end_id]
+    ids: list[Any] = [*turn_end_ids(tokenizer)] if dialogue is None else [dialogue.end_id]
     for config in (tokenizer, *configs):
         eos = (
             config.get("eos_token_id")

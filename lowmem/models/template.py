@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ MEMORY = 2**30
 """Bytes that rendering may take."""
 _COUNTS = ("index", "index0", "revindex", "revindex0", "length")
 _LIMITING = threading.Lock()  # the limit is per process: two threads would restore each other's
+_GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\b")
 _FILE = "<template>"  # the file name of the code that jinja2 compiles a template to
 
 
@@ -43,14 +45,27 @@ def apply_template(
     """The token ids of messages in the tokenizer's own chat template.
 
     messages: with "role", "content" and whatever else the template knows. options: further arguments of
-    transformers' apply_chat_template. Raises whatever the template raises; ValueError or MemoryError when it
-    exceeds the limits above; InvalidRequestError when the tokenizer fails.
+    transformers' apply_chat_template; `tools` choose the template named "tool_use" if there is one. Content
+    is given as a list of parts to a template that reads nothing else, as those of vision models do. Raises
+    whatever the template raises; ValueError or MemoryError when it exceeds the limits above;
+    InvalidRequestError when the tokenizer fails.
     """
-    render_template(
-        tokenizer, messages, **{name: options[name] for name in options if name != "sanitize_control_tokens"}
-    )
+    shown = {name: options[name] for name in options if name != "sanitize_control_tokens"}
+    try:
+        text = render_template(tokenizer, messages, **shown)
+        whole = all(_shows(text, message) for message in messages)
+    except Exception:
+        if not _needs_parts(tokenizer, options.get("tools")):
+            raise
+        whole = False
+    if not whole and _needs_parts(tokenizer, options.get("tools")):
+        messages = [_in_parts(message) for message in messages]
+        render_template(tokenizer, messages, **shown)
+    template = chosen_template(tokenizer, options.get("tools"))
     with _counted_lines(), panics_told():
-        ids: Any = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=False, **options)
+        ids: Any = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=True, return_dict=False, **options
+        )
     return list(ids)
 
 
@@ -58,12 +73,60 @@ def render_template(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **options: Any
 ) -> str:
     """The text of messages in the tokenizer's own chat template; see `apply_template`."""
-    check_template(tokenizer.chat_template)
+    template = chosen_template(tokenizer, options.get("tools"))
+    check_template(template)
     with _limited_memory(), _counted_lines():
-        text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        text: Any = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, tokenize=False, **options
+        )
     if len(text) > MAX_TEXT + len(repr(messages)) + len(repr(options)):
         raise ValueError(f"it renders the messages to {len(text)} characters")
     return str(text)
+
+
+def chosen_template(tokenizer: PreTrainedTokenizerBase, tools: Any = None) -> str:
+    """The chat template for messages with these tools, as transformers chooses among named ones.
+
+    That is the one named "tool_use" where tools are given and it exists, else "default". Raises ValueError if
+    there is none of that name.
+    """
+    templates: Any = tokenizer.chat_template
+    if not isinstance(templates, Mapping):
+        return templates  # type: ignore[no-any-return]
+    if tools is not None and "tool_use" in templates:
+        return templates["tool_use"]  # type: ignore[no-any-return]
+    if "default" not in templates:
+        names = ", ".join(sorted(map(repr, templates)))[:100]
+        raise ValueError(f"the templates are named {names}, and none of them 'default'")
+    return templates["default"]  # type: ignore[no-any-return]
+
+
+def _shows(text: str, message: Mapping[str, Any]) -> bool:
+    """Whether a rendered text holds a message's content, if that is a string."""
+    content = message.get("content")
+    return not isinstance(content, str) or content.strip() in text
+
+
+def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return {**message, "content": parts}
+
+
+def _needs_parts(tokenizer: PreTrainedTokenizerBase, tools: Any) -> bool:
+    """Whether the template drops or refuses a text, and writes the same text if it is a list of parts."""
+    probe = {"role": "user", "content": "probe"}
+
+    def rendered(message: Mapping[str, Any]) -> str:
+        try:
+            return render_template(tokenizer, [message], **({} if tools is None else {"tools": tools}))
+        except Exception:  # the template may raise anything
+            return ""
+
+    if "probe" in rendered(probe):
+        return False
+    text = rendered(_in_parts(probe))
+    return "probe" in text and "'probe'" not in text  # in quotes: the list itself was written out
 
 
 @functools.lru_cache(maxsize=16)
@@ -89,10 +152,7 @@ def check_template(template: str) -> None:
 
 def _without_generation(template: str) -> str:
     """Replace transformers' own `generation` tag, which marks an assistant's text and renders it."""
-    for mark in ("{%- generation", "{% generation", "{%- endgeneration", "{% endgeneration"):
-        kind = "endif" if "end" in mark else "if true"
-        template = template.replace(mark, mark.split(" ")[0] + " " + kind)
-    return template
+    return _GENERATION.sub(lambda found: f"{{%{found[1]} {'endif' if found[2] else 'if true'}", template)
 
 
 def _is_small(side: Any, counts: bool) -> bool:

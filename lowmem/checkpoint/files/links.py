@@ -22,14 +22,13 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from lowmem.checkpoint.files.patterns import SETTINGS_PATTERNS, TOKENIZER_PATTERNS
+from lowmem.checkpoint.files.patterns import SETTINGS_PATTERNS, TEMPLATE_FOLDER, TOKENIZER_PATTERNS
 from lowmem.errors import SourceError
 
 FOLLOW = "LOWMEM_FOLLOW_LINKS"
 """Environment variable: 1 follows every link to a regular file."""
 _WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt")
 _PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.pt", *TOKENIZER_PATTERNS, *SETTINGS_PATTERNS)
-_FOLDERS = ("additional_chat_templates",)
 
 
 def leads_outside(path: Path) -> bool:
@@ -78,7 +77,7 @@ def check_folder(folder: Path) -> None:
             names = sorted(
                 entry.name
                 for entry in entries
-                if entry.name in _FOLDERS or any(fnmatchcase(entry.name, p) for p in _PATTERNS)
+                if entry.name == TEMPLATE_FOLDER or any(fnmatchcase(entry.name, p) for p in _PATTERNS)
             )
     except (OSError, ValueError):  # reported by the reader
         return

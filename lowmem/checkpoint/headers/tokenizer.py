@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lowmem.checkpoint.files.links import check_folder
-from lowmem.checkpoint.files.patterns import TOKENIZER_PATTERNS
+from lowmem.checkpoint.files.links import check_file, check_folder
+from lowmem.checkpoint.files.patterns import PROCESSOR_FILE, TEMPLATE_FOLDER, TOKENIZER_PATTERNS
 from lowmem.checkpoint.files.reading import about_values, is_plain_name, read_json
 from lowmem.errors import SourceError
 
@@ -24,7 +24,12 @@ _SMALL = (
     "added_tokens.json",
     "generation_config.json",
     "chat_template.json",
+    PROCESSOR_FILE,
 )
+MAX_TEMPLATE_FILE = 2**22
+"""Bytes of one file of a chat template."""
+MAX_TEMPLATES = 64
+"""Named templates in one folder; those with most have three."""
 # Settings that name files to open. Not `tokenizer_file`: many published files hold its path on another
 # machine, and transformers ignores it.
 _OPENED = (
@@ -49,8 +54,65 @@ def check_tokenizer_files(folder: Path) -> None:
         file = folder / name
         if file.is_file():
             settings = read_json(file)
+            _named(settings.get("chat_template"), file)
             if name == "tokenizer_config.json":
                 _check_settings(folder, file, settings)
+    _check_templates(folder)
+
+
+def template_files(folder: Path) -> list[Path]:
+    """The files that hold chat templates and do not lie beside the tokenizer's own."""
+    processor = folder / PROCESSOR_FILE
+    named = sorted(path for path in (folder / TEMPLATE_FOLDER).glob("*.jinja") if path.is_file())
+    return [*([processor] if processor.is_file() else []), *named]
+
+
+def processor_template(folder: Path) -> str | dict[str, str] | None:
+    """The chat templates of a model whose processor holds them, not its tokenizer; None without one.
+
+    In the order in which transformers' processors look: processor_config.json, then chat_template.json.
+    """
+    for name in (PROCESSOR_FILE, "chat_template.json"):
+        if (folder / name).is_file():
+            found = _named(read_json(folder / name).get("chat_template"), folder / name)
+            if found:
+                return found
+    return None
+
+
+def _named(value: object, file: Path) -> str | dict[str, str] | None:
+    """A `chat_template` setting: one template, or several by name, from a list or an object.
+
+    Raises SourceError for anything else.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    entries = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        entries = [
+            (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
+            for entry in value
+        ]
+    found = {name: text for name, text in entries if isinstance(name, str) and isinstance(text, str)}
+    if len(found) != len(entries) or not isinstance(value, (list, dict)):
+        raise SourceError(
+            f"chat_template in {file} is neither a text nor a list of templates with names",
+            "Replace the file by the model's own",
+        )
+    return found
+
+
+def _check_templates(folder: Path) -> None:
+    """Raise SourceError for too many named templates, large ones, and links that lead out of the folder."""
+    files = [*(folder / TEMPLATE_FOLDER).glob("*.jinja")]
+    if len(files) > MAX_TEMPLATES:
+        raise SourceError(f"{folder / TEMPLATE_FOLDER} holds {len(files)} templates", "Download it again")
+    for file in (folder / "chat_template.jinja", *files):
+        check_file(file)
+        if file.is_file() and file.stat().st_size > MAX_TEMPLATE_FILE:
+            raise SourceError(
+                f"{file} is larger than any chat template: {file.stat().st_size} bytes", "Download it again"
+            )
 
 
 def _check_settings(folder: Path, file: Path, settings: dict[str, object]) -> None:

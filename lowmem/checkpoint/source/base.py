@@ -23,19 +23,18 @@ from lowmem.checkpoint.files.patterns import (
     QUANTIZATION_FILES,
     SETTINGS_PATTERNS,
     TOKENIZER_PATTERNS,
-    VOCABULARIES,
     WEIGHT_SUFFIXES,
 )
-from lowmem.checkpoint.files.reading import one_line, read_json, update_with_bytes, update_with_sample
+from lowmem.checkpoint.files.reading import read_json, update_with_bytes, update_with_sample
 from lowmem.checkpoint.formats import QUANT_PARTS, QuantizationFormat
-from lowmem.checkpoint.headers.tokenizer import check_tokenizer_files
+from lowmem.checkpoint.headers.tokenizer import template_files
 from lowmem.checkpoint.packed_headers import packed_linears
 from lowmem.checkpoint.packed_values import groups_in_order, value_faults
 from lowmem.checkpoint.source.card import license_of_card
 from lowmem.checkpoint.source.config import model_config
 from lowmem.checkpoint.source.names import resolve_names
+from lowmem.checkpoint.source.read_tokenizer import read_folder_tokenizer
 from lowmem.errors import SourceError
-from lowmem.text.tokenizing import decode, encode
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -277,32 +276,7 @@ class Source(ABC):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The fast tokenizer. Raises SourceError if its files are missing or unusable."""
-        if not self._files(VOCABULARIES):
-            raise SourceError(
-                f"{self.path} has no tokenizer", "Put the model's tokenizer.json beside its weights"
-            )
-        return self._load_tokenizer()
-
-    def _load_tokenizer(self, **options: Any) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        check_tokenizer_files(self.path)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.path, local_files_only=True, trust_remote_code=False, **options
-            )
-            # Settings of a wrong type fail only when the first text is encoded.
-            decode(tokenizer, encode(tokenizer, "a"), skip_special_tokens=True)
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # a damaged file: bare Exceptions of the Rust code, and its panics
-            raise SourceError(f"the tokenizer in {self.path} cannot be read: {one_line(error)}") from error
-        if not tokenizer.is_fast:
-            raise SourceError(
-                f"{self.path} has only a slow tokenizer ({type(tokenizer).__name__})",
-                "Put the model's tokenizer.json beside its weights",
-            )
-        return tokenizer
+        return read_folder_tokenizer(self.path)
 
     def side_files(self) -> list[Path]:
         """Tokenizer, template, generation and licence files that belong to a copy of this model.
@@ -337,7 +311,7 @@ class Source(ABC):
         digest = hashlib.sha256()
         update_with_bytes(digest, "kind", self._kind.encode())
         try:
-            for path in self._described_by() + self.side_files():
+            for path in self._described_by() + self.side_files() + template_files(self.path):
                 update_with_bytes(digest, path.name, path.read_bytes())
             for name in sorted(self.infos):
                 update_with_bytes(digest, name, repr(self.infos[name]).encode())

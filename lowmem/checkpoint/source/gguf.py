@@ -20,6 +20,7 @@ from lowmem.checkpoint.files.reading import one_line, read_exact, row_numbers, r
 from lowmem.checkpoint.headers.config import MAX_COUNT
 from lowmem.checkpoint.headers.gguf import GgufHeader, GgufTensor, check_whole_model, read_gguf_header
 from lowmem.checkpoint.source.base import LICENCE_PATTERNS, ByteRange, Source, TensorInfo
+from lowmem.checkpoint.source.read_tokenizer import read_tokenizer
 from lowmem.errors import SourceError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class GgufSource(Source):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """See Source.tokenizer: from the file's own keys."""
-        return self._load_tokenizer(gguf_file=self.file.name)
+        return read_tokenizer(self.path, gguf_file=self.file.name)
 
     def side_files(self) -> list[Path]:
         """Licence files beside the file, if it is the folder's only model."""

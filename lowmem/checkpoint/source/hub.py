@@ -10,8 +10,10 @@ from typing import Any, cast
 
 from lowmem.checkpoint.files.patterns import (
     LICENCE_PATTERNS,
+    PROCESSOR_FILE,
     QUANTIZATION_FILES,
     SETTINGS_PATTERNS,
+    TEMPLATE_FOLDER,
     TOKENIZER_PATTERNS,
 )
 from lowmem.checkpoint.files.reading import one_line
@@ -20,7 +22,7 @@ from lowmem.errors import SourceError
 
 TIMEOUT_S = 10.0
 SMALL_FILES = (
-    *("config.json", "README.md", *QUANTIZATION_FILES),
+    *("config.json", "README.md", PROCESSOR_FILE, *QUANTIZATION_FILES),
     *(*TOKENIZER_PATTERNS, *SETTINGS_PATTERNS, *LICENCE_PATTERNS),
 )
 # In order of preference. The first skips duplicates such as consolidated.safetensors.
@@ -31,12 +33,14 @@ WEIGHTS = (
     ("gptq_model*.bin", "gptq_model*.bin.index.json"),
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TEMPLATE = re.compile(rf"{TEMPLATE_FOLDER}/{_NAME.pattern}\.jinja")
 
 
 def choose_files(names: Iterable[str], repo: str) -> list[str]:
     """The files of a repository that a conversion needs: safetensors, or .bin if there are none.
 
-    Only plain files of the top folder, and no code. Raises SourceError when there are no such weights.
+    Only plain files of the top folder and named chat templates, and no code. Raises SourceError when there
+    are no such weights.
     """
     plain = [name for name in names if _NAME.fullmatch(name) and not name.endswith(".py")]
     weights = next(
@@ -49,7 +53,7 @@ def choose_files(names: Iterable[str], repo: str) -> list[str]:
             f"{repo} on the hub holds no safetensors and no pytorch_model.bin",
             "Download one of its .gguf files and give that file" if gguf else "Check the name",
         )
-    return sorted(chosen)
+    return sorted([*chosen, *(name for name in names if _TEMPLATE.fullmatch(name))])
 
 
 def download(
