@@ -41,7 +41,7 @@ def leads_outside(path: Path) -> bool:
     if os.environ.get(FOLLOW, "0") not in ("", "0") or path.suffix in _WEIGHTS:
         return not _is_regular(target)
     beside_weights = target.name == path.name and target.parent in set(_linked_weights(path.parent))
-    return not (beside_weights and (_is_regular(target) or path.name in _FOLDERS))
+    return not (beside_weights and (_is_regular(target) or path.name == TEMPLATE_FOLDER))
 
 
 def check_file(path: Path) -> None:
@@ -83,7 +83,7 @@ def check_folder(folder: Path) -> None:
         return
     for name in names:
         check_file(folder / name)
-        if name in _FOLDERS:
+        if name == TEMPLATE_FOLDER:
             for path in sorted((folder / name).glob("*")):
                 check_file(path)
 
