@@ -32,6 +32,51 @@ _INDEXED = frozenset(
 )
 """Further model types whose layers always keep an index or a convolution beside keys and values."""
 
+_LATER_LISTED = frozenset(("lfm2", "lfm2_moe", "lfm3", "minimax"))
+"""Further model types of which older configs do not list the layers, most of which keep a state."""
+
+_GGUF = frozenset(
+    (
+        *("arwkv7", "falcon-h1", "granitehybrid", "kimi-linear", "lfm2moe", "nemotron_h_moe", "plamo2"),
+        *("qwen35", "qwen35moe", "qwen3next", "rwkv6", "rwkv6qwen2", "rwkv7"),
+    )
+)
+"""Stateful model types under the names that GGUF files give them."""
+
+ENCODERS = frozenset(
+    (
+        *("albert", "bert", "bert-generation", "big_bird", "camembert", "convbert", "data2vec-text"),
+        *("deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert", "flaubert", "ibert"),
+        *("jina-bert-v2", "layoutlm", "longformer", "luke", "megatron-bert", "mobilebert", "modern-bert"),
+        *("modernbert", "mpnet", "neobert", "nomic-bert", "nomic_bert", "nystromformer", "rembert"),
+        *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "squeezebert", "xlm", "xlm-roberta"),
+        *("xlm-roberta-xl", "xmod"),
+    )
+)
+"""Model types whose tokens attend to the tokens after them, unless the config says `is_decoder`."""
+
+_ENCODED = frozenset(
+    (
+        *("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5", "m2m_100"),
+        *("marian", "mbart", "moshi", "mt5", "musicgen", "musicgen_melody", "mvp", "nllb-moe", "pegasus"),
+        *("pegasus_x", "plbart", "prophetnet", "switch_transformers", "t5", "t5gemma", "trocr", "umt5"),
+        *("whisper",),
+    )
+)
+"""Model types that need an encoder's output, or the decoder of one."""
+
+_OTHERS = {
+    "blt": "reads bytes in patches of changing length",
+    "cpmant": "takes prompts in a format of its own",
+    "git": "reads an image before the text",
+    "reformer": "keeps buckets of hidden states instead of keys and values",
+    "xlnet": "does not read text from left to right",
+}
+"""What else prevents a model type from being run, as the rest of a sentence."""
+
+_LISTS = ("layer_types", "layers_block_type", "block_types")
+"""Keys under which configs list the kinds of their layers."""
+
 KEYS_AND_VALUES = frozenset(
     ("attention", "full_attention", "sliding_attention", "chunked_attention", "window_attention", "dense")
 )
@@ -46,16 +91,22 @@ def check_layer_state(config: Mapping[str, object]) -> None:
     config: the keys of config.json, of the text model where it is nested.
     """
     kind = str(config.get("model_type", "the model"))[:100]
-    if config.get("is_encoder_decoder") is True:
-        raise ArchitectureError(
-            f"{kind!r} is a model of an encoder and a decoder", "lowmem runs and converts decoder-only models"
-        )
-    types = config.get("layer_types")
-    found = [name for name in types if isinstance(name, str)] if isinstance(types, (list, tuple)) else []
-    others = sorted({name[:40] for name in found if name not in KEYS_AND_VALUES})
+    reason = _OTHERS.get(kind)
+    if config.get("is_encoder_decoder") is True or kind in _ENCODED:
+        reason = "is a model of an encoder and a decoder"
+    elif kind in ENCODERS and config.get("is_decoder") is not True:
+        reason = "is an encoder, whose tokens attend to the tokens after them"
+    if reason:
+        raise ArchitectureError(f"{kind!r} {reason}", "lowmem runs and converts decoder-only models")
+    types = next((t for t in map(config.get, _LISTS) if isinstance(t, (list, tuple)) and t), None)
+    if types is None:
+        if kind in STATEFUL | _INDEXED | _LATER_LISTED | _GGUF:
+            raise other_state(kind)
+        return
+    others = sorted({name[:40] for name in types if isinstance(name, str) and name not in KEYS_AND_VALUES})
     if others:
         raise other_state(kind, others)
-    if kind in STATEFUL | _INDEXED:
+    if kind in _INDEXED:
         raise other_state(kind)
 
 

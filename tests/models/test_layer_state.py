@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lowmem.errors import ArchitectureError
 from lowmem.models import layer_state
 from lowmem.models.architecture import build_model, inspect
-from lowmem.models.layer_state import STATEFUL, check_layer_state
+from lowmem.models.layer_state import ENCODERS, STATEFUL, check_layer_state
 from lowmem.plan.shape import read_shape
 from tests.commands.command_lines import in_one_process
 
@@ -83,6 +83,40 @@ def test_a_model_that_the_table_lacks_is_recognised_by_its_class(
 def test_an_encoder_is_refused() -> None:
     with pytest.raises(ArchitectureError, match="encoder and a decoder"):
         check_layer_state({"model_type": "t5", "is_encoder_decoder": True})
+
+
+ENCODER = {**SIZES, "pad_token_id": 0, "max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("kind", sorted(ENCODERS & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)))
+def test_encoders_are_refused_unless_they_are_decoders(kind: str) -> None:
+    with pytest.raises(ArchitectureError, match=f"{kind!r} is an encoder"):
+        check_layer_state({"model_type": kind})
+    check_layer_state({"model_type": kind, "is_decoder": True})
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "electra", "megatron-bert", "roformer", "xlm"])
+def test_a_token_of_an_encoder_depends_on_later_ones(kind: str) -> None:
+    auto: Any = AutoModelForCausalLM
+    config = AutoConfig.for_model(kind, **ENCODER)
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        first, second = (model(torch.tensor([[5, 6, last]])).logits[0, 0] for last in (7, 8))
+    assert not torch.equal(first, second)
+
+
+def test_an_older_config_does_not_list_its_layers() -> None:
+    with pytest.raises(ArchitectureError, match="layers of 'lfm2' keep other state"):
+        check_layer_state({"model_type": "lfm2", "full_attn_idxs": [2, 5]})
+    with pytest.raises(ArchitectureError, match="layers of 'falcon-h1' keep other state"):
+        check_layer_state({"model_type": "falcon-h1"})  # as a GGUF names it
+
+
+def test_a_hybrid_family_without_state_is_accepted(tmp_path: Path) -> None:
+    settings = {**SIZES, "layer_types": ["attention"] * 2, "num_local_experts": 0}
+    config = AutoConfig.for_model("granitemoehybrid", **settings, shared_intermediate_size=48)
+    check_layer_state({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 2})
+    assert len(inspect(config).layers) == 2
 
 
 def test_commands_refuse_before_the_work(tmp_path: Path) -> None:

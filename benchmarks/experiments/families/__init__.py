@@ -1,0 +1,1 @@
+"""Every causal language model of transformers, tried as tiny random models; run it with `python -m`."""
