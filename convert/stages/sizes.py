@@ -43,7 +43,7 @@ class Workload:
     @property
     def hidden(self) -> int:
         """Features of a hidden state."""
-        return self.arch.shapes[self.arch.embedding][1]
+        return self.arch.hidden
 
     @property
     def hidden_bytes(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from lowmem.config import PREFILL_CHUNK, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.cache.contract import KVCache, Slot
-from lowmem.generate.cache.dense import DenseKVCache
+from lowmem.generate.cache.dense import DenseKVCache, reused_layers
 from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput
 from lowmem.generate.decoders.selection import SelectedDecoder
 from lowmem.generate.lookup import Pace
@@ -67,7 +67,9 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         self.speculate = speculate
         self.chunk = chunk
-        self.cache: KVCache = DenseKVCache(int(model.config.get_text_config().num_hidden_layers), context)
+        config = model.config.get_text_config()
+        layers = int(config.num_hidden_layers)
+        self.cache: KVCache = DenseKVCache(layers, context, reused=reused_layers(config))
         decoder = SelectedDecoder(model, self.cache, graphs=graphs)
         self.decoder: Decoder = decoder
         self._scaling = decoder.eager.scaling

@@ -64,6 +64,11 @@ class Architecture:
     shapes: dict[str, tuple[int, ...]]
     """Of every parameter and persistent buffer; a tied head appears once, as the embedding."""
 
+    @property
+    def hidden(self) -> int:
+        """Features of the hidden states between layers; an embedding may be narrower, as in OPT-350M."""
+        return self.layers[0].linears[0].in_features
+
     def linear_names(self) -> list[str]:
         """The full name of every linear that is quantized."""
         return [f"{layer.name}.{linear.name}" for layer in self.layers for linear in layer.linears]
@@ -167,6 +172,9 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype, context: Any) -> 
             f"transformers has no causal language model for {_kind(config)!r}",
             "lowmem converts decoder-only models such as gpt_bigcode, llama and starcoder2",
         ) from error
+    for module in model.modules():
+        if type(module).__name__ == "FalconLinear":  # nn.Linear, in two operations
+            module.__class__ = nn.Linear
     return model
 
 
@@ -234,6 +242,11 @@ def inspect(config: PretrainedConfig) -> Architecture:
     """
     model = build_model(config, torch.float32, buffers=False)
     name, layers = decoder_layers(model, config)
+    if getattr(config.get_text_config(), "hidden_size_per_layer_input", None):  # Gemma 3n and 4
+        raise ArchitectureError(
+            f"{config.model_type!r} gives each layer a second input for each token",
+            "lowmem runs it, and converts models whose layers take hidden states alone",
+        )
     for index, layer in enumerate(layers):
         _check_plain(config.model_type, f"{name}.{index}", layer)
     calls = _probe(model, layers, config.model_type)

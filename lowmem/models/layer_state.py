@@ -69,6 +69,8 @@ _OTHERS = {
     "blt": "reads bytes in patches of changing length",
     "cpmant": "takes prompts in a format of its own",
     "git": "reads an image before the text",
+    "hrm_text": "runs its layers several times for each token",
+    "openai-gpt": "keeps no keys and values, so each token would compute the whole text again",
     "reformer": "keeps buckets of hidden states instead of keys and values",
     "xlnet": "does not read text from left to right",
 }

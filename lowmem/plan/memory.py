@@ -87,7 +87,7 @@ def _held(tensor: Tensor, form: Form) -> int:
 def kv_cache_bytes(shape: ModelShape, form: Form, context: int, layers: int | None = None) -> int:
     """Bytes of keys and values of `context` tokens in a number of decoder layers (None: all)."""
     count = shape.layers if layers is None else layers
-    return 2 * count * shape.kv_heads * shape.head_dim * form.itemsize * context
+    return shape.kv_values * count // shape.layers * form.itemsize * context
 
 
 def workspace_bytes(

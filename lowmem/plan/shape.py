@@ -8,7 +8,8 @@ a matrix in a decoder layer. tests/plan/test_shape.py holds the result equal to 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,6 +23,7 @@ from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
 from lowmem.models.layer_state import check_layer_state
 from lowmem.models.positions import longest_sequence
+from lowmem.plan.kv_values import kv_values
 
 _LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
 # Masks and rotary tables of old checkpoints, which current models compute.
@@ -75,6 +77,8 @@ class ModelShape:
     """Every distinct linear of the decoder layers."""
     format: QuantizationFormat | None
     """How quantized linears are stored; None for a model in 16 or 32 bits."""
+    kv_values: int
+    """Numbers that the KV cache of all layers keeps for one token."""
     learned_positions: int
     """Rows of the table of position embeddings; 0 without one."""
     whole_reads: bool = False
@@ -157,13 +161,15 @@ def _shape(
     tied = config.get("tie_word_embeddings") is not False and any(n.endswith(_EMBEDDINGS) for n in headers)
     tensors: list[Tensor] = []
     linears: dict[LinearSpec, None] = {}
+    prefix = _layers_prefix(headers)
     for name, header in headers.items():
         if name.endswith(_LEGACY) or (tied and name.endswith(_HEADS)):
             continue
         match = _LAYER.match(name)
-        layer = int(match[2]) if match else -1
+        layer = int(match[2]) if match and match[1] == prefix else -1
         packed = format is not None and name.endswith(_PACKED)
         linear = layer >= 0 and not packed and len(header.shape) == 2 and name.endswith(".weight")
+        linear = linear and not name.endswith("norm.weight")  # a row for each head
         if linear:
             bias = f"{name.removesuffix('.weight')}.bias" in headers
             linears[LinearSpec(header.shape[1], header.shape[0], bias)] = None
@@ -180,13 +186,16 @@ def _shape(
             "Download or copy it again",
         )
     hidden = _int(config, path, "hidden_size", "n_embd", "d_model")
-    heads = _int(config, path, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    heads = _int(config, path, "num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads")
     if not layers or not linears:
         raise SourceError(f"{path} holds no decoder layers", "Give a decoder-only model")
-    if config.get("multi_query", config.get("model_type") == "gpt_bigcode"):
+    if config.get("new_decoder_architecture") is True:  # Falcon repeats its KV heads before it keeps them
+        kv_heads = heads
+    elif config.get("multi_query", config.get("model_type") == "gpt_bigcode"):
         kv_heads = 1
     else:
         kv_heads = _optional(config, "num_key_value_heads") or heads
+    head_dim = _optional(config, "head_dim", "kv_channels") or hidden // heads
     embedding = next((t for t in tensors if t.name.endswith(_EMBEDDINGS)), None)
     table = next((t for t in tensors if t.layer < 0 and t.name.endswith("wpe.weight")), None)
     return ModelShape(
@@ -195,16 +204,23 @@ def _shape(
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_optional(config, "head_dim") or hidden // heads,
+        head_dim=head_dim,
         vocab=embedding.shape[0] if embedding else _int(config, path, "vocab_size"),
         positions=longest_sequence(config),
         stored=_dtype(config, headers),
         tensors=tuple(tensors),
         linears=tuple(linears),
         format=format,
+        kv_values=kv_values(config, layers, kv_heads, head_dim),
         learned_positions=table.shape[0] if table else 0,
         whole_reads=any(header.file.endswith(".gguf") for header in headers.values()),
     )
+
+
+def _layers_prefix(names: Iterable[str]) -> str | None:
+    """What precedes the number of a decoder layer: of all numbered lists the one with the most tensors."""
+    counts = Counter(match[1] for match in map(_LAYER.match, names) if match)
+    return max(counts, key=lambda prefix: counts[prefix], default=None)
 
 
 def _dtype(config: Mapping[str, object], headers: Mapping[str, TensorHeader]) -> str:

@@ -75,7 +75,7 @@ class StreamedModel:
     @property
     def hidden(self) -> int:
         """Features of a hidden state."""
-        return self.arch.shapes[self.arch.embedding][1]
+        return self.arch.hidden
 
     @cached_property
     def key(self) -> dict[str, object]:

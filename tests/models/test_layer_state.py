@@ -113,7 +113,7 @@ def test_an_older_config_does_not_list_its_layers() -> None:
 
 
 def test_a_hybrid_family_without_state_is_accepted(tmp_path: Path) -> None:
-    settings = {**SIZES, "layer_types": ["attention"] * 2, "num_local_experts": 0}
+    settings = {**SIZES, "layer_types": ["attention"] * 2, "num_local_experts": 0, "mamba_n_heads": 8}
     config = AutoConfig.for_model("granitemoehybrid", **settings, shared_intermediate_size=48)
     check_layer_state({"model_type": "granitemoehybrid", "layer_types": ["attention"] * 2})
     assert len(inspect(config).layers) == 2

@@ -43,6 +43,7 @@ def shape_of(layers: int = 4, hidden: int = 512, heads: int = 8, kv_heads: int =
         tensors=tuple(tensors),
         linears=tuple(LinearSpec(inputs, outputs) for inputs, outputs in linears),
         format=None,
+        kv_values=2 * layers * kv_heads * hidden // heads,
         learned_positions=0,
     )
 

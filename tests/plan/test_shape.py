@@ -7,6 +7,7 @@ real forward pass are the oracle.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,54 @@ def test_headers_and_probe_agree(family: str, tmp_path: Path) -> None:
     for layer in cache.layers:
         for kept in (layer.keys, layer.values):
             assert kept.shape == (1, shape.kv_heads, 5, shape.head_dim)
+
+
+FOUR = {
+    **{name: value for name, value in LLAMA.items() if name != "num_hidden_layers"},
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 32,
+}
+OWN_KV: dict[str, dict[str, Any]] = {
+    "falcon": {**NO_GROUPS, "multi_query": True},
+    "falcon (new decoder)": {**NO_GROUPS, "new_decoder_architecture": True, "num_kv_heads": 3},
+    "falcon (all heads)": {**NO_GROUPS, "multi_query": False},
+    "minicpm3": {
+        **NO_GROUPS,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 48,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "num_key_value_heads": 6,
+    },
+    "xglm": {**COMMON, "d_model": 96, "ffn_dim": 160, "num_layers": 3, "attention_heads": 6},
+    "gemma4_text": {**FOUR, "global_head_dim": 32},
+    "gemma4_text (shared)": {**FOUR, "global_head_dim": 32, "num_kv_shared_layers": 2},
+    "gemma4_text (one head)": {
+        **FOUR,
+        "global_head_dim": 32,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("stored", ["as transformers 5", "as before"])
+@pytest.mark.parametrize("family", OWN_KV)
+def test_kv_values_are_those_of_the_cache(family: str, stored: str, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING[family.partition(" ")[0]](**OWN_KV[family])
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    if stored == "as before":  # the settings that the layers' own ones are made from
+        written = json.loads((tmp_path / "config.json").read_text())
+        written = {**written, **OWN_KV[family]}
+        written.pop("per_layer_config", None)
+        (tmp_path / "config.json").write_text(json.dumps(written))
+    with torch.no_grad():
+        cache = model(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    kept = [rows for layer in cache.layers for rows in (layer.keys, layer.values) if rows is not None]
+    assert read_shape(tmp_path).kv_values == sum(rows.shape[1] * rows.shape[3] for rows in kept)

@@ -32,6 +32,8 @@ from lowmem.benchmarks.experiments.families.trial import (
 from lowmem.benchmarks.experiments.families.variants import Variant, variants
 
 from lowmem.config import PREFILL_CHUNK
+from lowmem.errors import ArchitectureError
+from lowmem.models.layer_state import check_layer_state
 
 PAGE = ROOT / "docs" / "models.md"
 _LARGEST = 100_000_000
@@ -65,9 +67,15 @@ def record(names: Sequence[str], work: Path) -> Record:
 def _tried(variant: Variant, work: Path) -> Outcome:
     try:
         text = text_type(variant)
-        return Outcome(variant.name, untried=text) if text else try_variant(variant, work)
+        if not text:
+            return try_variant(variant, work)
     except Exception as error:  # a config that rejects the sweep's sizes
-        return Outcome(variant.name, untried=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    try:  # a config alone may be enough
+        check_layer_state({**variant.settings, "model_type": variant.family})
+    except ArchitectureError as error:
+        return Outcome(variant.name, refused=str(error))
+    return Outcome(variant.name, untried=text)
 
 
 def text_type(variant: Variant) -> str:
@@ -137,10 +145,10 @@ language model in transformers, and for options that change its arithmetic, it m
 weights, and compares lowmem with transformers:
 
 - `lowmem plan` must find the model's own layers, linears, numbers and KV cache;
-- the {NEW} greedy tokens after prompts of {SHORT} and {LONG} tokens must be transformers' in float32 (a prompt
-  is computed in chunks of {PREFILL_CHUNK});
-- converted to 8 bits, `lowmem verify` must pass, and the folder must load again with a KL divergence of at
-  most {KLD} nats;
+- the {NEW} greedy tokens after prompts of {SHORT} and {LONG} tokens must be transformers' in float32 (prompts
+  are computed in chunks of {PREFILL_CHUNK});
+- converted to 8 bits, `lowmem verify` must pass, and the folder must load again with a KL divergence
+  of at most {KLD} nats;
 - or plan, run and convert must refuse it for one and the same reason.
 
 A tiny model shows that the arithmetic is right. It says nothing of the quality of a trained model.

@@ -21,7 +21,7 @@ from lowmem.errors import LowmemError
 from lowmem.generate.engine import Engine
 from lowmem.loading.loader import LoadOptions, load
 from lowmem.models.architecture import decoder_layers
-from lowmem.plan.shape import ModelShape, read_shape
+from lowmem.plan.shape import read_shape
 
 SHORT, LONG = 7, PREFILL_CHUNK + 100
 """Tokens of the prompts; the long one takes two chunks, and passes every window of the sweep."""
@@ -77,8 +77,7 @@ class Outcome:
 def try_variant(variant: Variant, work: Path) -> Outcome:
     """Make the model in `work`, a folder that is emptied, and try everything."""
     folder, packed = work / "source", work / "packed"
-    for part in (folder, packed):
-        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(work)
     model = make(variant)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -163,12 +162,12 @@ def _compare_shape(folder: Path, model: Any) -> str:
     stored = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
     with torch.no_grad():
         cache = model(tokens(5), use_cache=True).past_key_values
-    kept = [rows for layer in cache.layers for rows in (layer.keys, layer.values)]
+    kept = [rows for layer in cache.layers for rows in (layer.keys, layer.values) if rows is not None]
     pairs: dict[str, tuple[object, object]] = {
         "layers": (shape.layers, len(layers)),
         "numbers": (sum(tensor.numel for tensor in shape.tensors), sum(stored.values())),
         "vocabulary": (shape.vocab, model.get_input_embeddings().weight.shape[0]),
-        "KV of a token": (_kv(shape), sum(rows.shape[1] * rows.shape[3] for rows in kept)),
+        "KV of a token": (shape.kv_values, sum(rows.shape[1] * rows.shape[3] for rows in kept)),
     }
     if linears:  # GPT-2 and its relatives have another kind of module
         sizes = {(linear.in_features, linear.out_features) for linear in linears}
@@ -176,10 +175,6 @@ def _compare_shape(folder: Path, model: Any) -> str:
         pairs["count of linears"] = sum(tensor.linear for tensor in shape.tensors), len(linears)
     wrong = [f"{name} {ours}, not {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
     return "; ".join(wrong) or OK
-
-
-def _kv(shape: ModelShape) -> int:
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim
 
 
 def _compare_tokens(folder: Path, model: Any, count: int) -> str:

@@ -24,7 +24,26 @@ _HEADS = {"head_dim": 32}
 _WINDOW = {"sliding_window": 48}
 _BOTH = ("sliding_attention", "full_attention")
 _MIXED = {**_WINDOW, "layer_types": list(_BOTH)}
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_EXPERTS = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+}
+_FOUR = {
+    "num_hidden_layers": 4,
+    "sliding_window": 48,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+_PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32}
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 _GPT: dict[str, Any] = {
     **_TOKENS,
     "vocab_size": VOCABULARY,
@@ -59,11 +78,11 @@ _LONG = {
 _MLA = {
     "q_lora_rank": 32,
     "kv_lora_rank": 32,
-    "qk_rope_head_dim": 16,
+    "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     "num_key_value_heads": 4,
-    "head_dim": 16,
+    "head_dim": 32,
 }
 
 OWN: Mapping[str, Mapping[str, Any]] = {
@@ -100,17 +119,6 @@ OWN: Mapping[str, Mapping[str, Any]] = {
         "dff": 128,
         "n_positions": POSITIONS,
     },
-    "xglm": {
-        **_TOKENS,
-        "vocab_size": VOCABULARY,
-        "d_model": 64,
-        "ffn_dim": 128,
-        "num_layers": 2,
-        "attention_heads": 4,
-        "max_position_embeddings": POSITIONS,
-    },
-    "opt": {**BASE, "ffn_dim": 128, "word_embed_proj_dim": 64},
-    "biogpt": BASE,
     "dbrx": {
         **_TOKENS,
         "vocab_size": VOCABULARY,
@@ -158,46 +166,25 @@ OWN: Mapping[str, Mapping[str, Any]] = {
 """The settings of families that spell them in their own way; all others get BASE."""
 
 MORE: Mapping[str, Mapping[str, Any]] = {
-    "deepseek_v2": {
-        **_MLA,
-        **_EXPERTS,
-        "n_routed_experts": 4,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "deepseek_v3": {
-        **_MLA,
-        **_EXPERTS,
-        "n_routed_experts": 4,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
-    "deepseek_v32": {
-        **_MLA,
-        **_EXPERTS,
-        "n_routed_experts": 4,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "axk1": _MLA,
+    "axk2": _MLA,
+    "deepseek_v2": _MLA,
+    "deepseek_v3": _MLA,
+    "deepseek_v32": _MLA,
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "glm4_moe_lite": _MLA,
+    "longcat_flash": {**_MLA, "num_layers": 1, "ffn_hidden_size": 128, "expert_ffn_hidden_size": 64},
     "minicpm3": _MLA,
-    "dots1": {
-        **_HEADS,
-        **_EXPERTS,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "youtu": _MLA,
+    "dots1": _HEADS,
     "hunyuan_v1_dense": _HEADS,
-    "hunyuan_v1_moe": {**_HEADS, **_EXPERTS},
-    "cohere_compass_text": {"layer_types": ["full_attention"] * 2},
+    "hunyuan_v1_moe": _HEADS,
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _PLAIN}},
+    "gemma3n_text": {**_HEADS, **_FOUR, **_PER_LAYER, "num_kv_shared_layers": 0, "laurel_rank": 32},
+    "gemma4_text": {**_HEADS, **_FOUR, **_PER_LAYER, "global_head_dim": 64},
+    "gemma4_unified_text": {**_HEADS, **_MIXED, "global_head_dim": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "zaya": {"num_experts_per_tok": 1},
-    "cohere": {},
     "cohere2": _MIXED,
     "exaone4": _MIXED,
     "gemma": _HEADS,
@@ -213,17 +200,18 @@ MORE: Mapping[str, Mapping[str, Any]] = {
     "glm": {"head_dim": 16},
     "glm4": {"head_dim": 16},
     "helium": {"head_dim": 16},
-    "gpt_oss": {**_MIXED, **_EXPERTS, "head_dim": 16},
+    "gpt_oss": {**_MIXED, "head_dim": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "mistral": _WINDOW,
     "ministral": {**_MIXED, **_HEADS},
-    "ministral3": {},
     "olmo3": _MIXED,
     "phi3": _WINDOW,
     "qwen3": _HEADS,
-    "qwen3_next": {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "smollm3": {"no_rope_layers": [1, 0]},
     "starcoder2": _WINDOW,
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "xglm": {"d_model": 64, "ffn_dim": 128, "num_layers": 2, "attention_heads": 4},
 }
 """Settings beside BASE."""
 
@@ -249,6 +237,12 @@ OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "new decoder": {"new_decoder_architecture": True, "num_kv_heads": 2},
         "sequential": {"parallel_attn": False, "bias": True, "multi_query": False},
     },
+    "gemma3n_text": {"shared keys": {"num_kv_shared_layers": 2}},
+    "gemma4_text": {
+        "shared keys": {"num_kv_shared_layers": 2},
+        "keys as values": {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    },
+    "minicpm3": {"no q rank": {"q_lora_rank": None}},
     "mistral": {"no window": {"sliding_window": None}},
     "qwen2": {
         "windows": {**_WINDOW, "use_sliding_window": True, "max_window_layers": 1},
@@ -279,7 +273,6 @@ OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
             "attention_multiplier": 0.1,
         }
     },
-    "gpt_neo": {},
     "nemotron": {"biases": {"attention_bias": True, "mlp_bias": True}},
     "bloom": {"residual after norm": {"apply_residual_connection_post_layernorm": True}},
     "granitemoehybrid": {
@@ -319,16 +312,16 @@ def families() -> list[str]:
 
 def variants(family: str) -> Iterator[Variant]:
     """The models of a family."""
-    first = OWN.get(family) or {**BASE, **_experts(family), **MORE.get(family, {})}
+    first = OWN.get(family) or {**_known(family, {**BASE, **_EXPERTS}), **MORE.get(family, {})}
     yield Variant(family, "", first)
     for option, settings in OPTIONS.get(family, {}).items():
         yield Variant(family, option, {**first, **settings})
 
 
-def _experts(family: str) -> dict[str, Any]:
-    """The settings of experts that the family's config has."""
+def _known(family: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the family's config has; others would be stored without meaning."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family]
     names = {*kind.__dataclass_fields__, *kind.attribute_map}
-    return {name: value for name, value in _EXPERTS.items() if name in names}
+    return {name: value for name, value in settings.items() if name in names}

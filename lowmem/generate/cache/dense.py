@@ -7,11 +7,11 @@ the filled part. The memory is what the plan computed, and dropping tokens only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
 
 from lowmem.generate.cache.contract import UNSCALED, FixedView, KVCache, Layout, Slot
 
@@ -133,14 +133,11 @@ class _FixedLayer(CacheLayerMixin):
 
 
 class _DenseFixedView(FixedView):
-    def __init__(self, layers: Sequence[_Layer], size: int) -> None:
+    def __init__(self, layers: Sequence[_Layer], reused: Collection[int], size: int) -> None:
         self._position = torch.zeros((), dtype=torch.long, device=layers[0].device)
         rows = [_rows(layer) for layer in layers]
-        super().__init__(
-            layers=[
-                _FixedLayer(keys[:, :, :size], values[:, :, :size], self._position) for keys, values in rows
-            ]
-        )
+        fixed = [_FixedLayer(keys[:, :, :size], values[:, :, :size], self._position) for keys, values in rows]
+        super().__init__(layers=_with_reused(fixed, reused))
 
     def seek(self, length: int) -> None:
         """See `FixedView.seek`; nothing waits for the device."""
@@ -150,10 +147,11 @@ class _DenseFixedView(FixedView):
 class DenseSlot(Slot):
     """One sequence's part of a `DenseKVCache`; see `Slot` for the methods."""
 
-    def __init__(self, index: int, buffers: Sequence[_Buffers]) -> None:
+    def __init__(self, index: int, buffers: Sequence[_Buffers], reused: Collection[int] = ()) -> None:
         super().__init__(index, buffers[0].capacity)
         self.layers = [_Layer(part, index) for part in buffers]
-        self._view = Cache(layers=list(self.layers))
+        self._reused = reused
+        self._view = Cache(layers=_with_reused(self.layers, reused))
 
     @property
     def length(self) -> int:
@@ -164,7 +162,7 @@ class DenseSlot(Slot):
         return self._view
 
     def fixed_view(self, size: int) -> FixedView:
-        return _DenseFixedView(self.layers, size)
+        return _DenseFixedView(self.layers, self._reused, size)
 
     def layout(self) -> Layout:
         found = {
@@ -211,18 +209,36 @@ class DenseSlot(Slot):
 
 
 class DenseKVCache(KVCache):
-    """A KV cache for a model of `layers` decoder layers, in the dtype and on the devices of its layers."""
+    """A KV cache for a model of `layers` decoder layers, in the dtype and on the devices of its layers.
 
-    def __init__(self, layers: int, capacity: int, slots: int = 1) -> None:
+    reused: indices of the layers that keep nothing, since they read the keys and values of an earlier layer.
+    """
+
+    def __init__(self, layers: int, capacity: int, slots: int = 1, *, reused: Collection[int] = ()) -> None:
         if min(layers, capacity, slots) < 1:
             raise ValueError(f"a KV cache of {layers} layers, {capacity} tokens and {slots} slots")
         self.capacity = capacity
-        self._buffers = [_Buffers(slots, capacity) for _ in range(layers)]
-        self.slots = tuple(DenseSlot(index, self._buffers) for index in range(slots))
+        self._buffers = [_Buffers(slots, capacity) for _ in range(layers - len(reused))]
+        self.slots = tuple(DenseSlot(index, self._buffers, reused) for index in range(slots))
 
     @property
     def nbytes(self) -> int:
         return sum(buffers.nbytes for buffers in self._buffers)
+
+
+def reused_layers(config: Any) -> tuple[int, ...]:
+    """The layers of a model that read the keys and values of an earlier one, as in Gemma 3n and 4.
+
+    config: transformers' config of the text model.
+    """
+    modes = getattr(config, "kv_sharing_modes", None) or ()
+    return tuple(index for index, mode in enumerate(modes) if mode == "reuse")
+
+
+def _with_reused(layers: Sequence[CacheLayerMixin], reused: Collection[int]) -> list[Any]:
+    """The layers that keep rows, and at the indices `reused` layers that keep none."""
+    kept = iter(layers)
+    return [DummyLayer() if i in reused else next(kept) for i in range(len(layers) + len(reused))]
 
 
 def _rows(layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
