@@ -9,8 +9,8 @@ def kv_values(config: Mapping[str, object], layers: int, kv_heads: int, head_dim
     """The numbers that all layers together keep for one token.
 
     config: the keys of config.json, of the text model. kv_heads, head_dim: of a usual layer. Covers latent
-    attention (DeepSeek), values of another width than keys, layers with heads of their own and layers that
-    reuse the keys and values of an earlier one (Gemma 3n and 4).
+    attention (DeepSeek), values of another width than keys, layers with heads of their own (Gemma 4, MiMo),
+    and layers that reuse the keys and values of an earlier one (Gemma 3n and 4).
     """
     latent, rotated = _size(config, "kv_lora_rank"), _size(config, "qk_rope_head_dim")
     if latent and rotated:
@@ -32,7 +32,10 @@ def _own_settings(config: Mapping[str, object], layer: int) -> Mapping[str, obje
         own = listed.get(str(layer))
         return own if isinstance(own, Mapping) else {}
     kinds = config.get("layer_types")
-    if not isinstance(kinds, list) or kinds[layer : layer + 1] != ["full_attention"]:
+    kind = kinds[layer] if isinstance(kinds, list) and layer < len(kinds) else None
+    if kind == "sliding_attention" and config.get("model_type") == "mimo_v2_flash":
+        return {"num_key_value_heads": 2 * (_size(config, "num_key_value_heads") or 1)}
+    if kind != "full_attention":
         return {}
     found = {"head_dim": config.get("global_head_dim")}
     if config.get("attention_k_eq_v", True):

@@ -130,7 +130,7 @@ def _reason(outcome: Outcome) -> str:
     """One sentence: the hint of a refusal is left out."""
     if outcome.fault:
         return describe(outcome)
-    said = outcome.untried or outcome.refused or outcome.convert.removeprefix(REFUSED)
+    said: str = outcome.untried or outcome.refused or outcome.convert.removeprefix(REFUSED)
     return said.split(". ")[0]
 
 

@@ -81,7 +81,7 @@ def try_variant(variant: Variant, work: Path) -> Outcome:
     model = make(variant)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        file = resources.files("lowmem").joinpath("data/tiny-starchat", name)
+        file = resources.files("lowmem").joinpath("data/tiny-starchat/" + name)
         (folder / name).write_bytes(file.read_bytes())
     refused = _refusals(folder, packed)
     if refused:
