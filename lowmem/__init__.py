@@ -17,11 +17,12 @@ _MODULES = {
     "load": "api",
     "make_plan": "api",
     "open_model": "api",
+    "patch_transformers": "transformers_patch",
 }
 """Public name → the module of lowmem that defines it. `convert` is a subpackage: lowmem.convert.convert."""
 
 __all__ = ["LowmemError", "ModelRequest", "QuantConfig", "SamplingParams", "Session", "__version__", "load"]
-__all__ += ["make_plan", "open_model"]
+__all__ += ["make_plan", "open_model", "patch_transformers"]
 
 
 def __getattr__(name: str) -> object:

@@ -7,5 +7,6 @@ from lowmem.config import SamplingParams as SamplingParams
 from lowmem.errors import LowmemError as LowmemError
 from lowmem.plan.request import ModelRequest as ModelRequest
 from lowmem.session import Session as Session
+from lowmem.transformers_patch import patch_transformers as patch_transformers
 
 __version__: str

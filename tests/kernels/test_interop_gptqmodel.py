@@ -25,10 +25,12 @@ import pytest
 import torch
 from lowmem.convert.recipe import ConvertOptions
 
+import lowmem
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_zeros
-from lowmem.config import BITS, QuantConfig
+from lowmem.config import BITS, QuantConfig, SamplingParams
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadOptions, load
+from lowmem.session import Session
 from tests.checkpoint.gptqmodel_packing import packing_cases, through_gptqmodel
 from tests.convert.convert_helpers import quick_convert
 from tests.helpers import REPO, save_source, tiny_model
@@ -38,6 +40,7 @@ MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
 HIDDEN = 128
+PROMPT = "def main(argv):"
 IDS = torch.randint(0, 4096, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
@@ -86,6 +89,9 @@ def _jobs() -> list[Job]:
         Job(big, 4, 64, True, "gptq_torch_fused", "bfloat16"),
         Job(llama, 8, 64, True, reader="transformers"),
         Job(llama, 4, 32, False, reader="transformers"),
+        Job(big, 4, 64, True, reader="transformers"),
+        Job(big, 2, 32, False, reader="transformers"),
+        Job(big, 4, 64, True, reader="pipeline"),
         Job(big, 4, 64, True, reader="optimum"),
         Job(big, 3, -1, True, reader="optimum"),
         Job(big, 2, 32, False, reader="optimum"),
@@ -246,6 +252,14 @@ def test_config_means_the_same_to_optimum_and_transformers(job: Job, results: Re
     assert config == {"optimum": wanted, "transformers": wanted}
 
 
+def test_the_pipeline_of_the_model_card_answers_as_lowmem_does(results: Results) -> None:
+    (job,) = [job for job in JOBS if job.reader == "pipeline"]
+    results.of(job)
+    session = Session(lowmem.open_model(str(results.checkpoint(job)), device="cpu", dtype="float32"))
+    answer = session.complete(PROMPT, SamplingParams(temperature=0, max_new_tokens=8), raw=True)
+    assert (results.checkpoint(job) / "answer.txt").read_text() == answer.text
+
+
 @pytest.mark.slow
 def test_every_width_and_group_size_of_llama(results: Results) -> None:
     """What is left out of the quick tests."""
@@ -283,7 +297,12 @@ def _read_all(folder: Path) -> None:
 def _read(job: Job, checkpoint: Path) -> dict[str, Any]:
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 
-    readers = {"GPTQModel": _with_gptqmodel, "transformers": _with_transformers, "optimum": _with_optimum}
+    readers = {
+        "GPTQModel": _with_gptqmodel,
+        "transformers": _with_transformers,
+        "pipeline": _with_pipeline,
+        "optimum": _with_optimum,
+    }
     model = readers[job.reader](job, checkpoint)
     packed = {n: m for n, m in model.named_modules() if isinstance(m, BaseQuantLinear)}
     names = [type(module).__name__ for module in packed.values()]
@@ -304,9 +323,11 @@ def _with_gptqmodel(job: Job, checkpoint: Path) -> Any:
 
 
 def _with_transformers(job: Job, checkpoint: Path) -> Any:
-    """from_pretrained, which loads GPTQ of llama but not of gpt_bigcode: see lowmem/loading/loader.py."""
+    """from_pretrained: of llama as it is, of gpt_bigcode once it is patched."""
     from transformers import AutoModelForCausalLM, GPTQConfig
 
+    if job.kind != "llama":
+        lowmem.patch_transformers()
     # Of this, from_pretrained takes the backend alone, the rest is the checkpoint's own.
     choice = GPTQConfig(bits=job.bits, backend=job.backend)
     return AutoModelForCausalLM.from_pretrained(
@@ -314,8 +335,25 @@ def _with_transformers(job: Job, checkpoint: Path) -> Any:
     ).eval()
 
 
+def _with_pipeline(job: Job, checkpoint: Path) -> Any:
+    """The model of the pipeline on the model card, after it has answered."""
+    from transformers import GPTQConfig, pipeline
+
+    lowmem.patch_transformers()
+    choice = GPTQConfig(bits=job.bits, backend=job.backend)
+    pipe = pipeline(
+        "text-generation",
+        model=str(checkpoint),
+        dtype=getattr(torch, job.dtype),
+        model_kwargs={"quantization_config": choice},
+    )
+    (answer,) = pipe(PROMPT, max_new_tokens=8, do_sample=False, return_full_text=False)
+    (checkpoint / "answer.txt").write_text(answer["generated_text"])
+    return pipe.model
+
+
 def _with_optimum(job: Job, checkpoint: Path) -> Any:
-    """optimum's reader by hand, which is what works for gpt_bigcode."""
+    """optimum's reader by hand, without from_pretrained."""
     from optimum.gptq import GPTQQuantizer
     from safetensors.torch import load_file
     from transformers import AutoConfig
