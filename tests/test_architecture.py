@@ -29,6 +29,7 @@ RANKS = {
     "lowmem.server": 10,
     "lowmem.doctor": 10,
     "lowmem.api": 10,
+    "lowmem.transformers_patch": 10,
     "lowmem.commands": 11,
     "lowmem.cli": 12,
     "lowmem.__main__": 13,
