@@ -125,15 +125,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     result.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
+    output.add_argument("-q", "--quiet", action="store_true", help="print nothing but warnings and errors")
     output.add_argument("--json", action="store_true", help="print one JSON object per line")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert with the given arguments, and return the exit code."""
     from lowmem.models.layer_state import check_checkpoint
+    from lowmem.plan.shape import check_convertible
 
     check_checkpoint(Path(args.source))  # before torch is imported
+    check_convertible(args.source)
     from lowmem.convert.calibration import CalibrationSpec
     from lowmem.convert.job import ConversionJob
     from lowmem.convert.pipeline import convert

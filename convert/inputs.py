@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lowmem.convert.calibration import CalibrationRows, CalibrationSpec, load_rows
 from lowmem.convert.math import products
+from lowmem.convert.progress import Reporter
 from lowmem.convert.recipe import RECIPE_VERSION, ConvertOptions, Recipe, compute_dtype
 from lowmem.convert.stages.sizes import Workload
 
 import lowmem
+from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.config import QuantConfig
 from lowmem.errors import CalibrationError, RecipeError
 from lowmem.models.architecture import Architecture, inspect
 from lowmem.models.dialogue import Dialogue
+from lowmem.models.experts import refuse_experts
 from lowmem.plan.device import resolve_device
 from lowmem.streaming.weights import ModelWeights
 from lowmem.text.units import format_bytes
@@ -95,17 +98,21 @@ def prepare(
     config: QuantConfig | None,
     calibration: CalibrationSpec,
     options: ConvertOptions,
-    message: Callable[[str], None],
+    reporter: Reporter,
 ) -> ConversionInputs:
     """Open the source, read the calibration rows and check the options.
 
-    message: called with each notice for the user. Raises LowmemError for errors that the user can correct.
+    reporter: receives each notice for the user. Raises LowmemError for errors that the user can correct.
     """
-    source = open_source(source_name, revision=options.revision, progress=message, quantized=False)
+    opened = open_source(source_name, options.revision, progress=reporter.message, quantized=False)
+    refuse_experts(opened.display, opened.infos)
+    source = fitted(opened)
+    for note in source.notes:
+        reporter.warning(note)
     model_config = source.config()
     arch = inspect(model_config)
     weights = ModelWeights(source, arch)
-    chosen = fit_group_size(config, arch, message)
+    chosen = fit_group_size(config, arch, reporter.message)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit and calibration.row_length > limit:
         raise CalibrationError(

@@ -65,7 +65,7 @@ def convert(
     if target is not None:  # before the slow part
         reporter.target(target)
         _check_out(ConversionJob(target), options)
-    inputs = prepare(str(source), config, calibration, options, reporter.message)
+    inputs = prepare(str(source), config, calibration, options, reporter)
     if target is None:
         target = _cache_folder(str(source), inputs.recipe.config, calibration, options)
         reporter.target(target)

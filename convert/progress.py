@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Reporter:
-    """Receives the events of a conversion; this one prints nothing (`--quiet`)."""
+    """Receives the events of a conversion; this one prints nothing but warnings (`--quiet`)."""
 
     folder: Path | None = None
     """The folder to create, once it is known."""
@@ -37,6 +37,10 @@ class Reporter:
 
     def message(self, text: str) -> None:
         """A notice for the user."""
+
+    def warning(self, text: str) -> None:
+        """A notice that is shown even with `--quiet`: the checkpoint is not what its config says."""
+        print(text, file=sys.stderr, flush=True)
 
     def phase(self, layer: int, text: str) -> None:
         """The current stage, as `rounding of mlp.c_fc`."""
@@ -96,6 +100,9 @@ class LineReporter(Reporter):
 
     def message(self, text: str) -> None:
         self._line(text)
+
+    def warning(self, text: str) -> None:
+        self.message(text)
 
     def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
         self.layers, self._first, self._began = layers, finished, time.monotonic()

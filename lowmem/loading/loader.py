@@ -20,6 +20,7 @@ from torch import nn
 
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.formats import QuantizationFormat
+from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.digests import check_small
 from lowmem.errors import SourceError
@@ -122,6 +123,12 @@ def load(
         check_small(source.path, notify)
     dtype = options.dtype or default_dtype(config, device)
     model = build_model(config, dtype, buffers=True)
+    source = fitted(source, model)
+    for note in source.notes:
+        notify(note)
+    if source.untied:
+        config = source.config()
+        model = build_model(config, dtype, buffers=True)
     dialogue = Dialogue.detect(tokenizer)
     # An answer ends at the end of a turn, and at what the checkpoint's files call the end of text.
     stop_ids = end_token_ids(tokenizer, dialogue, config, source.generation_config())

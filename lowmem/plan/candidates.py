@@ -72,7 +72,7 @@ def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> l
     """The versions that `lowmem convert` could still make of a 16-bit source among `candidates`."""
     found = list(candidates)
     source = next((c for c in found if c.form.method == "dense"), None)
-    if source is None:
+    if source is None or source.shape.experts:
         return []
     there = {c.bits for c in found if c.form.method == "gptq"}
     made = []
@@ -136,6 +136,8 @@ def _versions(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
         Candidate(d, 32 if d == "float32" else 16, Form("dense", d), path, shape)
         for d in dict.fromkeys((stored, short))
     ]
+    if shape.experts:  # their experts are no linears, and stay in 16 bits
+        return dense
     return [
         *dense,
         Candidate(ON_THE_FLY["int8"], 8, Form("int8", short), path, shape),

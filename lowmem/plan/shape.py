@@ -17,10 +17,13 @@ from pathlib import Path
 from lowmem.checkpoint.foreign import refuse_foreign
 from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.headers.folder import TensorHeader, gguf_metadata, read_config_json, tensor_headers
+from lowmem.checkpoint.headers.heads import EMBEDDINGS, HEADS, own_heads
 from lowmem.checkpoint.manifest import find_quantization
 from lowmem.checkpoint.packed_headers import packed_linears
+from lowmem.checkpoint.source.text_names import is_left_out, text_name
 from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
+from lowmem.models.experts import is_expert, refuse_experts
 from lowmem.models.layer_state import check_layer_state
 from lowmem.models.positions import longest_sequence
 from lowmem.plan.kv_values import kv_values
@@ -28,8 +31,8 @@ from lowmem.plan.kv_values import kv_values
 _LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
 # Masks and rotary tables of old checkpoints, which current models compute.
 _LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "rope_freqs.weight")
-_HEADS = ("lm_head.weight",)
-_EMBEDDINGS = ("wte.weight", "embed_tokens.weight", "token_embd.weight", "embed_in.weight")
+_ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
+"""What chooses among experts is a parameter of transformers' models, not a linear."""
 GROUP_SIZES = (128, 64, 32)
 """The converter takes the first that divides the inputs of every linear."""
 _PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
@@ -83,6 +86,8 @@ class ModelShape:
     """Rows of the table of position embeddings; 0 without one."""
     whole_reads: bool = False
     """Tensors are read whole, as from a GGUF, not in slices."""
+    experts: bool = False
+    """It is a mixture of experts, which runs in 16 or 32 bits only."""
 
     @property
     def linear_sizes(self) -> frozenset[tuple[int, int]]:
@@ -117,11 +122,25 @@ def read_shape(path: Path) -> ModelShape:
         config = read_config_json(path)
         format = find_quantization(path)
         packed_linears(headers, format)
+    tied = config.get("tie_word_embeddings")
     text = config.get("text_config")
     if isinstance(text, dict):
-        config = {**config, **text}
+        config = {**config, **text, **({} if tied is None else {"tie_word_embeddings": tied})}
     check_layer_state(config)
-    return _shape(path, headers, config, format)
+    own = own_heads(folder, headers)
+    if isinstance(text, dict) or "vision_config" in config:
+        headers = {name: header for name, header in headers.items() if not is_left_out(name)}
+    return _shape(path, headers, config, format, own)
+
+
+def check_convertible(source: str) -> None:
+    """Raise ArchitectureError for a mixture of experts on this machine, before torch is imported."""
+    path = Path(source).expanduser()
+    try:
+        headers = tensor_headers(path)
+    except SourceError:  # not there, or damaged: the converter says so
+        return
+    refuse_experts(source, headers)
 
 
 def as_converted(source: ModelShape, bits: int) -> ModelShape:
@@ -157,24 +176,29 @@ def _shape(
     headers: Mapping[str, TensorHeader],
     config: Mapping[str, object],
     format: QuantizationFormat | None,
+    own_heads: set[str],
 ) -> ModelShape:
-    tied = config.get("tie_word_embeddings") is not False and any(n.endswith(_EMBEDDINGS) for n in headers)
+    """own_heads: the heads that are stored with values of their own, whatever the config says."""
+    tied = config.get("tie_word_embeddings") is not False and any(n.endswith(EMBEDDINGS) for n in headers)
     tensors: list[Tensor] = []
     linears: dict[LinearSpec, None] = {}
-    prefix = _layers_prefix(headers)
-    for name, header in headers.items():
-        if name.endswith(_LEGACY) or (tied and name.endswith(_HEADS)):
+    prefix = _layers_prefix([text_name(name) for name in headers])
+    experts = any(is_expert(name) for name in headers)
+    for stored, header in headers.items():
+        if stored.endswith(_LEGACY) or (tied and stored.endswith(HEADS) and stored not in own_heads):
             continue
+        name = text_name(stored)
         match = _LAYER.match(name)
         layer = int(match[2]) if match and match[1] == prefix else -1
         packed = format is not None and name.endswith(_PACKED)
-        linear = layer >= 0 and not packed and len(header.shape) == 2 and name.endswith(".weight")
-        linear = linear and not name.endswith("norm.weight")  # a row for each head
+        matrix = layer >= 0 and len(header.shape) == 2 and name.endswith(".weight")
+        matrix = matrix and not name.endswith("norm.weight")  # a row for each head
+        linear = matrix and not packed and not (experts and (is_expert(name) or name.endswith(_ROUTERS)))
         if linear:
-            bias = f"{name.removesuffix('.weight')}.bias" in headers
+            bias = f"{stored.removesuffix('.weight')}.bias" in headers
             linears[LinearSpec(header.shape[1], header.shape[0], bias)] = None
         if packed and name.endswith(".qweight") and format is not None:
-            base = name.removesuffix(".qweight")
+            base = stored.removesuffix(".qweight")
             own = format.of_packed(base)
             inputs = header.shape[0] * 32 // own.bits
             linears[LinearSpec(inputs, header.shape[1], f"{base}.bias" in headers, own)] = None
@@ -196,7 +220,7 @@ def _shape(
     else:
         kv_heads = _optional(config, "num_key_value_heads") or heads
     head_dim = _optional(config, "head_dim", "kv_channels") or hidden // heads
-    embedding = next((t for t in tensors if t.name.endswith(_EMBEDDINGS)), None)
+    embedding = next((t for t in tensors if t.name.endswith(EMBEDDINGS)), None)
     table = next((t for t in tensors if t.layer < 0 and t.name.endswith("wpe.weight")), None)
     return ModelShape(
         model_type=str(config.get("model_type", "")),
@@ -214,6 +238,7 @@ def _shape(
         kv_values=kv_values(config, layers, kv_heads, head_dim),
         learned_positions=table.shape[0] if table else 0,
         whole_reads=any(header.file.endswith(".gguf") for header in headers.values()),
+        experts=experts,
     )
 
 

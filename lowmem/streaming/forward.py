@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lowmem import __version__
+from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import Source
 from lowmem.config import QUANTIZED_SLICE_BYTES
 from lowmem.errors import CalibrationError, SourceError
@@ -57,7 +58,7 @@ class StreamedModel:
         on_the_fly: OnTheFly | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.source = source
+        self.source = source = fitted(source)
         self.dtype = dtype
         self.on_the_fly = on_the_fly
         self.device = device or torch.device("cpu")

@@ -40,6 +40,8 @@ class TensorHeader:
     """Of its data on disk."""
     file: str
     """Name of the file inside the folder."""
+    begin: int | None = None
+    """First byte of its data in the file; None where that is not one piece of plain bytes."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,8 @@ def _of_bin(name: str, header: BinHeader) -> TensorHeader:
 
 def _of_safetensors(name: str, header: SafetensorsHeader) -> TensorHeader:
     stored = header.tensors[name]
-    return TensorHeader(name, stored.shape, stored.dtype_name, stored.end - stored.begin, header.path.name)
+    nbytes = stored.end - stored.begin
+    return TensorHeader(name, stored.shape, stored.dtype_name, nbytes, header.path.name, stored.begin)
 
 
 def _read_gguf(path: Path) -> GgufHeader:

@@ -85,6 +85,10 @@ class Source(ABC):
 
     reads_rows = True
     """Reading some rows of a matrix costs those rows only; otherwise the whole tensor is read."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user on what is not as config.json says; see `fitted`."""
+    untied = False
+    """The config ties the head, but the stored one has other values, and is used."""
     _kind: str
     """Part of the fingerprint."""
 
@@ -223,10 +227,27 @@ class Source(ABC):
         """
         return resolve_names(self.dense_infos, expected)
 
+    def same_values(self, one: str, other: str) -> bool:
+        """Whether two stored tensors have the same bytes; compares 16 MiB at a time."""
+        first, second = self.infos[one], self.infos[other]
+        if one == other:
+            return True
+        if first.shape != second.shape or first.dtype != second.dtype or len(first.shape) != 2:
+            return False
+        row_bytes = max(1, first.nbytes // max(1, first.shape[0]))
+        step = max(1, _COMPARE_BYTES // row_bytes)
+        for start in range(0, first.shape[0], step):
+            rows = slice(start, start + step)
+            # As bytes: a NaN equals itself, and -0 differs from 0.
+            read = [self.read(name, rows).view(torch.uint8) for name in (one, other)]
+            if not torch.equal(*read):
+                return False
+        return True
+
     def head_is_tied(self, embedding_name: str, head_name: str) -> bool:
         """Whether the output head is the input embedding: not stored, or stored with the same bytes.
 
-        Takes stored names. Compares 16 MiB of rows at a time. Raises SourceError when the embedding is
+        Takes stored names. Raises SourceError when the embedding is
         missing, or the head is although the config does not tie it.
         """
         embedding, head = self.infos.get(embedding_name), self.infos.get(head_name)
@@ -239,17 +260,7 @@ class Source(ABC):
                     "Use a checkpoint of the whole language model",
                 )
             return True
-        if head.shape != embedding.shape or head.dtype != embedding.dtype or len(head.shape) != 2:
-            return False
-        row_bytes = max(1, embedding.nbytes // max(1, embedding.shape[0]))
-        step = max(1, _COMPARE_BYTES // row_bytes)
-        for start in range(0, embedding.shape[0], step):
-            rows = slice(start, start + step)
-            # As bytes: a NaN equals itself, and -0 differs from 0.
-            one = self.read(embedding_name, rows).view(torch.uint8)
-            if not torch.equal(one, self.read(head_name, rows).view(torch.uint8)):
-                return False
-        return True
+        return self.same_values(embedding_name, head_name)
 
     # ---- config, tokenizer and the files beside the weights
 

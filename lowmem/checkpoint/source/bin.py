@@ -104,9 +104,7 @@ class BinSource(Source):
         """See Source.read."""
         info = self._check_read(name, rows)
         path = self._paths[name]
-        if self._mapped != path or self._copied > REMAP_BYTES:
-            self.release()  # before the next map: never two at once
-            self._tensors, self._mapped = load_shard(path), path
+        self._map_shard(path)
         stored = self._tensors.get(name)
         if stored is None or tuple(stored.shape) != info.shape:
             raise SourceError(f"{path.name}: tensor {name!r} changed while it was read")
@@ -120,6 +118,20 @@ class BinSource(Source):
         if tensor.dtype == torch.float64:
             return tensor.to(torch.float32, memory_format=torch.contiguous_format)
         return tensor.clone(memory_format=torch.contiguous_format)
+
+    def _map_shard(self, path: Path) -> None:
+        if self._mapped != path or self._copied > REMAP_BYTES:
+            self.release()  # before the next map: never two at once
+            self._tensors, self._mapped = load_shard(path), path
+
+    def same_values(self, one: str, other: str) -> bool:
+        """See Source.same_values; torch.save writes a tied head once, as another view of its storage."""
+        if self._paths[one] == self._paths[other]:
+            self._map_shard(self._paths[one])
+            first, second = self._tensors.get(one), self._tensors.get(other)
+            if first is not None and second is not None and _is_same_view(first, second):
+                return True
+        return super().same_values(one, other)
 
     def read_overhead(self, numel: int) -> int:
         """See Source.read_overhead; the mapped pages of the shard count until `release`."""
@@ -164,3 +176,10 @@ class BinSource(Source):
                     entry = entries[tensors[name].key]
                     found.append(ByteRange(path, entry.header_offset, entry.file_size + _LOCAL_HEADER))
         return found
+
+
+def _is_same_view(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same elements of the same storage."""
+    if one.data_ptr() != other.data_ptr() or one.dtype != other.dtype:
+        return False
+    return one.shape == other.shape and one.stride() == other.stride()

@@ -22,7 +22,9 @@ from lowmem.checkpoint.packed_headers import packed_linears
 from lowmem.checkpoint.packed_values import groups_in_order
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.checkpoint.source.base import FLOATS
+from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.model_tensors import integer_buffers, meta_model, misfit, unique_tensors
+from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.values import all_finite
 from lowmem.checkpoint.verify.digests import known_digests
 from lowmem.checkpoint.verify.report import Progress, Verification, VerifyReport
@@ -50,6 +52,8 @@ def verify(folder: str | Path, progress: Progress | None = None) -> VerifyReport
     whole = (SINGLE_FILE, INDEX_FILE, MANIFEST_FILE)
     if folder.is_file() or (not any((folder / name).is_file() for name in whole) and _other_weights(folder)):
         return verify_source(folder, progress)
+    if not (folder / MANIFEST_FILE).is_file() and _needs_fitting(folder):
+        return verify_source(folder, progress)
     return _ConvertedVerification(folder, progress).run()
 
 
@@ -64,6 +68,15 @@ def _refuse_foreign(path: Path) -> None:
         raise
     except LowmemError:
         return
+
+
+def _needs_fitting(folder: Path) -> bool:
+    """Whether transformers renames or merges the tensors of a whole checkpoint, or unties its head."""
+    try:
+        source = open_source(folder, offline=True)
+        return fitted(source) is not source
+    except LowmemError:  # the verification names every problem, not only the first
+        return False
 
 
 def _other_weights(folder: Path) -> bool:

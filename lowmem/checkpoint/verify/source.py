@@ -13,6 +13,7 @@ import torch
 
 from lowmem.checkpoint.formats import QUANT_PARTS
 from lowmem.checkpoint.manifest import checkpoint_files
+from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.model_tensors import expected_shapes, integer_buffers, misfit, model_of
 from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.checkpoint.values import all_finite
@@ -58,6 +59,10 @@ class _SourceVerification(Verification):
     def _tensors(self, source: Source) -> None:
         """Compare the tensors that the model of the config needs with the stored ones."""
         model = model_of(source.config())
+        source = fitted(source, model)
+        self.notes += source.notes
+        if source.untied:
+            model = model_of(source.config())
         integers = integer_buffers(model)
         shapes = expected_shapes(model, source.infos)
         names = source.resolve(shapes)
