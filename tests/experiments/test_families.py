@@ -14,6 +14,7 @@ FAST = (
     "gpt_bigcode (untied)",
     "falcon (alibi)",
     "gemma2",
+    "minicpm3",
     "mpt",
     "olmo2",
     "phi (qk norm)",
@@ -24,7 +25,7 @@ FAST = (
     "opt (projected)",
     "starcoder2",
 )
-RUNS = ("gpt2",)
+RUNS = ("gpt2", "gemma3n_text (shared keys)", "gemma4_text (shared keys)")
 """They run, and convert refuses them."""
 REFUSED = ("lfm2", "falcon_h1", "bert")
 
