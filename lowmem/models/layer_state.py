@@ -70,6 +70,7 @@ _OTHERS = {
     "cpmant": "takes prompts in a format of its own",
     "git": "reads an image before the text",
     "hrm_text": "runs its layers several times for each token",
+    "longcat_flash": "has two attentions in each layer",
     "openai-gpt": "keeps no keys and values, so each token would compute the whole text again",
     "reformer": "keeps buckets of hidden states instead of keys and values",
     "xlnet": "does not read text from left to right",
@@ -99,7 +100,7 @@ def check_layer_state(config: Mapping[str, object]) -> None:
     elif kind in ENCODERS and config.get("is_decoder") is not True:
         reason = "is an encoder, whose tokens attend to the tokens after them"
     if reason:
-        raise ArchitectureError(f"{kind!r} {reason}", "lowmem runs and converts decoder-only models")
+        raise ArchitectureError(f"{kind!r} {reason}", "Use a decoder-only model such as llama or gpt_bigcode")
     types = next((t for t in map(config.get, _LISTS) if isinstance(t, (list, tuple)) and t), None)
     if types is None:
         if kind in STATEFUL | _INDEXED | _LATER_LISTED | _GGUF:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ NEW = 12
 """Tokens of an answer."""
 KLD = 0.05
 """The most nats by which the 8-bit model may differ."""
+_ROUTER = re.compile(r"\.router(\.gate|\.layer)?$")
+"""What chooses among experts: a linear in a few families, which all keep it in 16 bits."""
 OK = "ok"
 REFUSED = "refused: "
 
@@ -87,11 +90,11 @@ def try_variant(variant: Variant, work: Path) -> Outcome:
     if refused:
         return Outcome(variant.name, refused=refused)
     oracle = model.eval()
-    shape = _said(lambda: _compare_shape(folder, oracle))
-    short = _said(lambda: _compare_tokens(folder, oracle, SHORT))
-    long = _said(lambda: _compare_tokens(folder, oracle, min(LONG, limit(oracle) - NEW)))
+    shape = _said(folder, lambda: _compare_shape(folder, oracle))
+    short = _said(folder, lambda: _compare_tokens(folder, oracle, SHORT))
+    long = _said(folder, lambda: _compare_tokens(folder, oracle, min(LONG, limit(oracle) - NEW)))
     kld: list[float] = []
-    converted = _said(lambda: _convert(folder, packed, oracle, kld))
+    converted = _said(folder, lambda: _convert(folder, packed, oracle, kld))
     return Outcome(variant.name, shape, short, long, converted, kld[0] if kld else None)
 
 
@@ -127,12 +130,12 @@ def tokens(count: int) -> torch.Tensor:
     return torch.randint(8, VOCABULARY - 8, (1, count), generator=torch.Generator().manual_seed(count))
 
 
-def _said(step: Callable[[], str]) -> str:
-    """A step's own words, or those of the error in which it ended."""
+def _said(folder: Path, step: Callable[[], str]) -> str:
+    """A step's own words, or those of the error in which it ended, without the place of the model."""
     try:
         return step()
     except LowmemError as error:
-        return f"{REFUSED}{error}"
+        return f"{REFUSED}{str(error).replace(str(folder), 'MODEL')}"
     except Exception as error:  # transformers' and our own faults are what the sweep looks for
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
@@ -158,7 +161,7 @@ def _refusals(folder: Path, packed: Path) -> str:
 def _compare_shape(folder: Path, model: Any) -> str:
     shape = read_shape(folder)
     _, layers = decoder_layers(model, model.config)
-    linears = [module for module in layers.modules() if type(module) is nn.Linear]
+    linears = [m for name, m in layers.named_modules() if type(m) is nn.Linear and not _ROUTER.search(name)]
     stored = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
     with torch.no_grad():
         cache = model(tokens(5), use_cache=True).past_key_values
