@@ -21,6 +21,7 @@ from lowmem.errors import CalibrationError, RecipeError
 from lowmem.models.architecture import Architecture, inspect
 from lowmem.models.dialogue import Dialogue
 from lowmem.models.experts import refuse_experts
+from lowmem.models.layer_state import check_checkpoint
 from lowmem.plan.device import resolve_device
 from lowmem.streaming.weights import ModelWeights
 from lowmem.text.units import format_bytes
@@ -105,6 +106,7 @@ def prepare(
     reporter: receives each notice for the user. Raises LowmemError for errors that the user can correct.
     """
     opened = open_source(source_name, options.revision, progress=reporter.message, quantized=False)
+    check_checkpoint(opened.path)
     refuse_experts(opened.display, opened.infos)
     source = fitted(opened)
     for note in source.notes:

@@ -20,7 +20,7 @@ from torch import nn
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.errors import ArchitectureError, LowmemError
 from lowmem.models.experts import refuse_experts
-from lowmem.models.layer_state import check_layer_state, other_state
+from lowmem.models.layer_state import check_layer_state, has_second_inputs, other_state
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -244,7 +244,7 @@ def inspect(config: PretrainedConfig) -> Architecture:
     model = build_model(config, torch.float32, buffers=False)
     name, layers = decoder_layers(model, config)
     refuse_experts(f"{config.model_type!r}", (n for n, _ in layers.named_parameters(prefix=name)))
-    if getattr(config.get_text_config(), "hidden_size_per_layer_input", None):  # Gemma 3n and 4
+    if has_second_inputs(config.get_text_config().to_dict()):
         raise ArchitectureError(
             f"{config.model_type!r} gives each layer a second input for each token",
             "lowmem runs it, and converts models whose layers take hidden states alone",

@@ -113,6 +113,14 @@ def check_layer_state(config: Mapping[str, object]) -> None:
         raise other_state(kind)
 
 
+def has_second_inputs(config: Mapping[str, object]) -> bool:
+    """Whether each layer takes a second input for each token, as in Gemma 3n and 4; such a model only runs.
+
+    config: as for `check_layer_state`.
+    """
+    return bool(config.get("hidden_size_per_layer_input"))
+
+
 def other_state(kind: str, layers: Sequence[str] = ()) -> ArchitectureError:
     """The refusal of a model type whose layers, of the kinds `layers`, keep more than keys and values."""
     named = f" ({', '.join(layers)})" if layers else ""

@@ -72,7 +72,7 @@ def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> l
     """The versions that `lowmem convert` could still make of a 16-bit source among `candidates`."""
     found = list(candidates)
     source = next((c for c in found if c.form.method == "dense"), None)
-    if source is None or source.shape.experts:
+    if source is None or not source.shape.convertible:
         return []
     there = {c.bits for c in found if c.form.method == "gptq"}
     made = []

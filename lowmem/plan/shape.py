@@ -24,7 +24,7 @@ from lowmem.checkpoint.source.text_names import is_left_out, text_name
 from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
 from lowmem.models.experts import is_expert, refuse_experts
-from lowmem.models.layer_state import check_layer_state
+from lowmem.models.layer_state import check_layer_state, has_second_inputs
 from lowmem.models.positions import longest_sequence
 from lowmem.plan.kv_values import kv_values
 
@@ -88,6 +88,14 @@ class ModelShape:
     """Tensors are read whole, as from a GGUF, not in slices."""
     experts: bool = False
     """It is a mixture of experts, which runs in 16 or 32 bits only."""
+    second_inputs: bool = False
+    """Its layers take a second input for each token, which the converter does not provide."""
+
+    @property
+    def convertible(self) -> bool:
+        """Whether `lowmem convert` has a recipe for it, and GPTQ's words can hold every linear."""
+        sizes = [size for pair in self.linear_sizes for size in pair]
+        return not (self.experts or self.second_inputs or any(size % 32 for size in sizes))
 
     @property
     def linear_sizes(self) -> frozenset[tuple[int, int]]:
@@ -239,6 +247,7 @@ def _shape(
         learned_positions=table.shape[0] if table else 0,
         whole_reads=any(header.file.endswith(".gguf") for header in headers.values()),
         experts=experts,
+        second_inputs=has_second_inputs(config),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from lowmem.benchmarks.experiments.families.record import describe, record
+from lowmem.benchmarks.experiments.families.record import EXPERIMENT, PAGE, describe, page, record
 from lowmem.benchmarks.experiments.families.trial import Outcome, try_variant
 from lowmem.benchmarks.experiments.families.variants import Variant, families, variants
 
@@ -15,6 +15,7 @@ FAST = (
     "falcon (alibi)",
     "gemma2",
     "minicpm3",
+    "gpt_neox (sequential residual)",
     "mpt",
     "olmo2",
     "phi (qk norm)",
@@ -25,7 +26,7 @@ FAST = (
     "opt (projected)",
     "starcoder2",
 )
-RUNS = ("gpt2", "gemma3n_text (shared keys)", "gemma4_text (shared keys)")
+RUNS = ("gpt2", "mixtral", "qwen3_moe", "gemma3n_text (shared keys)", "gemma4_text (shared keys)")
 """They run, and convert refuses them."""
 REFUSED = ("lfm2", "falcon_h1", "bert")
 
@@ -56,6 +57,13 @@ def test_a_wrong_token_is_a_fault() -> None:
     assert Outcome("x", "ok", "ok", "[1], not [2]", "ok", 0.0).fault
     assert Outcome("x", "ok", "ok", "ok", "KL divergence 0.2", 0.2).fault
     assert not Outcome("x", "ok", "ok", "ok", "ok", 0.0).fault
+
+
+def test_the_page_is_that_of_the_record() -> None:
+    found = EXPERIMENT.read()
+    assert page(found) == PAGE.read_text(encoding="utf-8")
+    assert not [outcome.name for outcome in found.outcomes if outcome.fault]
+    assert {outcome.name.partition(" ")[0] for outcome in found.outcomes} == set(families())
 
 
 @pytest.mark.slow

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lowmem.benchmarks.experiments.starchat.replicas import gptq_header_replica, starchat_header_replica
+from lowmem.convert.pipeline import convert
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.manifest import write_manifest
-from lowmem.errors import InvalidRequestError, RecipeError, SourceError
-from lowmem.plan.candidates import find_candidates
+from lowmem.errors import InvalidRequestError, LowmemError, RecipeError, SourceError
+from lowmem.plan.candidates import convertible, find_candidates
 from lowmem.plan.request import ModelRequest, plan_for
 from lowmem.plan.shape import read_shape
 from tests.helpers import KINDS, TINY_STARCHAT, save_source, tiny_model
@@ -155,3 +158,22 @@ def test_what_is_asked_for_is_what_runs(tmp_path: Path) -> None:
     assert (plan.context, plan.budget.host) == (100, 2 << 30)
     assert [o.candidate.bits for o in plan.possible] == []
     assert [o.candidate.bits for o in plan_for(ModelRequest(str(tmp_path / "m"), bits=8)).possible] == [8]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("gemma4_text", {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 64}), ("doge", {})],
+)
+def test_no_conversion_is_offered_that_convert_refuses(
+    family: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config = AutoConfig.for_model(
+        family, **sizes, **settings, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+    )
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    found = find_candidates(str(tmp_path), cuda=False)
+    assert found and not convertible(str(tmp_path), found, cuda=False)
+    with pytest.raises(LowmemError, match=r"second input|does not divide"):
+        convert(tmp_path, tmp_path / "out")
