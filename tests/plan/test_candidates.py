@@ -162,7 +162,10 @@ def test_what_is_asked_for_is_what_runs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("family", "settings"),
-    [("gemma4_text", {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 64}), ("doge", {})],
+    [
+        ("gemma4_text", {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 64}),
+        ("doge", {"num_experts": 4}),
+    ],
 )
 def test_no_conversion_is_offered_that_convert_refuses(
     family: str, settings: dict[str, Any], tmp_path: Path
