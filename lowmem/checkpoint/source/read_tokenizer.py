@@ -96,7 +96,7 @@ def _unknown_class(folder: Path) -> SourceError:
     """The error for files whose kind transformers cannot tell; its own message blames a package."""
     return SourceError(
         f"the tokenizer in {folder} cannot be read: transformers cannot tell its kind from these files",
-        f"{_OWN}, or name its tokenizer_class in tokenizer_config.json",
+        _OWN,
     )
 
 
