@@ -18,7 +18,7 @@ from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.config import QuantConfig
 from lowmem.errors import CalibrationError, RecipeError
-from lowmem.models.architecture import Architecture, inspect
+from lowmem.models.architecture import Architecture, build_model, inspect
 from lowmem.models.dialogue import Dialogue
 from lowmem.models.experts import refuse_experts
 from lowmem.models.layer_state import check_checkpoint
@@ -108,7 +108,7 @@ def prepare(
     opened = open_source(source_name, options.revision, progress=reporter.message, quantized=False)
     check_checkpoint(opened.path)
     refuse_experts(opened.display, opened.infos)
-    source = fitted(opened)
+    source = fitted(opened, build_model(opened.config(), torch.float32, buffers=False))
     for note in source.notes:
         reporter.warning(note)
     model_config = source.config()

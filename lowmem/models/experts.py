@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from lowmem.errors import ArchitectureError
 
-_EXPERTS = re.compile(r"\.(experts|block_sparse_moe|moe)\.")
+_EXPERTS = re.compile(r"\.(experts|block_sparse_moe|moe)\.|_exps\.")
 
 
 def is_expert(name: str) -> bool:

@@ -112,11 +112,17 @@ def _loading(shape: ModelShape, form: Form) -> int:
     """A slice of the largest stored tensor and its copies; bitsandbytes casts it to float32 and makes more.
 
     A GGUF is read a whole tensor at a time and dequantized to float32. Weights that are loaded later reuse
-    part of that memory.
+    part of that memory. The experts of a layer are merged: they, their stacks and the merged tensors are in
+    memory at once, and gate and up are two thirds of them.
     """
     largest = max(tensor.numel for tensor in shape.tensors)
     if shape.whole_reads:
         return largest * 3
+    if shape.experts:
+        of_layer: dict[int, int] = {}
+        for tensor in shape.tensors:
+            of_layer[tensor.layer] = of_layer.get(tensor.layer, 0) + tensor.nbytes
+        return 2 * max(of_layer.values())
     cast = 2 * min(SLICE_BYTES, 4 * largest)
     quantized = min(QUANTIZED_SLICE_BYTES, 4 * largest)
     return max(cast, quantized * {"dense": 0, "gptq": 0, "int8": 5, "nf4": 9}[form.method])

@@ -58,7 +58,7 @@ class StreamedModel:
         on_the_fly: OnTheFly | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.source = source = fitted(source)
+        self.source = source = fitted(source, build_model(source.config(), torch.float32, buffers=False))
         self.dtype = dtype
         self.on_the_fly = on_the_fly
         self.device = device or torch.device("cpu")

@@ -350,3 +350,20 @@ def test_quantized_experts_are_refused_by_their_reason(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match="quantized tensors that its model merges"):
         load(folder, LoadOptions(dtype=torch.float32))
+
+
+def test_a_quantized_text_model_inside_a_wrapper(tmp_path: Path) -> None:
+    """As other tools quantize vision models: linears keep the wrapper's names."""
+    auto: Any = AutoVision
+    whole = randomize(auto.from_config(CONFIG_MAPPING["gemma3"](**WRAPPERS["gemma3"]), dtype=torch.float32))
+    folder, out = save(whole, tmp_path / "source"), tmp_path / "out"
+    quick_convert(folder, out, QuantConfig(bits=8, group_size=32, tune_steps=0), rows=2)
+    expected = logits(load(out, LoadOptions(dtype=torch.float32)).model)
+    text = {f"language_model.{name}": t for name, t in load_file(out / "model.safetensors").items()}
+    vision = {n: t for n, t in load_file(folder / "model.safetensors").items() if "vision_tower" in n}
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = json.loads((out / "config.json").read_text())["quantization_config"]
+    save_file(text | vision, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load(folder, LoadOptions(dtype=torch.float32)).model), expected)
+    assert verify(folder).problems == () and read_shape(folder).linear_sizes == read_shape(out).linear_sizes
