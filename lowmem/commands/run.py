@@ -130,7 +130,8 @@ def read_prompt(prompt: str | None, file: str | None) -> str:
         raise InvalidRequestError("the prompt is missing", 'Give one with -p "…", or pipe a text in')
     parts = [] if prompt is None else [argument_text(prompt)]
     if file is not None or prompt is None:
-        parts.append(read_text(file or "-", "Give a shorter excerpt").rstrip("\r\n"))
+        text = read_text(file or "-", "Give a shorter excerpt")
+        parts.append(text.removeprefix("\ufeff").rstrip("\r\n"))  # a byte order mark of a Windows editor
     text = "\n\n".join(parts)
     if not text.strip():
         where = " on standard input" if prompt is None and file in (None, "-") else ""
