@@ -194,3 +194,18 @@ def test_typed_settings() -> None:
         with pytest.raises(InvalidRequestError):
             with_setting(CARD, name, value)
     assert setting_name("top-k") == "top_k"
+
+
+def test_without_a_home_folder_the_history_is_of_this_run(monkeypatch):
+    from lowmem.chat.input import open_history
+    from lowmem.chat.store import state_folder
+    from lowmem.errors import OutputError
+
+    monkeypatch.setenv("HOME", "")
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    with pytest.raises(OutputError, match="Set XDG_STATE_HOME"):
+        state_folder()
+    told: list[str] = []
+    history = open_history(told.append)
+    history.append_string("one")
+    assert history.get_strings() == ["one"] and "no home folder" in told[0]
