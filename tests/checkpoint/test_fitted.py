@@ -23,7 +23,7 @@ from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.converted import verify
 from lowmem.config import QuantConfig
-from lowmem.errors import ArchitectureError, SourceError
+from lowmem.errors import ArchitectureError, LowmemError, SourceError
 from lowmem.loading.loader import LoadOptions, load
 from lowmem.models.layer_state import STATEFUL
 from lowmem.plan.candidates import convertible, find_candidates
@@ -367,3 +367,14 @@ def test_a_quantized_text_model_inside_a_wrapper(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits(load(folder, LoadOptions(dtype=torch.float32)).model), expected)
     assert verify(folder).problems == () and read_shape(folder).linear_sizes == read_shape(out).linear_sizes
+
+
+def test_a_damaged_wrapper_ends_in_one_line(tmp_path: Path) -> None:
+    auto: Any = AutoVision
+    folder = save(auto.from_config(CONFIG_MAPPING["qwen2_5_vl"](**WRAPPERS["qwen2_5_vl"])), tmp_path)
+    whole = json.loads((folder / "config.json").read_text())
+    for key, value in {"hidden_size": "many", "rope_parameters": 7, "num_attention_heads": None}.items():
+        config = {**whole, "text_config": {**whole["text_config"], key: value}}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(LowmemError):
+            load(folder, LoadOptions(dtype=torch.float32))

@@ -38,11 +38,11 @@ def model_config(folder: Path, config_json: Mapping[str, Any]) -> PretrainedConf
         raise SourceError(f"{path} has the key {key!r}, which is not a setting", "Download it again")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return _of_text(config)
     except Exception as error:  # the values are not trusted, and each config class fails in its own way
         raise SourceError(f"{path} is not a usable config: {one_line(error)}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return _of_text(config)
 
 
 _SAME_TEXT_MODELS = {
