@@ -223,7 +223,7 @@ def broken(folder: Path, name: str, change) -> None:
     [
         ("g_idx", lambda t: t + 100, "names groups"),
         ("g_idx", lambda t: t.long(), "not int32"),
-        ("scales", lambda t: t[:-1], "shape"),
+        ("scales", lambda t: t[:-1], "of 2 groups, and scales is of 1"),
         ("qzeros", lambda t: t.float(), "float32"),
         ("scales", lambda t: t * float("inf"), "not finite"),
     ],
