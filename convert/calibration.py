@@ -18,7 +18,8 @@ from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
 import torch
-from lowmem.convert.documents import Document, read_documents
+from lowmem.convert.documents import read_documents
+from lowmem.convert.reading.layouts import Document
 
 from lowmem.errors import CalibrationError
 from lowmem.models.dialogue import Dialogue, Message, encode_plain
@@ -34,7 +35,8 @@ class CalibrationSpec:
     """The calibration text, and how many rows are drawn from it."""
 
     source: str = "builtin"
-    """"builtin", "oasst1", "dolly", a path to a .jsonl or plain text file, or a hub id "owner/name"."""
+    """"builtin", "oasst1", "dolly", a path to a file or a folder (docs/convert.md lists the kinds), or a hub
+    id "owner/name"."""
     rows: int = 128
     row_length: int = 512
     """Tokens in a row."""
@@ -59,6 +61,8 @@ class CalibrationRows:
     """One line for the model card: the text, its licence, the share of dialogue."""
     digest: str
     """sha256 of the tokens (64-bit little-endian), in hexadecimal."""
+    notes: tuple[str, ...] = ()
+    """Remarks for the user: which fields were taken, which rows were skipped."""
 
 
 def load_rows(
@@ -69,7 +73,8 @@ def load_rows(
     Raises CalibrationError for a source that cannot be read or has too few tokens, and for a tokenizer whose
     ids exceed the vocabulary.
     """
-    documents, label = read_documents(spec.source)
+    found = read_documents(spec.source)
+    documents, label = found.documents, found.label
     draw = random.Random(spec.seed)
     dialogues: list[Document] = [document for document in documents if not isinstance(document, str)]
     texts: list[Document] = [
@@ -107,7 +112,7 @@ def load_rows(
     share = f"{len(from_starts)} of them dialogues {encoder.form}" if wanted else "no dialogues"
     description = f"{label}: {spec.rows} rows of {spec.row_length} tokens, {share}; seed {spec.seed}"
     digest = hashlib.sha256(tokens.numpy().astype("<i8").tobytes()).hexdigest()
-    return CalibrationRows(tokens, description, digest)
+    return CalibrationRows(tokens, description, digest, found.notes)
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,8 @@ def prepare(
     tokenizer = source.tokenizer()
     dialogue = Dialogue.detect(tokenizer)
     rows = load_rows(calibration, tokenizer, dialogue, arch.shapes[arch.embedding][0])
+    for note in rows.notes:
+        reporter.message(note)
     dtype = compute_dtype(options.compute_dtype, weights.dtype, device)
     return ConversionInputs(
         source, weights, Recipe(chosen), options, rows, tokenizer, dialogue, dtype, device

@@ -16,7 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowmem.convert.calibration import CalibrationSpec, cut_stream, load_rows, pack_from_starts, stretches
-from lowmem.convert.documents import document_of_row, oasst_dialogues, read_documents
+from lowmem.convert.documents import read_documents
+from lowmem.convert.reading.layouts import document_of_row
+from lowmem.convert.reading.oasst import oasst_dialogues
 
 from lowmem.errors import CalibrationError
 from lowmem.models.dialogue import Dialogue, Message
@@ -270,22 +272,22 @@ SORT = (Message("user", "Sort?"), Message("assistant", "sorted(x)"))
     ],
 )
 def test_known_fields(row, document):
-    assert document_of_row(row) == document
+    assert document_of_row(row)[0] == document
 
 
 @pytest.mark.parametrize(
     "row",
     [
         [],
-        "text",
+        3,
         {},
         {"question": "x"},
         {"prompt": "no answer"},
         {"text": 3},
         {"text": "\ud800"},
         {"messages": "hi"},
-        {"messages": [{"role": "tool", "content": "x"}]},
-        {"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "late"}]},
+        {"messages": [{"role": "narrator", "content": "x"}]},
+        {"messages": [{"role": "user", "text_en": "x"}]},
         {"messages": [{"role": "user", "content": {"type": "image"}}]},
         {"messages": ["x"]},
     ],
@@ -299,9 +301,9 @@ def test_unknown_fields_are_refused(row):
 @pytest.mark.parametrize(
     ("name", "raw", "words"),
     [
-        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl, line 3 is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "a.jsonl, line 3: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n{"body": "b", "id": 2}\n', "line 2: no known field among body, id"),
-        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("a.jsonl", b"", "holds no text"),
         ("a.txt", b" \n ", "holds no text"),
         ("a.txt", b"ok\nok\n\xff\xfe", "not UTF-8 text \\(line 3\\)"),
@@ -322,8 +324,8 @@ def test_missing_sources_are_refused(source):
         read_documents(source)
 
 
-def test_a_folder_is_not_a_source(tmp_path):
-    with pytest.raises(CalibrationError, match="cannot be read"):
+def test_an_empty_folder_is_not_a_source(tmp_path):
+    with pytest.raises(CalibrationError, match="has no text file"):
         read_documents(str(tmp_path))
 
 
@@ -431,9 +433,12 @@ def test_hub_data_sets_become_dialogues(hub):
         {"instruction": "Sort?", "context": "", "response": "sorted(x)", "category": "open_qa"}
     ]
     hub["some/corpus"] = [{"text": "abc", "meta": {}}]
-    assert read_documents("oasst1") == ([TREE], "OpenAssistant/oasst1 (Apache-2.0)")
-    assert read_documents("dolly") == ([SORT], "databricks/databricks-dolly-15k (CC-BY-SA-3.0)")
-    assert read_documents("some/corpus")[0] == ["abc"]
+    oasst = read_documents("oasst1")
+    assert (oasst.documents, oasst.label) == ([TREE], "OpenAssistant/oasst1 (Apache-2.0)")
+    dolly = read_documents("dolly")
+    assert (dolly.documents, dolly.label) == ([SORT], "databricks/databricks-dolly-15k (CC-BY-SA-3.0)")
+    assert dolly.notes == ("dolly: 1 dialogue from `instruction` and `response`",)
+    assert read_documents("some/corpus").documents == ["abc"]
 
 
 @pytest.mark.parametrize(
