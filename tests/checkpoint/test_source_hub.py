@@ -176,6 +176,9 @@ def test_choosing_files_of_a_repository():
     ]
     assert hub.choose_files(both, "o/n") == both[:2]
     assert hub.choose_files(["odd.safetensors", "pytorch_model.bin"], "o/n") == ["odd.safetensors"]
+    named = ["additional_chat_templates/tool_use.jinja", "model.safetensors", "processor_config.json"]
+    others = ["additional_chat_templates/x.py", "additional_chat_templates/a/b.jinja", "other/x.jinja"]
+    assert hub.choose_files([*named, *others], "o/n") == named
     for old in ("gptq_model-4bit-128g.safetensors", "gptq_model-4bit-128g.bin"):
         published = ["config.json", old, "quantize_config.json"]
         assert hub.choose_files([*published, "huggingface-metadata.txt"], "o/n") == published
