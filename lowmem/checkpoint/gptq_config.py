@@ -145,10 +145,8 @@ def _auto_round_layout(settings: _Settings) -> str:
         return "gptq"
     if family == "auto_round" and words <= {"gptqmodel"}:
         return "gptq_v2"
-    raise settings.refuse(
-        f"packing_format is {short(packing)}",
-        "Of AutoRound's formats, auto_round and auto_gptq can be read: export to one of them",
-    )
+    awq = ", which is AWQ's layout" if any("awq" in word for word in words) else ""
+    raise settings.refuse(f"packing_format is {short(packing)}{awq}", HINT)
 
 
 def _check_arithmetic(settings: _Settings) -> None:

@@ -5,16 +5,17 @@ Reads what a load has in memory anyway; the integers themselves may have any val
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
 from lowmem.checkpoint.dequantize import PackedLinear
-from lowmem.checkpoint.formats import LinearFormat
+from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.packed_headers import MISMATCH, PackedFault
 from lowmem.checkpoint.packing import all_middle, unpack_rows
 from lowmem.checkpoint.values import all_finite
 
+_AGAIN = "Run `lowmem verify DIR` to list all problems, then download or convert it again"
 _EXACT_WRITERS = ("gptqmodel", "auto-round", "optimum")
 """Tools that store a zero-point of 0 as `unpack_zeros` reads it (see packing.py)."""
 
@@ -24,21 +25,34 @@ def groups_in_order(inputs: int, group_size: int) -> torch.Tensor:
     return torch.arange(inputs, dtype=torch.int32) // (inputs if group_size == -1 else group_size)
 
 
-def value_faults(
-    name: str, linear: PackedLinear, origin: str = "quantization_config"
-) -> Iterator[PackedFault]:
-    """What is wrong with the values of a linear whose shapes are right. origin: the config, for messages."""
-    if not all_finite(linear.scales):
-        yield PackedFault(f"{name}.scales", "has values that are not finite", "Download or convert it again")
-    if fault := group_fault(linear.g_idx, linear.scales.shape[0], linear.format, origin):
-        yield PackedFault(f"{name}.g_idx", *fault)
-    if fault := zero_fault(linear.qzeros, linear.format, origin):
-        yield PackedFault(f"{name}.qzeros", *fault)
+@dataclass(frozen=True)
+class Findings:
+    """What the values of a packed linear show."""
+
+    faults: tuple[PackedFault, ...]
+    """With any of these, the weight is not what its maker meant."""
+    note: str
+    """What a user should know about the zero-points; "" for nothing."""
 
 
-def group_fault(
-    g_idx: torch.Tensor, groups: int, format: LinearFormat, origin: str
-) -> tuple[str, str] | None:
+def examine(name: str, linear: PackedLinear, format: QuantizationFormat) -> Findings:
+    """Compare the values of a linear, whose shapes are right, with its format. format: of its checkpoint."""
+    origin = format.origin
+    zeros, note = _zero_findings(linear.qzeros, linear.format, format)
+    found = {
+        "scales": None if all_finite(linear.scales) else ("has values that are not finite", _AGAIN),
+        "g_idx": _group_fault(linear.g_idx, linear.scales.shape[0], linear.format, origin),
+        "qzeros": zeros,
+    }
+    faults = [PackedFault(f"{name}.{part}", *fault) for part, fault in found.items() if fault]
+    return Findings(tuple(faults), note)
+
+
+_Fault = tuple[str, str] | None
+"""(what is wrong with a tensor, the next step)."""
+
+
+def _group_fault(g_idx: torch.Tensor, groups: int, format: LinearFormat, origin: str) -> _Fault:
     """(what is wrong with a g_idx [in] of `groups` groups, the next step), or None.
 
     In act-order an input may be in any group, but every group has `group_size` inputs, and the last the rest.
@@ -69,41 +83,32 @@ def group_fault(
     return None
 
 
-def zero_fault(qzeros: torch.Tensor, format: LinearFormat, origin: str) -> tuple[str, str] | None:
-    """(what is wrong with the zero-points, the next step), or None.
+def _zero_findings(qzeros: torch.Tensor, own: LinearFormat, format: QuantizationFormat) -> tuple[_Fault, str]:
+    """(a fault of the zero-points, or a note about them).
 
     `sym` promises the middle of the range. One other value in the whole linear is another layout's, or that
-    of a tensor that was never written. Different values are used as they are stored (see `value_note`).
+    of a tensor that was never written. Different values are used as they are stored.
     """
-    if not format.sym or qzeros.numel() == 0 or all_middle(qzeros, format.bits, v2=format.zeros_v2):
-        return None
-    if all_middle(qzeros, format.bits, v2=not format.zeros_v2):
-        layout = "gptq" if format.zeros_v2 else "gptq_v2"
+    if not own.sym:
+        # lowmem itself never stores a zero-point of 0, although it names GPTQModel, whose readers ask for it.
+        exact = format.quantizer and all(name.startswith(_EXACT_WRITERS) for name in format.quantizer)
+        if own.zeros_v2 or exact or not _has_full_field(qzeros, own.bits):
+            return None, ""
         return (
-            f"is in layout {layout}, and the config says {format.layout}",
-            f'Set checkpoint_format to "{layout}" in {origin}',
+            None,
+            "zero-points are stored as -1, on which readers disagree; they are read as GPTQModel does",
         )
-    fields = unpack_rows(qzeros.T, format.bits)
+    if qzeros.numel() == 0 or all_middle(qzeros, own.bits, v2=own.zeros_v2):
+        return None, ""
+    if all_middle(qzeros, own.bits, v2=not own.zeros_v2):
+        layout = "gptq" if own.zeros_v2 else "gptq_v2"
+        problem = f"is in layout {layout}, and the config says {own.layout}"
+        return (problem, f'Set checkpoint_format to "{layout}" in {format.origin}'), ""
+    fields = unpack_rows(qzeros.T, own.bits)
     if bool((fields == fields[0, 0]).all()):
-        return (
-            f"holds {int(fields[0, 0])} everywhere; a symmetric grid (sym) has another zero-point",
-            "Use another version of the checkpoint: the tensor was never written",
-        )
-    return None
-
-
-def value_note(linear: PackedLinear, quantizer: tuple[str, ...]) -> str:
-    """What a user should know about the zero-points, "" for nothing; `value_faults` found no fault."""
-    format = linear.format
-    if format.sym:
-        if linear.qzeros.numel() == 0 or all_middle(linear.qzeros, format.bits, v2=format.zeros_v2):
-            return ""
-        return "zero-points differ although sym is true; they are used as they are stored"
-    # lowmem itself never stores a zero-point of 0, although it names GPTQModel, whose readers ask for that.
-    exact = quantizer and all(name.startswith(_EXACT_WRITERS) for name in quantizer)
-    if format.zeros_v2 or exact or not _has_full_field(linear.qzeros, format.bits):
-        return ""
-    return "zero-points are stored as -1, on which readers disagree; they are read as GPTQModel does"
+        problem = f"holds {int(fields[0, 0])} everywhere; a symmetric grid (sym) has another zero-point"
+        return (problem, "Use another version of the checkpoint: the tensor was never written"), ""
+    return None, "zero-points differ although sym is true; they are used as they are stored"
 
 
 def _has_full_field(qzeros: torch.Tensor, bits: int) -> bool:

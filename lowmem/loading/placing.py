@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lowmem.checkpoint.formats import QUANT_PARTS
-from lowmem.checkpoint.packed_values import value_faults, value_note
+from lowmem.checkpoint.packed_values import examine
 from lowmem.checkpoint.source.mapped import forget_pages
 from lowmem.checkpoint.source.model_tensors import expected_shapes, integer_buffers
 from lowmem.checkpoint.source.open import Source, TensorInfo
@@ -212,10 +212,11 @@ def check_packed(model: nn.Module, source: Source, notify: Callable[[str], None]
     notes: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            for fault in value_faults(name, module, source.format.origin):
+            found = examine(name, module, source.format)
+            for fault in found.faults:
                 raise fault.error()
-            if note := value_note(module, source.format.quantizer):
-                notes.setdefault(note, []).append(name)
+            if found.note:
+                notes.setdefault(found.note, []).append(name)
     for note, names in notes.items():
         notify(f"{len(names)} linears, such as {names[0]}: {note}")
 

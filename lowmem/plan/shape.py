@@ -210,6 +210,8 @@ def _shape(
             own = format.of_packed(base)
             inputs = header.shape[0] * 32 // own.bits
             linears[LinearSpec(inputs, header.shape[1], f"{base}.bias" in headers, own)] = None
+            if f"{base}.g_idx" not in headers:  # some tools omit it; it is in memory all the same
+                tensors.append(Tensor(f"{base}.g_idx", (inputs,), 4 * inputs, layer, True, False))
         tensors.append(Tensor(name, header.shape, header.nbytes, layer, packed, linear))
     layers = 1 + max((tensor.layer for tensor in tensors), default=-1)
     if layers > len(tensors):

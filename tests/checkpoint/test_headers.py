@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -287,7 +288,8 @@ def test_replicas_of_small_dimensions_are_what_is_really_written(tmp_path):
     assert read_config_json(real) == read_config_json(replica)
     quick_convert(real, tmp_path / "out", QuantConfig(bits=3, group_size=32), rows=4, row_length=32)
     packed = gptq_header_replica(tmp_path / "packed", 3, 32, **dimensions)
-    assert list(tensor_headers(packed).items()) == list(tensor_headers(tmp_path / "out").items())
+    written = [replace(h, begin=0) for h in tensor_headers(tmp_path / "out").values()]
+    assert [replace(h, begin=0) for h in tensor_headers(packed).values()] == written
     mine, theirs = read_config_json(packed), read_config_json(tmp_path / "out")
     mine["quantization_config"].pop("meta"), theirs["quantization_config"].pop("meta")
     assert mine == theirs

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from lowmem.config import SamplingParams
 from lowmem.generate.engine import Engine, context_length
 from lowmem.generate.position_scaling import PositionScaling
 from lowmem.generate.prefix_store import PrefixStore
 from lowmem.models.architecture import inspect
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from tests.generate.decoding import Always
 
 POSITIONS, SWITCH, VOCABULARY = 64, 24, 61

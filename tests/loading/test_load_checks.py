@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem.checkpoint.files.shards import SINGLE_FILE
+from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from lowmem.checkpoint.source import mapped
 from lowmem.checkpoint.source.open import open_source
@@ -325,8 +326,9 @@ def test_every_flipped_bit_is_found_by_verify_and_by_a_check(converted: Path, tm
                 check_all(folder)
             shutil.rmtree(folder)
     shutil.copytree(converted, tmp_path / "copy")
-    shard = largest(tmp_path / "copy")
-    flip(shard, shard.stat().st_size - 40)  # a weight: nothing else could tell
+    shards = [read_header(path) for path in (tmp_path / "copy").glob("*.safetensors")]
+    shard, packed = next((s.path, t) for s in shards for name, t in s.tensors.items() if ".qweight" in name)
+    flip(shard, packed.begin + 8)  # a weight: nothing else could tell
     load(tmp_path / "copy")
     assert shard.name in str(verify(tmp_path / "copy").problems[0])
 

@@ -29,7 +29,7 @@ from lowmem.checkpoint.files.reading import read_json, update_with_bytes, update
 from lowmem.checkpoint.formats import QUANT_PARTS, QuantizationFormat
 from lowmem.checkpoint.headers.tokenizer import template_files
 from lowmem.checkpoint.packed_headers import packed_linears
-from lowmem.checkpoint.packed_values import groups_in_order, value_faults
+from lowmem.checkpoint.packed_values import examine, groups_in_order
 from lowmem.checkpoint.source.card import license_of_card
 from lowmem.checkpoint.source.config import model_config
 from lowmem.checkpoint.source.names import resolve_names
@@ -214,7 +214,7 @@ class Source(ABC):
     def _dequantized(self, linear: str) -> torch.Tensor:
         packed = self.packed(linear)
         assert self.format is not None
-        for fault in value_faults(linear, packed, self.format.origin):
+        for fault in examine(linear, packed, self.format).faults:
             raise fault.error()
         return dequantize(packed)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lowmem.checkpoint.dequantize import PackedLinear
 from lowmem.checkpoint.files.shards import Problem
 from lowmem.checkpoint.formats import QuantizationFormat
-from lowmem.checkpoint.packed_values import value_faults, value_note
+from lowmem.checkpoint.packed_values import examine
 from lowmem.checkpoint.verify.digests import Digests, difference
 from lowmem.errors import VerifyError
 
@@ -76,14 +76,14 @@ class Verification:
         self, linear: str, packed: PackedLinear, format: QuantizationFormat, file: Callable[[str], str]
     ) -> None:
         """Check the values of a packed linear. file: from a tensor's name to that of its file."""
-        for fault in value_faults(linear, packed, format.origin):
+        found = examine(linear, packed, format)
+        for fault in found.faults:
             self.fault(file(fault.tensor), fault.tensor, fault.what)
         qzeros = f"{linear}.qzeros"
-        if note := value_note(packed, format.quantizer):
-            if self.ours:  # our converter writes no such zero-points
-                self.fault(file(qzeros), qzeros, note)
-            else:
-                self.notes.append(f"{qzeros}: {note}")
+        if found.note and self.ours:  # our converter writes no such zero-points
+            self.fault(file(qzeros), qzeros, found.note)
+        elif found.note:
+            self.notes.append(f"{qzeros}: {found.note}")
 
     def compare(self, digests: Digests, names: Iterable[str]) -> None:
         """Record every file of `names` that differs from its digest."""
