@@ -31,8 +31,9 @@ def as_meant(scope: Scope) -> Scope:
 
 def path_meant(path: str) -> str:
     """The path that is meant: "/v1/models" for "/models/" and "/v1/v1/models"."""
+    path = re.sub("/{2,}", "/", path)
     if len(path) > 1:
-        path = path.rstrip("/") or "/"
+        path = path.removesuffix("/")
     match = _SHORT.fullmatch(path)
     return f"/v1/{match.group(1)}{match.group(2) or ''}" if match else path
 

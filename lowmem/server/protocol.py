@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from lowmem.server.variants import (
     EmptyIsUnset,
+    EmptyTextIsUnset,
     Flag,
     FlagIsCount,
     MinusOneIsNoLimit,
@@ -102,6 +103,7 @@ class StreamOptions(_Strict):
 
 
 Bias = Annotated[float, Field(ge=-100, le=100), Finite, Number]
+Stops = Annotated[list[StopText], Field(max_length=MOST_STOPS)]
 Biases = Annotated[dict[str, Bias], Field(max_length=MOST_BIASES)]
 Limit = Annotated[int, Field(ge=0, lt=_MOST_TOKENS), Whole, MinusOneIsNoLimit]
 
@@ -120,9 +122,10 @@ class SamplingFields(_Strict):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES), Whole] | None = None
     seed: Annotated[Annotated[int, Field(ge=-_SEEDS, lt=_SEEDS), Whole] | None, MinusOneIsUnset] = None
     """-1 draws one."""
-    stop: StopText | Annotated[list[StopText], Field(max_length=MOST_STOPS)] | None = None
+    stop: Annotated[StopText | Stops | None, EmptyTextIsUnset] = None
     temperature: Annotated[float, Field(ge=0, le=2), Finite, Number] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1), Finite, Number] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1), Finite, Number] | None = None
+    """0 leaves the most likely token alone."""
     top_k: Annotated[int, Field(ge=-1, lt=_MOST_TOKENS), Whole] | None = None
     """0 and -1 turn it off."""
     min_p: Annotated[float, Field(ge=0, le=1), Finite, Number] | None = None

@@ -175,6 +175,8 @@ class Reader:
         }
         if given.get("top_k") == -1:
             given["top_k"] = 0
+        if given.get("top_p") == 0:
+            given |= {"top_p": 1.0, "top_k": 1}
         given["logit_bias"] = self._biases(request.logit_bias or {})
         seed = None if request.seed is None else request.seed % (1 << 64)
         return replace(CARD, **given, max_new_tokens=limit, seed=seed, stop=request.stops, logprobs=logprobs)

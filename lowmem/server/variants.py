@@ -53,10 +53,18 @@ def _empty(value: Any) -> Any:
     return None if value == [] else value
 
 
+def _texts(value: Any) -> Any:
+    """An empty text becomes null, and goes out of a list."""
+    if isinstance(value, list):
+        return [text for text in value if text not in ("", None)]
+    return None if value == "" else value
+
+
 Whole = BeforeValidator(_whole)
 Number = BeforeValidator(_number)
 Flag = Annotated[bool, BeforeValidator(_flag)]
 MinusOneIsUnset = BeforeValidator(_unset)
 MinusOneIsNoLimit = BeforeValidator(_limit)
 FlagIsCount = BeforeValidator(_count)
+EmptyTextIsUnset = BeforeValidator(_texts)
 EmptyIsUnset = BeforeValidator(_empty)

@@ -54,6 +54,8 @@ def text_of(answer: httpx.Response) -> str:
         {"model": None},
         {"model": ""},
         {"stop": []},
+        {"stop": ""},
+        {"stop": ["", "never there"]},
         {"stop": None},
         {"top_logprobs": 0},
         {"stream_options": {"include_usage": False}},
@@ -80,6 +82,11 @@ def test_minus_one_means_no_limit_no_filter_and_no_seed(live: Live) -> None:
     assert len(drawn) > 1
     prompt = {"prompt": "def f(", "temperature": 0, "max_tokens": -1}
     assert post(live, prompt, "/v1/completions").json()["usage"]["completion_tokens"] > 16
+
+
+def test_a_top_p_of_zero_is_greedy(live: Live) -> None:
+    greedy = text_of(post(live, {**PLAIN, "temperature": 0}))
+    assert text_of(post(live, {**PLAIN, "temperature": 2, "top_p": 0})) == greedy
 
 
 @pytest.mark.parametrize(
@@ -117,6 +124,7 @@ def test_values_without_a_meaning_are_refused(live: Live, variant: dict[str, Any
         ("/health/", "/health"),
         ("/", "/"),
         ("//", "/"),
+        ("//v1//chat/completions", "/v1/chat/completions"),
         ("/page/app.js", "/page/app.js"),
         ("/v1/modelsx", "/v1/modelsx"),
     ],
