@@ -80,7 +80,7 @@ def read_path(path: Path) -> Documents:
     rows = (
         Row(f"{file.relative_to(path).as_posix()}, {row.place}", row.value, row.problem)
         for file, found, _ in parts
-        for row in found
+        for row in ([Row("row 1", found)] if isinstance(found, str) else found)
     )
     remarks = "; ".join(f"{file.name}: {remark}" for file, _, remark in parts if remark)
     return _found(collect(rows, path.name), f"the folder {path.name}", path.name, remarks)

@@ -85,8 +85,8 @@ def decode(raw: bytes) -> str:
     for mark, encoding in _MARKS.items():
         if raw.startswith(mark):
             return raw.decode(encoding, "replace")
-    if encoding := _unmarked_utf16(raw[:_HEAD]):
-        return raw.decode(encoding, "replace")
+    if unmarked := _unmarked_utf16(raw[:_HEAD]):
+        return raw.decode(unmarked, "replace")
     return raw.decode("utf-8-sig", "surrogateescape")
 
 
