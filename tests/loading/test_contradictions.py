@@ -177,7 +177,7 @@ def test_what_headers_show_is_refused_by_the_plan(
         ("plain", every("scales", torch.Tensor.float), {}),
         ("plain", nothing, {"dynamic": {"+:.*up_proj": {"bits": 4}, "-:.*nothing.*": {}}}),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_what_is_whole_is_read(
     made: dict[str, Any], tmp_path: Path, kind: str, change: Any, settings: dict[str, Any]
