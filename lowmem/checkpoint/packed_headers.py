@@ -93,7 +93,10 @@ def _misshapen(parts: Mapping[str, Stored | None]) -> Iterator[_Fault]:
         if tensor is None:
             if part != "g_idx":
                 yield part, "is missing", "Download the checkpoint again, or use another version"
-        elif len(tensor.shape) != dimensions or tensor.dtype not in dtypes:
+        elif len(tensor.shape) != dimensions:
+            count = "one dimension" if dimensions == 1 else "two dimensions"
+            yield part, f"must have {count}; its shape is {list(tensor.shape)}"
+        elif tensor.dtype not in dtypes:
             needed = "a matrix of floats" if part == "scales" else "int32 words"
             yield part, f"is {tensor.dtype} of shape {list(tensor.shape)}, not {needed}"
 

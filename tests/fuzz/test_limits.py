@@ -162,13 +162,18 @@ def test_a_config_that_cannot_be_built_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"bits": 4.0}, {"bits": 10**400}, {"group_size": 10**30}, {"group_size": 2**31}]
+    "change", [{"bits": 4.5}, {"bits": 10**400}, {"group_size": 10**30}, {"group_size": 2**31}]
 )
 def test_invalid_numbers_in_quantization_config_are_refused(change: dict[str, Any]) -> None:
-    """4.0 is in (8, 4, 3, 2), so it was once accepted as a width until a shift by it failed."""
     with pytest.raises(SourceError) as caught:
         parse_quantization({"quant_method": "gptq", "bits": 4, "group_size": 128, **change})
     assert len(str(caught.value)) < 400
+
+
+def test_a_whole_number_written_as_a_float_is_an_integer() -> None:
+    """4.0 is in (8, 4, 3, 2), so it was once accepted as a width until a shift by it failed."""
+    found = parse_quantization({"quant_method": "gptq", "bits": 4.0, "group_size": 128})
+    assert found is not None and found.default.bits == 4 and type(found.default.bits) is int
 
 
 def test_licence_in_a_card_with_a_megabyte_of_results(tmp_path: Path) -> None:
