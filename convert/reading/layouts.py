@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowmem.models.dialogue import Message
-from lowmem.server.turns import Call, Turn, plain
+from lowmem.models.turns import Call, Turn, plain
 
 Document = str | tuple[Message, ...]
 """A plain text, or the messages of a dialogue."""

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from lowmem.errors import InvalidRequestError
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import Message
 from lowmem.models.template import apply_template, render_template
+from lowmem.models.turns import Call, Turn, plain
 from lowmem.prompts import encode_prompt, template_refused
 from lowmem.server.api_errors import ApiError, invalid, invalid_request, short
 from lowmem.server.protocol import ChatMessage, ChatRequest, ToolCall
@@ -30,56 +31,6 @@ _RESERVED = ("messages", "role", "tools", "documents", "add_generation_prompt", 
 _ARGUMENTS = re.compile(
     "conversation|chat_template|tokenize|padding|truncation|max_length|return_.*|tokenizer_kwargs|sanitize.*"
 )
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a tool."""
-
-    name: str
-    arguments: str
-    """JSON."""
-    id: str | None = None
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message of a request: `role` is "system", "user", "assistant" or "tool"."""
-
-    role: str
-    content: str
-    calls: tuple[Call, ...] = ()
-    """Calls of an assistant."""
-    name: str | None = None
-    """The tool that answers, or the speaker."""
-    call_id: str | None = None
-    """The call that a tool answers."""
-    reasoning: str | None = None
-    """The reasoning before an assistant's answer."""
-    bare: bool = False
-    """The message has no content, not even an empty one."""
-
-    @property
-    def needs_template(self) -> bool:
-        """Whether the turn has more than a role and a text."""
-        return self.role == "tool" or bool(self.calls or self.name or self.reasoning)
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: arguments are an object, absent fields are left out."""
-        found: dict[str, Any] = {"role": self.role}
-        if not self.bare:
-            found["content"] = self.content
-        if self.calls:
-            found["tool_calls"] = [
-                {
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": _arguments(call.arguments)},
-                    **({"id": call.id} if call.id is not None else {}),
-                }
-                for call in self.calls
-            ]
-        rest = {"name": self.name, "tool_call_id": self.call_id, "reasoning_content": self.reasoning}
-        return found | {name: value for name, value in rest.items() if value is not None}
 
 
 def read_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
@@ -126,27 +77,6 @@ def encode_turns(loaded: LoadedModel, request: ChatRequest) -> list[int]:
         return encode_prompt(loaded, plain(turns))
     except InvalidRequestError as error:
         raise invalid_request(error, "messages") from error
-
-
-def plain(turns: Sequence[Turn]) -> list[Message]:
-    """The turns with the roles that every dialogue has: one system message at the start, user, assistant.
-
-    A tool's result and a late system text join the user's messages beside them, so that turns alternate.
-    """
-    found: list[Message] = []
-    joins = False  # the last message is the user's, and may be added to
-    for at, turn in enumerate(turns):
-        written = Message("user" if turn.role == "tool" else turn.role, _written(turn))
-        moved = turn.role == "tool"
-        if turn.role == "system" and at:
-            written, moved = replace(written, role="user"), True
-        last = found[-1] if found else None
-        if last is not None and last.role == written.role == "user" and (moved or joins):
-            found[-1] = replace(last, content=f"{last.content}\n\n{written.content}")
-        else:
-            found.append(written)
-        joins = moved
-    return found
 
 
 def _by_template(loaded: LoadedModel, turns: Sequence[Turn], options: dict[str, Any]) -> list[int]:
@@ -212,14 +142,6 @@ def _plain_dict(message: Message) -> dict[str, str]:
     return {"role": message.role, "content": message.content}
 
 
-def _written(turn: Turn) -> str:
-    """What a turn says, in words."""
-    if turn.role == "tool":
-        return f"Result of {turn.name or 'the tool'}:\n{turn.content}"
-    calls = [f"Call {call.name} with {call.arguments}" for call in turn.calls]
-    return "\n\n".join([*([turn.content] if turn.content or not calls else []), *calls])
-
-
 def _calls(message: ChatMessage) -> tuple[Call, ...]:
     entries = list(message.tool_calls or ())
     if message.function_call is not None:
@@ -230,14 +152,6 @@ def _calls(message: ChatMessage) -> tuple[Call, ...]:
         text = given if isinstance(given, str) else json.dumps(given or {})
         found.append(Call(entry.function.name, text, entry.id))
     return tuple(found)
-
-
-def _arguments(text: str) -> Any:
-    """Arguments as an object, which templates expect; a text that is not JSON stays one."""
-    try:
-        return json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return text
 
 
 def _check_prefill(message: ChatMessage, at: int) -> None:

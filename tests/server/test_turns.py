@@ -12,9 +12,10 @@ import httpx
 import pytest
 
 from lowmem.models.dialogue import Message
+from lowmem.models.turns import plain
 from lowmem.server.api_errors import ApiError
 from lowmem.server.protocol import ChatRequest
-from lowmem.server.turns import encode_turns, plain, read_turns
+from lowmem.server.turns import encode_turns, read_turns
 from tests.server.server_fixture import MODEL, PATIENCE, Live, live_server, oracle
 
 USER = {"role": "user", "content": "How long is abc?"}
