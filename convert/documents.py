@@ -18,6 +18,7 @@ from lowmem.convert.reading.layouts import Document
 from lowmem.convert.reading.oasst import oasst_dialogues
 from lowmem.convert.reading.tables import MOST_ROWS, Row
 
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.errors import CalibrationError
 
 BUILTIN = "lowmem's built-in text (source code in twelve languages, English, questions and answers)"
@@ -89,11 +90,11 @@ def read_path(path: Path) -> Documents:
 def _existing(source: str) -> Path | None:
     """The file or folder that a source names, if it is there."""
     try:
-        path = Path(source).expanduser()
+        path = typed_path(source)
         return path if source and path.exists() else None
     except PermissionError:
         return path  # reading it says why
-    except (OSError, RuntimeError):  # a name that is too long; a home that is unknown
+    except OSError:  # a name that is too long
         return None
 
 

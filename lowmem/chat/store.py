@@ -16,7 +16,7 @@ from typing import Any
 
 from lowmem.chat.conversation import ChatState, Conversation, Exchange
 from lowmem.chat.settings import settings_from, settings_record
-from lowmem.checkpoint.files.home import home_folder, typed_path
+from lowmem.checkpoint.files.home import typed_path, user_folder
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError, OutputError
 
@@ -194,11 +194,7 @@ def state_folder() -> Path:
 
     Raises OutputError for a user without a home folder.
     """
-    named = os.environ.get("XDG_STATE_HOME", "")
-    # The XDG Base Directory Specification has relative paths ignored.
-    if os.path.isabs(named):
-        return Path(named) / "lowmem"
-    home = home_folder()
-    if home is None:
+    folder = user_folder("XDG_STATE_HOME", ".local/state")
+    if folder is None:
         raise OutputError("there is no home folder", "Set XDG_STATE_HOME to a folder")
-    return home / ".local" / "state" / "lowmem"
+    return folder

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.checkpoint.files.home import home_folder, typed_path
+from lowmem.checkpoint.files.home import typed_path, user_folder
 from lowmem.checkpoint.files.lock import take
 from lowmem.checkpoint.files.reading import is_hub_id, read_json
 from lowmem.checkpoint.files.whole import DiskFullError, write_whole
@@ -74,13 +74,10 @@ def cache_root() -> Path:
     own = os.environ.get("LOWMEM_CACHE")
     if own:
         return typed_path(own).absolute()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(shared):  # the XDG Base Directory Specification has relative paths ignored
-        return Path(shared) / "lowmem"
-    home = home_folder()
-    if home is None:
+    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    if folder is None:
         raise OutputError("there is no home folder for lowmem's cache", "Set LOWMEM_CACHE to a folder")
-    return home / ".cache" / "lowmem"
+    return folder
 
 
 def label_of(config: QuantConfig, others: Mapping[str, object] | None = None) -> str:

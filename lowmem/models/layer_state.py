@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lowmem.checkpoint.headers.config import text_settings
 from lowmem.checkpoint.headers.folder import read_config_json
 from lowmem.errors import ArchitectureError, SourceError
 
@@ -138,5 +139,4 @@ def check_checkpoint(path: Path) -> None:
         config = read_config_json(path)
     except SourceError:
         return
-    text = config.get("text_config")
-    check_layer_state({**config, **text} if isinstance(text, dict) else config)
+    check_layer_state(text_settings(config))

@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.foreign import refuse_foreign
 from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
+from lowmem.checkpoint.headers.config import text_settings
 from lowmem.checkpoint.headers.folder import TensorHeader, gguf_metadata, read_config_json, tensor_headers
 from lowmem.checkpoint.headers.heads import EMBEDDINGS, HEADS, own_heads
 from lowmem.checkpoint.manifest import find_quantization
@@ -24,7 +26,7 @@ from lowmem.checkpoint.source.text_names import is_left_out, text_name
 from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
 from lowmem.models.experts import is_expert, refuse_experts
-from lowmem.models.layer_state import check_layer_state, has_second_inputs
+from lowmem.models.layer_state import check_checkpoint, check_layer_state, has_second_inputs
 from lowmem.models.positions import longest_sequence
 from lowmem.plan.kv_values import kv_values
 
@@ -130,20 +132,22 @@ def read_shape(path: Path) -> ModelShape:
         config = read_config_json(path)
         format = find_quantization(path)
         packed_linears(headers, format)
-    tied = config.get("tie_word_embeddings")
-    text = config.get("text_config")
-    if isinstance(text, dict):
-        config = {**config, **text, **({} if tied is None else {"tie_word_embeddings": tied})}
+    nested = isinstance(config.get("text_config"), dict)
+    config = text_settings(config)
     check_layer_state(config)
     own = own_heads(folder, headers)
-    if isinstance(text, dict) or "vision_config" in config:
+    if nested or "vision_config" in config:
         headers = {name: header for name, header in headers.items() if not is_left_out(name)}
     return _shape(path, headers, config, format, own)
 
 
 def check_convertible(source: str) -> None:
-    """Raise ArchitectureError for a mixture of experts on this machine, before torch is imported."""
-    path = Path(source).expanduser()
+    """Raise ArchitectureError for a checkpoint on this machine that convert has no recipe for.
+
+    Needs no torch. Other faults of the checkpoint are left to the converter.
+    """
+    path = typed_path(source)
+    check_checkpoint(path)
     try:
         headers = tensor_headers(path)
     except SourceError:  # not there, or damaged: the converter says so

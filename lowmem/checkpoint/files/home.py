@@ -12,6 +12,17 @@ def typed_path(text: str | os.PathLike[str]) -> Path:
 
 
 def home_folder() -> Path | None:
-    """The user's home folder; None for a user who has none ($HOME is unset, and the system knows no name)."""
+    """The user's home folder; None where $HOME is unset and the system knows none for the user."""
     home = os.path.expanduser("~") if os.environ.get("HOME", "~") else ""
     return Path(home) if os.path.isabs(home) else None
+
+
+def user_folder(variable: str, below_home: str) -> Path | None:
+    """lowmem's folder in the one that an XDG variable names, or by default in `below_home`.
+
+    None without either. The XDG Base Directory Specification has relative paths ignored.
+    """
+    named, home = os.environ.get(variable, ""), home_folder()
+    if os.path.isabs(named):
+        return Path(named) / "lowmem"
+    return None if home is None else home / below_home / "lowmem"

@@ -41,6 +41,17 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
+def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that describe the text model: its own, where they are nested, over those around them.
+
+    The head is the wrapper's, and so is the key that ties it.
+    """
+    text, tied = config.get("text_config"), config.get("tie_word_embeddings")
+    if not isinstance(text, dict):
+        return dict(config)
+    return {**config, **text, **({} if tied is None else {"tie_word_embeddings": tied})}
+
+
 def _check(config: Mapping[str, Any], file: Path, *, top: bool, depth: int) -> None:
     for key, value in config.items():
         if isinstance(value, dict) and depth < _MAX_DEPTH:

@@ -38,9 +38,9 @@ def fitted(source: Source, model: nn.Module | None = None) -> Source:
     """
     if model is None:
         model = model_of(source.config())
-    places, left_out = _places(source, model)
-    untied = _untied(source, places, model)
     text = is_reduced_to_text(source.config_json, source.config())
+    places, left_out = _places(source, model, text=text)
+    untied = _untied(source, places, model)
     if not (untied or left_out or text) and all(name == place for name, place in places.items()):
         return source
     return FittedSource(source, model, places, untied=untied, text=text, left_out=left_out)
@@ -117,23 +117,26 @@ _Place = str | _Made
 """A name of the source's `dense_infos`, or how the tensor is made of others."""
 
 
-def _places(source: Source, model: nn.Module) -> tuple[dict[str, _Place], list[str]]:
-    """Where each tensor of the model is, by its name; and the stored tensors of other models."""
-    own = model.state_dict()
-    stored, left_out = _bare_names(source)
+def _places(source: Source, model: nn.Module, *, text: bool) -> tuple[dict[str, _Place], list[str]]:
+    """Where each tensor of the model is, by its name; and the stored tensors of other models.
+
+    text: the model is the text model of a checkpoint that holds more.
+    """
+    stored, left_out = _bare_names(source, text=text)
     if not left_out and all(name in stored for name in expected_shapes(model, stored)):
         return dict(stored), []
-    return _renamed(source, stored, own, model), left_out
+    return _renamed(source, stored, model.state_dict(), model), left_out
 
 
-def _bare_names(source: Source) -> tuple[dict[str, str], list[str]]:
+def _bare_names(source: Source, *, text: bool) -> tuple[dict[str, str], list[str]]:
     """Stored tensors as a dense model has them, by the text model's name; and those of other parts."""
     packed = {f"{linear}.{part}" for linear in source.quantized for part in QUANT_PARTS}
     names = [name for name in source.dense_infos if name not in packed]
-    if not is_reduced_to_text(source.config_json, source.config()):
+    if not text:
         return {name: name for name in names}, []
-    kept = {text_name(name): name for name in names if not is_left_out(name)}
-    return kept, [name for name in names if is_left_out(name)]
+    left_out = [name for name in names if is_left_out(name)]
+    others = set(left_out)
+    return {text_name(name): name for name in names if name not in others}, left_out
 
 
 def _renamed(
