@@ -171,7 +171,7 @@ def csv_rows(text: str, name: str, delimiter: str | None) -> Iterator[Row]:
                 continue
             if len(cells) != len(header):
                 yield Row(place, None, f"{len(cells)} cells for {len(header)} columns")
-            else:  # an empty cell is no value
+            else:  # an empty cell is a missing value
                 yield Row(place, {key: cell or None for key, cell in zip(header, cells, strict=True)})
     except csv.Error as error:
         raise CalibrationError(

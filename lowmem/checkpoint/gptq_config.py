@@ -23,7 +23,7 @@ _KERNELS = frozenset(("exllama", "exllamav2", "triton", "tritonv2", "torch", "ip
 """Names of kernels, which AutoRound once wrote after the layout ("auto_round:exllamav2")."""
 _BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
 _MOST_BITS = 16
-"""A linear of so many bits is not quantized."""
+"""From this width on, a linear is not quantized."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _override(
     if own.whole(default.bits, "bits", "wbits", "w_bit") >= _MOST_BITS:
         return FormatException(pattern, None)
     exception = FormatException(pattern, _linear_format(own, default))
-    if not exception.is_supported:  # nobody can tell which linears it means
+    if not exception.is_supported:  # which linears it means is unknown
         raise settings.refuse(
             f"the pattern {short(pattern)} in {entry} is not evaluated, since it may take forever",
             "Write it with literals, classes, plain groups of alternatives and .* alone",

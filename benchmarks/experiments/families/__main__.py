@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("families", nargs="*", metavar="FAMILY", help="model types (default: all)")
     args = parser.parse_args()
     if unknown := set(args.families) - set(families()):
-        parser.error(f"{min(unknown)!r} is no causal language model of transformers")
+        parser.error(f"{min(unknown)!r} is not a causal language model of transformers")
     with tempfile.TemporaryDirectory() as work:
         names = args.families or families()
         code = EXPERIMENT.run(args, lambda: record(names, Path(work)), keep=not args.families)

@@ -247,8 +247,8 @@ class Source(ABC):
     def head_is_tied(self, embedding_name: str, head_name: str) -> bool:
         """Whether the output head is the input embedding: not stored, or stored with the same bytes.
 
-        Takes stored names. Raises SourceError when the embedding is
-        missing, or the head is although the config does not tie it.
+        Takes stored names. Raises SourceError when the embedding is missing, or the head is although the
+        config does not tie it.
         """
         embedding, head = self.infos.get(embedding_name), self.infos.get(head_name)
         if embedding is None:
