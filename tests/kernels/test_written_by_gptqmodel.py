@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     command = [sys.executable, "-m", "tests.kernels.test_written_by_gptqmodel", str(found)]
     done = subprocess.run(
-        command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=600, check=False
+        command, cwd=found, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return found
