@@ -69,9 +69,7 @@ class Command:
 
 
 COMMANDS = (
-    Command(
-        "convert", "lowmem.convert.cli", "quantize a checkpoint to 8, 4, 3 or 2 bits with GPTQ", prints=False
-    ),
+    Command("convert", "lowmem.convert.cli", "quantize a checkpoint to 2 to 8 bits with GPTQ", prints=False),
     Command("plan", "lowmem.commands.plan", "show the memory that each version of a model needs"),
     Command("run", "lowmem.commands.run", "chat with a model, or answer one prompt"),
     Command("fim", "lowmem.commands.fim", "fill in the middle of a file"),

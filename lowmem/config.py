@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from lowmem.errors import InvalidRequestError, RecipeError
 
-BITS = (8, 4, 3, 2)
+BITS = (8, 7, 6, 5, 4, 3, 2)
+"""Bits of a quantized weight that can be made and read, widest first."""
 DEFAULT_CONTEXT = 8192
 """Tokens of context where none is requested: StarChat's positions. The KV cache is allocated for the whole
 context, and some models have more than 100,000 positions."""
@@ -30,7 +31,7 @@ class QuantConfig:
     """
 
     bits: int = 4
-    """Bits per weight: 8, 4, 3 or 2."""
+    """Bits per weight, 8 to 2."""
     group_size: int = 0
     """Input columns that share a scale; -1 is one group per row. 0 chooses the largest of 128, 64 and 32
     that divides the inputs of every linear."""
@@ -54,7 +55,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
-            raise RecipeError(f"{self.bits} bits is not supported", "Use 8, 4, 3 or 2")
+            raise RecipeError(f"{self.bits} bits is not supported", "Use 8, 7, 6, 5, 4, 3 or 2")
         if self.group_size not in (-1, 0) and (self.group_size < 32 or self.group_size % 32):
             raise RecipeError(
                 f"group size {self.group_size} cannot be packed", "Use -1, or a multiple of 32 such as 128"

@@ -71,11 +71,13 @@ def write_rtn_checkpoint(
     bits: int = 4,
     group_size: int = 32,
     shards: int = 1,
-    v2: bool = False,
+    layout: str = "",
     act_order_seed: int | None = None,
     tokenizer: bool = True,
 ) -> Any:
     """Write `model` quantized into `folder`, and replace the weights of `model` by the dequantized ones.
+
+    layout: a key of LAYOUTS; by default the one that lowmem writes for the width.
 
     Afterwards `model` is the oracle for a reader of the folder.
     """
@@ -88,19 +90,16 @@ def write_rtn_checkpoint(
         packed = rtn(linear.weight, bits, group_size, act_order_seed=act_order_seed)
         linear.weight.data = packed.weight().to(linear.weight.dtype)
         del tensors[f"{name}.weight"]
-        stored_zeros = (
-            pack_rows(packed.zeros.T, bits).T.contiguous() if v2 else pack_zeros(packed.zeros, bits)
-        )
-        tensors[f"{name}.qweight"] = pack_rows(packed.q, bits)
-        tensors[f"{name}.qzeros"] = stored_zeros
+        tensors[f"{name}.qweight"] = pack_rows(packed.q, bits, layout)
+        tensors[f"{name}.qzeros"] = pack_zeros(packed.zeros, bits, layout)
         tensors[f"{name}.scales"] = packed.scales
         tensors[f"{name}.g_idx"] = packed.g_idx
     config = json.loads((folder / "config.json").read_text())
     quant = QuantConfig(bits=bits, group_size=group_size, sym=False, desc_act=False)
     config["quantization_config"] = quantization_config_dict(quant, version="0")
     config["quantization_config"]["desc_act"] = act_order_seed is not None
-    if v2:
-        config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    if layout:
+        config["quantization_config"]["checkpoint_format"] = layout
     (folder / "config.json").write_text(json.dumps(config))
     save_shards(tensors, folder, shards)
     return model

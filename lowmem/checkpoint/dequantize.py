@@ -46,10 +46,6 @@ class PackedLinear(Protocol):
     def bits(self) -> int:
         """Bits of a weight."""
 
-    @property
-    def zeros_v2(self) -> bool:
-        """`qzeros` holds the zero-points themselves; otherwise each is stored less one."""
-
 
 @dataclass
 class PackedWeight:
@@ -77,11 +73,6 @@ class PackedWeight:
         """See PackedLinear."""
         return self.format.bits
 
-    @property
-    def zeros_v2(self) -> bool:
-        """See PackedLinear."""
-        return self.format.zeros_v2
-
 
 def dequantize(linear: PackedLinear, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Dequantize a packed weight to [out, in], the layout of nn.Linear, in `dtype`."""
@@ -95,14 +86,15 @@ def dequantize(linear: PackedLinear, dtype: torch.dtype = torch.float32) -> torc
 def slices(linear: PackedLinear) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (first output column, float32 weight [in, columns]) until all output columns are dequantized."""
     qweight, scales, g_idx, bits = linear.qweight, linear.scales, linear.g_idx, linear.bits
-    zeros = unpack_zeros(linear.qzeros, bits, v2=linear.zeros_v2)  # [groups, out]
+    layout = linear.format.layout
+    zeros = unpack_zeros(linear.qzeros, bits, layout)  # [groups, out]
     count, inputs, outputs = scales.shape[0], g_idx.numel(), qweight.shape[1]
     in_order = _groups_in_order(g_idx, count)
     groups = g_idx.long()
     step = max(32, SLICE_WEIGHTS // max(1, inputs))
     for start in range(0, outputs, step):
         columns = slice(start, min(start + step, outputs))
-        weight = unpack_rows(qweight[:, columns], bits).to(torch.float32)
+        weight = unpack_rows(qweight[:, columns], bits, layout).to(torch.float32)
         zero, scale = zeros[:, columns].to(torch.float32), scales[:, columns].to(torch.float32)
         if in_order:  # the same numbers without a gather of [in, columns]
             weight.view(count, inputs // count, -1).sub_(zero[:, None]).mul_(scale[:, None])

@@ -7,13 +7,14 @@ ask for the format of a linear by its name, never for the format of the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from lowmem.errors import SourceError
 
 QUANT_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """The stored tensors of a quantized linear, by the last part of their names."""
+_WORD = 32
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,35 @@ class Layout:
     """How GPTQ's integers become words in a file: one `checkpoint_format` of the ecosystem."""
 
     name: str
+    bits: tuple[int, ...]
+    """The widths that it can store."""
     zeros_v2: bool
     """`qzeros` holds the zero-points themselves; otherwise each is stored less one."""
+    planar: bool = False
+    """Integers whose width does not divide 32 are stored in planes; otherwise as one stream of bits."""
 
 
 LAYOUTS = {
-    layout.name: layout for layout in (Layout("gptq", zeros_v2=False), Layout("gptq_v2", zeros_v2=True))
+    layout.name: layout
+    for layout in (
+        Layout("gptq", (8, 4, 3, 2), zeros_v2=False),
+        Layout("gptq_v2", (8, 4, 3, 2), zeros_v2=True),
+        Layout("gptq_p", (8, 7, 6, 5, 4, 3, 2), zeros_v2=True, planar=True),
+    )
 }
-"""The layouts that can be read, by name."""
+"""The layouts that can be read, by name: the most widely read one first."""
+
+
+def layout_for(bits: Iterable[int]) -> str:
+    """The layout in which lowmem writes a checkpoint with linears of these widths.
+
+    Raises ValueError when no layout stores them all.
+    """
+    wanted = set(bits)
+    for layout in LAYOUTS.values():
+        if wanted <= set(layout.bits):
+            return layout.name
+    raise ValueError(f"no layout stores {sorted(wanted)} bits")
 
 
 @dataclass(frozen=True)
@@ -36,15 +58,19 @@ class LinearFormat:
     """How one quantized linear is stored."""
 
     bits: int
-    """Bits of a weight: 8, 4, 3 or 2."""
+    """Bits of a weight, one of config.BITS."""
     group_size: int
     """Input columns that share a scale; -1 is one group for the whole row."""
     sym: bool = True
     """Every zero-point is the middle of the range."""
     desc_act: bool = False
     """`g_idx` may assign columns to groups in any order."""
-    layout: str = "gptq"
-    """A key of LAYOUTS."""
+    layout: str = ""
+    """A key of LAYOUTS; by default the one that lowmem writes where all linears have this width."""
+
+    def __post_init__(self) -> None:
+        if not self.layout:
+            object.__setattr__(self, "layout", layout_for((self.bits,)))
 
     @property
     def label(self) -> str:
@@ -55,6 +81,16 @@ class LinearFormat:
     def zeros_v2(self) -> bool:
         """See Layout.zeros_v2."""
         return LAYOUTS[self.layout].zeros_v2
+
+    @property
+    def planar(self) -> bool:
+        """Whether its integers are stored in planes, of which each holds some of their bits."""
+        return LAYOUTS[self.layout].planar and _WORD % self.bits != 0
+
+    @property
+    def unit(self) -> int:
+        """The fewest values that fill whole words: inputs and outputs are multiples of it."""
+        return _WORD if _WORD % self.bits else _WORD // self.bits
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lowmem.checkpoint.formats import LAYOUTS, FormatException, LinearFormat, Qu
 from lowmem.config import BITS
 from lowmem.errors import ForeignError, SourceError
 
-_READABLE = "Only GPTQ checkpoints of 8, 4, 3 or 2 bits can be read"
+_READABLE = "Only GPTQ checkpoints of 2 to 8 bits can be read"
 _AUTO_ROUND = ("auto-round", "auto_round", "autoround", "intel/auto-round")
 _KERNELS = frozenset(("exllama", "exllamav2", "triton", "tritonv2", "torch", "ipex", "hpu"))
 """Names of kernels, which AutoRound once wrote after the layout ("auto_round:exllamav2")."""
@@ -110,6 +110,11 @@ def _linear_format(settings: _Settings, default: LinearFormat) -> LinearFormat:
     bits = settings.whole(default.bits or None, "bits", "wbits", "w_bit")
     if bits not in BITS:
         raise settings.refuse(f"bits is {bits}")
+    if bits not in LAYOUTS[default.layout].bits:
+        raise settings.refuse(
+            f"bits is {bits}, which checkpoint_format {default.layout} does not store, only gptq_p does",
+            "The settings are not of these tensors: use the ones that came with them",
+        )
     group_size = settings.whole(default.group_size, "group_size", "groupsize", "q_group_size")
     if group_size != -1 and group_size < 1:
         raise settings.refuse(f"group_size is {group_size}")
@@ -127,7 +132,7 @@ def _layout(settings: _Settings) -> str:
     if layout not in LAYOUTS or settings.flag(False, "is_marlin_format"):
         raise settings.refuse(
             f"checkpoint_format is {short('marlin' if layout in LAYOUTS else layout)}",
-            "Only the formats gptq and gptq_v2 can be read: use such a copy, or convert the 16-bit original",
+            f"Only the formats {', '.join(LAYOUTS)} can be read: use such a copy, or convert the original",
         )
     return layout
 

@@ -13,7 +13,7 @@ from typing import Any
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
 from lowmem.checkpoint.foreign import foreign_method
-from lowmem.checkpoint.formats import QuantizationFormat
+from lowmem.checkpoint.formats import QuantizationFormat, layout_for
 from lowmem.checkpoint.gptq_config import parse_quantization
 from lowmem.checkpoint.headers.config import read_config
 from lowmem.config import QuantConfig
@@ -87,7 +87,7 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
         "damp_percent": config.damp_percent,
         "true_sequential": config.true_sequential,
         "lm_head": False,
-        "checkpoint_format": "gptq",
+        "checkpoint_format": layout_for((config.bits,)),
         "pack_dtype": "int32",
         "meta": {
             "quantizer": quantizer,

@@ -118,11 +118,11 @@ def _contradictions(parts: Mapping[str, Stored | None], format: LinearFormat) ->
         yield "scales", f"is of {scales.shape[1]} outputs, and qweight of {outputs}"
     elif qzeros.shape[0] != groups:
         yield "qzeros", f"is of {qzeros.shape[0]} groups, and scales is of {groups}"
-    elif outputs * bits != qzeros.shape[1] * _WORD:
+    elif outputs * bits != qzeros.shape[1] * _WORD or outputs % format.unit:
         stored = _bits(qzeros, outputs)
         what = f"is of {stored} bits" if stored else f"has shape {list(qzeros.shape)}, of no width"
         yield "qzeros", f"{what}, and the config says {bits} bits"
-    elif rest:
+    elif rest or inputs % format.unit:
         yield "qweight", f"of shape {list(qweight.shape)} does not hold whole numbers of {bits} bits"
     elif g_idx and g_idx.shape[0] != inputs:
         what = f"of shape {list(qweight.shape)} holds {inputs} inputs of {bits} bits"

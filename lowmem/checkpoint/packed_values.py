@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from lowmem.checkpoint.dequantize import PackedLinear
-from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
+from lowmem.checkpoint.formats import LAYOUTS, LinearFormat, QuantizationFormat
 from lowmem.checkpoint.packed_headers import MISMATCH, PackedFault
 from lowmem.checkpoint.packing import all_middle, unpack_rows
 from lowmem.checkpoint.values import all_finite
@@ -98,13 +98,14 @@ def _zero_findings(qzeros: torch.Tensor, own: LinearFormat, format: Quantization
             None,
             "zero-points are stored as -1, on which readers disagree; they are read as GPTQModel does",
         )
-    if qzeros.numel() == 0 or all_middle(qzeros, own.bits, v2=own.zeros_v2):
+    if qzeros.numel() == 0 or all_middle(qzeros, own.bits, own.layout):
         return None, ""
-    if all_middle(qzeros, own.bits, v2=not own.zeros_v2):
-        layout = "gptq" if own.zeros_v2 else "gptq_v2"
+    for layout in (name for name, found in LAYOUTS.items() if own.bits in found.bits):
+        if not all_middle(qzeros, own.bits, layout):
+            continue
         problem = f"is in layout {layout}, and the config says {own.layout}"
         return (problem, f'Set checkpoint_format to "{layout}" in {format.origin}'), ""
-    fields = unpack_rows(qzeros.T, own.bits)
+    fields = unpack_rows(qzeros.T, own.bits, own.layout)
     if bool((fields == fields[0, 0]).all()):
         problem = f"holds {int(fields[0, 0])} everywhere; a symmetric grid (sym) has another zero-point"
         return (problem, "Use another version of the checkpoint: the tensor was never written"), ""
@@ -112,9 +113,9 @@ def _zero_findings(qzeros: torch.Tensor, own: LinearFormat, format: Quantization
 
 
 def _has_full_field(qzeros: torch.Tensor, bits: int) -> bool:
-    """Whether a field of these words has all bits set."""
+    """Whether a field of these words, in layout `gptq`, has all bits set."""
     if bits == 3:
-        return bool((unpack_rows(qzeros.T, bits) == 7).any())
+        return bool((unpack_rows(qzeros.T, bits, "gptq") == 7).any())
     full = qzeros
     step = 1
     while step < bits:  # a bit is left where all bits of its field are set

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -50,8 +52,8 @@ def reference_works(device: torch.device) -> str:
             got = reference.linear(rows.to(device), linear)
             worst = max(worst, _error(got, linear, rows))
     if not worst < 1e-3:
-        raise RuntimeError(f"8, 4, 3 and 2 bits: differs from float64 by {worst:.1g}")
-    return f"8, 4, 3 and 2 bits: equal to float64 arithmetic within {worst:.0e}"
+        raise RuntimeError(f"{_listed(BITS)}: differs from float64 by {worst:.1g}")
+    return f"{_listed(BITS)}: equal to float64 arithmetic within {worst:.0e}"
 
 
 def native_works(area: str) -> Check | str:
@@ -75,16 +77,22 @@ def native_works(area: str) -> Check | str:
         raise RuntimeError(f"{native.isa_name()}: differs from float64 by {worst:.1g}")
     threads = "torch's" if native.threads_are_torchs() else "own"
     return (
-        f"{native.isa_name()}, {torch.get_num_threads()} threads, {threads}; 8, 4, 3 and 2 bits: "
+        f"{native.isa_name()}, {torch.get_num_threads()} threads, {threads}; {_listed(WIDTHS)}: "
         f"equal to float64 arithmetic within {worst:.0e}"
     )
+
+
+def _listed(widths: Sequence[int]) -> str:
+    """As "8, 4, 3 and 2 bits"."""
+    return ", ".join(str(bits) for bits in widths[:-1]) + f" and {widths[-1]} bits"
 
 
 def _error(got: torch.Tensor, linear: PackedWeight, rows: torch.Tensor) -> float:
     """Relative error in the 2-norm, against rows @ weight in float64."""
     groups = linear.g_idx.cpu().long()
-    zeros = unpack_zeros(linear.qzeros.cpu(), linear.bits).double()[groups]
-    weight = (unpack_rows(linear.qweight.cpu(), linear.bits) - zeros) * linear.scales.cpu().double()[groups]
+    bits, layout = linear.bits, linear.format.layout
+    zeros = unpack_zeros(linear.qzeros.cpu(), bits, layout).double()[groups]
+    weight = (unpack_rows(linear.qweight.cpu(), bits, layout) - zeros) * linear.scales.cpu().double()[groups]
     assert linear.bias is not None
     right = rows.double() @ weight + linear.bias.cpu().double()
     return float((got.cpu().double() - right).norm() / right.norm())

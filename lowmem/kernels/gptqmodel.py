@@ -22,7 +22,7 @@ from torch import nn
 
 from lowmem.checkpoint.dequantize import PackedLinear
 from lowmem.checkpoint.formats import LinearFormat
-from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_zeros
+from lowmem.checkpoint.packing import pack_zeros, unpack_zeros
 from lowmem.kernels.contract import LinearSpec, Unsuitable
 from lowmem.kernels.trial import exact_spec, no_chatter, plain
 
@@ -84,8 +84,10 @@ class Backend:
         if spec.format is None:
             raise Unsuitable("its weight is not packed")
         cls = self.select(spec.format, device, dtype)
+        planes = {"format": "gptq_p"} if spec.format.planar else {}
         with torch.device("meta"):
             return cls(
+                **planes,
                 bits=spec.format.bits,
                 group_size=spec.format.group_size,
                 desc_act=spec.format.desc_act,
@@ -122,7 +124,7 @@ def backends(specs: Sequence[LinearSpec], device: torch.device) -> tuple[Backend
     assert format is not None
     try:
         importer, families = _import_gptqmodel()
-        order = importer.AUTO_BACKEND_KERNEL_MAPPING["gptq"].get(format.layout, {})
+        order = importer.AUTO_BACKEND_KERNEL_MAPPING["gptq"].get(_layout(format), {})
         family = families(device.type)
     except Exception as error:  # it needs a dozen packages, each of which may be of a wrong version
         return (_Missing(error),)
@@ -154,7 +156,7 @@ def _select(backend: Any, format: LinearFormat, device: str, dtype: torch.dtype)
         group_size=format.group_size,
         desc_act=format.desc_act,
         sym=format.sym,
-        format=format.layout,
+        format=_layout(format),
         quant_method="gptq",
         dtype=dtype,
         pack=False,
@@ -164,14 +166,19 @@ def _select(backend: Any, format: LinearFormat, device: str, dtype: torch.dtype)
     return cls
 
 
+def _layout(format: LinearFormat) -> str:
+    """The layout of the format's words by the name that most kernels take."""
+    return "gptq_v2" if format.layout == "gptq_p" and not format.planar else format.layout
+
+
 def _hand_over(linear: PackedLinear, kernel: Any) -> None:
     """Put the linear's tensors into the kernel, not yet repacked, with zero-points as it expects them."""
     bits, wants_v2 = linear.bits, getattr(kernel, "REQUIRES_FORMAT_V2", False)
     qzeros = linear.qzeros
-    if wants_v2 != linear.zeros_v2:
+    if wants_v2 != linear.format.zeros_v2:
         # Field by field: adding to whole words carries where a zero-point of 0 is stored.
-        zeros = unpack_zeros(qzeros, bits, v2=linear.zeros_v2)
-        qzeros = pack_rows(zeros.T, bits).T.contiguous() if wants_v2 else pack_zeros(zeros, bits)
+        zeros = unpack_zeros(qzeros, bits, linear.format.layout)
+        qzeros = pack_zeros(zeros, bits, "gptq_v2" if wants_v2 else "gptq")
     tensors = {
         "qweight": linear.qweight,
         "qzeros": qzeros,

@@ -70,11 +70,6 @@ class QuantLinear(nn.Module):
         return self.format.bits
 
     @property
-    def zeros_v2(self) -> bool:
-        """Whether `qzeros` holds the zero-points themselves, not one less."""
-        return self.format.zeros_v2
-
-    @property
     def row_invariant(self) -> bool:
         """Whether a row of the output has the same bits whatever other rows are multiplied with it."""
         return self.packed is not None
@@ -92,7 +87,7 @@ class QuantLinear(nn.Module):
             raise Unsuitable("its tensors are not on the CPU")
         order = native_linear.groups_of(self.g_idx, self.scales.shape[0]).order
         if order is not None:
-            self.qweight = native_linear.rows_in_order(self.qweight, self.bits, order)
+            self.qweight = native_linear.rows_in_order(self.qweight, self.bits, self.format.layout, order)
             self.g_idx = self.g_idx[order]
             self.order = order if self.order is None else self.order[order]
         packed = native_linear.Packed.of(self)

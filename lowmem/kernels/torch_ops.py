@@ -61,7 +61,7 @@ class TorchInt4Linear(_TorchLinear):
         for part in self._slices():
             values = unpack_rows(linear.qweight[:, part], 4).T.to(torch.int32).contiguous()
             packed[part] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-        offsets = (8 - unpack_zeros(linear.qzeros, 4, v2=linear.zeros_v2).float()) * scales
+        offsets = (8 - unpack_zeros(linear.qzeros, 4, linear.format.layout).float()) * scales
         pairs = torch.stack((scales, offsets), dim=-1).bfloat16()
         self.register_buffer("packed", packed)
         # A wide group is several of the operator's.

@@ -79,7 +79,7 @@ def exact_spec(linear: PackedLinear) -> LinearSpec:
     """
     spec, format = spec_of(linear), linear.format
     columns = torch.arange(linear.in_features, device=linear.g_idx.device)
-    zeros = unpack_zeros(linear.qzeros, format.bits, v2=format.zeros_v2)
+    zeros = unpack_zeros(linear.qzeros, format.bits, format.layout)
     in_order = bool((linear.g_idx == columns // spec.group_size).all())
     sym = bool((zeros == 1 << (format.bits - 1)).all())
     return replace(spec, format=replace(format, sym=sym, desc_act=not in_order))
@@ -118,11 +118,10 @@ def sample_linear(
     g_idx = torch.arange(in_features) // spec.group_size
     if format.desc_act:
         g_idx = g_idx[torch.randperm(in_features, generator=generator)]
-    packed = pack_rows(zeros.T, bits).T.contiguous() if format.zeros_v2 else pack_zeros(zeros, bits)
     return PackedWeight(
         format,
-        pack_rows(q, bits).to(device),
-        packed.to(device),
+        pack_rows(q, bits, format.layout).to(device),
+        pack_zeros(zeros, bits, format.layout).to(device),
         scales.to(device, torch.float16),
         g_idx.to(device, torch.int32),
         torch.randn(out_features, generator=generator).to(device, dtype) if spec.bias else None,

@@ -10,8 +10,8 @@ from lowmem.checkpoint import cache
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id, read_json
 from lowmem.checkpoint.manifest import MANIFEST_FILE
-from lowmem.config import BITS
 from lowmem.errors import LowmemError, SourceError
+from lowmem.kernels.native.header import WIDTHS
 from lowmem.plan.memory import ON_THE_FLY, Form
 from lowmem.plan.shape import ModelShape, as_converted, read_shape
 
@@ -76,7 +76,7 @@ def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> l
         return []
     there = {c.bits for c in found if c.form.method == "gptq"}
     made = []
-    for bits in (bits for bits in BITS if bits not in there):
+    for bits in (bits for bits in offered(cuda=cuda) if bits not in there):
         shape = as_converted(source.shape, bits)
         dtype = "float16" if cuda else "bfloat16"
         assert shape.format is not None
@@ -85,6 +85,14 @@ def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> l
             Candidate(shape.format.label, bits, Form("gptq", dtype), source.path, shape, command=command)
         )
     return made
+
+
+def offered(*, cuda: bool) -> tuple[int, ...]:
+    """The widths of conversions that a plan names: those for which the device has kernels of its own.
+
+    Not 7 bits: 8 are as good for a user who has the memory, and 6 are for one who has not.
+    """
+    return tuple(bits for bits in WIDTHS if bits != 7 and not (cuda and bits in (6, 5)))
 
 
 def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -35,7 +35,7 @@ class ModelRequest:
     context: int | None = None
     """Tokens of prompt and answer together."""
     bits: int | None = None
-    """Only versions with this many bits per weight: 32, 16, 8, 4, 3 or 2."""
+    """Only versions with this many bits per weight: 32, 16, or one of config.BITS."""
     method: str | None = None
     """Only "gptq" (converted), "int8" or "nf4" (bitsandbytes, while loading) or "dense" (as published)."""
     device: str = "auto"

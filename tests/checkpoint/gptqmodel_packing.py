@@ -6,14 +6,18 @@ from typing import Any
 
 import torch
 
+from lowmem.checkpoint.formats import layout_for
 from lowmem.config import BITS
 
 
 def packing_cases() -> list[dict[str, Any]]:
-    """One a width: integers q [64, 96] in groups of 32, zero-points, scales, g_idx; and any words at all."""
+    """One a width and layout: integers q [64, 96] in groups of 32, zero-points, scales, g_idx; and any words.
+
+    Every width in the layout that lowmem writes, and 3 and 4 bits in the planar one.
+    """
     generator = torch.Generator().manual_seed(0)
     cases = []
-    for bits in BITS:
+    for bits, layout in [(bits, layout_for((bits,))) for bits in BITS] + [(3, "gptq_p"), (4, "gptq_p")]:
         q = torch.randint(0, 1 << bits, (64, 96), generator=generator, dtype=torch.uint8)
         zeros = torch.randint(1, 1 << bits, (2, 96), generator=generator)
         scales = (torch.rand(2, 96, generator=generator) + 0.5).half()
@@ -22,6 +26,7 @@ def packing_cases() -> list[dict[str, Any]]:
         cases.append(
             {
                 "bits": bits,
+                "layout": layout,
                 "q": q,
                 "zeros": zeros,
                 "scales": scales,
@@ -50,20 +55,24 @@ def through_gptqmodel(case: dict[str, Any]) -> dict[str, Any]:
     def module() -> Any:
         return TorchLinear(
             bits=bits, group_size=32, sym=False, desc_act=False, in_features=n_in, out_features=n_out,
-            bias=False, pack_dtype=torch.int32, register_buffers=True,
+            bias=False, pack_dtype=torch.int32, register_buffers=True, format=case["layout"],
         )  # fmt: skip
 
     m = module()
     m.pack_original(linear, scales.float().T.contiguous(), zeros.int().T.contiguous(), g_idx.int())
     m.qzero_format(format=2)
-    convert_gptq_v2_to_v1_format_module(m, QuantizeConfig(bits=bits, group_size=32, sym=False))
+    v1 = case["layout"] == "gptq"
+    if v1:
+        convert_gptq_v2_to_v1_format_module(m, QuantizeConfig(bits=bits, group_size=32, sym=False))
     found = {"qweight": m.qweight.clone(), "qzeros": m.qzeros.clone()}
-    convert_gptq_v1_to_v2_format_module(m, bits=bits, pack_dtype=torch.int32)
+    if v1:
+        convert_gptq_v1_to_v2_format_module(m, bits=bits, pack_dtype=torch.int32)
     m.post_init()
     found["weight"] = m.dequantize_weight().clone()
     m = module()  # any words at all as zero-points, full fields too
     m.qzeros = case["random_words"].clone()
-    convert_gptq_v1_to_v2_format_module(m, bits=bits, pack_dtype=torch.int32)
+    if v1:
+        convert_gptq_v1_to_v2_format_module(m, bits=bits, pack_dtype=torch.int32)
     m.qweight = torch.zeros_like(m.qweight)
     m.scales = torch.ones_like(m.scales)
     m.g_idx = torch.arange(n_in, dtype=torch.int32) // 32

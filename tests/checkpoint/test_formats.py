@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lowmem.checkpoint.formats import FormatException, LinearFormat, QuantizationFormat
+from lowmem.checkpoint.formats import FormatException, LinearFormat, QuantizationFormat, layout_for
 from lowmem.errors import SourceError
 
 FOUR, EIGHT = LinearFormat(4, 128), LinearFormat(8, 32, layout="gptq_v2")
@@ -71,3 +71,14 @@ def test_labels() -> None:
     mixed = QuantizationFormat(FOUR, (FormatException(".*down.*", EIGHT),))
     assert not mixed.uniform and mixed.label == "4/8-bit mixed"
     assert not FOUR.zeros_v2 and EIGHT.zeros_v2
+
+
+def test_the_layout_of_a_checkpoint() -> None:
+    """`gptq`, which everything reads, wherever it stores all widths."""
+    assert layout_for((8, 4, 3, 2)) == layout_for(()) == "gptq"
+    assert layout_for((4, 3, 6)) == "gptq_p" == LinearFormat(5, 128).layout
+    with pytest.raises(ValueError, match="9"):
+        layout_for((4, 9))
+    assert not LinearFormat(3, 128).planar and LinearFormat(3, 128, layout="gptq_p").planar
+    assert LinearFormat(6, 128).planar and not LinearFormat(4, 128, layout="gptq_p").planar
+    assert [LinearFormat(bits, 32).unit for bits in (8, 7, 6, 5, 4, 3, 2)] == [4, 32, 32, 32, 8, 32, 16]

@@ -22,7 +22,7 @@ from lowmem.checkpoint.headers.folder import gguf_metadata, read_config_json, te
 from lowmem.checkpoint.headers.gguf import TYPES
 from lowmem.checkpoint.headers.safetensors import DTYPE_NAMES
 from lowmem.checkpoint.source.open import open_source
-from lowmem.config import QuantConfig
+from lowmem.config import BITS, QuantConfig
 from lowmem.errors import SourceError
 from tests.checkpoint.test_source_gguf import Q, real_file, write_gguf
 from tests.convert.convert_helpers import quick_convert
@@ -69,7 +69,7 @@ def test_a_numbered_set_without_an_index_and_a_single_file(model, tmp_path):
         tensor_headers(folder)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_a_packed_checkpoint_by_safetensors_own_reader(tmp_path, bits):
     write_rtn_checkpoint(tiny_model("llama"), tmp_path / "q", bits=bits, shards=2)
     found = tensor_headers(tmp_path / "q")

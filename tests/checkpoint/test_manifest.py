@@ -36,6 +36,7 @@ def test_what_we_write_we_read(bits: int, group_size: int) -> None:
     read = parse_quantization(data)
     assert read.uniform and read.default == LinearFormat(bits, group_size, sym=False)
     assert read.quantizer[0] == "lowmem:1.2.3"
+    assert data["checkpoint_format"] == ("gptq_p" if bits in (7, 6, 5) else "gptq")
     # Act-order with static groups: no reader needs a permutation, and none must look for one.
     assert data["desc_act"] is False and data["static_groups"] is True and data["meta"]["act_order"] is True
 
@@ -93,13 +94,16 @@ def test_formats_of_others() -> None:
 @pytest.mark.parametrize(
     "change",
     [
+        {"bits": 9},
         {"bits": 5},
+        {"bits": 6, "checkpoint_format": "gptq_v2"},
+        {"dynamic": {"+:.*down.*": {"bits": 7}}},
         {"bits": True},
         {"bits": None},
         {"group_size": 0},
         {"group_size": -2},
         {"group_size": 12.5},
-        {"checkpoint_format": "gptq_p"},
+        {"checkpoint_format": "gptq_x"},
         {"is_marlin_format": True},
         {"pack_dtype": "int16"},
         {"dynamic": [1]},
@@ -129,6 +133,8 @@ def test_what_cannot_be_read_is_refused_by_name(change: dict[str, Any]) -> None:
         ({"checkpoint_format": None, "format": "gptq_v2"}, LinearFormat(4, 128, layout="gptq_v2")),
         ({"is_marlin_format": None, "dynamic": None, "lm_head": None, "meta": None}, LinearFormat(4, 128)),
         ({"pack_dtype": "torch.int32", "rotation": None, "lm_head": True}, LinearFormat(4, 128)),
+        ({"bits": 5, "checkpoint_format": "gptq_p"}, LinearFormat(5, 128)),
+        ({"bits": 3, "checkpoint_format": "gptq_p"}, LinearFormat(3, 128, layout="gptq_p")),
         ({"bits": None, "wbits": 3, "group_size": 64}, LinearFormat(3, 64)),
     ],
     ids=str,

@@ -8,8 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem.checkpoint import packing
-from lowmem.checkpoint.packing import pack_rows, pack_zeros, stored_shapes, unpack_rows, unpack_zeros
+from lowmem.checkpoint.formats import LAYOUTS, LinearFormat
+from lowmem.checkpoint.packing import (
+    all_middle,
+    pack_rows,
+    pack_zeros,
+    stored_shapes,
+    unpack_rows,
+    unpack_zeros,
+)
 from lowmem.config import BITS
+
+PLANAR_WIDTHS = (7, 6, 5, 3)
+"""Widths of which `gptq_p` has other words than a stream of bits."""
+CASES = [(bits, layout) for layout, found in LAYOUTS.items() for bits in found.bits]
+"""Every width in every layout that stores it."""
 
 
 def stream_words(column: list[int], bits: int) -> list[int]:
@@ -19,45 +32,71 @@ def stream_words(column: list[int], bits: int) -> list[int]:
     return [word - (1 << 32) if word >> 31 else word for word in words]
 
 
+def plane_words(column: list[int], bits: int) -> list[int]:
+    """The planar layout once more: for 32 values each plane is a stream of its bits."""
+    words = []
+    for start in range(0, len(column), 32):
+        low = 0
+        for width in (4, 2, 1):
+            if bits - low >= width:
+                plane = [(value >> low) & ((1 << width) - 1) for value in column[start : start + 32]]
+                words += stream_words(plane, width)
+                low += width
+    return words
+
+
 @st.composite
-def integer_matrices(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
-    bits = draw(st.sampled_from(BITS))
-    rows = draw(st.integers(0, 6)) * (32 if bits == 3 else 32 // bits)
+def integer_matrices(draw: st.DrawFn) -> tuple[torch.Tensor, int, str]:
+    bits, layout = draw(st.sampled_from(CASES))
+    rows = draw(st.integers(0, 6)) * LinearFormat(bits, 32).unit
     columns = draw(st.integers(1, 9))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    return torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8), bits
+    return torch.randint(0, 1 << bits, (rows, columns), generator=generator, dtype=torch.uint8), bits, layout
 
 
 @settings(deadline=None, max_examples=100)
 @given(integer_matrices(), st.integers(1, 2000))
-def test_pack_then_unpack_is_exact_whatever_the_chunk(case: tuple[torch.Tensor, int], chunk: int) -> None:
-    q, bits = case
+def test_pack_then_unpack_is_exact_whatever_the_chunk(
+    case: tuple[torch.Tensor, int, str], chunk: int
+) -> None:
+    q, bits, layout = case
+    expected = plane_words if layout == "gptq_p" and bits in PLANAR_WIDTHS else stream_words
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "_CHUNK_VALUES", chunk)
-        words = pack_rows(q, bits)
+        words = pack_rows(q, bits, layout)
         assert words.dtype is torch.int32 and words.shape == (q.shape[0] * bits // 32, q.shape[1])
         for column in range(q.shape[1]):
-            assert words[:, column].tolist() == stream_words(q[:, column].tolist(), bits)
-        assert torch.equal(unpack_rows(words, bits), q)
+            assert words[:, column].tolist() == expected(q[:, column].tolist(), bits)
+        assert torch.equal(unpack_rows(words, bits, layout), q)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(BITS), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
-def test_every_word_survives_unpack_and_pack(bits: int, units: int, columns: int, seed: int) -> None:
+@given(st.sampled_from(CASES), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**31))
+def test_every_word_survives_unpack_and_pack(
+    case: tuple[int, str], units: int, columns: int, seed: int
+) -> None:
+    bits, layout = case
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randint(-(2**31), 2**31, (units * 3, columns), generator=generator).to(torch.int32)
-    assert torch.equal(pack_rows(unpack_rows(words, bits), bits), words)
+    words = torch.randint(-(2**31), 2**31, (units * bits, columns), generator=generator).to(torch.int32)
+    assert torch.equal(pack_rows(unpack_rows(words, bits, layout), bits, layout), words)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(BITS), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
-def test_zeros_round_trip(bits: int, groups: int, units: int, seed: int) -> None:
+@given(st.sampled_from(CASES), st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31))
+def test_zeros_round_trip(case: tuple[int, str], groups: int, units: int, seed: int) -> None:
+    bits, layout = case
     generator = torch.Generator().manual_seed(seed)
     zeros = torch.randint(1, 1 << bits, (groups, 32 * units), generator=generator)
-    words = pack_zeros(zeros, bits)
+    words = pack_zeros(zeros, bits, layout)
     assert words.shape == (groups, units * bits) and words.is_contiguous()
-    assert torch.equal(unpack_zeros(words, bits).long(), zeros)
-    assert torch.equal(unpack_zeros(words, bits, v2=True).long(), zeros - 1)
+    assert torch.equal(unpack_zeros(words, bits, layout).long(), zeros)
+    stored = zeros - 1 if layout == "gptq" else zeros
+    assert torch.equal(unpack_rows(words.T, bits, layout).T.long(), stored)
+    for name in {name for name in LAYOUTS if (bits, name) in CASES}:
+        assert all_middle(pack_zeros(torch.full_like(zeros, 1 << (bits - 1)), bits, layout), bits, name) == (
+            LinearFormat(bits, 32, layout=name).planar == LinearFormat(bits, 32, layout=layout).planar
+            and LAYOUTS[name].zeros_v2 == LAYOUTS[layout].zeros_v2
+        )
 
 
 def test_values_10_and_21_of_three_bits_straddle_words() -> None:
@@ -84,13 +123,20 @@ def test_what_does_not_fit_is_refused(bits: int) -> None:
         q[3, 1] = bad
         with pytest.raises(ValueError, match="do not fit"):
             pack_rows(q, bits)
-    for bad in (0, 1 << bits):
+    least = 0 if bits in (7, 6, 5) else 1
+    for bad in (least - 1, 1 << bits):
         with pytest.raises(ValueError, match="zero-points"):
             pack_zeros(torch.full((2, 32), bad), bits)
+    for layout in (name for name in LAYOUTS if (bits, name) not in CASES):
+        with pytest.raises(ValueError, match=f"{layout} does not store {bits} bits"):
+            pack_rows(torch.zeros(32, 4, dtype=torch.uint8), bits, layout)
     with pytest.raises(ValueError, match="whole words"):
         pack_rows(torch.zeros(33, 4, dtype=torch.uint8), bits)
     with pytest.raises(ValueError, match="int32 words"):
         unpack_rows(torch.zeros(3, 4, dtype=torch.int64), bits)
+    if bits in PLANAR_WIDTHS:
+        with pytest.raises(ValueError, match="whole number"):
+            unpack_rows(torch.zeros(bits + 1, 4, dtype=torch.int32), bits)
 
 
 def test_stored_shapes() -> None:
@@ -101,6 +147,8 @@ def test_stored_shapes() -> None:
     assert shapes.g_idx == (6144,)
     assert stored_shapes(576, 1536, 3, 128).groups == 5  # the last group is half full
     assert stored_shapes(576, 1536, 3, -1).groups == 1
-    for bad in ((6144, 6400, 5, 128), (6144, 6400, 4, 0), (6143, 6400, 4, 128), (6144, 6401, 4, 128)):
+    assert stored_shapes(6144, 6400, 5, 128).qweight == (960, 6400)
+    whole = [(6144, 6400, 9, 128), (6144, 6400, 4, 0)]
+    for bad in [*whole, (6143, 6400, 4, 128), (6144, 6401, 4, 128), (6160, 6400, 6, -1)]:
         with pytest.raises(ValueError):
             stored_shapes(*bad)

@@ -55,15 +55,14 @@ def make(kind: str, folder: Path) -> Case:
         save_source(model, folder, format=format, shards=3 if "shard" in kind else 1)
         path = {"one file": str(folder / "model.safetensors"), "hub snapshot": "owner/name"}
         return Case(kind, path.get(kind, str(folder)), weights)
-    v2 = "v2" in kind
-    write_rtn_checkpoint(model, folder, v2=v2, act_order_seed=3 if "act-order" in kind else None)
+    layout = "gptq_v2" if "v2" in kind else "gptq"
+    write_rtn_checkpoint(model, folder, layout=layout, act_order_seed=3 if "act-order" in kind else None)
     if "dense" in kind:
         leave_dense(folder, weights, "gate_proj")
     as_published_in_2023(kind, folder)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()} | (
         {name: tensor for name, tensor in weights.items() if "gate_proj" in name} if "dense" in kind else {}
     )
-    layout = "gptq_v2" if v2 else "gptq"
     stored = LinearFormat(4, 32, sym=False, desc_act="act-order" in kind, layout=layout)
     path = folder / "model.safetensors" if "one file" in kind else folder
     return Case(kind, str(path), weights, stored)

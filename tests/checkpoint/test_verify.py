@@ -54,7 +54,9 @@ def found(report: VerifyReport) -> list[str]:
         ("gpt_bigcode_mqa", {"bits": 8}),
         ("gpt_bigcode_mha", {"bits": 3, "group_size": -1}),
         ("starcoder2", {"bits": 2, "shards": 2}),
-        ("llama", {"bits": 4, "v2": True}),
+        ("llama", {"bits": 4, "layout": "gptq_v2"}),
+        ("llama", {"bits": 6}),
+        ("llama", {"bits": 3, "layout": "gptq_p"}),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lowmem.commands import doctor as doctor_command
+from lowmem.config import BITS
 from lowmem.doctor import examination, gpu, kernels, machine
 from lowmem.doctor.examination import examine
 from lowmem.doctor.facts import facts
@@ -171,7 +172,7 @@ def test_a_cards_checks_pass_on_the_cpu() -> None:
         "greedy tokens",
         "memory",
         "compiled decode",
-        *(f"{bits}-bit GPTQ" for bits in (8, 4, 3, 2)),
+        *(f"{bits}-bit GPTQ" for bits in BITS),
         "bitsandbytes int8",
         "bitsandbytes nf4",
     ]

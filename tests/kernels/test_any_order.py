@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
+from lowmem.checkpoint.formats import LAYOUTS, LinearFormat, QuantizationFormat, layout_for
 from lowmem.checkpoint.packed_values import examine
 from lowmem.checkpoint.packing import pack_rows, stored_shapes
-from lowmem.config import BITS
 from lowmem.kernels import dispatch
+from lowmem.kernels.native import header
 from lowmem.kernels.quant_linear import QuantLinear
 from tests.kernels.test_native_linear import error, needs_native
 
@@ -23,17 +23,25 @@ from tests.kernels.test_native_linear import error, needs_native
 class Stored:
     """A linear as some tool may store it."""
 
-    bits: int
+    stored: tuple[int, str]
+    """The width and the layout."""
     inputs: int
     outputs: int
     group_size: int
     sym: bool
-    layout: str
     order: str
     """"static": groups in order; else every input in any group, but each group of its size."""
     scales: torch.dtype
     bias: bool
     seed: int
+
+    @property
+    def bits(self) -> int:
+        return self.stored[0]
+
+    @property
+    def layout(self) -> str:
+        return self.stored[1]
 
     def make(self) -> tuple[nn.Module, torch.Tensor]:
         """The linear, and its weight [out, in] by the format's own definition."""
@@ -55,8 +63,9 @@ class Stored:
             g_idx = g_idx.flip(0)
         format = LinearFormat(self.bits, self.group_size, self.sym, self.order != "static", self.layout)
         linear = QuantLinear(self.inputs, self.outputs, format, bias=self.bias)
-        linear.qweight = pack_rows(q, self.bits)
-        linear.qzeros = pack_rows((zeros - int(self.layout == "gptq")).T, self.bits).T.contiguous()
+        linear.qweight = pack_rows(q, self.bits, self.layout)
+        less = zeros - int(self.layout == "gptq")
+        linear.qzeros = pack_rows(less.T, self.bits, self.layout).T.contiguous()
         linear.scales, linear.g_idx = scales, g_idx.int()
         if self.bias:
             linear.bias = torch.randn(self.outputs, generator=g)
@@ -66,12 +75,11 @@ class Stored:
 
 files = st.builds(
     Stored,
-    bits=st.sampled_from(BITS),
+    stored=st.sampled_from([(bits, name) for name, found in LAYOUTS.items() for bits in found.bits]),
     inputs=st.integers(1, 9).map(lambda n: 32 * n),
     outputs=st.integers(1, 5).map(lambda n: 32 * n),
     group_size=st.sampled_from((-1, 16, 32, 48, 64, 128)),
     sym=st.booleans(),
-    layout=st.sampled_from(("gptq", "gptq_v2")),
     order=st.sampled_from(("static", "blocks", "scattered", "reversed")),
     scales=st.sampled_from((torch.float16, torch.bfloat16, torch.float32)),
     bias=st.booleans(),
@@ -94,10 +102,10 @@ def test_the_product_is_that_of_the_stored_weight(stored: Stored, rows: int) -> 
 
 
 @needs_native
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", header.WIDTHS)
 def test_our_kernels_take_every_order_of_whole_groups(bits: int) -> None:
     """No order falls back to the reference."""
     for order in ("static", "blocks", "scattered", "reversed"):
-        stored = Stored(bits, 256, 64, 64, False, "gptq", order, torch.float16, True, 1)
+        stored = Stored((bits, layout_for((bits,))), 256, 64, 64, False, order, torch.float16, True, 1)
         model, _ = stored.make()
         assert "lowmem" in dispatch.install(model, torch.device("cpu"), torch.float32)

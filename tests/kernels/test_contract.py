@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lowmem.checkpoint.formats import LinearFormat
+from lowmem.config import BITS
 from lowmem.kernels import reference
 from lowmem.kernels.contract import Kernel, LinearSpec
 from lowmem.kernels.native import library
@@ -45,6 +46,11 @@ SPECS = [
             (32, False, True, "gptq", True),
             (-1, True, False, "gptq", False),
         )
+    ),
+    *(
+        LinearSpec(256, 160, True, LinearFormat(bits, 64, sym, desc_act, "gptq_p"))
+        for bits in BITS
+        for sym, desc_act in ((True, False), (False, True))
     ),
     LinearSpec(1024, 64, True, LinearFormat(4, 512)),
     LinearSpec(96, 64, True, LinearFormat(4, 48)),

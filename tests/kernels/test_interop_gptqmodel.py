@@ -27,7 +27,7 @@ from lowmem.convert.recipe import ConvertOptions
 
 import lowmem
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_zeros
-from lowmem.config import BITS, QuantConfig, SamplingParams
+from lowmem.config import QuantConfig, SamplingParams
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadOptions, load
 from lowmem.session import Session
@@ -184,17 +184,20 @@ def assert_agrees(results: Results, job: Job, allowance: float = 1.5) -> None:
     assert error_of(got, exact) < allowance * rounding
 
 
-@pytest.mark.parametrize("number", range(len(BITS)), ids=lambda number: f"{BITS[number]}-bit")
+CASES = [(case["bits"], case["layout"]) for case in packing_cases()]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: "{}-bit-{}".format(*CASES[number]))
 def test_same_words_as_gptqmodel(number: int, results: Results) -> None:
     """Its packer gives our words, and its unpacker our integers, at every width."""
     case = torch.load(results.folder / "packing.pt", weights_only=True)[number]
-    bits, q, zeros = case["bits"], case["q"], case["zeros"]
-    assert bits == BITS[number]
-    assert torch.equal(case["qweight"], pack_rows(q, bits))
-    assert torch.equal(case["qzeros"], pack_zeros(zeros, bits))
+    bits, layout, q, zeros = case["bits"], case["layout"], case["q"], case["zeros"]
+    assert (bits, layout) == CASES[number]
+    assert torch.equal(case["qweight"], pack_rows(q, bits, layout))
+    assert torch.equal(case["qzeros"], pack_zeros(zeros, bits, layout))
     expected = (q.long() - zeros[case["g_idx"]]) * case["scales"].float()[case["g_idx"]]
     torch.testing.assert_close(case["weight"].float(), expected, rtol=2e-3, atol=0)
-    assert torch.equal(case["random_zeros"].long(), unpack_zeros(case["random_words"], bits).long())
+    assert torch.equal(case["random_zeros"].long(), unpack_zeros(case["random_words"], bits, layout).long())
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)

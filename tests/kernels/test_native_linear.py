@@ -74,7 +74,7 @@ def quant_linear(
 def exact(linear: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     """The product in float64, from the stored tensors."""
     groups = linear.g_idx.long()
-    zeros = unpack_zeros(linear.qzeros, linear.bits, v2=linear.zeros_v2).double()[groups]
+    zeros = unpack_zeros(linear.qzeros, linear.bits, linear.format.layout).double()[groups]
     weight = (unpack_rows(linear.qweight, linear.bits) - zeros) * linear.scales.double()[groups]
     y = x.double() @ weight
     return y if linear.bias is None else y + linear.bias.double()

@@ -9,35 +9,36 @@ import torch
 
 from lowmem.checkpoint import dequantize as stored_weights
 from lowmem.checkpoint.dequantize import PackedWeight, dequantize
-from lowmem.checkpoint.formats import LinearFormat
+from lowmem.checkpoint.formats import LAYOUTS, LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS
 from lowmem.kernels import reference
 from tests.rtn_helpers import rtn
 
+CASES = [(bits, layout) for layout, found in LAYOUTS.items() for bits in found.bits]
+
 
 def packed(
-    bits: int, n_in: int = 96, n_out: int = 64, act_order: bool = False, v2: bool = False
+    bits: int, n_in: int = 96, n_out: int = 64, act_order: bool = False, layout: str = ""
 ) -> tuple[PackedWeight, torch.Tensor]:
     """A packed weight, and the same in float64 [out, in]."""
     weight = torch.randn(n_out, n_in, generator=torch.Generator().manual_seed(bits))
     r = rtn(weight, bits, 32, act_order_seed=1 if act_order else None)
-    zeros = pack_rows(r.zeros.T, bits).T.contiguous() if v2 else pack_zeros(r.zeros, bits)
     rows = r.g_idx.long()
     exact = (r.q.double() - r.zeros.double()[rows]) * r.scales.double()[rows]
-    format = LinearFormat(bits, 32, False, act_order, "gptq_v2" if v2 else "gptq")
-    return PackedWeight(format, pack_rows(r.q, bits), zeros, r.scales, r.g_idx), exact.T
+    format = LinearFormat(bits, 32, False, act_order, layout)
+    words, zeros = pack_rows(r.q, bits, format.layout), pack_zeros(r.zeros, bits, format.layout)
+    return PackedWeight(format, words, zeros, r.scales, r.g_idx), exact.T
 
 
 @pytest.mark.parametrize("slice_values", [1, 96 * 40, 1 << 22], ids=["32-columns", "ragged", "whole"])
 @pytest.mark.parametrize("act_order", [False, True], ids=["groups", "act-order"])
-@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "layout"), CASES)
 def test_dequantize_is_the_formula(
-    bits: int, v2: bool, act_order: bool, slice_values: int, monkeypatch: pytest.MonkeyPatch
+    bits: int, layout: str, act_order: bool, slice_values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stored_weights, "SLICE_WEIGHTS", slice_values)
-    stored, exact = packed(bits, act_order=act_order, v2=v2)
+    stored, exact = packed(bits, act_order=act_order, layout=layout)
     # An integer below 256 times a float16 scale has at most 8 + 11 bits: float32 holds it exactly.
     assert torch.equal(dequantize(stored).double(), exact)
 

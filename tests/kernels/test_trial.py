@@ -22,6 +22,7 @@ from torch import nn
 from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
+from lowmem.config import BITS
 from lowmem.kernels import gptqmodel, reference
 from lowmem.kernels.contract import LinearSpec
 from lowmem.kernels.dispatch import REFERENCE, Installed, best_kernel, linear_specs, replace_linears
@@ -48,6 +49,7 @@ class RightKernel(nn.Module):
         super().__init__()
         type(self).made += 1
         self.bits = bits
+        self.layout = rest.get("format", "gptq_v2")
         self.register_buffer(
             "qweight", torch.empty(in_features * bits // 32, out_features, dtype=torch.int32)
         )
@@ -62,8 +64,8 @@ class RightKernel(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return reference.linear(x, self.weight())
 
-    def weight(self, layout: str = "gptq_v2") -> PackedWeight:
-        format = LinearFormat(self.bits, 32, layout=layout)
+    def weight(self, layout: str = "") -> PackedWeight:
+        format = LinearFormat(self.bits, 32, layout=layout or self.layout)
         return PackedWeight(format, ~self.qweight, self.qzeros, self.scales, self.g_idx, self.bias)
 
 
@@ -147,7 +149,7 @@ FORMATS = [
         (64, False, True, "gptq"),
         (-1, False, False, "gptq_v2"),
     )
-]
+] + [LinearFormat(bits, 32, sym=False, layout="gptq_p") for bits in BITS]
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -164,7 +166,7 @@ def test_a_right_kernel_is_trusted_and_wrong_ones_are_not(format: LinearFormat, 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_the_sample_is_of_its_format(format: LinearFormat) -> None:
     sample = sample_linear(sample_spec(format), CPU)
-    zeros = unpack_zeros(sample.qzeros, format.bits, v2=format.zeros_v2)
+    zeros = unpack_zeros(sample.qzeros, format.bits, format.layout)
     assert bool((zeros == 1 << (format.bits - 1)).all()) == format.sym
     assert 0.2 < float((sample.scales < 0).float().mean()) < 0.8
     assert bool((sample.g_idx.diff() >= 0).all()) != format.desc_act

@@ -40,7 +40,10 @@ def assert_same_logits(got: torch.Tensor, expected: torch.Tensor, tolerance: flo
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (8, {"shards": 3}),
     (3, {"group_size": -1}),
-    (4, {"v2": True}),
+    (4, {"layout": "gptq_v2"}),
+    (5, {}),
+    (6, {"act_order_seed": 3}),
+    (3, {"layout": "gptq_p"}),
     (4, {"act_order_seed": 5}),
 ]
 

@@ -69,7 +69,7 @@ def test_bfloat16_equals_transformers_up_to_rounding(tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("bits", "options"),
-    [(8, {}), (4, {"v2": True}), (3, {"act_order_seed": 3}), (2, {}), (4, {"group_size": -1})],
+    [(8, {}), (4, {"layout": "gptq_v2"}), (3, {"act_order_seed": 3}), (2, {}), (4, {"group_size": -1})],
 )
 def test_a_gptq_folder_gives_the_loaders_results(tmp_path, bits, options):
     """Asymmetric zero-points, both formats, permuted columns; and the dequantized oracle agrees."""

@@ -91,13 +91,14 @@ def _common_size(g_idx: torch.Tensor) -> int:
     return size
 
 
-def rows_in_order(qweight: torch.Tensor, bits: int, order: torch.Tensor) -> torch.Tensor:
+def rows_in_order(qweight: torch.Tensor, bits: int, layout: str, order: torch.Tensor) -> torch.Tensor:
     """A copy of `qweight` [in * bits / 32, out] with its inputs in another order (position → input)."""
     result = torch.empty(qweight.shape, dtype=torch.int32)
     step = max(32, _ORDER_VALUES // max(1, order.numel()))
     for start in range(0, qweight.shape[1], step):
         columns = slice(start, start + step)
-        result[:, columns] = pack_rows(unpack_rows(qweight[:, columns], bits)[order], bits)
+        values = unpack_rows(qweight[:, columns], bits, layout)[order]
+        result[:, columns] = pack_rows(values, bits, layout)
     return result
 
 
@@ -195,8 +196,11 @@ class Packed:
         groups = groups_of(linear.g_idx, linear.scales.shape[0])
         if groups.order is not None:
             raise Unsuitable("its inputs are not in the order of their groups")
-        symmetric = all_middle(linear.qzeros, linear.bits, v2=linear.zeros_v2)
-        zeros = None if symmetric else unpack_zeros(linear.qzeros, linear.bits, v2=linear.zeros_v2)
+        if linear.format.planar and linear.bits == 3:
+            raise Unsuitable("weights of 3 bits in planes are not supported")
+        layout = linear.format.layout
+        symmetric = all_middle(linear.qzeros, linear.bits, layout)
+        zeros = None if symmetric else unpack_zeros(linear.qzeros, linear.bits, layout)
         scales = linear.scales
         if groups.index is not None:
             scales, zeros = scales[groups.index], None if zeros is None else zeros[groups.index]
