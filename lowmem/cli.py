@@ -74,6 +74,9 @@ COMMANDS = (
     Command("run", "lowmem.commands.run", "chat with a model, or answer one prompt"),
     Command("fim", "lowmem.commands.fim", "fill in the middle of a file"),
     Command("serve", "lowmem.commands.serve", "serve an OpenAI-compatible API and a chat page", prints=False),
+    Command(
+        "export", "lowmem.commands.export", "write a checkpoint as a GGUF file, for llama.cpp and Ollama"
+    ),
     Command("verify", "lowmem.commands.verify", "check every file and tensor of a checkpoint"),
     Command("list", "lowmem.commands.list", "list the converted checkpoints in lowmem's cache"),
     Command("rm", "lowmem.commands.rm", "remove checkpoints from the cache", prints=False),

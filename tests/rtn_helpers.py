@@ -35,8 +35,13 @@ class Rtn:
         return ((self.q.float() - self.zeros.float()[rows]) * self.scales.float()[rows]).T.contiguous()
 
 
-def rtn(weight: torch.Tensor, bits: int, group_size: int, *, act_order_seed: int | None = None) -> Rtn:
-    """Round weight [out, in] to nearest, asymmetric. act_order_seed: assign columns to random groups."""
+def rtn(
+    weight: torch.Tensor, bits: int, group_size: int, *, act_order_seed: int | None = None, sym: bool = False
+) -> Rtn:
+    """Round weight [out, in] to nearest. act_order_seed: assign columns to random groups.
+
+    sym: the zero-point is the middle, and the scale's sign puts the longer side of the grid where it helps.
+    """
     columns = weight.shape[1]
     size = columns if group_size == -1 else group_size
     g_idx = torch.arange(columns) // size
@@ -48,6 +53,12 @@ def rtn(weight: torch.Tensor, bits: int, group_size: int, *, act_order_seed: int
     scales, zeros = torch.empty(groups, weight.shape[0]), torch.empty(groups, weight.shape[0])
     for group in range(groups):
         part = transposed[g_idx == group]
+        if sym:
+            low, high = part.amin(0), part.amax(0)
+            longer = torch.where(-low > high, low, high)
+            scales[group] = (longer / -(2 ** (bits - 1))).half().float()
+            zeros[group] = 2 ** (bits - 1)
+            continue
         low, high = part.amin(0).clamp(max=0), part.amax(0).clamp(min=0)
         scales[group] = ((high - low) / maxq).clamp(min=1e-4).half().float()
         zeros[group] = (-low / scales[group]).round().clamp(1, maxq)
@@ -74,6 +85,7 @@ def write_rtn_checkpoint(
     layout: str = "",
     act_order_seed: int | None = None,
     tokenizer: bool = True,
+    sym: bool = False,
 ) -> Any:
     """Write `model` quantized into `folder`, and replace the weights of `model` by the dequantized ones.
 
@@ -87,7 +99,7 @@ def write_rtn_checkpoint(
     if model.config.tie_word_embeddings and embedding_name(model) != "lm_head.weight":
         tensors.pop("lm_head.weight", None)
     for name, linear in layer_linears(model).items():
-        packed = rtn(linear.weight, bits, group_size, act_order_seed=act_order_seed)
+        packed = rtn(linear.weight, bits, group_size, act_order_seed=act_order_seed, sym=sym)
         linear.weight.data = packed.weight().to(linear.weight.dtype)
         del tensors[f"{name}.weight"]
         tensors[f"{name}.qweight"] = pack_rows(packed.q, bits, layout)
@@ -95,7 +107,7 @@ def write_rtn_checkpoint(
         tensors[f"{name}.scales"] = packed.scales
         tensors[f"{name}.g_idx"] = packed.g_idx
     config = json.loads((folder / "config.json").read_text())
-    quant = QuantConfig(bits=bits, group_size=group_size, sym=False, desc_act=False)
+    quant = QuantConfig(bits=bits, group_size=group_size, sym=sym, desc_act=False)
     config["quantization_config"] = quantization_config_dict(quant, version="0")
     config["quantization_config"]["desc_act"] = act_order_seed is not None
     if layout:

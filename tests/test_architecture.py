@@ -21,6 +21,7 @@ RANKS = {
     "lowmem.kernels": 4,
     "lowmem.plan": 5,
     "lowmem.generate": 6,
+    "lowmem.export": 6,
     "lowmem.streaming": 6,
     "lowmem.loading": 7,
     "lowmem.prompts": 8,

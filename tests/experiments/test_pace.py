@@ -32,7 +32,6 @@ from lowmem.benchmarks.experiments.pace.record import (
     whole_model,
 )
 from lowmem.benchmarks.experiments.pace.table import render
-from lowmem.benchmarks.experiments.peers.to_gguf import write_gguf
 from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
 from lowmem.benchmarks.experiments.starchat.random_weights import (
     write_packed,
@@ -48,6 +47,7 @@ from safetensors import safe_open
 
 from lowmem.checkpoint.headers.gguf import read_gguf_header
 from lowmem.errors import SourceError
+from lowmem.export.export import export
 from lowmem.generate.decoders.contract import Feed, StepOutput
 from lowmem.kernels.native import library as native
 from lowmem.loading.loader import LoadOptions, load
@@ -154,7 +154,7 @@ def test_a_share_lies_between_reads_of_the_models_own_weights(
 def test_bytes_of_a_gguf(packed: Path, tmp_path: Path) -> None:
     """As many as ours in float16; positions are looked up, and the tied embedding is the head."""
     source = write_source(tmp_path / "source", SMALL)
-    file = write_gguf(str(source), tmp_path / "x.gguf")
+    file = export(str(source), tmp_path / "x.gguf").path
     found = pace.gguf_bytes(file, 10)
     weights = 128 * 256 + 128 * 128 + 2 * 128 * 512
     assert found["packed"] == 2 * weights * 2 and found["head"] == 4096 * 128 * 2

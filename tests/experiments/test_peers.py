@@ -26,7 +26,6 @@ from lowmem.benchmarks.experiments.peers.record import (
 from lowmem.benchmarks.experiments.peers.run import Run, StepError, measure_versions
 from lowmem.benchmarks.experiments.peers.steps import logits_of, mean_square_inputs, stored_size
 from lowmem.benchmarks.experiments.peers.table import render
-from lowmem.benchmarks.experiments.peers.to_gguf import write_gguf
 from lowmem.benchmarks.experiments.workers import interpreters, turns
 from lowmem.benchmarks.experiments.workers.interpreters import Peers, find_peers
 from lowmem.benchmarks.experiments.workers.protocol import gaps, prompt_of
@@ -39,6 +38,7 @@ from lowmem.benchmarks.experiments.workers.turns import (
 )
 
 from lowmem.errors import InvalidRequestError, OutputError, SourceError
+from lowmem.export.export import export
 from tests.helpers import save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
@@ -300,7 +300,7 @@ def test_stored_bits_of_every_kind(tmp_path):
     bits, nbytes = stored_size("dense", Path(source), source)
     assert (bits, nbytes) == (16, 2 * tensors)
 
-    file = write_gguf(source, tmp_path / "m.gguf")
+    file = export(source, tmp_path / "m.gguf").path
     bits, nbytes = stored_size("gguf", file, source)
     # Norms, biases and positions are float32 there.
     vectors = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 1 or ".wpe." in n)

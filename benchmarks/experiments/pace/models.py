@@ -118,10 +118,10 @@ def make_llama(models: Sequence[PaceModel], work: Path, layers: int, python: str
 
 
 def _dense_gguf(work: Path, layers: int, small: bool) -> Path:
-    from lowmem.benchmarks.experiments.peers.to_gguf import write_gguf
+    from lowmem.export.export import export
 
     out = work / f"source{'-small' if small else ''}.gguf"
-    return out if out.is_file() else write_gguf(str(_write_dense(work, layers, small)), out)
+    return out if out.is_file() else export(str(_write_dense(work, layers, small)), out).path
 
 
 def _write_dense(work: Path, layers: int, small: bool) -> Path:

@@ -33,11 +33,11 @@ def prepare(source: str, work: Path, importance: bool) -> None:
     """Write what all versions share to `work`; prepared.json describes it."""
     import numpy as np
     import torch
-    from lowmem.benchmarks.experiments.peers.to_gguf import ARCHITECTURES
     from lowmem.benchmarks.quality.texts import read_texts
     from lowmem.convert.calibration import CalibrationSpec, load_rows
 
     from lowmem.checkpoint.source.open import open_source
+    from lowmem.export.families import FAMILIES
     from lowmem.loading.loader import LoadOptions, load
     from lowmem.models.dialogue import Dialogue
 
@@ -52,7 +52,7 @@ def prepare(source: str, work: Path, importance: bool) -> None:
         np.save(work / f"rows-{text.name}.npy", text.rows.numpy().astype(np.int32))
         _save_logits(work / f"reference-{text.name}.npy", loaded.model, text.rows, vocabulary)
     if importance:
-        known = loaded.model.config.model_type in ARCHITECTURES
+        known = loaded.model.config.model_type in FAMILIES
         values = mean_square_inputs(loaded.model, calibration.tokens) if known else {}
         np.savez(work / "importance.npz", **values)  # type: ignore[arg-type]
     data = {
@@ -99,9 +99,9 @@ def mean_square_inputs(model: Any, rows: torch.Tensor) -> dict[str, Any]:
 
     Returns float32 [inputs] by llama.cpp's name of the linear's weight; the mean is over all tokens.
     """
-    from lowmem.benchmarks.experiments.peers.to_gguf import name_map
     from torch import nn
 
+    from lowmem.export.tensors import name_map
     from lowmem.models.architecture import decoder_layers
 
     names = name_map(model.config)
@@ -265,9 +265,9 @@ def main() -> int:
     if args.step == "prepare":
         prepare(args.source, args.work, args.importance)
     elif args.step == "gguf":
-        from lowmem.benchmarks.experiments.peers.to_gguf import write_gguf
+        from lowmem.export.export import export
 
-        write_gguf(args.source, args.path)
+        export(args.source, args.path)
     elif args.step == "gptqmodel":
         args.report.write_text(json.dumps(convert_with_gptqmodel(args)))
     else:

@@ -93,15 +93,31 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
     When two processes write the same file, one waits for the other. Raises OutputError (DiskFullError for a
     full disk) and removes the partial file.
     """
-    part = path.with_name(path.name + ".part")
     digest, count = hashlib.sha256(), 0
+    with staged(path) as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+            digest.update(chunk)
+            count += len(chunk)
+    return FileDigest(digest.hexdigest(), count)
+
+
+def staged_path(path: Path) -> Path:
+    """Where `staged` writes before it renames."""
+    return path.with_name(path.name + ".part")
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside `path`, open for writing, flushed to disk and renamed to `path` at the end.
+
+    After any exception, a KeyboardInterrupt included, nothing is left of it. Raises as `write_whole`.
+    """
+    part = staged_path(path)
     try:
         with _open_part(part) as stream:
             try:
-                for chunk in chunks:
-                    stream.write(chunk)
-                    digest.update(chunk)
-                    count += len(chunk)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
                 os.replace(part, path)
@@ -111,7 +127,6 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
         sync_folder(path.parent)
     except OSError as error:
         raise as_output_error(error, path) from error
-    return FileDigest(digest.hexdigest(), count)
 
 
 def write_json(path: Path, value: object) -> FileDigest:

@@ -1,4 +1,4 @@
-"""A model as GGUF: read back by transformers and by hand, and what llama.cpp would misread is refused."""
+"""A 16-bit model as GGUF: read back by transformers and by hand; what llama.cpp would misread is refused."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import json
 from pathlib import Path
 
 import gguf
-import numpy as np
 import pytest
 import torch
-from lowmem.benchmarks.experiments.peers.to_gguf import main, read_vocabulary, write_gguf
 from transformers import PreTrainedTokenizerFast
 
 from lowmem.checkpoint.source.open import open_source
+from lowmem.cli import main
 from lowmem.errors import OutputError, SourceError
+from lowmem.export.export import export
+from lowmem.export.vocabulary import read_vocabulary
+from tests.export.gguf_files import fields_of, tensors_of
 from tests.helpers import TINY_STARCHAT, save_source, tiny_model, write_starchat_tokenizer
 
-
-def tensors_of(file: Path) -> dict[str, tuple[str, torch.Tensor]]:
-    """Type and float32 values of every tensor, by gguf's own reader."""
-    found = {}
-    for tensor in gguf.GGUFReader(file).tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        found[tensor.name] = (tensor.tensor_type.name, torch.from_numpy(np.array(values)).view(shape))
-    return found
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 500000.0,
+}
 
 
-def fields_of(file: Path) -> dict[str, object]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
+def write_gguf(folder: str, file: Path) -> Path:
+    return export(folder, file).path
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_starchats_vocabulary(tmp_path):
         *range(5),
         *range(49152, 49156),
     ]
-    assert (found.pre, found.end_of_turn) == ("starcoder", 49155)
+    assert found.pre == "starcoder"
 
 
 def test_vocabulary_with_gaps():
@@ -120,14 +120,14 @@ def test_vocabulary_with_gaps():
     found = read_vocabulary(tokenizer, 4100)
     assert found.tokens[4096:] == ("[PAD4096]", "[PAD4097]", "[PAD4098]", "[PAD4099]")
     assert set(found.types[4096:]) == {gguf.TokenType.UNUSED} and len(found.merges) == 3831
-    assert found.merges[0] == "Ġ Ġ" and found.end_of_turn == 4095
+    assert found.merges[0] == "Ġ Ġ"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"pre_tokenizer": {"type": "Whitespace"}}, "not a byte-level BPE"),
-        ({"normalizer": {"type": "NFC"}}, "not a byte-level BPE"),
+        ({"normalizer": {"type": "NFKC"}}, "not a byte-level BPE"),
     ],
 )
 def test_tokenizers_that_llama_cpp_would_misread(tmp_path, changes, message):
@@ -142,9 +142,11 @@ def test_tokenizers_that_llama_cpp_would_misread(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("starcoder2", {}, "of type 'starcoder2'"),
-        ("gpt_bigcode_mqa", {"activation_function": "relu"}, "has no relu"),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "linear"),
+        ("gpt_bigcode_mqa", {"activation_function": "relu"}, "is 'relu'"),
+        ("gpt_bigcode_mqa", {"scale_attn_weights": False}, "not scaled"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ("qwen2", {"rope_parameters": {"rope_type": "llama3", **LLAMA3}}, "'llama3'"),
+        ("starcoder2", {"use_bias": False}, "no biases"),
         ("llama", {"hidden_act": "gelu"}, "'gelu'"),
     ],
 )
@@ -163,9 +165,9 @@ def test_the_file_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
-    with pytest.raises(OutputError, match=r"m.gguf cannot be written: No space left"):
+    monkeypatch.setattr(gguf.GGUFWriter, "write_ti_data_to_file", full)
+    with pytest.raises(OutputError, match=r"the disk is full: .*m.gguf"):
         write_gguf(str(folder), tmp_path / "m.gguf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
-    assert main([str(tmp_path / "absent"), str(tmp_path / "m.gguf")]) == 2
+    assert main(["export", str(tmp_path / "absent"), str(tmp_path / "m.gguf")]) == 2
     assert "does not exist" in capsys.readouterr().err
