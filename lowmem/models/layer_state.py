@@ -102,11 +102,6 @@ def check_layer_state(config: Mapping[str, object]) -> None:
         reason = "is an encoder, whose tokens attend to the tokens after them"
     if reason:
         raise ArchitectureError(f"{kind!r} {reason}", "Use a decoder-only model such as llama or gpt_bigcode")
-    if kind == "gpt2" and config.get("attention_head_type") == "multiquery":
-        raise ArchitectureError(
-            "this is SantaCoder's first layout, which only the code beside its weights reads",
-            "Use the same weights in transformers' layout: bigcode/gpt_bigcode-santacoder",
-        )
     types = next((t for t in map(config.get, _LISTS) if isinstance(t, (list, tuple)) and t), None)
     if types is None:
         if kind in STATEFUL | _INDEXED | _LATER_LISTED | _GGUF:

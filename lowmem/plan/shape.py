@@ -20,6 +20,7 @@ from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.headers.config import text_settings
 from lowmem.checkpoint.headers.folder import TensorHeader, gguf_metadata, read_config_json, tensor_headers
 from lowmem.checkpoint.headers.heads import EMBEDDINGS, HEADS, own_heads
+from lowmem.checkpoint.headers.santacoder import has_first_names, joined_headers
 from lowmem.checkpoint.manifest import find_quantization
 from lowmem.checkpoint.packed_headers import packed_linears
 from lowmem.checkpoint.source.text_names import is_left_out, text_name
@@ -136,6 +137,8 @@ def read_shape(path: Path) -> ModelShape:
     config = text_settings(config)
     check_layer_state(config)
     own = own_heads(folder, headers)
+    if has_first_names(config, headers):
+        headers = joined_headers(headers)
     if nested or "vision_config" in config:
         headers = {name: header for name, header in headers.items() if not is_left_out(name)}
     return _shape(path, headers, config, format, own)

@@ -138,6 +138,7 @@ def test_sizes_of_real_models_are_accepted(tmp_path: Path) -> None:
         "hidden_size": 16384,
         "max_position_embeddings": 10_485_760,
         "pretraining_tp": 1,
+        "num_experts": 16384,
         "num_key_value_heads": [1, 2],
         "text_config": {"num_experts": 512},
         "vision_config": {"hidden_size": 0},

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint.files.reading import read_json
+from lowmem.checkpoint.headers.santacoder import as_gpt_bigcode, is_first_layout
 from lowmem.errors import SourceError
 
 MAX_COUNT = 4096
-"""Layers, experts and similar; Llama 3.1 with 405 billion parameters has 126 layers."""
+"""Layers and similar; Llama 3.1 with 405 billion parameters has 126 layers."""
+MAX_EXPERTS = 2**16
+"""Doge has 16384 experts, which are rows of an embedding there."""
 MAX_SIZE = 2**40
 """A width, a vocabulary, a context."""
 _MAX_DEPTH = 4
@@ -34,11 +37,12 @@ _SIZES = frozenset(
 def read_config(file: Path) -> dict[str, Any]:
     """The object in a config.json, with its sizes checked; raises SourceError for a size that no model has.
 
-    Other values, and keys that are not known here, are left to transformers' own checks.
+    Other values, and keys that are not known here, are left to transformers' own checks. SantaCoder's first
+    layout is returned as the gpt_bigcode config that it amounts to; ArchitectureError where there is none.
     """
     config = read_json(file)
     _check(config, file, top=True, depth=0)
-    return config
+    return as_gpt_bigcode(config) if is_first_layout(config) else config
 
 
 def text_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,10 +62,17 @@ def _check(config: Mapping[str, Any], file: Path, *, top: bool, depth: int) -> N
             _check(value, file, top=key == "text_config", depth=depth + 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
-        most = MAX_COUNT if _COUNTS.search(key) else MAX_SIZE
+        most = _most(key)
         least = 1 if top and key in _SIZES else -MAX_SIZE
-        if (key in _SIZES or most == MAX_COUNT) and not least <= value <= most:
+        if (key in _SIZES or most < MAX_SIZE) and not least <= value <= most:
             raise SourceError(
                 f"{file}: {key[:100]} is {str(value)[:40]}, which no model has",
                 "The file is damaged or malicious: download it again",
             )
+
+
+def _most(key: str) -> int:
+    """The largest value of a key that a model can have."""
+    if not _COUNTS.search(key):
+        return MAX_SIZE
+    return MAX_EXPERTS if key.endswith("experts") else MAX_COUNT

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.checkpoint.files.reading import one_line
+from lowmem.checkpoint.files.reading import one_line, read_json
 from lowmem.errors import SourceError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def model_config(folder: Path, config_json: Mapping[str, Any]) -> PretrainedConf
 
     Of a checkpoint with a vision or audio part it is the config of the text model inside.
 
-    config_json: the object in config.json, as `read_config_json` checked it. Raises SourceError when
+    config_json: the object in config.json, as `read_config_json` returns it. Raises SourceError when
     transformers does not know the model type, or rejects the values.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
@@ -37,7 +37,10 @@ def model_config(folder: Path, config_json: Mapping[str, Any]) -> PretrainedConf
     if key is not None:  # it would become an attribute in the place of a method
         raise SourceError(f"{path} has the key {key!r}, which is not a setting", "Download it again")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if read_json(path).get("model_type") != model_type:  # a layout that is read as another
+            config = CONFIG_MAPPING[model_type].from_dict(dict(config_json))
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return _of_text(config)

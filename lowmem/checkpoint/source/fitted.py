@@ -1,7 +1,8 @@
 """A checkpoint under the names of its model, renamed and merged as transformers does when it loads one.
 
 transformers 5 renames tensors (GPT-NeoX publishes its head as `embed_out`) and merges others (the experts of
-a layer into one tensor). Its own rules are applied here, so that every reader meets the model's names. A head
+a layer into one tensor). Its own rules are applied here, so that every reader meets the model's names, and
+with them those for SantaCoder's first layout, which transformers does not know. A head
 that the config ties to the embedding, and that is stored with other values, stays a head of its own, as in
 transformers' `tie_weights`.
 """
@@ -19,6 +20,13 @@ import torch
 from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.checkpoint.formats import QUANT_PARTS, LinearFormat
+from lowmem.checkpoint.headers.santacoder import (
+    JOINED,
+    KEYS_AND_VALUES,
+    QUERIES,
+    TRANSPOSED,
+    has_first_names,
+)
 from lowmem.checkpoint.source.base import ByteRange, Source, TensorInfo
 from lowmem.checkpoint.source.config import is_reduced_to_text
 from lowmem.checkpoint.source.model_tensors import expected_shapes, model_of
@@ -152,7 +160,7 @@ def _renamed(
     )
 
     prefix: Any = model.base_model_prefix
-    rules = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    rules = [*get_model_conversion_mapping(model), *_own_rules(source, stored)]  # type: ignore[arg-type]
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -169,7 +177,7 @@ def _renamed(
             raise SourceError(
                 f"{source.display} holds quantized tensors that its model merges, such as "
                 f"{source.packed_name(stored[bare])!r}",
-                "lowmem does not run quantized experts yet: use the 16-bit original",
+                "lowmem merges only 16-bit tensors, such as those of experts: use the 16-bit original",
             )
         parts = merged.setdefault(name, (of_pattern[pattern], {}))[1]
         parts.setdefault(pattern, []).append(stored[bare])
@@ -181,6 +189,24 @@ def _renamed(
         for made, info in infos.items():
             places[made] = _Made(place, info)
     return places
+
+
+def _own_rules(source: Source, stored: Iterable[str]) -> list[Any]:
+    """The rules for a layout that transformers does not know: SantaCoder's first one."""
+    from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
+
+    if not has_first_names(source.config_json, stored):
+        return []
+    halves = (QUERIES, KEYS_AND_VALUES)
+    join = [Concatenate(dim=1), Transpose(0, 1)]  # [in, a] and [in, b] → [in, a + b] → [a + b, in]
+    return [
+        WeightConverter([f"{half}.weight" for half in halves], f"{JOINED}.weight", join),
+        WeightConverter([f"{half}.bias" for half in halves], f"{JOINED}.bias", [Concatenate(dim=0)]),
+        *(
+            WeightConverter(f"{linear}.weight", f"{linear}.weight", [Transpose(0, 1)])
+            for linear in TRANSPOSED
+        ),
+    ]
 
 
 def _untied(source: Source, places: dict[str, _Place], model: nn.Module) -> str:
@@ -296,8 +322,9 @@ class FittedSource(Source):
         return self._inner.byte_ranges(stored)
 
     def read_overhead(self, numel: int) -> int:
-        """See Source.read_overhead."""
-        return self._inner.read_overhead(numel)
+        """See Source.read_overhead; a merged tensor exists in parts, joined and reordered."""
+        merged = any(isinstance(place, _Made) for place in self._places.values())
+        return (3 if merged else 1) * self._inner.read_overhead(numel)
 
     def release(self) -> None:
         """See Source.release."""
