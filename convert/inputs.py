@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from lowmem.convert.recipe import RECIPE_VERSION, ConvertOptions, Recipe, comput
 from lowmem.convert.stages.sizes import Workload
 
 import lowmem
+from lowmem.checkpoint.headers.folder import names_in_index
 from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.config import QuantConfig
@@ -105,7 +107,14 @@ def prepare(
 
     reporter: receives each notice for the user. Raises LowmemError for errors that the user can correct.
     """
-    opened = open_source(source_name, options.revision, progress=reporter.message, quantized=False)
+
+    def check(folder: Path) -> None:
+        check_checkpoint(folder)
+        refuse_experts(source_name, names_in_index(folder))
+
+    opened = open_source(
+        source_name, options.revision, progress=reporter.message, quantized=False, check=check
+    )
     check_checkpoint(opened.path)
     refuse_experts(opened.display, opened.infos)
     source = fitted(opened, build_model(opened.config(), torch.float32, buffers=False))

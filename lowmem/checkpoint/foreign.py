@@ -93,15 +93,15 @@ class Foreign:
         return ForeignError(f"{where}: {self.problem}", self.hint)
 
 
-def refuse_foreign(path: Path, config: Mapping[str, Any]) -> None:
+def refuse_foreign(path: Path, config: Mapping[str, Any], display: str = "") -> None:
     """Raise ForeignError for a folder (or weight file) whose config or files are another method's.
 
-    config: the object in its config.json.
+    config: the object in its config.json. display: its name in the message; the path, if it is "".
     """
     folder = path.parent if path.is_file() else path
     found = foreign_config(config) or _foreign_files(folder)
     if found:
-        raise found.error(path)
+        raise found.error(display or path)
 
 
 def foreign_config(config: Mapping[str, Any]) -> Foreign | None:

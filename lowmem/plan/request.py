@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id
-from lowmem.errors import InvalidRequestError, SourceError
+from lowmem.errors import ForeignError, InvalidRequestError, SourceError
+from lowmem.models.layer_state import check_checkpoint
 from lowmem.plan import device as machine
 from lowmem.plan.bandwidth import card_bandwidth, host_bandwidth
 from lowmem.plan.candidates import Candidate, convertible, find_candidates
@@ -97,7 +98,7 @@ def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool =
 
 
 def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Plan:
-    """`plan_for`; a hub id that is not on this machine is downloaded first.
+    """`plan_for`; a hub id that is not on this machine is downloaded first, if it is of a kind that runs.
 
     notify: receives the progress of the download, a line at a time.
     """
@@ -110,7 +111,9 @@ def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Pl
     from lowmem.checkpoint.source.hub import download
 
     try:
-        folder = download(model, progress=notify)
+        folder = download(model, progress=notify, check=check_checkpoint)
+    except ForeignError:
+        raise
     except SourceError as error:
         raise SourceError(f"no version of {model} is on this machine: {error.message}", error.hint) from error
     return plan_for(replace(request, model=folder))

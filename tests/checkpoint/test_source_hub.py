@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from lowmem.checkpoint.files.whole import DiskFullError
 from lowmem.checkpoint.source import hub
 from lowmem.checkpoint.source.open import Source, open_source
+from lowmem.cli import main
 from lowmem.errors import SourceError
 from tests.helpers import (
     fails,
@@ -139,10 +142,10 @@ def test_what_does_not_fit_the_disk_is_not_fetched(replica, tmp_path, monkeypatc
     siblings += [RepoSibling(rfilename="optimizer.pt", size=100 * gib, blob_id="never")]
     answer = Answer()
     answer.siblings = siblings
-    fetched: list[str] = []
+    fetched: list[list[str]] = []
 
     def snapshot_download(repo: str, **options: object) -> str:
-        fetched.append(repo)
+        fetched.append(sorted(options["allow_patterns"]))  # type: ignore[call-overload]
         return str(replica)
 
     free = [7 * gib - 1]
@@ -164,7 +167,57 @@ def test_what_does_not_fit_the_disk_is_not_fetched(replica, tmp_path, monkeypatc
         hub.download("owner/name")
     assert not fetched
     free[0] = 3 * gib
-    assert hub.download("owner/name") == replica and fetched == ["owner/name"]
+    assert hub.download("owner/name") == replica
+    assert fetched == [["config.json"], ["config.json", *(s.rfilename for s in siblings[:2])]]
+
+
+ODD: dict[str, tuple[dict[str, object], str]] = {
+    "another method": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "owner/name: .* in AWQ"),
+    "another state": ({"model_type": "mamba"}, "keep other state than keys and values"),
+    "an encoder": ({"model_type": "bert"}, "is an encoder"),
+    "experts": ({}, "owner/name is a mixture of experts"),
+    "already quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "already quantized"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_kind_that_cannot_be_used_is_refused_before_its_weights_are_fetched(
+    kind: str, tmp_path, monkeypatch, capsys
+):
+    settings, match = ODD[kind]
+    expert = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    published = {
+        "config.json": {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, **settings},
+        "model.safetensors.index.json": {
+            "weight_map": dict.fromkeys([expert] if kind == "experts" else ["a"], shards[0])
+        },
+    }
+    fetched: list[str] = []
+
+    def snapshot_download(repo: str, **options: object) -> str:
+        if options.get("local_files_only"):
+            raise hub_error("LocalEntryNotFoundError")
+        for name in options["allow_patterns"]:  # type: ignore[attr-defined]
+            fetched.append(name)
+            assert name not in shards, "weights were fetched"
+            (tmp_path / name).write_text(json.dumps(published[name]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *args, **options: Answer(*published, *shards)
+    )
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("LOWMEM_HOME", str(tmp_path / "home"))
+    commands = [["convert", "owner/name", str(tmp_path / "out")]]
+    if kind not in ("experts", "already quantized"):  # these can be run
+        commands.append(["run", "owner/name", "-p", "x"])
+    for command in commands:
+        fetched.clear()
+        assert main(command) == 2
+        assert re.search(match, " ".join(capsys.readouterr().err.split()))
+        assert sorted(fetched) == sorted(published)
 
 
 def test_choosing_files_of_a_repository():

@@ -160,6 +160,20 @@ def layout_of(folder: Path, display: str) -> Layout:
     )
 
 
+def names_in_index(folder: Path) -> list[str]:
+    """The tensors that an index beside config.json lists, whether or not its shards are there.
+
+    Empty without an index, and for one that cannot be read: that is reported when the shards are.
+    """
+    files = sorted(path.name for path in folder.iterdir() if path.is_file())
+    index = _index(files, "safetensors") or _index(files, "bin")
+    try:
+        listed = read_json(folder / index).get("weight_map") if index else None
+    except SourceError:
+        return []
+    return list(listed) if isinstance(listed, dict) else []
+
+
 def _index(names: list[str], kind: str) -> str:
     """The index of the shards, as "model.safetensors.index.json"; "" without one, or with several others."""
     usual = {"safetensors": "model.safetensors.index.json", "bin": "pytorch_model.bin.index.json"}[kind]

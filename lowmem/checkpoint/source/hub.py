@@ -15,9 +15,12 @@ from lowmem.checkpoint.files.patterns import (
     SETTINGS_PATTERNS,
     TEMPLATE_FOLDER,
     TOKENIZER_PATTERNS,
+    WEIGHT_SUFFIXES,
 )
 from lowmem.checkpoint.files.reading import one_line
 from lowmem.checkpoint.files.whole import require_room
+from lowmem.checkpoint.foreign import refuse_foreign
+from lowmem.checkpoint.headers.folder import read_config_json
 from lowmem.errors import SourceError
 
 TIMEOUT_S = 10.0
@@ -61,12 +64,16 @@ def download(
     revision: str | None = None,
     offline: bool = False,
     progress: Callable[[str], None] | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """The local folder of a hub repository's snapshot, downloaded as needed.
 
-    An interrupted download resumes. Without a network a complete cached copy is used. Raises SourceError when
-    there is none, or when the repository is unknown, gated or private; DiskFullError, before anything is
-    downloaded, when the disk is too small for the missing files.
+    An interrupted download resumes. Without a network a complete cached copy is used.
+
+    check: called with the folder when all files but the weights are there; what it raises ends the download.
+    Raises SourceError when there is no copy, or when the repository is unknown, gated or private;
+    DiskFullError, before anything is downloaded, when the disk is too small for the missing files;
+    ForeignError, before the weights are, for a method that lowmem does not read.
     """
     from huggingface_hub import HfApi, constants, errors, snapshot_download
 
@@ -125,18 +132,28 @@ def download(
     _check_room(repo, [sibling for sibling in info.siblings or [] if sibling.rfilename in files])
     if progress:
         progress(f"{repo}: fetching {len(files)} files of revision {info.sha or revision}")
-    try:
-        folder = snapshot_download(
-            repo, revision=info.sha or revision, allow_patterns=files, etag_timeout=TIMEOUT_S
-        )
-    except errors.GatedRepoError as error:
-        raise SourceError(f"{repo} is gated on the hub", _gated(repo)) from error
-    except network_errors as error:
-        raise SourceError(
-            f"the download of {repo} stopped: {one_line(error)}",
-            "Run the same command again: the download resumes",
-        ) from error
-    return Path(folder)
+
+    def fetch(names: list[str]) -> Path:
+        try:
+            return Path(
+                snapshot_download(
+                    repo, revision=info.sha or revision, allow_patterns=names, etag_timeout=TIMEOUT_S
+                )
+            )
+        except errors.GatedRepoError as error:
+            raise SourceError(f"{repo} is gated on the hub", _gated(repo)) from error
+        except network_errors as error:
+            raise SourceError(
+                f"the download of {repo} stopped: {one_line(error)}",
+                "Run the same command again: the download resumes",
+            ) from error
+
+    if "config.json" in files:  # gigabytes of weights that cannot be used are not worth their download
+        folder = fetch([name for name in files if not name.endswith(WEIGHT_SUFFIXES)])
+        refuse_foreign(folder, read_config_json(folder), repo)
+        if check:
+            check(folder)
+    return fetch(files)
 
 
 def _check_room(repo: str, files: Iterable[Any]) -> None:

@@ -32,12 +32,14 @@ def open_source(
     progress: Callable[[str], None] | None = None,
     *,
     quantized: bool = True,
+    check: Callable[[Path], None] | None = None,
 ) -> Source:
     """Open a checkpoint for lazy reading; only headers and config.json are read.
 
     source: a folder with safetensors or .bin shards or one GGUF, a .safetensors or .gguf file, or a hub id
     `owner/name` (downloaded; `revision` and `offline` apply to the download). A path that exists is always
     local. progress: called with a line of text while a download goes on. quantized: accept GPTQ checkpoints.
+    check: called with the folder of a hub id before its weights are downloaded; it raises to refuse them.
     Raises SourceError for everything that cannot be read, naming the file and tensor at fault.
     """
     display = str(source)
@@ -52,7 +54,14 @@ def open_source(
         raise SourceError(
             f"{display!r} does not exist", "Give a folder, a .safetensors or .gguf file, or owner/name"
         )
-    return _open_folder(path if found else download(display, revision, offline, progress), display, quantized)
+
+    def check_first(folder: Path) -> None:
+        _read_config(folder, quantized)
+        if check:
+            check(folder)
+
+    folder = path if found else download(display, revision, offline, progress, check_first)
+    return _open_folder(folder, display, quantized)
 
 
 def _open_file(path: Path, display: str, quantized: bool) -> Source:
