@@ -23,7 +23,7 @@ from lowmem.checkpoint.formats import QuantizationFormat
 from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.digests import check_small
-from lowmem.errors import SourceError
+from lowmem.errors import ArchitectureError, SourceError
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch
 from lowmem.kernels.quant_linear import swap_linears
@@ -196,10 +196,15 @@ def _label(format: QuantizationFormat | None, on_the_fly: bnb.Method | None, dty
 
 
 def _swap_for_bnb(layers: nn.ModuleList, method: bnb.Method) -> None:
+    """Raises ArchitectureError where there is no linear to quantize, as in GPT-2."""
+    swapped = 0
     for module in list(layers.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, bnb.empty_linear(method, child))
+                swapped += 1
+    if not swapped:
+        raise ArchitectureError("the model's decoder layers hold no nn.Linear to quantize", "Omit --quantize")
 
 
 def _check_tokenizer(

@@ -144,7 +144,7 @@ def _versions(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
         Candidate(d, 32 if d == "float32" else 16, Form("dense", d), path, shape)
         for d in dict.fromkeys((stored, short))
     ]
-    if shape.experts:  # their experts are no linears, and stay in 16 bits
+    if not shape.quantizable:  # what is no linear stays in 16 bits
         return dense
     return [
         *dense,

@@ -93,12 +93,19 @@ class ModelShape:
     """It is a mixture of experts, which runs in 16 or 32 bits only."""
     second_inputs: bool = False
     """Its layers take a second input for each token, which the converter does not provide."""
+    conv1d: bool = False
+    """Its layers hold GPT-2's Conv1D, with weights [in, out], which runs in 16 or 32 bits only."""
+
+    @property
+    def quantizable(self) -> bool:
+        """Whether its layers' linears can be quantized at all, by the converter or on the fly."""
+        return not (self.experts or self.conv1d)
 
     @property
     def convertible(self) -> bool:
         """Whether `lowmem convert` has a recipe for it, and GPTQ's words can hold every linear."""
         sizes = [size for pair in self.linear_sizes for size in pair]
-        return not (self.experts or self.second_inputs or any(size % 32 for size in sizes))
+        return self.quantizable and not (self.second_inputs or any(size % 32 for size in sizes))
 
     @property
     def linear_sizes(self) -> frozenset[tuple[int, int]]:
@@ -198,7 +205,7 @@ def _shape(
     tensors: list[Tensor] = []
     linears: dict[LinearSpec, None] = {}
     prefix = _layers_prefix([text_name(name) for name in headers])
-    experts = any(is_expert(name) for name in headers)
+    experts, conv1d = any(is_expert(name) for name in headers), False
     for stored, header in headers.items():
         if stored.endswith(_LEGACY) or (tied and stored.endswith(HEADS) and stored not in own_heads):
             continue
@@ -210,8 +217,9 @@ def _shape(
         matrix = matrix and not name.endswith("norm.weight")  # a row for each head
         linear = matrix and not packed and not (experts and (is_expert(name) or name.endswith(_ROUTERS)))
         if linear:
-            bias = f"{stored.removesuffix('.weight')}.bias" in headers
-            linears[LinearSpec(header.shape[1], header.shape[0], bias)] = None
+            bias = headers.get(f"{stored.removesuffix('.weight')}.bias")
+            linears[LinearSpec(header.shape[1], header.shape[0], bias is not None)] = None
+            conv1d |= bias is not None and bias.shape == header.shape[1:] != header.shape[:1]
         if packed and name.endswith(".qweight") and format is not None:
             base = stored.removesuffix(".qweight")
             own = format.of_packed(base)
@@ -257,6 +265,7 @@ def _shape(
         whole_reads=any(header.file.endswith(".gguf") for header in headers.values()),
         experts=experts,
         second_inputs=has_second_inputs(config),
+        conv1d=conv1d,
     )
 
 

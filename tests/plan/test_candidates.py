@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.manifest import write_manifest
-from lowmem.errors import InvalidRequestError, LowmemError, RecipeError, SourceError
+from lowmem.errors import ArchitectureError, InvalidRequestError, LowmemError, RecipeError, SourceError
+from lowmem.loading.loader import LoadOptions, load
 from lowmem.plan.candidates import convertible, find_candidates
 from lowmem.plan.request import ModelRequest, plan_for
 from lowmem.plan.shape import read_shape
-from tests.helpers import KINDS, TINY_STARCHAT, save_source, tiny_model
+from tests.helpers import KINDS, TINY_STARCHAT, TOKENIZER_FILES, save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
 SMALL = {"layers": 2, "n_embd": 128, "heads": 4}
@@ -180,3 +181,17 @@ def test_no_conversion_is_offered_that_convert_refuses(
     assert found and not convertible(str(tmp_path), found, cuda=False)
     with pytest.raises(LowmemError, match=r"second input|does not divide"):
         convert(tmp_path, tmp_path / "out")
+
+
+def test_what_holds_no_linears_has_no_quantized_versions(tmp_path: Path) -> None:
+    """GPT-2's layers hold Conv1D: neither bitsandbytes nor the converter would quantize anything."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=4096)).save_pretrained(tmp_path)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(TINY_STARCHAT / name, tmp_path / name)
+    found = find_candidates(str(tmp_path), cuda=False)
+    assert {candidate.form.method for candidate in found} == {"dense"}
+    assert convertible(str(tmp_path), found, cuda=False) == []
+    with pytest.raises(ArchitectureError, match=r"hold no nn\.Linear to quantize"):
+        load(tmp_path, LoadOptions(on_the_fly="int8"))
