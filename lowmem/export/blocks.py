@@ -72,7 +72,7 @@ class GridFacts:
 
 def grid_facts(linear: PackedLinear) -> GridFacts:
     """The facts of a linear; its `qweight` is not read."""
-    zeros = unpack_zeros(linear.qzeros, linear.bits, v2=linear.zeros_v2)
+    zeros = unpack_zeros(linear.qzeros, linear.bits, linear.format.layout)
     low, high = (int(edge) for edge in zeros.aminmax())
     whole_rows = linear.in_features % BLOCK == 0
     groups = linear.g_idx.view(-1, BLOCK) if whole_rows else linear.g_idx
@@ -93,12 +93,14 @@ class LinearEncoder:
     def __init__(self, linear: PackedLinear, kind: str) -> None:
         self.linear, self.kind = linear, kind
         self._groups = linear.g_idx.long()
-        self._zeros = unpack_zeros(linear.qzeros, linear.bits, v2=linear.zeros_v2)  # [groups, out]
+        self._zeros = unpack_zeros(linear.qzeros, linear.bits, linear.format.layout)  # [groups, out]
 
     def encode(self, outputs: torch.Tensor) -> Bytes:
         """The rows of these outputs, int64, in this order: uint8 [outputs, bytes of a row]."""
         linear, groups = self.linear, self._groups
-        values = unpack_rows(linear.qweight[:, outputs], linear.bits).to(torch.int16)  # [in, outputs]
+        values = unpack_rows(linear.qweight[:, outputs], linear.bits, linear.format.layout).to(
+            torch.int16
+        )  # [in, outputs]
         values -= self._zeros[:, outputs].to(torch.int16)[groups]
         d = linear.scales[:, outputs].half()[groups[::BLOCK]]  # [blocks, outputs]
         return pack_blocks(values.T.reshape(len(outputs), -1, BLOCK), d.T, self.kind)

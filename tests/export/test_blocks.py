@@ -8,21 +8,23 @@ import torch
 
 from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.formats import LinearFormat
-from lowmem.checkpoint.packing import pack_rows
+from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS
 from lowmem.export.blocks import LinearEncoder, decode, encode_dense, grid_facts, pack_blocks
 
 INPUTS, OUTPUTS = 256, 32
+LAYOUTS = [(bits, "gptq_p") for bits in BITS] + [
+    (bits, layout) for bits in (8, 4, 3, 2) for layout in ("gptq", "gptq_v2")
+]
 SYMMETRIC = {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"}
 ASYMMETRIC = {2: "Q4_0", 3: "Q4_0", 4: "Q5_0", 5: "Q8_0", 6: "Q8_0", 7: "Q8_0", 8: None}
-WIDTHS = [bits for bits in BITS if bits in (2, 3, 4, 8)]
 
 
 def packed(
-    bits: int, group_size: int, zeros: str = "middle", seed: int = 0
+    bits: int, group_size: int, zeros: str = "middle", layout: str = "gptq_v2"
 ) -> tuple[PackedWeight, torch.Tensor]:
-    """Random integers of the whole range in layout gptq_v2, and the weights that they stand for."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random integers of the whole range, and the weights that they stand for."""
+    generator = torch.Generator().manual_seed(0)
     size = INPUTS if group_size == -1 else group_size
     groups = -(-INPUTS // size)
     q = torch.randint(0, 1 << bits, (INPUTS, OUTPUTS), generator=generator)
@@ -34,16 +36,16 @@ def packed(
     scales = (torch.randn(groups, OUTPUTS, generator=generator) * 0.02).half()  # of both signs
     g_idx = (torch.arange(INPUTS) // size).int()
     weight = ((q - z[g_idx.long()]).float() * scales.float()[g_idx.long()]).T
-    format = LinearFormat(bits, group_size, sym=zeros == "middle", layout="gptq_v2")
-    words = (pack_rows(q.to(torch.uint8), bits), pack_rows(z.to(torch.uint8).T, bits).T.contiguous())
+    format = LinearFormat(bits, group_size, sym=zeros == "middle", layout=layout)
+    words = (pack_rows(q.to(torch.uint8), bits, layout), pack_zeros(z, bits, layout))
     return PackedWeight(format, *words, scales, g_idx), weight
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 96, 128, -1])
 @pytest.mark.parametrize("zeros", ["middle", "any"])
-@pytest.mark.parametrize("bits", WIDTHS)
-def test_integers_and_scales_are_kept(bits, zeros, group_size):
-    linear, weight = packed(bits, group_size, zeros)
+@pytest.mark.parametrize(("bits", "layout"), LAYOUTS)
+def test_integers_and_scales_are_kept(bits, layout, zeros, group_size):
+    linear, weight = packed(bits, group_size, zeros, layout)
     facts = grid_facts(linear)
     kind = (SYMMETRIC if zeros == "middle" else ASYMMETRIC)[bits]
     assert facts.block_type == kind and facts.exact == (kind is not None)
