@@ -14,16 +14,28 @@ if TYPE_CHECKING:
     from lowmem.convert.pipeline import convert as convert
     from lowmem.convert.progress import Reporter as Reporter
     from lowmem.convert.recipe import ConvertOptions as ConvertOptions
+    from lowmem.convert.recipe import LinearSettings as LinearSettings
+    from lowmem.convert.recipe import Recipe as Recipe
     from lowmem.convert.result.finish import ResultSummary as ResultSummary
 
 _MODULES = {
     "CalibrationSpec": "calibration",
     "ConvertOptions": "recipe",
+    "LinearSettings": "recipe",
+    "Recipe": "recipe",
     "Reporter": "progress",
     "ResultSummary": "result.finish",
     "convert": "pipeline",
 }
-__all__ = ["CalibrationSpec", "ConvertOptions", "Reporter", "ResultSummary", "convert"]
+__all__ = [
+    "CalibrationSpec",
+    "ConvertOptions",
+    "LinearSettings",
+    "Recipe",
+    "Reporter",
+    "ResultSummary",
+    "convert",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -73,9 +73,9 @@ def plan_disk(
 
 def _staged(work: Workload, layer: LayerSpec) -> int:
     """The file of a finished layer."""
-    arch, weights = work.arch, {f"{linear.name}.weight" for linear in layer.linears}
+    arch, weights = work.arch, {f"{one.name}.weight" for one in work.recipe.quantized(layer)}
     rest = [math.prod(arch.shapes[f"{layer.name}.{n}"]) for n in arch.inside(layer) if n not in weights]
-    tensors = 4 * len(layer.linears) + len(rest)
+    tensors = 4 * len(weights) + len(rest)
     return work.packed_bytes(layer) + sum(rest) * STORED + tensors * _TENSOR + _FILE
 
 
@@ -84,13 +84,14 @@ def _layer_files(work: Workload, layer: LayerSpec) -> int:
     config = work.recipe.config
     value = work.hidden_bytes // work.hidden  # one value of every calibration token
     following = work.hidden_bytes if config.follows_unquantized else 0  # the next unquantized states
-    targets = [_target_values(group, layer) * value * config.corrects for group in layer.groups]
-    outputs = [sum(linear.out_features for linear in group) * value for group in layer.groups]
+    groups = work.recipe.groups(layer)
+    targets = [_target_values(group, layer) * value * config.corrects for group in groups]
+    outputs = [sum(linear.out_features for linear in group) * value for group in groups]
     replayed = 0 if config.tune_steps else sum(outputs[:-1])
     moments = [following + work.hidden_bytes + replayed * work.replays]
     replayed = 0
-    for index, group in enumerate(layer.groups):
-        last = index + 1 == len(layer.groups)
+    for index, group in enumerate(groups):
+        last = index + 1 == len(groups)
         captured = 0 if last else (group[0].in_features * value + outputs[index])
         # A group's targets are removed once it is quantized, after its inputs were captured.
         moments.append(following + sum(targets[index:]) + work.replays * (replayed + captured))
@@ -105,7 +106,7 @@ def _target_values(group: tuple[LinearSpec, ...], layer: LayerSpec) -> int:
     Only a trial tells which linears are added to the residual stream; the larger case is counted.
     """
     inputs, outputs = group[0].in_features, sum(linear.out_features for linear in group)
-    added = len(group) == 1 and (group is layer.groups[-1] or outputs == layer.linears[0].in_features)
+    added = len(group) == 1 and (group[-1] is layer.groups[-1][-1] or outputs == layer.linears[0].in_features)
     return outputs if added or inputs > outputs else inputs
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +74,7 @@ class ConversionInputs:
             **({"recipe version": RECIPE_VERSION} if RECIPE_VERSION > 1 else {}),
             "torch": torch.__version__,
             "source": self.source.fingerprint(),
-            **asdict(self.recipe.config),
+            **self.recipe.entries(),
             "calibration tokens": self.rows.digest,
             "compute dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -92,13 +92,21 @@ class ConversionInputs:
         return (
             f"{self.source.display} ({self.arch.model_type}, {len(self.arch.layers)} layers, "
             f"{format_bytes(size)}) to {config.bits} bits, {group}, "
-            f"{'symmetric' if config.sym else 'asymmetric'}; {count} × {length} calibration tokens"
+            f"{'symmetric' if config.sym else 'asymmetric'}{self._exceptions()}; "
+            f"{count} × {length} calibration tokens"
         )
+
+    def _exceptions(self) -> str:
+        """How many linears are quantized otherwise, and how many are not."""
+        settings = self.recipe.linears.values()
+        kept = sum(one.dense for one in settings)
+        found = [f"{len(settings) - kept} linears otherwise"] * (len(settings) > kept)
+        return "".join(f", {part}" for part in (*found, *[f"{kept} linears not"] * (kept > 0)))
 
 
 def prepare(
     source_name: str,
-    config: QuantConfig | None,
+    config: QuantConfig | Recipe | None,
     calibration: CalibrationSpec,
     options: ConvertOptions,
     reporter: Reporter,
@@ -123,7 +131,7 @@ def prepare(
     model_config = source.config()
     arch = inspect(model_config)
     weights = ModelWeights(source, arch)
-    chosen = fit_group_size(config, arch, reporter.message)
+    chosen = fit_recipe(config, arch, reporter.message)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit and calibration.row_length > limit:
         raise CalibrationError(
@@ -137,44 +145,50 @@ def prepare(
     for note in rows.notes:
         reporter.message(note)
     dtype = compute_dtype(options.compute_dtype, weights.dtype, device)
-    return ConversionInputs(
-        source, weights, Recipe(chosen), options, rows, tokenizer, dialogue, dtype, device
-    )
+    return ConversionInputs(source, weights, chosen, options, rows, tokenizer, dialogue, dtype, device)
 
 
-def fit_group_size(
-    config: QuantConfig | None, arch: Architecture, message: Callable[[str], None]
-) -> QuantConfig:
-    """Return a config whose group size divides the inputs of every linear.
+def fit_recipe(
+    recipe: QuantConfig | Recipe | None, arch: Architecture, message: Callable[[str], None]
+) -> Recipe:
+    """Return a recipe whose group sizes divide the inputs of every linear that is quantized.
 
-    With `config.group_size` 0 that is the largest of 128, 64 and 32 that divides them all. A group size that
-    the user named is never changed: RecipeError names the linear that it does not divide, and a size that
-    works.
+    Where the config's group size is 0 it is the largest of 128, 64 and 32 that divides all inputs. A group
+    size that the user named is never changed. Raises RecipeError for a group size that does not divide the
+    inputs of a linear, with a size that works; for a linear that GPTQ's words cannot hold or that is not of
+    the model; and if no linear is quantized.
     """
-    config = config or QuantConfig(group_size=0)
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe(recipe or QuantConfig(group_size=0))
+    linears = {f"{layer.name}.{linear.name}": linear for layer in arch.layers for linear in layer.linears}
+    if unknown := next((name for name in recipe.linears if name not in linears), None):
+        raise RecipeError(f"the model has no linear {unknown}", f"Its first linear is {next(iter(linears))}")
+    packed = {name: linear for name, linear in linears.items() if recipe.of(name)}
+    if not packed:
+        raise RecipeError("all linears would stay in 16 bits", "Leave some to be quantized")
     widths: dict[int, str] = {}
-    for layer in arch.layers:
-        for linear in layer.linears:
-            widths[linear.in_features] = linear.name
-            for width, what in ((linear.in_features, "inputs"), (linear.out_features, "outputs")):
-                if width % 32:
-                    raise RecipeError(
-                        f"{layer.name}.{linear.name} has {width} {what}, which 32 does not divide",
-                        "The GPTQ format cannot store it",
-                    )
+    for name, linear in packed.items():
+        widths.setdefault(linear.in_features, linear.name)
+        for width, what in ((linear.in_features, "inputs"), (linear.out_features, "outputs")):
+            if width % 32:
+                raise RecipeError(
+                    f"{name} has {width} {what}, which 32 does not divide",
+                    "The GPTQ format cannot store it",
+                )
     fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
-    if config.group_size == 0:
+    if recipe.config.group_size == 0:
         chosen = fitting[0]
         if chosen != GROUP_SIZES[0]:
             odd = next(width for width in widths if width % GROUP_SIZES[0])
             message(
                 f"group size {chosen}: {GROUP_SIZES[0]} does not divide the {odd} inputs of {widths[odd]}"
             )
-        return replace(config, group_size=chosen)
-    for width, name in widths.items():
-        if config.group_size != -1 and width % config.group_size:
+        recipe = Recipe(replace(recipe.config, group_size=chosen), recipe.linears)
+    for name, linear in packed.items():
+        config = recipe.of(name)
+        if config and config.group_size != -1 and linear.in_features % config.group_size:
             raise RecipeError(
-                f"group size {config.group_size} does not divide the {width} inputs of {name}",
+                f"group size {config.group_size} does not divide the {linear.in_features} inputs of {name}",
                 f"Use --group-size {fitting[0]}, or -1 for one group a row",
             )
-    return config
+    return recipe

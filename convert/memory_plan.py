@@ -135,7 +135,7 @@ def _layers(work: Workload, rows: tuple[int, int]) -> list[PlannedStage]:
     for layer in work.arch.layers:
         shapes = tuple(work.arch.shapes[f"{layer.name}.{name}"] for name in work.arch.inside(layer))
         configs = tuple(work.recipe.of(f"{layer.name}.{linear.name}") for linear in layer.linears)
-        kind = (layer.groups, shapes, configs)
+        kind: tuple[object, ...] = (layer.groups, shapes, configs)
         if kind in seen:
             continue
         seen.add(kind)

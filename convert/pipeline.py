@@ -14,7 +14,7 @@ from lowmem.convert.inputs import ConversionInputs, prepare
 from lowmem.convert.job import ConversionJob, differences
 from lowmem.convert.memory_plan import MemoryBudget, MemoryPlan, plan_memory
 from lowmem.convert.progress import Reporter
-from lowmem.convert.recipe import ConvertOptions
+from lowmem.convert.recipe import ConvertOptions, Recipe
 from lowmem.convert.result.finish import ResultSummary, assemble
 from lowmem.convert.stages.context import CalibrationBatch, LayerContext, Seconds, run_stages
 from lowmem.convert.stages.layer import layer_stages
@@ -41,7 +41,7 @@ _RESULT_OPTIONS = ("shard_size", "store_head", "revision", "compute_dtype")
 def convert(
     source: str | Path,
     out: str | Path | None = None,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Recipe | None = None,
     *,
     calibration: CalibrationSpec | None = None,
     options: ConvertOptions | None = None,
@@ -50,7 +50,8 @@ def convert(
     """Quantize a checkpoint with GPTQ, one decoder layer at a time.
 
     source: a folder, a file or a hub id, in 16 or 32 bits. out: the folder to create; None is the folder of
-    lowmem's cache that belongs to the source and the recipe. config: how the linears are quantized (4 bits).
+    lowmem's cache that belongs to the source and the recipe. config: how the linears are quantized (to 4
+    bits): a QuantConfig for all of them, or a Recipe with exceptions.
     calibration: the text that is run through the model (128 rows of 512 tokens of the built-in text).
     options: device, memory budget and details of the result. reporter: receives the progress.
 
@@ -67,7 +68,7 @@ def convert(
         _check_out(ConversionJob(target), options)
     inputs = prepare(str(source), config, calibration, options, reporter)
     if target is None:
-        target = _cache_folder(str(source), inputs.recipe.config, calibration, options)
+        target = _cache_folder(str(source), inputs.recipe, calibration, options)
         reporter.target(target)
         reporter.message(f"converting into {target}")
     try:
@@ -91,16 +92,17 @@ def _check_out(job: ConversionJob, options: ConvertOptions) -> bool:
     return False
 
 
-def _cache_folder(
-    source: str, config: QuantConfig, calibration: CalibrationSpec, options: ConvertOptions
-) -> Path:
+def _cache_folder(source: str, recipe: Recipe, calibration: CalibrationSpec, options: ConvertOptions) -> Path:
     """The cache's folder for this source and recipe; OutputError if it holds the same conversion already."""
     chosen, usual = (
         asdict(spec) | {name: getattr(given, name) for name in _RESULT_OPTIONS}
         for spec, given in ((calibration, options), (CalibrationSpec(), ConvertOptions()))
     )
     others = {name: value for name, value in chosen.items() if value != usual[name]}
-    target = cache.claim(source, cache.label_of(config, others))
+    if recipe.linears:
+        others["linears"] = recipe.entries()["linears"]
+    label = cache.label_of(recipe.config, others, mixed=bool(recipe.linears))
+    target = cache.claim(source, label)
     job = ConversionJob(target)
     if (target / MANIFEST_FILE).is_file() and not options.force and not job.was_published():
         job.remove_waste()
@@ -255,8 +257,7 @@ class _Conversion:
         """Run the stages of one layer. It counts as finished once job.json says so."""
         stages = layer_stages(context.spec, context.recipe, replays=context.replay is not None)
         run_stages(stages, context, lambda name: self.reporter.phase(index, name))
-        configs = {linear.name: context.config(linear) for linear in context.spec.linears}
         for report in context.reports:
-            for warning in report.warnings(configs[report.name].damp_percent):
+            for warning in report.warnings(context.recipe.config.damp_percent):
                 self.reporter.message(f"{context.spec.name}.{report.name}: {warning}")
         empty(context.layer)

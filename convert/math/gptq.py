@@ -18,6 +18,8 @@ All matrices are transposed, [in, out], like the packed format: a column of W is
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -58,22 +60,36 @@ def group_width(config: QuantConfig, in_features: int) -> int:
     return in_features if config.group_size == -1 else config.group_size
 
 
-def column_order(diagonal: torch.Tensor, config: QuantConfig) -> torch.Tensor | None:
+def nested(widths: Iterable[int]) -> bool:
+    """Whether each larger group of columns consists of whole smaller ones, for groups of these widths."""
+    order = sorted(widths)
+    return all(larger % smaller == 0 for smaller, larger in itertools.pairwise(order))
+
+
+def column_order(diagonal: torch.Tensor, *configs: QuantConfig) -> torch.Tensor | None:
     """Choose the order in which columns are rounded; None for the given order.
 
     Act-order rounds the columns with the largest diag H first, while most others can still correct their
     errors. Here groups are sorted by their largest column, and columns inside their group. So the grid of a
     group is chosen when all errors before it are known, and g_idx stays column // group_size.
+
+    configs: of the linears that share the input. If their groups have several widths, the smaller groups are
+    sorted inside the larger ones, so that the columns of every group of each linear stay together. Raises
+    ValueError unless the widths are `nested`.
     """
-    if not config.desc_act:
+    if not configs[0].desc_act:
         return None
     n = diagonal.shape[0]
-    width = group_width(config, n)
-    grouped = diagonal.view(n // width, width)
-    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
-    groups = torch.argsort(grouped.amax(1), descending=True, stable=True)
-    first = torch.arange(0, n, width, device=diagonal.device)
-    return (inside + first[:, None])[groups].reshape(-1)
+    widths = {group_width(config, n) for config in configs} | {n}
+    if not nested(widths):
+        raise ValueError(f"groups of {sorted(widths)} columns do not divide each other")
+    units = torch.arange(n, device=diagonal.device)[:, None]  # columns that stay together, in their order
+    for width in sorted(widths):
+        grouped = units.view(n // width, -1, units.shape[1])
+        largest = diagonal[grouped].amax(2)
+        order = torch.argsort(largest, dim=1, descending=True, stable=True)
+        units = grouped.gather(1, order[:, :, None].expand_as(grouped)).view(n // width, width)
+    return units.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -97,12 +113,15 @@ class Prepared:
         return weight_t
 
 
-def prepare(hessian: torch.Tensor, config: QuantConfig) -> Prepared:
-    """Order and factor the symmetric H [in, in] in place: a second copy would not fit in memory."""
-    order = column_order(hessian.diagonal(), config)
+def prepare(hessian: torch.Tensor, *configs: QuantConfig) -> Prepared:
+    """Order and factor the symmetric H [in, in] in place: a second copy would not fit in memory.
+
+    configs: of the linears that share the input. Column order and damping are those of the first.
+    """
+    order = column_order(hessian.diagonal(), *configs)
     if order is not None:
         permute(hessian, order)
-    return Prepared(factor_in_place(hessian, config.damp_percent), order)
+    return Prepared(factor_in_place(hessian, configs[0].damp_percent), order)
 
 
 def quantize(

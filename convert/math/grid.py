@@ -19,9 +19,9 @@ SCALE_DTYPE = torch.float16
 """The dtype of scales in GPTQ files. Grids are rounded to it before any weight is rounded to them."""
 
 CANDIDATES = 10
-SHRINK_TO = {8: 0.96, 4: 0.62, 3: 0.5, 2: 0.35}
+SHRINK_TO = {8: 0.96, 7: 0.93, 6: 0.88, 5: 0.78, 4: 0.62, 3: 0.5, 2: 0.35}
 """The narrowest range tried, by bits, as a fraction of the range that covers all weights."""
-WIDEN_TO = {8: 1.01, 4: 1.06, 3: 1.12, 2: 1.3}
+WIDEN_TO = {8: 1.01, 7: 1.01, 6: 1.02, 5: 1.03, 4: 1.06, 3: 1.12, 2: 1.3}
 """The widest range tried; above 1, since a coarser step may round better."""
 ROW_CHUNK_ELEMENTS = 1 << 17
 """Elements of a group that are searched together, so that temporaries stay in the CPU's cache."""

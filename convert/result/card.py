@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lowmem.convert.recipe import Recipe
 from lowmem.convert.stages.context import LinearReport
 
 import lowmem
-from lowmem.config import QuantConfig
 from lowmem.text.units import format_bytes
 
 OPENRAIL = "bigcode-openrail-m"
@@ -23,7 +23,7 @@ class CardFacts:
     license_name: str | None
     license_files: tuple[str, ...]
     recipe: dict[str, Any]
-    config: QuantConfig
+    quantization: Recipe
     calibration: str
     calibration_shape: tuple[int, int]
     weights_bytes: int
@@ -34,6 +34,25 @@ class CardFacts:
     def mean_error(self) -> float:
         """Mean relative output error of the linears."""
         return sum(r.error for r in self.reports) / len(self.reports)
+
+    @property
+    def title(self) -> str:
+        """The widths in a word: "4-bit", or "mixed-bit" where linears differ."""
+        return "mixed-bit" if self.quantization.linears else f"{self.quantization.config.bits}-bit"
+
+    @property
+    def widths(self) -> str:
+        """The widths of the quantized linears, as "3, 4 and 8"."""
+        configs = (self.quantization.of(report.name) for report in self.reports)
+        *rest, last = sorted({config.bits for config in configs if config})
+        return f"{', '.join(str(bits) for bits in rest)} and {last}" if rest else str(last)
+
+    def stored(self, linear: str) -> str:
+        """How a quantized linear is stored, as "4, g128"."""
+        config = self.quantization.of(linear)
+        assert config is not None
+        group = "one group" if config.group_size == -1 else f"g{config.group_size}"
+        return f"{config.bits}, {group}" + ("" if config.sym else ", asymmetric")
 
     def as_json(self) -> dict[str, Any]:
         """Convert to the content of lowmem-report.json."""
@@ -50,19 +69,20 @@ class CardFacts:
 
 def render(facts: CardFacts) -> str:
     """Render the card in Markdown, with the front matter that the Hugging Face hub reads."""
-    config = facts.config
+    config, title = facts.quantization.config, facts.title
     group = "one group a row" if config.group_size == -1 else f"groups of {config.group_size} input columns"
     rows, length = facts.calibration_shape
+    mixed = bool(facts.quantization.linears)
     front = ["---", f"base_model: {_yaml(facts.base_model)}", "base_model_relation: quantized"]
     if facts.license_name:
         front.append(f"license: {_yaml(facts.license_name)}")
-    front += ["pipeline_tag: text-generation", "tags:", "- gptq", f"- {config.bits}-bit", "- lowmem", "---"]
+    front += ["pipeline_tag: text-generation", "tags:", "- gptq", f"- {title}", "- lowmem", "---"]
     lines = [
         *front,
         "",
-        f"# {facts.base_model}, {config.bits}-bit GPTQ",
+        f"# {facts.base_model}, {title} GPTQ",
         "",
-        f"The linears of {facts.base_model}, quantized to {config.bits} bits with GPTQ by lowmem "
+        f"The linears of {facts.base_model}, quantized to {facts.widths} bits with GPTQ by lowmem "
         f"{lowmem.__version__}: {facts.bits_per_weight:.2f} bits a weight with scales and zero-points, "
         f"{format_bytes(facts.weights_bytes)} in all. Embeddings, norms, biases "
         "and head are kept in 16 bits.",
@@ -90,7 +110,7 @@ def render(facts: CardFacts) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| bits | {config.bits} |",
+        f"| bits | {facts.widths} |",
         f"| groups | {group} |",
         f"| grid | {'symmetric' if config.sym else 'asymmetric'}; scales by a Hessian-weighted search |",
         f"| order of columns | {'act-order, groups static' if config.desc_act else 'as they are'} |",
@@ -106,14 +126,16 @@ def render(facts: CardFacts) -> str:
         "",
         "Squared error of the outputs over the calibration tokens, as a share of their energy.",
         "",
-        "| linear | shape | error | notes |",
-        "|---|---|---|---|",
+        "| linear | shape | bits | error | notes |" if mixed else "| linear | shape | error | notes |",
+        "|---|---|---|---|---|" if mixed else "|---|---|---|---|",
     ]
     for report in facts.reports:
         notes = "; ".join(report.warnings(config.damp_percent))
-        lines.append(
-            f"| {report.name} | {report.in_features} → {report.out_features} | {report.error:.3e} | {notes} |"
-        )
+        shape = f"{report.in_features} → {report.out_features}"
+        stored = f"{facts.stored(report.name)} | " if mixed else ""
+        lines.append(f"| {report.name} | {shape} | {stored}{report.error:.3e} | {notes} |")
+    if dense := [name for name, one in facts.quantization.linears.items() if one.dense]:
+        lines += ["", f"In 16 bits: {', '.join(dense)}."]
     lines += ["", f"Mean: {facts.mean_error:.3e}.", ""]
     return "\n".join(lines)
 

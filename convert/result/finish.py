@@ -113,7 +113,7 @@ def assemble(job: ConversionJob, inputs: ConversionInputs) -> ResultSummary:
 
 def _facts(job: ConversionJob, inputs: ConversionInputs, digests: Mapping[str, FileDigest]) -> CardFacts:
     arch, source = inputs.arch, inputs.source
-    linears = [linear for layer in arch.layers for linear in layer.linears]
+    linears = [linear for layer in arch.layers for linear in inputs.recipe.quantized(layer)]
     count = sum(linear.in_features * linear.out_features for linear in linears)
     bits = 8 * sum(inputs.workload.packed_bytes(layer) for layer in arch.layers)
     reports = [
@@ -127,7 +127,7 @@ def _facts(job: ConversionJob, inputs: ConversionInputs, digests: Mapping[str, F
         license_name=source.license_name(),
         license_files=tuple(name for name in names if name.upper().startswith(("LICEN", "COPYING"))),
         recipe=dict(job.state.recipe),
-        config=inputs.recipe.config,
+        quantization=inputs.recipe,
         calibration=inputs.rows.description,
         calibration_shape=(int(inputs.rows.tokens.shape[0]), int(inputs.rows.tokens.shape[1])),
         weights_bytes=sum(d.bytes for name, d in digests.items() if name.endswith(".safetensors")),
@@ -160,7 +160,8 @@ def _side_files(inputs: ConversionInputs, folder: Path) -> dict[str, FileDigest]
 
 
 def _quantization(inputs: ConversionInputs) -> dict[str, Any]:
-    return quantization_config_dict(inputs.recipe.config, version=lowmem.__version__)
+    recipe = inputs.recipe
+    return quantization_config_dict(recipe.config, version=lowmem.__version__, linears=recipe.exceptions())
 
 
 def _config(inputs: ConversionInputs, tied: bool) -> dict[str, Any]:

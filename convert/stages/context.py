@@ -18,6 +18,7 @@ from lowmem.convert.stages.sizes import LayerSizes
 from lowmem.convert.stages.targets import Targets
 from torch import nn
 
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.config import QuantConfig
 from lowmem.models.architecture import LayerSpec, LinearSpec
 from lowmem.streaming.hidden_states import HiddenStates
@@ -168,8 +169,16 @@ class LayerContext:
         return self.step_batch or self.batch
 
     def config(self, linear: LinearSpec) -> QuantConfig:
-        """How a linear of the layer is quantized."""
-        return self.recipe.of(f"{self.spec.name}.{linear.name}")
+        """How a quantized linear of the layer is quantized."""
+        config = self.recipe.of(f"{self.spec.name}.{linear.name}")
+        assert config is not None
+        return config
+
+    def format(self, linear: LinearSpec) -> LinearFormat:
+        """How a quantized linear of the layer is stored."""
+        format = self.recipe.format_of(f"{self.spec.name}.{linear.name}")
+        assert format is not None
+        return format
 
     def linear(self, name: str) -> nn.Linear:
         """A linear of the layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lowmem.convert.math.gptq import group_width, nested
 from lowmem.convert.recipe import Recipe
 from lowmem.convert.stages.capture import CaptureInputs, Group
 from lowmem.convert.stages.context import LayerContext, Stage
@@ -31,8 +32,11 @@ def quantizing_stages(layer: LayerSpec, recipe: Recipe, *, replays: bool) -> lis
     """
     config = recipe.config
     stages: list[Stage] = [RecordTargets()] if config.follows_unquantized else []
-    last = layer.groups[-1]
-    passes = [[group] for group in layer.groups] if config.true_sequential else [list(layer.groups)]
+    all_groups = recipe.groups(layer)
+    if not all_groups:  # RecordTargets still advances the unquantized stream
+        return stages
+    last = all_groups[-1]
+    passes = [[group] for group in all_groups] if config.true_sequential else [list(all_groups)]
     for groups in passes:
         # Only AdvanceStates needs the last group's outputs, once: no file pays for itself.
         keep = replays and groups[-1] is not last
@@ -48,11 +52,14 @@ def quantizing_stages(layer: LayerSpec, recipe: Recipe, *, replays: bool) -> lis
 
 
 def _check_group(layer: LayerSpec, group: Group, recipe: Recipe) -> None:
+    """Raise RecipeError unless the columns of an input can be ordered by the groups of all its linears."""
     configs = [recipe.of(f"{layer.name}.{linear.name}") for linear in group]
-    if len({(one.group_size, one.desc_act, one.damp_percent) for one in configs}) > 1:
+    widths = {group_width(config, group[0].in_features) for config in configs if config}
+    if recipe.config.desc_act and not nested(widths):
         raise RecipeError(
-            f"{', '.join(linear.name for linear in group)} of {layer.name} share an input and its Hessian",
-            "Give them the same group size, column order and damping",
+            f"{', '.join(linear.name for linear in group)} of {layer.name} share an input, and their group "
+            f"sizes {', '.join(str(width) for width in sorted(widths))} do not divide each other",
+            "Give them group sizes of which each larger one is a multiple of each smaller one",
         )
 
 
@@ -81,7 +88,7 @@ class WriteLayer(Stage):
     def run(self, context: LayerContext) -> None:
         weights, prefix = context.weights, f"{context.spec.name}."
         assert weights is not None
-        quantized = {f"{linear.name}.weight" for linear in context.spec.linears}
+        quantized = {f"{linear.name}.weight" for linear in context.recipe.quantized(context.spec)}
         plans = [
             TensorPlan(prefix + name, tensor.dtype, tuple(tensor.shape))
             for name, tensor in context.tensors.items()

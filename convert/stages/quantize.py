@@ -11,7 +11,7 @@ from lowmem.convert.stages.sizes import FLOAT32, LayerSizes, packed_bytes
 from torch import nn
 
 from lowmem.checkpoint.dequantize import PackedWeight, dequantize
-from lowmem.checkpoint.formats import LinearFormat
+from lowmem.checkpoint.formats import QUANT_PARTS, LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.checkpoint.values import all_finite
 from lowmem.config import QuantConfig
@@ -20,7 +20,7 @@ from lowmem.models.architecture import LinearSpec
 
 
 class FactorHessian(Stage):
-    """Factor the Hessian of a group in place. Its linears share the group size."""
+    """Factor the Hessian of a group in place, with its columns in an order that suits every linear."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -28,13 +28,13 @@ class FactorHessian(Stage):
 
     def run(self, context: LayerContext) -> None:
         first, captured = self.group[0], context.captured
-        config = context.config(first)
+        configs = [context.config(linear) for linear in self.group]
         with context.seconds.of("factor"):
-            context.prepared = gptq.prepare(captured.hessians.pop(first.name).finish(), config)
+            context.prepared = gptq.prepare(captured.hessians.pop(first.name).finish(), *configs)
             targets = context.targets
             if targets is not None and first.name in targets.inputs and first.name in captured.lacking:
                 lacking = captured.lacking.pop(first.name)
-                lacking *= config.correction / captured.tokens
+                lacking *= configs[0].correction / captured.tokens
                 context.shared_lack = context.prepared.whiten_in_place(lacking)
 
     def peak(self, sizes: LayerSizes) -> int:
@@ -60,7 +60,7 @@ class RoundLinear(Stage):
             result = gptq.quantize(weight, context.prepared, config, wanted=wanted)
             del weight, wanted
         with context.seconds.of("pack"):
-            context.tensors.update(_packed(name, result, config))
+            context.tensors.update(_packed(name, result, context.format(self.linear)))
         energy = context.captured.mean_energy(name)
         if context.recipe.config.tune_steps:
             context.quantized[name] = result
@@ -147,9 +147,8 @@ def restore(context: LayerContext, linears: tuple[LinearSpec, ...]) -> None:
     """Restore the weights of quantized linears exactly as inference will dequantize their packed tensors."""
     for spec in linears:
         linear = context.linear(spec.name)
-        config, parts = context.config(spec), ("qweight", "qzeros", "scales", "g_idx")
-        tensors = (context.tensors[f"{spec.name}.{part}"] for part in parts)
-        packed = PackedWeight(LinearFormat(config.bits, config.group_size), *tensors)
+        tensors = (context.tensors[f"{spec.name}.{part}"] for part in QUANT_PARTS)
+        packed = PackedWeight(context.format(spec), *tensors)
         weight = dequantize(packed, linear.weight.dtype)
         linear.weight = nn.Parameter(weight, requires_grad=False)
 
@@ -191,12 +190,12 @@ def _wanted(
     return add_product(torch.zeros_like(weight_t, dtype=shared.dtype), shared, weight_t, rounded=True)
 
 
-def _packed(name: str, result: gptq.Quantized, config: QuantConfig) -> dict[str, torch.Tensor]:
+def _packed(name: str, result: gptq.Quantized, format: LinearFormat) -> dict[str, torch.Tensor]:
     n = result.codes.shape[0]
     width = n // result.scales.shape[0]
     return {
-        f"{name}.qweight": pack_rows(result.codes, config.bits),
-        f"{name}.qzeros": pack_zeros(result.zeros, config.bits),
+        f"{name}.qweight": pack_rows(result.codes, format.bits, format.layout),
+        f"{name}.qzeros": pack_zeros(result.zeros, format.bits, format.layout),
         f"{name}.scales": result.scales,
         f"{name}.g_idx": (torch.arange(n, dtype=torch.int32, device=result.codes.device) // width),
     }

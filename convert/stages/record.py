@@ -30,8 +30,10 @@ class RecordTargets(Stage):
             if context.recipe.config.corrects:
                 trial = context.tuning_batch
                 hidden = states.read(0, trial.rows).to(context.device)
-                targets.added = additions(context.layer, context.spec, trial.call, hidden)
-                for group in context.spec.groups:
+                added = additions(context.layer, context.spec, trial.call, hidden)
+                quantized = context.recipe.quantized(context.spec)
+                targets.added = {linear.name: added[linear.name] for linear in quantized}
+                for group in context.recipe.groups(context.spec):
                     if read_by_input(group, targets.added):
                         targets.inputs |= {linear.name: group[0].name for linear in group}
             targets.output = context.unquantized = self._advance(context, states)

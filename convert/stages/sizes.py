@@ -57,7 +57,8 @@ class Workload:
 
     def packed_bytes(self, layer: LayerSpec) -> int:
         """Bytes of a layer's packed linears."""
-        return sum(packed_bytes(one, self.recipe.of(f"{layer.name}.{one.name}")) for one in layer.linears)
+        found = ((one, self.recipe.of(f"{layer.name}.{one.name}")) for one in layer.linears)
+        return sum(packed_bytes(one, config) for one, config in found if config)
 
     def sizes(self, layer: LayerSpec, rows: int, rows_a_step: int) -> LayerSizes:
         """The sizes of a layer that runs `rows` at a time, and is tuned with `rows_a_step`."""
@@ -107,8 +108,15 @@ class LayerSizes:
         return max(self.values([linear]) for linear in self.layer.linears)
 
     def config(self, linear: LinearSpec) -> QuantConfig:
-        """How a linear of the layer is quantized."""
-        return self.work.recipe.of(f"{self.layer.name}.{linear.name}")
+        """How a quantized linear of the layer is quantized."""
+        config = self.work.recipe.of(f"{self.layer.name}.{linear.name}")
+        assert config is not None
+        return config
+
+    @property
+    def quantized(self) -> tuple[LinearSpec, ...]:
+        """The layer's linears that are quantized."""
+        return self.work.recipe.quantized(self.layer)
 
     def values(self, linears: Sequence[LinearSpec]) -> int:
         """Number of weight values in `linears`."""

@@ -132,18 +132,19 @@ class TuneLayer(Stage):
                 context.layer.get_parameter(name).data.copy_(value)
             if context.replay is not None:
                 context.replay.clear()  # the outputs have changed
-            restore(context, context.spec.linears)
+            restore(context, context.recipe.quantized(context.spec))
 
     def peak(self, sizes: LayerSizes) -> int:
         # The integers are signed now: asymmetric ones of 8 bits take two bytes.
         signed = sum(
             sizes.values([linear])
-            for linear in sizes.layer.linears
+            for linear in sizes.quantized
             if sizes.config(linear).bits == 8 and not sizes.config(linear).sym
         )
         # One linear's weight and its gradient, and what the forward pass saves for the backward pass.
         step = sizes.largest * (2 + 3 * sizes.itemsize) + 3 * sizes.forward(sizes.tokens_a_step) // 2
-        dense = 0 if sizes.work.replays else sizes.dense
+        kept = sizes.values(sizes.layer.linears) - sizes.values(sizes.quantized)
+        dense = kept * sizes.itemsize if sizes.work.replays else sizes.dense
         return sizes.held - sizes.dense + dense + signed + step
 
     def leave(self, sizes: LayerSizes) -> None:
@@ -158,7 +159,7 @@ def tune(context: LayerContext) -> Tuned:
     steps, states, batch = context.recipe.config.tune_steps, context.states, context.tuning_batch
     wanted = context.targets.output if context.targets else None
     assert wanted is not None
-    names = [linear.name for linear in context.spec.linears]
+    names = [linear.name for linear in context.recipe.quantized(context.spec)]
     linears = {
         name: _Linear.of(context.linear(name), context.quantized.pop(name), context.device) for name in names
     }
@@ -220,12 +221,17 @@ def _adam(
 def _others(
     layer: nn.Module, linears: Mapping[str, _Linear], output_rms: Mapping[str, float]
 ) -> Iterator[tuple[str, _Other]]:
-    """Every floating-point parameter of the layer except the linears' weights, by name."""
+    """Every floating-point parameter of the layer except the linears' weights, by name.
+
+    Without the biases of linears that are not quantized.
+    """
     for name, parameter in layer.named_parameters():
         owner_name, _, leaf = name.rpartition(".")
-        if (owner_name in linears and leaf == "weight") or not parameter.is_floating_point():
-            continue
         owner = layer.get_submodule(owner_name)
+        if isinstance(owner, nn.Linear) and (leaf == "weight" or owner_name not in linears):
+            continue
+        if not parameter.is_floating_point():
+            continue
         if owner_name in linears:
             size = output_rms[owner_name]
         else:

@@ -80,16 +80,19 @@ def cache_root() -> Path:
     return folder
 
 
-def label_of(config: QuantConfig, others: Mapping[str, object] | None = None) -> str:
+def label_of(config: QuantConfig, others: Mapping[str, object] | None = None, *, mixed: bool = False) -> str:
     """The folder's name for a recipe, such as "4bit-g128", with the settings that differ from the defaults.
 
-    others: further settings that differ from their defaults; they become six digits of a checksum. Raises
-    ValueError for a group size that the converter has not chosen yet.
+    others: further settings that differ from their defaults; they become six digits of a checksum. mixed:
+    some linears differ from `config`, as `others` say. Raises ValueError for a group size that the converter
+    has not chosen yet.
     """
     if config.group_size == 0:
         raise ValueError("the group size is not chosen yet")
     default = QuantConfig()
     parts = [f"{config.bits}bit", "row" if config.group_size == -1 else f"g{config.group_size}"]
+    if mixed:
+        parts.append("mixed")
     if not config.sym:
         parts.append("asym")
     if not config.desc_act:

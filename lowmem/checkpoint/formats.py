@@ -7,8 +7,9 @@ ask for the format of a linear by its name, never for the format of the model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from lowmem.errors import SourceError
 
@@ -102,7 +103,7 @@ class FormatException:
     format: LinearFormat | None
     """None: these linears are not quantized."""
 
-    @property
+    @cached_property
     def is_supported(self) -> bool:
         """Whether the pattern is simple enough to be evaluated (see `covers`)."""
         few = self.pattern.count("(") <= _MOST_GROUPS  # alternatives may match one text in several ways
@@ -124,6 +125,28 @@ class FormatException:
         return match is not None
 
 
+def exceptions_for(formats: Mapping[str, LinearFormat | None]) -> tuple[FormatException, ...]:
+    """The exceptions that cover exactly these linears, given by full name.
+
+    Those that are not quantized come first: GPTQModel puts them there whatever their place in the file.
+    Linears of one format whose names differ in the first number, that of their layer, share a pattern.
+    """
+    layers: dict[tuple[LinearFormat | None, str, str], list[int]] = {}
+    for name, format in formats.items():
+        match = _NUMBER.fullmatch(name)
+        before, number, after = match.groups() if match else ("", None, name)
+        key = (format, re.escape(before), re.escape(after))
+        layers.setdefault(key, []).append(-1 if number is None else int(number))
+    found = []
+    for (format, before, after), numbers in layers.items():
+        choices = "|".join(str(number) for number in sorted(numbers) if number >= 0)
+        between = f"(?:{choices})" if len(numbers) > 1 else choices
+        found.append(FormatException(f"^{before}{between}{after}$", format))
+    return tuple(sorted(found, key=lambda exception: exception.format is not None))
+
+
+# What precedes the first number in a dotted name, the number, and the rest.
+_NUMBER = re.compile(r"((?:[^\d.][^.]*\.)*)(?:(0|[1-9]\d*)(?=\.))?(.*)", re.ASCII)
 # Literals, `.`, classes, `\d+` before a dot or the end, (a|b) without quantifiers: little to backtrack.
 _MOST_GROUPS = 8
 _PIECE = re.compile(
@@ -167,6 +190,16 @@ class QuantizationFormat:
     def uniform(self) -> bool:
         """Whether all quantized linears have the same format."""
         return len(list(self.formats())) == 1
+
+    @classmethod
+    def mixture(
+        cls, default: LinearFormat, linears: Mapping[str, LinearFormat | None] | None = None
+    ) -> QuantizationFormat:
+        """The format of a checkpoint whose linears are stored as `default`, but for those in `linears`.
+
+        linears: by full name; None for one that is not quantized.
+        """
+        return cls(default, exceptions_for(linears or {}))
 
     @property
     def label(self) -> str:

@@ -13,7 +13,13 @@ from typing import Any
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
 from lowmem.checkpoint.foreign import foreign_method
-from lowmem.checkpoint.formats import QuantizationFormat, layout_for
+from lowmem.checkpoint.formats import (
+    FormatException,
+    LinearFormat,
+    QuantizationFormat,
+    exceptions_for,
+    layout_for,
+)
 from lowmem.checkpoint.gptq_config import parse_quantization
 from lowmem.checkpoint.headers.config import read_config
 from lowmem.config import QuantConfig
@@ -63,8 +69,13 @@ def quantization_in(config: Mapping[str, Any], folder: Path) -> QuantizationForm
     return parse_quantization(data, str(file))
 
 
-def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, Any]:
+def quantization_config_dict(
+    config: QuantConfig, *, version: str, linears: Mapping[str, LinearFormat | None] | None = None
+) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint quantized with `config` by lowmem `version`.
+
+    linears: those that are stored otherwise, by full name; None for one that is not quantized. They become
+    GPTQModel's `dynamic`.
 
     desc_act is false even when columns were quantized in act-order: the groups are static, so g_idx is
     column // group_size and readers need no permutation. `static_groups` and `meta.act_order` record it.
@@ -72,8 +83,10 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
     """
     if config.group_size == 0:
         raise ValueError("the group size is not chosen yet")
+    exceptions = exceptions_for(linears or {})
+    formats = [exception.format for exception in exceptions if exception.format]
     quantizer = [f"lowmem:{version}"]
-    if not config.sym:
+    if not all((config.sym, *(format.sym for format in formats))):
         # GPTQModel refuses asymmetric v1 files unless the quantizer is a GPTQModel version with exact
         # zero-points. Ours are exact (1..2^bits-1, see packing.py).
         quantizer.append("gptqmodel:0.9.0:zero-points")
@@ -87,8 +100,9 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
         "damp_percent": config.damp_percent,
         "true_sequential": config.true_sequential,
         "lm_head": False,
-        "checkpoint_format": layout_for((config.bits,)),
+        "checkpoint_format": layout_for((config.bits, *(format.bits for format in formats))),
         "pack_dtype": "int32",
+        **({"dynamic": dict(_dynamic(exception) for exception in exceptions)} if exceptions else {}),
         "meta": {
             "quantizer": quantizer,
             "act_order": config.desc_act,
@@ -97,6 +111,15 @@ def quantization_config_dict(config: QuantConfig, *, version: str) -> dict[str, 
             "tune_steps": config.tune_steps,
         },
     }
+
+
+def _dynamic(exception: FormatException) -> tuple[str, dict[str, int | bool]]:
+    """An entry of GPTQModel's `dynamic`."""
+    format = exception.format
+    if format is None:
+        return f"-:{exception.pattern}", {}
+    settings = {"bits": format.bits, "group_size": format.group_size, "sym": format.sym}
+    return f"+:{exception.pattern}", settings
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lowmem.convert.calibration import CalibrationSpec
+from lowmem.convert.math.gptq import Prepared
 from lowmem.convert.pipeline import convert
 from lowmem.convert.recipe import ConvertOptions, Recipe
 from lowmem.convert.stages.context import CalibrationBatch, LayerContext, LayerFiles, run_stages
@@ -35,7 +36,7 @@ def calibration_file(folder: Path, characters: int = 60_000) -> Path:
 def quick_convert(
     source: Path,
     out: Path,
-    config: QuantConfig | None = None,
+    config: QuantConfig | Recipe | None = None,
     *,
     rows: int = 8,
     row_length: int = 64,
@@ -43,12 +44,13 @@ def quick_convert(
     calibration: str | None = None,
 ):
     """Convert with few calibration rows and at most 6 steps of tuning, in float32 on the CPU."""
-    config = config or QuantConfig()
+    recipe = config if isinstance(config, Recipe) else Recipe(config or QuantConfig())
+    quick = replace(recipe.config, tune_steps=min(recipe.config.tune_steps, 6))
     text = calibration or str(calibration_file(out.parent))
     return convert(
         source,
         out,
-        replace(config, tune_steps=min(config.tune_steps, 6)),
+        Recipe(quick, recipe.linears),
         calibration=CalibrationSpec(text, rows, row_length, 0),
         options=options or ConvertOptions(device="cpu", compute_dtype="float32"),
     )
@@ -88,6 +90,21 @@ class LayerOfModel:
             unquantized=stream(folder, "clean", self.hidden) if config.follows_unquantized else None,
             **fields,
         )
+
+
+def bytes_held(context: LayerContext) -> int:
+    """Bytes of everything that a context keeps between two stages."""
+    tensors = [p for p in context.layer.parameters() if not p.is_meta]
+    tensors += [b for b in context.layer.buffers() if not b.is_meta]
+    tensors += context.tensors.values()
+    tensors += [hessian.sum for hessian in context.captured.hessians.values()]
+    tensors += context.captured.lacking.values()
+    tensors += [integers.codes for integers in context.quantized.values()]
+    if isinstance(context.prepared, Prepared):
+        tensors.append(context.prepared.factor.matrix)
+    if context.shared_lack is not None:
+        tensors.append(context.shared_lack)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def stream(folder: Path, name: str, states: torch.Tensor) -> HiddenStates:

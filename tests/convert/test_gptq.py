@@ -9,7 +9,7 @@ from lowmem.convert.math.grid import find_grid, quantize_to
 from lowmem.convert.math.hessian import Hessian, factor_in_place
 from lowmem.convert.math.products import permute
 
-from lowmem.config import QuantConfig
+from lowmem.config import BITS, QuantConfig
 from lowmem.errors import CalibrationError
 
 
@@ -108,7 +108,7 @@ def test_result_does_not_depend_on_the_column_block(config):
         assert torch.equal(other.zeros, results[0].zeros)
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("sym", [True, False])
 def test_identity_hessian_gives_round_to_nearest(bits, sym):
     n, width = 96, 32
@@ -254,7 +254,7 @@ def test_search_beats_min_max():
 
 
 @pytest.mark.parametrize("sym", [True, False])
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("bits", BITS)
 def test_grid_can_be_stored(bits, sym):
     """Scales are exact in float16 and zero-points in 1..maxq, also for constant, tiny and zero groups."""
     weight = torch.randn(32, 40)

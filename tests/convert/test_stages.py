@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowmem.convert.math.gptq import Prepared
-from lowmem.convert.recipe import Recipe
+from lowmem.convert.recipe import LinearSettings, Recipe
 from lowmem.convert.stages.context import run_stages
 from lowmem.convert.stages.layer import AdvanceStates, layer_stages, quantizing_stages
 from lowmem.convert.stages.replay import Replay
 from lowmem.convert.stages.sizes import Workload
 
 from lowmem.config import QuantConfig
-from lowmem.errors import RecipeError
 from lowmem.models.architecture import inspect
-from tests.convert.convert_helpers import LayerOfModel
+from tests.convert.convert_helpers import LayerOfModel, bytes_held
 from tests.helpers import tiny_config, tiny_model
 
 CONFIGS = [
@@ -28,21 +26,6 @@ CONFIGS = [
         (4, True, False, 0.0, 2),
     ]
 ]
-
-
-def bytes_held(context) -> int:
-    """Bytes of everything that a context keeps between two stages."""
-    tensors = [p for p in context.layer.parameters() if not p.is_meta]
-    tensors += [b for b in context.layer.buffers() if not b.is_meta]
-    tensors += context.tensors.values()
-    tensors += [hessian.sum for hessian in context.captured.hessians.values()]
-    tensors += context.captured.lacking.values()
-    tensors += [integers.codes for integers in context.quantized.values()]
-    if isinstance(context.prepared, Prepared):
-        tensors.append(context.prepared.factor.matrix)
-    if context.shared_lack is not None:
-        tensors.append(context.shared_lack)
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 @pytest.mark.parametrize("family", ["gpt_bigcode_mqa", "llama", "starcoder2"])
@@ -79,14 +62,11 @@ def test_every_stage_of_a_layer_has_a_name_of_its_own():
 
 def test_linears_may_have_recipes_of_their_own(tmp_path):
     """Different widths in one layer: each linear is packed, restored and planned by its own."""
-
-    class Mixed(Recipe):
-        def of(self, linear):
-            return QuantConfig(bits=8 if linear.endswith("c_proj") else 3, group_size=32)
-
     one = LayerOfModel(tiny_model("gpt_bigcode_mqa"))
-    context = one.context(tmp_path, QuantConfig(bits=4, group_size=32))
-    context.recipe = Mixed(context.recipe.config)
+    config = QuantConfig(bits=3, group_size=32)
+    context = one.context(tmp_path, config)
+    wide = [linear.name for linear in one.spec.linears if linear.name.endswith("c_proj")]
+    context.recipe = Recipe(config, {f"{one.spec.name}.{name}": LinearSettings(8) for name in wide})
     run_stages(quantizing_stages(one.spec, context.recipe, replays=False), context)
     work = Workload(
         inspect(tiny_config("gpt_bigcode_mqa")), context.recipe, 4, 16, torch.float32, torch.device("cpu")
@@ -97,15 +77,3 @@ def test_linears_may_have_recipes_of_their_own(tmp_path):
         packed = context.tensors[f"{linear.name}.qweight"]
         assert packed.shape == (linear.in_features * bits // 32, linear.out_features)
         assert len(one.layer.get_submodule(linear.name).weight.detach()[0, :32].unique()) <= 2**bits
-
-
-def test_linears_that_share_an_input_share_the_group_size():
-    """They share one factored Hessian, whose columns are ordered by groups."""
-
-    class Mixed(Recipe):
-        def of(self, linear):
-            return QuantConfig(group_size=64 if linear.endswith("k_proj") else 32)
-
-    layer = inspect(tiny_config("llama")).layers[0]
-    with pytest.raises(RecipeError, match="share an input"):
-        layer_stages(layer, Mixed(QuantConfig(group_size=32)), replays=True)
