@@ -113,7 +113,7 @@ def _loading(shape: ModelShape, form: Form) -> int:
 
     A GGUF is read a whole tensor at a time and dequantized to float32. Weights that are loaded later reuse
     part of that memory. The experts of a layer are merged: they, their stacks and the merged tensors are in
-    memory at once, and gate and up are two thirds of them.
+    memory at once, and gate and up are two thirds of them. A linear that is transposed is in memory twice.
     """
     largest = max(tensor.numel for tensor in shape.tensors)
     if shape.whole_reads:
@@ -125,6 +125,8 @@ def _loading(shape: ModelShape, form: Form) -> int:
         return 2 * max(of_layer.values())
     cast = 2 * min(SLICE_BYTES, 4 * largest)
     quantized = min(QUANTIZED_SLICE_BYTES, 4 * largest)
+    if shape.transposed:
+        cast = max(cast, 2 * max(tensor.nbytes for tensor in shape.tensors if tensor.linear))
     return max(cast, quantized * {"dense": 0, "gptq": 0, "int8": 5, "nf4": 9}[form.method])
 
 

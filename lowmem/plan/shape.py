@@ -95,6 +95,8 @@ class ModelShape:
     """Its layers take a second input for each token, which the converter does not provide."""
     conv1d: bool = False
     """Its layers hold GPT-2's Conv1D, with weights [in, out], which runs in 16 or 32 bits only."""
+    transposed: bool = False
+    """Its linears are stored [in, out] and transposed when they are read, as SantaCoder's first layout."""
 
     @property
     def quantizable(self) -> bool:
@@ -144,11 +146,11 @@ def read_shape(path: Path) -> ModelShape:
     config = text_settings(config)
     check_layer_state(config)
     own = own_heads(folder, headers)
-    if has_first_names(config, headers):
+    if first := has_first_names(config, headers):
         headers = joined_headers(headers)
     if nested or "vision_config" in config:
         headers = {name: header for name, header in headers.items() if not is_left_out(name)}
-    return _shape(path, headers, config, format, own)
+    return replace(_shape(path, headers, config, format, own), transposed=first)
 
 
 def check_convertible(source: str) -> None:
@@ -189,6 +191,7 @@ def as_converted(source: ModelShape, bits: int) -> ModelShape:
         linears=tuple(replace(linear, format=format) for linear in source.linears),
         format=QuantizationFormat(format),
         whole_reads=False,
+        transposed=False,
         stored="float16",
     )
 

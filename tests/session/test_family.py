@@ -83,6 +83,7 @@ def test_plan_reads_the_shape_of_the_model(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         cache = model(torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     assert {layer.keys.shape for layer in cache.layers} == {(1, shape.kv_heads, 5, shape.head_dim)}
+    assert shape.transposed == FAMILY[name].first_layout
     assert shape.stored == str(FAMILY[name].dtype).removeprefix("torch.")
 
 
