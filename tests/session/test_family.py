@@ -26,7 +26,7 @@ from lowmem.plan.shape import as_converted, read_shape
 from lowmem.prompts import PromptFitter
 from lowmem.session import join
 from tests.convert.convert_helpers import quick_convert
-from tests.helpers import starchat_replica
+from tests.helpers import starchat_replica, write_weights
 from tests.session.family import END_50256, FAMILY, replica, transformers_model
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -167,7 +167,7 @@ def test_the_dialogue_ids_of_the_whole_vocabulary(tmp_path: Path) -> None:
     assert loaded.stop_ids == (49155, 0)
 
 
-def test_starchat_alpha_is_stored_as_published(tmp_path: Path) -> None:
+def test_starchat_alpha_is_stored_as_published(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = replica("starchat-alpha", tmp_path / "alpha")
     names = {path.name for path in folder.iterdir()}
     assert names == {
@@ -179,6 +179,8 @@ def test_starchat_alpha_is_stored_as_published(tmp_path: Path) -> None:
     assert {info.dtype for info in source.infos.values()} == {"float16"}
     assert source.same_values("lm_head.weight", "transformer.wte.weight")
     assert fitted(source) is source and not source.untied
+    assert main(["verify", str(folder)]) == 0
+    assert "lm_head.weight is stored twice" in capsys.readouterr().err
     quick_convert(folder, tmp_path / "converted", QuantConfig(bits=4, group_size=32), rows=4)
     converted = open_source(tmp_path / "converted")
     assert "lm_head.weight" not in converted.infos and converted.config().tie_word_embeddings
@@ -256,15 +258,17 @@ def test_the_conversion_of_the_first_layout_is_that_of_the_second(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_reading_rows_and_ranges_of_joined_tensors(kind: str, tmp_path: Path) -> None:
-    from tests.helpers import write_weights
-
+def test_reading_rows_and_ranges_of_joined_tensors(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = replica("santacoder", tmp_path / "santacoder")
     expected = transformers_model(folder).state_dict()
     if kind == "safetensors":
         write_weights(torch.load(folder / "pytorch_model.bin"), folder, shards=2)
         (folder / "pytorch_model.bin").unlink()
     source = fitted(open_source(folder))
+    assert main(["verify", str(folder)]) == 0
+    assert "4 tensors are not of this model, and are not used" in capsys.readouterr().err
     for name, info in source.infos.items():
         if name in expected:
             assert info.shape == tuple(expected[name].shape)

@@ -24,6 +24,8 @@ from lowmem.errors import LowmemError
 
 _SLICE_VALUES = 1 << 24
 """Values of a tensor that are read at a time."""
+_LISTED = 3
+"""Unused tensors that are named one by one; old checkpoints hold two masks for each layer."""
 
 
 def verify_source(path: Path, progress: Progress | None = None) -> VerifyReport:
@@ -79,8 +81,19 @@ class _SourceVerification(Verification):
                 self.fault(info.file, stored, "has values that are not finite")
         source.release()
         parts = {f"{linear}.{part}" for linear in source.quantized for part in QUANT_PARTS}
+        own, others = model.state_dict(), []
         for name in sorted(set(source.infos) - set(names.values()) - parts):
-            self.notes.append(f"{name} is not a tensor of this model, and is not used")
+            if name in own:  # `fitted` found the same values under the other name
+                self.notes.append(f"{name} is stored twice: it is tied to another tensor with its values")
+            else:
+                others.append(name)
+        if len(others) > _LISTED:
+            some = ", ".join(others[:_LISTED])
+            self.notes.append(
+                f"{len(others)} tensors are not of this model, and are not used, such as {some}"
+            )
+        else:
+            self.notes += [f"{name} is not a tensor of this model, and is not used" for name in others]
 
     def _packed(self, source: Source, linear: str) -> None:
         """Check the values of a packed linear."""
