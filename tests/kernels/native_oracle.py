@@ -17,7 +17,7 @@ import torch
 from lowmem.checkpoint.packing import pack_rows
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
-from lowmem.kernels.native.header import PAIRED, LmDense, LmMatrix, LmPacked
+from lowmem.kernels.native.header import PAIRED, WIDTHS, LmDense, LmMatrix, LmPacked
 
 ISAS = native.isa_names() if native.available() else ("portable C",)
 """Every instruction set of the library; this CPU may lack some."""
@@ -128,7 +128,7 @@ def rule(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
     integers = weight.q.numpy().astype(np.float64)
     y = np.zeros((x.shape[0], weight.q.shape[1]), np.float32)
     width = kernel_group(weight.group)
-    if planes == PAIRED and weight.bits == 8:
+    if planes == PAIRED and weight.bits > 4:
         planes = 2
     for start in range(0, x.shape[1], width):
         row = start // weight.group
@@ -245,7 +245,7 @@ def run_fenced() -> None:
     for isa in ISAS:
         with using(isa) as can:
             if can:
-                for bits in (8, 4, 3, 2):
+                for bits in WIDTHS:
                     for outputs in (8, 24, 40, 129, 200):
                         _run_fenced_packed(bits, outputs)
                 _run_fenced_dense()

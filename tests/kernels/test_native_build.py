@@ -103,9 +103,22 @@ def test_a_missing_or_different_library_is_explained(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.skipif(shutil.which("cc") is None and shutil.which("gcc") is None, reason="no C compiler")
-def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """All functions exist, as after an update without a new installation, but the contract differs."""
-    text = "".join(f"int {name}(void) {{ return {header.CONTRACT - 1}; }}\n" for name in header.FUNCTIONS)
+@pytest.mark.parametrize(
+    ("contract", "widths"),
+    [
+        (header.CONTRACT, header.WIDTHS),
+        (header.CONTRACT - 1, header.WIDTHS),
+        (header.CONTRACT, header.WIDTHS[1:]),
+    ],
+    ids=["same", "contract", "widths"],
+)
+def test_a_library_of_other_sources_is_refused(
+    contract: int, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All functions exist, as after an update without a new installation, but not all is the same."""
+    has = " || ".join(f"bits == {bits}" for bits in widths)
+    results = dict.fromkeys(header.FUNCTIONS, "0") | {"lm_contract": str(contract), "lm_has_width": has}
+    text = "".join(f"int {name}(int bits) {{ return {result}; }}\n" for name, result in results.items())
     (tmp_path / "old.c").write_text(text)
     compiler = shutil.which("cc") or "gcc"
     subprocess.run(
@@ -114,8 +127,11 @@ def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_native.so")
     native._load.cache_clear()
     try:
-        assert not native.available()
-        assert "another version" in native.why_not() and "install lowmem again" in native.why_not()
+        refused = (contract, widths) != (header.CONTRACT, header.WIDTHS)
+        assert native.available() != refused
+        assert (
+            ("another version" in native.why_not()) == ("install lowmem again" in native.why_not()) == refused
+        )
     finally:
         monkeypatch.undo()
         native._load.cache_clear()

@@ -263,7 +263,7 @@ def worst(x: torch.Tensor, weight: Weight, planes: int) -> torch.Tensor:
     groups = parts.shape[1]
     bias = 0 if weight.bias is None else weight.bias.double().abs()
     total = (size + scale) @ exact + bias
-    off = 8.51 if planes == PAIRED and weight.bits != 8 else 0.51
+    off = 8.51 if planes == PAIRED and weight.bits <= 4 else 0.51
     return (scale * off + size * 2.0**-23) @ exact + total * (4 + groups) * 2.0**-24 + 1e-40
 
 

@@ -155,7 +155,7 @@ static int use_isa(int i) { return lm_use_isa(lm_isa_at(i)) && lm_isa_selected()
 
 static lm_packed random_packed(int64_t in, int64_t group, int64_t out, int wild)
 {
-    lm_packed w = {.bits = (int32_t)ONE_OF(8, 4, 3, 2), .group = (int32_t)group, .inputs = in, .outputs = out,
+    lm_packed w = {.bits = (int32_t)ONE_OF(8, 7, 6, 5, 4, 3, 2), .group = (int32_t)group, .inputs = in, .outputs = out,
                    .scales_type = (int32_t)between(0, 2), .bias_type = (int32_t)between(0, 2)};
     const int64_t rows = in / 32 * w.bits, groups = in / group;
     w.qweight = any_bits((size_t)(rows * out) * 4, 4);

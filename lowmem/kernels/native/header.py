@@ -14,7 +14,7 @@ CONTRACT = 6
 
 F32, F16, BF16 = 0, 1, 2
 
-WIDTHS = (8, 4, 3, 2)
+WIDTHS = (8, 7, 6, 5, 4, 3, 2)
 """Bits of a packed weight that the kernels support."""
 TILE_OUTPUTS = 64
 """Outputs of a tile of the tiled layout."""
@@ -161,6 +161,7 @@ FUNCTIONS = {
     "lm_isa_at": "char* int",
     "lm_read": "uint64 pointer size",
     "lm_tell_bus_errors": "int char* int",
+    "lm_has_width": "int int",
     "lm_kernel_group": "int32 int32",
     "lm_linear_workspace": "size pointer int64 int",
     "lm_linear": "void pointer pointer int pointer pointer",
@@ -182,9 +183,12 @@ FUNCTIONS = {
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Declare all functions. Raises AttributeError if one is missing, OSError if the contract differs."""
+    """Declare all functions.
+
+    Raises AttributeError if one is missing, OSError if the contract differs or the library lacks a width.
+    """
     for name, signature in FUNCTIONS.items():
         function = getattr(library, name)
         function.restype, *function.argtypes = (TYPES[kind] for kind in signature.split())
-    if library.lm_contract() != CONTRACT:
+    if library.lm_contract() != CONTRACT or not all(map(library.lm_has_width, WIDTHS)):
         raise OSError("it was compiled from another version of lowmem")

@@ -33,7 +33,7 @@ def activation_bits(bits: int) -> int:
     8 bits add 1.6 % to the 3-bit and 0.3 % to the 2-bit version, and many times its divergence to the 8-bit
     version. Measured with `python -m lowmem.benchmarks.experiments.activation_bits`.
     """
-    return {8: 16, 4: 12}.get(bits, 8)
+    return 16 if bits > 4 else 12 if bits == 4 else 8
 
 
 def planes_of(activation_bits: int) -> int:

@@ -87,16 +87,18 @@ INLINE void decode_block(shape s, const lm_group *at, int64_t row, const block *
             PREFETCH(s.bits, (uintptr_t)(words + i * b->word_stride) + (uintptr_t)b->ahead * 4);
         UNROLL
         for (int i = 0; i < sources; i++) {
-            __m256i from[WIDE];
+            __m256i from[WIDE], high[WIDE];
             UNROLL
-            for (int v = 0; v < WIDE; v++)
+            for (int v = 0; v < WIDE; v++) {
                 from[v] = source(s.bits, i, words + 8 * v, b->word_stride);
+                high[v] = high_source(s.bits, i, words + 8 * v, b->word_stride);
+            }
             UNROLL
             for (int j = 0; j < pairs; j++) {
                 __m256i pair[WIDE];
                 UNROLL
                 for (int v = 0; v < WIDE; v++)
-                    pair[v] = pair_of(s.bits, j, from[v]);
+                    pair[v] = pair_of(s.bits, j, from[v], high[v]);
                 add_pair(s.rows * parts, s.rows * parts > 1, pair, digits + 2 * (i * pairs + j), width, sum);
             }
         }
@@ -146,7 +148,7 @@ INLINE void decode_columns(shape s, const part *p)
 #define DECODE_ROWS(bits, planes)                                                                                      \
     DECODE(bits, planes, 1) DECODE(bits, planes, 2) DECODE(bits, planes, 3) DECODE(bits, planes, 4)
 #define DECODE_PLANES(bits) DECODE_ROWS(bits, 1) DECODE_ROWS(bits, 2) DECODE(bits, 3, 1) DECODE(bits, 3, 2)
-DECODE_PLANES(2) DECODE_PLANES(3) DECODE_PLANES(4) DECODE_PLANES(8)
+DECODE_PLANES(2) DECODE_PLANES(3) DECODE_PLANES(4) DECODE_PLANES(5) DECODE_PLANES(6) DECODE_PLANES(7) DECODE_PLANES(8)
 
 #define NAMES(bits, planes)                                                                                            \
     {decode_##bits##_##planes##_1, decode_##bits##_##planes##_2, decode_##bits##_##planes##_3, decode_##bits##_##planes##_4}
@@ -155,7 +157,8 @@ DECODE_PLANES(2) DECODE_PLANES(3) DECODE_PLANES(4) DECODE_PLANES(8)
 static void decode(const lm_piece *piece)
 {
     typedef void (*kernel)(const part *);
-    static const kernel kernels[9][3][4] = {[2] = TABLE(2), [3] = TABLE(3), [4] = TABLE(4), [8] = TABLE(8)};
+    static const kernel kernels[9][3][4] = {[2] = TABLE(2), [3] = TABLE(3), [4] = TABLE(4), [5] = TABLE(5),
+                                            [6] = TABLE(6), [7] = TABLE(7), [8] = TABLE(8)};
     const lm_packed *w = piece->w;
     const lm_input *input = piece->input;
     const kernel *by_rows = kernels[w->bits][input->planes == LM_PAIRED ? 1 : input->planes - 1];
@@ -191,16 +194,18 @@ INLINE void unpack_block(int bits, int width, const block *b, int16_t *to)
     for (int k = 0; k < width; k += 2 * UNIT_PAIRS(bits)) {
         UNROLL
         for (int i = 0; i < sources; i++) {
-            __m256i from[WIDE];
+            __m256i from[WIDE], high[WIDE];
             UNROLL
-            for (int v = 0; v < WIDE; v++)
+            for (int v = 0; v < WIDE; v++) {
                 from[v] = source(bits, i, words + 8 * v, b->word_stride);
+                high[v] = high_source(bits, i, words + 8 * v, b->word_stride);
+            }
             UNROLL
             for (int j = 0; j < pairs; j++) {
                 UNROLL
                 for (int v = 0; v < WIDE; v++)
                     _mm256_storeu_si256((void *)(to + 2 * BLOCK * (i * pairs + j) + 16 * v),
-                                        _mm256_sub_epi16(pair_of(bits, j, from[v]), zero[v]));
+                                        _mm256_sub_epi16(pair_of(bits, j, from[v], high[v]), zero[v]));
             }
         }
         to += 2 * BLOCK * UNIT_PAIRS(bits);
@@ -210,7 +215,7 @@ INLINE void unpack_block(int bits, int width, const block *b, int16_t *to)
 
 #define UNPACK(bits)                                                                                                   \
     TARGET static void unpack_##bits(int width, const block *b, int16_t *to) { unpack_block(bits, width, b, to); }
-UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(8)
+UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(5) UNPACK(6) UNPACK(7) UNPACK(8)
 
 INLINE void prefill_tile(shape s, const lm_group *at, int64_t row, const int16_t *weights, const block *b)
 {
@@ -247,7 +252,8 @@ static void prefill_group(const lm_piece *p, const lm_group *at)
 {
     typedef void (*unpacker)(int, const block *, int16_t *);
     typedef void (*kernel)(const lm_group *, int64_t, const int16_t *, const block *);
-    static const unpacker unpackers[9] = {[2] = unpack_2, [3] = unpack_3, [4] = unpack_4, [8] = unpack_8};
+    static const unpacker unpackers[9] = {[2] = unpack_2, [3] = unpack_3, [4] = unpack_4, [5] = unpack_5,
+                                          [6] = unpack_6, [7] = unpack_7, [8] = unpack_8};
     const unpacker unpack = unpackers[p->w->bits];
     const int64_t rows = p->input->rows, width = p->input->group;
     const int planes = p->input->planes, most = PREFILL_TILE(planes);

@@ -14,7 +14,7 @@ INLINE __m256i pairs_of(int bits, __m256i a, __m256i b)
     if (bits == 8) {
         low = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(a, b), 0xd8);
         high = _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(a, b), 0xd8);
-    } else if (bits != 2) {
+    } else if (bits != 2) { /* 3 to 7 bits: of 8 inputs j and j + 4 */
         low = _mm256_permute2x128_si256(a, b, 0x20);
         high = _mm256_permute2x128_si256(a, b, 0x31);
     }

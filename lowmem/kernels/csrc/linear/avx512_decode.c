@@ -9,8 +9,10 @@ enum { MOST_ROWS = 4, WIDE = 2, WIDEST = 4 };
 
 /* ---- prefetching --------------------------------------------------------------------------------------------- */
 
-/* Distance in bytes inside a tile of the tiled layout: the more work a byte is, the further. */
-#define AHEAD(bits) ((bits) == 8 ? 4096 : (bits) == 4 ? 8192 : 6144)
+/* Distance in bytes inside a tile of the tiled layout: the more work a byte is, the further. A unit of planes is not read in
+ * the order of memory: it goes to the second cache from FAR_AHEAD and to the first from near by. */
+#define AHEAD(bits) ((bits) == 8 ? 4096 : (bits) == 4 ? 8192 : IS_PLANAR(bits) ? 2048 : 6144)
+enum { FAR_AHEAD = 16384 };
 /* Also one line of each page, some rows of words ahead, since a TLB miss takes longer than reading a small page, above all
  * in a virtual machine; and the scales of later groups, a stream too thin for the hardware's prefetcher. 64 rows of the
  * tiled layout are 16 KiB. */
@@ -29,15 +31,20 @@ INLINE void prefetch_group(shape s, const tile *t, const uint32_t *words)
         _mm_prefetch((const char *)w->zeros + later, _MM_HINT_T0);
 }
 
-/* One unit's words ahead, in the order of memory. */
-INLINE void prefetch_unit(shape s, const uint32_t *words, int64_t stride)
+/* Words ahead, in the order of memory: one unit's before its first piece, but those of planes in equal parts before every
+ * piece, since many prefetches at once wait for each other. */
+INLINE void prefetch_piece(shape s, int piece, const uint32_t *words, int64_t stride)
 {
-    const int unit_rows = UNIT_ROWS(s.bits); /* UNROLL takes only plain conditions, here and below */
+    /* UNROLL takes only plain conditions, here and below */
+    const int planar = IS_PLANAR(s.bits), parts = planar ? UNIT_PIECES(s.bits) : 1, lines = UNIT_ROWS(s.bits) * s.wide;
+    const int first = piece < parts ? piece * lines / parts : lines, last = piece < parts ? (piece + 1) * lines / parts : lines;
     UNROLL
-    for (int u = 0; u < unit_rows; u++)
-        UNROLL
-        for (int v = 0; v < s.wide; v++)
-            _mm_prefetch((const char *)(words + u * stride + 16 * v) + AHEAD(s.bits), _MM_HINT_T0);
+    for (int line = first; line < last; line++) {
+        const char *at = (const char *)(words + line / s.wide * stride + 16 * (line % s.wide));
+        _mm_prefetch(at + AHEAD(s.bits), _MM_HINT_T0);
+        if (planar)
+            _mm_prefetch(at + FAR_AHEAD, _MM_HINT_T1);
+    }
 }
 
 /* ---- one and two rows: the sums of each plane, and y, in registers ------------------------------------------- */
@@ -99,9 +106,9 @@ INLINE void decode_tile(shape s, tile t, int64_t first, int64_t last)
         prefetch_group(s, &t, words);
         start_sums(s, &t, sum);
         for (int k = 0; k < width; k += 4 * UNIT_STEPS(s.bits)) {
-            prefetch_unit(s, words, next);
             UNROLL
             for (int piece = 0; piece < pieces; piece++) {
+                prefetch_piece(s, piece, words, next);
                 __m512i step[WIDEST][3];
                 UNROLL
                 for (int v = 0; v < s.wide; v++)
@@ -150,10 +157,10 @@ INLINE void add_plane(shape s, const tile *t, const uint32_t *words, plane p, __
     const int width = t->input->group, pieces = UNIT_PIECES(s.bits), fours = p.pairs ? 1 : PIECE_STEPS(s.bits);
     const int64_t stride = lm_word_stride(t->w), row_bytes = DIGIT_BYTES(width, s.planes);
     for (int k = 0; k < width; k += 4 * UNIT_STEPS(s.bits)) {
-        if (p.prefetch)
-            prefetch_unit(s, words, stride);
         UNROLL
         for (int piece = 0; piece < pieces; piece++) {
+            if (p.prefetch)
+                prefetch_piece(s, piece, words, stride);
             __m512i step[WIDEST][2];
             UNROLL
             for (int v = 0; v < s.wide; v++) {
@@ -241,18 +248,19 @@ INLINE void decode_columns(shape s, const part *p)
 #define DECODE_ROWS(bits, planes)                                                                                      \
     DECODE(bits, planes, 1) DECODE(bits, planes, 2) DECODE(bits, planes, 3) DECODE(bits, planes, 4)
 #define DECODE_PLANES(bits) DECODE_ROWS(bits, 1) DECODE_ROWS(bits, 2) DECODE_ROWS(bits, 3)
-DECODE_PLANES(2) DECODE_PLANES(3) DECODE_PLANES(4) DECODE_PLANES(8)
+DECODE_PLANES(2) DECODE_PLANES(3) DECODE_PLANES(4) DECODE_PLANES(5) DECODE_PLANES(6) DECODE_PLANES(7) DECODE_PLANES(8)
 DECODE_ROWS(2, 4) DECODE_ROWS(3, 4) DECODE_ROWS(4, 4) /* 4: LM_PAIRED */
 
 #define NAMES(bits, planes)                                                                                            \
     {decode_##bits##_##planes##_1, decode_##bits##_##planes##_2, decode_##bits##_##planes##_3, decode_##bits##_##planes##_4}
 #define TABLE(bits) {NAMES(bits, 1), NAMES(bits, 2), NAMES(bits, 3), NAMES(bits, 4)}
+#define WIDE_TABLE(bits) {NAMES(bits, 1), NAMES(bits, 2), NAMES(bits, 3)} /* without LM_PAIRED */
 
 void lm_decode_avx512(const lm_piece *piece)
 {
     typedef void (*kernel)(const part *);
-    static const kernel kernels[9][4][4] = {
-        [2] = TABLE(2), [3] = TABLE(3), [4] = TABLE(4), [8] = {NAMES(8, 1), NAMES(8, 2), NAMES(8, 3)}};
+    static const kernel kernels[9][4][4] = {[2] = TABLE(2),      [3] = TABLE(3),      [4] = TABLE(4),     [5] = WIDE_TABLE(5),
+                                            [6] = WIDE_TABLE(6), [7] = WIDE_TABLE(7), [8] = WIDE_TABLE(8)};
     const lm_packed *w = piece->w;
     const lm_input *input = piece->input;
     const kernel *by_rows = kernels[w->bits][input->planes - 1];

@@ -7,6 +7,7 @@
  *   8 bits   inputs 4s, 4s+1, 4s+2, 4s+3: the word unchanged
  *   4 bits   of 8 inputs the even, then the odd ones: v & 0x0f.., v >> 4 & 0x0f..
  *   3 bits   the same, after 24 bits of the stream were spread over four bytes of two fields
+ *   5 to 7   the same: the plane of 4 bits decides, and the others are brought into its order
  *   2 bits   of 16 inputs j, j+4, j+8, j+12 for j = 0..3: v >> 2j & 0x03..
  */
 #if defined(__x86_64__)
@@ -16,7 +17,7 @@
 /* Permute 16 bytes of consecutive inputs into the order of the steps. */
 INLINE __m128i step_order(int bits, __m128i bytes)
 {
-    if (bits == 4 || bits == 3)
+    if (bits >= 3 && bits <= 7)
         return _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
     if (bits == 2)
         return _mm_shuffle_epi8(bytes, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));

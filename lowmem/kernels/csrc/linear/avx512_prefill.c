@@ -162,15 +162,16 @@ INLINE void prefill_group(shape s, const lm_piece *p, int64_t group)
             prefill_group((shape){0, bits, planes, 0, WIDE}, p, group);                                                \
     }
 #define PREFILL_PLANES(bits) PREFILL(bits, 1) PREFILL(bits, 2) PREFILL(bits, 3)
-PREFILL_PLANES(2) PREFILL_PLANES(3) PREFILL_PLANES(4) PREFILL_PLANES(8)
+PREFILL_PLANES(2) PREFILL_PLANES(3) PREFILL_PLANES(4) PREFILL_PLANES(5) PREFILL_PLANES(6) PREFILL_PLANES(7) PREFILL_PLANES(8)
 PREFILL(2, 4) PREFILL(3, 4) PREFILL(4, 4) /* 4: LM_PAIRED */
 #define TABLE(bits) {prefill_##bits##_1, prefill_##bits##_2, prefill_##bits##_3, prefill_##bits##_4}
+#define WIDE_TABLE(bits) {prefill_##bits##_1, prefill_##bits##_2, prefill_##bits##_3} /* without LM_PAIRED */
 
 static void prefill(const lm_piece *p)
 {
     typedef void (*kernel)(const lm_piece *, int64_t);
-    static const kernel kernels[9][4] = {
-        [2] = TABLE(2), [3] = TABLE(3), [4] = TABLE(4), [8] = {prefill_8_1, prefill_8_2, prefill_8_3}};
+    static const kernel kernels[9][4] = {[2] = TABLE(2),      [3] = TABLE(3),      [4] = TABLE(4),     [5] = WIDE_TABLE(5),
+                                         [6] = WIDE_TABLE(6), [7] = WIDE_TABLE(7), [8] = WIDE_TABLE(8)};
     const kernel by_group = kernels[p->w->bits][p->input->planes - 1];
     for (int64_t g = 0; g < p->w->inputs / p->input->group; g++)
         by_group(p, g);

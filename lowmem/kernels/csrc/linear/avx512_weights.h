@@ -1,5 +1,5 @@
 /* Weights as the AVX-512 kernels unpack them, and the sums of a register tile. The kernels use VNNI for products of bytes,
- * and VBMI2 and GFNI for fields of 3 and 2 bits (Ice Lake, Zen 4 and later).
+ * VBMI, VBMI2 and GFNI for fields of 3 and 2 bits and for planes (Ice Lake, Zen 4 and later).
  *
  * A step is four inputs of each of 16 outputs, in the order in which GPTQ's words unpack. avx512_digits.c brings the
  * activations into the same order.
@@ -18,22 +18,36 @@ INLINE __m512i load_words(const uint32_t *words, __mmask16 mask)
 
 /* Units: UNIT_ROWS rows of words that are unpacked together, in UNIT_PIECES pieces of PIECE_STEPS steps. Unpacking piece by
  * piece leaves the registers to the sums. */
-#define UNIT_ROWS(bits) ((bits) == 3 ? 3 : 1)
-#define UNIT_PIECES(bits) ((bits) == 3 ? 4 : (bits) == 2 ? 2 : 1)
+#define UNIT_ROWS(bits) ((bits) == 3 || IS_PLANAR(bits) ? (bits) : 1)
+#define UNIT_PIECES(bits) ((bits) == 3 || IS_PLANAR(bits) ? 4 : (bits) == 2 ? 2 : 1)
 #define PIECE_STEPS(bits) ((bits) == 8 ? 1 : 2)
 #define UNIT_STEPS(bits) (UNIT_PIECES(bits) * PIECE_STEPS(bits))
 
-/* `bits` bits of each byte, from bit `from` on: a shift and a mask in one instruction. */
-INLINE __m512i field(__m512i v, int bits, int from)
+/* `bits` bits of each byte, from bit `from` on, moved to bit `to`: shifts and a mask in one instruction. */
+INLINE __m512i moved(__m512i v, int bits, int from, int to)
 {
     uint64_t matrix = 0; /* byte 7 - i selects the bits whose sum becomes bit i */
     UNROLL
     for (int i = 0; i < bits; i++)
-        matrix |= (uint64_t)(1u << (from + i)) << (8 * (7 - i));
+        matrix |= (uint64_t)(1u << (from + i)) << (8 * (7 - to - i));
     return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64((long long)matrix), 0);
 }
 
-/* Unpack a piece of a unit, whose rows are words[0], words[stride] and words[2 stride] of 16 outputs, into the vectors
+INLINE __m512i field(__m512i v, int bits, int from) { return moved(v, bits, from, 0); }
+
+/* Add a plane of `bits` bits (2 or 1) to a piece's steps at bit `to`. `words`: the plane's first row. Byte i of each word of
+ * `spread` gets the bits of the piece's inputs 2i, for the first step, and 2i + 1, for the second. */
+INLINE void add_high_plane(int bits, int to, int piece, const uint32_t *words, int64_t stride, __mmask16 mask, __m512i step[2])
+{
+    const int rows = 4 / bits, from = 8 * bits * (piece % rows);
+    const uint64_t offsets = bits == 2 ? 0x2c2824200c080400 : 0x2624222006040200;
+    const __m512i order = _mm512_set1_epi64((long long)(offsets + (uint64_t)from * 0x0101010101010101));
+    const __m512i spread = _mm512_multishift_epi64_epi8(order, load_words(words + piece / rows * stride, mask));
+    step[0] = _mm512_or_si512(step[0], moved(spread, bits, 0, to));
+    step[1] = _mm512_or_si512(step[1], moved(spread, bits, bits, to));
+}
+
+/* Unpack a piece of a unit, whose rows are words[0], words[stride] and so on of 16 outputs, into the vectors
  * [16 outputs][4 inputs] of its steps. */
 INLINE void unpack(int bits, int piece, const uint32_t *words, int64_t stride, __mmask16 mask, __m512i step[2])
 {
@@ -50,12 +64,16 @@ INLINE void unpack(int bits, int piece, const uint32_t *words, int64_t stride, _
         step[1] = field(first, 3, 3);
         return;
     }
-    __m512i v = load_words(words, mask);
+    __m512i v = load_words(IS_PLANAR(bits) ? words + piece * stride : words, mask);
     if (bits == 8) {
         step[0] = v;
-    } else if (bits == 4) {
+    } else if (bits == 4 || IS_PLANAR(bits)) {
         step[0] = _mm512_and_si512(v, _mm512_set1_epi8(0x0f));
         step[1] = _mm512_and_si512(_mm512_srli_epi32(v, 4), _mm512_set1_epi8(0x0f));
+        if (bits >= 6 && IS_PLANAR(bits))
+            add_high_plane(2, 4, piece, words + 4 * stride, stride, mask, step);
+        if (bits % 2 && IS_PLANAR(bits))
+            add_high_plane(1, bits - 1, piece, words + (bits - 1) * stride, stride, mask, step);
     } else {
         step[0] = piece ? field(v, 2, 4) : _mm512_and_si512(v, _mm512_set1_epi8(0x03));
         step[1] = field(v, 2, 4 * piece + 2);

@@ -72,6 +72,9 @@ extern const lm_linear_kernels lm_linear_avx2, lm_linear_avx512;
 
 /* ---- where a weight's words and scales lie ------------------------------------------------------------------- */
 
+/* Whether a weight is stored in planes (linear.h). */
+#define IS_PLANAR(bits) ((bits) >= 5 && (bits) <= 7)
+
 /* Words from one row of words to the next. */
 static inline int64_t lm_word_stride(const lm_packed *w) { return w->tiled ? LM_TILE_OUTPUTS : w->outputs; }
 

@@ -24,8 +24,8 @@ static size_t thread_bytes(int64_t rows)
 
 static plan plan_of(const lm_packed *w, int planes, int64_t rows)
 {
-    /* A pair of 8-bit weights does not fit in a byte. */
-    plan p = {.w = w, .planes = w->bits == 8 && planes == LM_PAIRED ? 2 : planes, .rows = lm_min(rows, PREFILL_ROWS)};
+    /* A pair of weights of more than 4 bits does not fit in a byte. */
+    plan p = {.w = w, .planes = w->bits > 4 && planes == LM_PAIRED ? 2 : planes, .rows = lm_min(rows, PREFILL_ROWS)};
     const int64_t groups = w->inputs / lm_kernel_group(w->group);
     p.scales = lm_aligned(lm_isa_selected()->linear->digit_bytes(p.rows, w->inputs, p.planes));
     p.sums = p.scales + lm_aligned((size_t)(groups * p.rows) * sizeof(float));
@@ -36,6 +36,8 @@ static plan plan_of(const lm_packed *w, int planes, int64_t rows)
 }
 
 size_t lm_linear_workspace(const lm_packed *w, int64_t rows, int planes) { return plan_of(w, planes, rows).bytes; }
+
+int lm_has_width(int bits) { return bits >= 2 && bits <= 8; }
 
 int32_t lm_kernel_group(int32_t group)
 {

@@ -34,12 +34,14 @@
 enum {
     LM_TILE_OUTPUTS = 64, /* outputs of a tile of the tiled layout */
     LM_DECODE_ROWS = 16,  /* rows of a decode step, at most */
-    LM_PAIRED = 4         /* as `planes`: one plane and a half. With 8-bit weights it means two planes. */
+    LM_PAIRED = 4         /* as `planes`: one plane and a half. With weights of more than 4 bits it means two. */
 };
 
-/* A GPTQ weight. */
+/* A GPTQ weight. Along the inputs 8, 4, 3 and 2 bits are one stream of bits. 7, 6 and 5 bits are stored in planes: of every 32
+ * inputs, 4 rows of words with the low 4 bits, then 2 rows with the next 2 (7 and 6 bits), then 1 row with the next one (7 and
+ * 5 bits); a plane's values lie as those of a weight of its width. */
 typedef struct {
-    int32_t bits;            /* 8, 4, 3 or 2 */
+    int32_t bits;            /* 8, 7, 6, 5, 4, 3 or 2 */
     int32_t group;           /* inputs that share a scale: a multiple of 32 that divides `inputs` */
     int64_t inputs, outputs;
     const uint32_t *qweight; /* [inputs * bits / 32, outputs] */
@@ -59,6 +61,8 @@ typedef struct {
     int32_t weight_type; /* LM_F16 or LM_BF16 */
 } lm_dense;
 
+/* Whether weights of `bits` bits are supported. */
+LM_EXPORT int lm_has_width(int bits);
 /* The group in which activations are quantized: the weight's own up to 256, else the largest of 256, 128, 64 and 32 that
  * divides it. */
 LM_EXPORT int32_t lm_kernel_group(int32_t group);

@@ -118,6 +118,35 @@ INLINE void unpack(int bits, int width, const uint32_t *words, int64_t stride, c
     }
 }
 
+/* The values of input `index` of a unit of 32 in a plane of `bits` bits, whose first row is `words`. */
+INLINE fields in_plane(int bits, int index, const uint32_t *words, int64_t stride)
+{
+    return load(words + index * bits / 32 * stride) >> (index * bits % 32) & ((1u << bits) - 1);
+}
+
+/* As `unpack`, for the widths that are stored in planes. Unrolled by rows of words, since shifts by constants are faster. */
+INLINE void unpack_planes(int bits, int width, const uint32_t *words, int64_t stride, const int32_t *zeros,
+                          integers (*weights)[WIDE])
+{
+    integers zero[WIDE];
+    memcpy(zero, zeros, sizeof zero);
+    for (int k = 0; k < width; k += 32, words += bits * stride)
+        UNROLL
+        for (int row = 0; row < 4; row++)
+            UNROLL
+            for (int j = 0; j < 8; j++)
+                UNROLL
+                for (int v = 0; v < WIDE; v++) {
+                    const int i = 8 * row + j;
+                    fields value = in_plane(4, i, words + 4 * v, stride);
+                    if (bits >= 6)
+                        value |= in_plane(2, i, words + 4 * stride + 4 * v, stride) << 4;
+                    if (bits % 2)
+                        value |= in_plane(1, i, words + (bits - 1) * stride + 4 * v, stride) << (bits - 1);
+                    weights[k + i][v] = (integers)value - zero[v];
+                }
+}
+
 /* One group of inputs and `count` outputs of a block. */
 typedef struct {
     const lm_packed *w;
@@ -145,6 +174,12 @@ static void unpack_block(const block *b, integers (*weights)[WIDE])
     }
     if (w->bits == 8)
         unpack(8, b->width, words, stride, zeros, weights);
+    else if (w->bits == 7)
+        unpack_planes(7, b->width, words, stride, zeros, weights);
+    else if (w->bits == 6)
+        unpack_planes(6, b->width, words, stride, zeros, weights);
+    else if (w->bits == 5)
+        unpack_planes(5, b->width, words, stride, zeros, weights);
     else if (w->bits == 4)
         unpack(4, b->width, words, stride, zeros, weights);
     else if (w->bits == 3)
