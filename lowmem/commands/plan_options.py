@@ -51,7 +51,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=(8, 12, 16),
         help="bits of the activations on a CPU; fewer make prefill faster, 16 is exact "
-        "(default: 16 with 8-bit weights, 12 with 4-bit, 8 with 3- and 2-bit)",
+        "(default: 16 with weights of 5 to 8 bits, 12 with 4, 8 with 3 and 2)",
     )
 
 

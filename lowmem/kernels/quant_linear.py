@@ -78,10 +78,12 @@ class QuantLinear(nn.Module):
         """Multiply with our own kernels from now on (native/linear.py); all tensors must be in place.
 
         activation_bits: bits of the integer that a 16-bit activation becomes, one of
-        native_linear.ACTIVATION_BITS; None chooses by the width of the weight. 8-bit weights take 12 as 16.
+        native_linear.ACTIVATION_BITS; None chooses by the width of the weight. Weights of
+        more than 4 bits take 12 as 16.
 
         An act-order weight of another tool, with scattered groups, gets its rows sorted by group in memory of
-        its own. Raises Unsuitable, and changes nothing, when the kernels cannot take the weight.
+        its own, and a weight of 3 bits in planes a copy in the tiled layout. Raises Unsuitable, and changes
+        nothing, when the kernels cannot take the weight.
         """
         if self.qweight.device.type != "cpu":
             raise Unsuitable("its tensors are not on the CPU")
@@ -93,6 +95,8 @@ class QuantLinear(nn.Module):
         packed = native_linear.Packed.of(self)
         if activation_bits is not None:
             packed.planes = native_linear.planes_of(activation_bits)
+        if packed.struct.tiled and is_mapped(self.qweight):
+            forget_pages(self.qweight)
         self.packed = packed
 
     @property

@@ -58,8 +58,6 @@ class Native(Kernel):
             return problem
         if spec.format and spec.format.bits not in WIDTHS:
             return f"weights of {spec.format.bits} bits are not supported"
-        if spec.format and spec.format.planar and spec.format.bits == 3:
-            return "weights of 3 bits in planes are not supported"
         return _odd_groups(spec) or library.why_not()
 
     def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:

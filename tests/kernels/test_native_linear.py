@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from lowmem.checkpoint.formats import LinearFormat
+from lowmem.checkpoint.formats import LAYOUTS, LinearFormat
 from lowmem.checkpoint.headers.safetensors import read_header
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from lowmem.checkpoint.source.mapped import MappedFiles
@@ -31,6 +31,8 @@ from tests.helpers import REPO
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(not native.available(), reason=native.why_not())
+KINDS = [(bits, layout.name) for layout in LAYOUTS.values() for bits in layout.bits]
+"""Every width in every layout."""
 TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
@@ -42,7 +44,7 @@ def quant_linear(
     *,
     sym: bool = True,
     bias: bool = True,
-    v2: bool = False,
+    layout: str = "",
     g_idx: torch.Tensor | None = None,
     seed: int = 0,
 ) -> QuantLinear:
@@ -50,7 +52,7 @@ def quant_linear(
     made = QuantLinear(
         inputs,
         outputs,
-        LinearFormat(bits, group_size, sym, g_idx is not None, "gptq_v2" if v2 else "gptq"),
+        LinearFormat(bits, group_size, sym, g_idx is not None, layout),
         bias=bias,
         dtype=torch.float32,
     )
@@ -60,8 +62,8 @@ def quant_linear(
     zeros = torch.randint(1, 1 << bits, (groups, outputs), generator=generator)
     if sym:
         zeros.fill_(1 << (bits - 1))
-    made.qweight = pack_rows(q, bits)
-    made.qzeros = pack_rows(zeros.T, bits).T.contiguous() if v2 else pack_zeros(zeros, bits)
+    made.qweight = pack_rows(q, bits, made.format.layout)
+    made.qzeros = pack_zeros(zeros, bits, made.format.layout)
     signs = torch.randint(0, 2, (groups, outputs), generator=generator) * 2 - 1
     made.scales = ((torch.rand(groups, outputs, generator=generator) + 0.5) * signs / (1 << bits)).half()
     size = inputs if group_size == -1 else group_size
@@ -75,7 +77,8 @@ def exact(linear: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     """The product in float64, from the stored tensors."""
     groups = linear.g_idx.long()
     zeros = unpack_zeros(linear.qzeros, linear.bits, linear.format.layout).double()[groups]
-    weight = (unpack_rows(linear.qweight, linear.bits) - zeros) * linear.scales.double()[groups]
+    q = unpack_rows(linear.qweight, linear.bits, linear.format.layout)
+    weight = (q - zeros) * linear.scales.double()[groups]
     y = x.double() @ weight
     return y if linear.bias is None else y + linear.bias.double()
 
@@ -87,7 +90,7 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
 @needs_native
 @settings(max_examples=60, deadline=None)
 @given(
-    bits=st.sampled_from(header.WIDTHS),
+    kind=st.sampled_from(KINDS),
     groups=st.integers(1, 5),
     group_size=st.sampled_from((32, 64, 96, 128, -1)),
     words=st.integers(1, 7),
@@ -95,11 +98,10 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
     dtype=st.sampled_from(list(TOLERANCES)),
     sym=st.booleans(),
     bias=st.booleans(),
-    v2=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_any_linear_agrees_with_float64(
-    bits: int,
+    kind: tuple[int, str],
     groups: int,
     group_size: int,
     words: int,
@@ -107,11 +109,11 @@ def test_any_linear_agrees_with_float64(
     dtype: torch.dtype,
     sym: bool,
     bias: bool,
-    v2: bool,
     seed: int,
 ) -> None:
+    bits, layout = kind
     inputs = groups * (32 if group_size == -1 else group_size)
-    linear = quant_linear(inputs, 32 * words, bits, group_size, sym=sym, bias=bias, v2=v2, seed=seed)
+    linear = quant_linear(inputs, 32 * words, bits, group_size, sym=sym, bias=bias, layout=layout, seed=seed)
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
     right = exact(linear, x)
     linear.use_native(activation_bits=16)
@@ -132,8 +134,8 @@ def test_16_bit_activations_lose_bits_only_where_free_or_requested(bits: int) ->
         assert torch.equal(linear(x[:1]), results[asked][:1]), "a step's rows as a prompt's"
         exact_in_float32 = error(linear(x.float()), exact(linear, x.float()))
         assert exact_in_float32 < TOLERANCES[torch.float32], "never float32"
-    assert torch.equal(results[None], results[{8: 16, 4: 12}.get(bits, 8)])
-    assert torch.equal(results[12], results[16]) == (bits == 8)
+    assert torch.equal(results[None], results[16 if bits > 4 else {4: 12}.get(bits, 8)])
+    assert torch.equal(results[12], results[16]) == (bits > 4)
     for most in (12, 16):
         assert error(results[most], exact(linear, x)) < TOLERANCES[torch.bfloat16]
     assert TOLERANCES[torch.bfloat16] < error(results[8], exact(linear, x)) < 0.02
@@ -196,6 +198,26 @@ def test_the_tiled_layout_changes_no_bit(bits: int, outputs: int, sym: bool) -> 
 
 
 @needs_native
+@pytest.mark.parametrize("outputs", [32, 160])
+def test_3_bits_in_planes_are_those_of_a_stream(outputs: int, tmp_path: Path) -> None:
+    """Bit for bit, and the file's tensor is left as it is."""
+    stream, planes = (quant_linear(256, outputs, 3, 64, layout=name) for name in ("gptq", "gptq_p"))
+    assert not torch.equal(stream.qweight, planes.qweight)
+    save_file({"qweight": planes.qweight}, tmp_path / "w.safetensors")
+    mapped = MappedFiles().tensor(read_header(tmp_path / "w.safetensors"), "qweight")
+    assert mapped is not None
+    planes.qweight = mapped
+    weight = stream.dequantize()
+    for linear in (stream, planes):
+        linear.use_native()
+    for count in (1, 3, 40):
+        rows = torch.randn(count, 256)
+        assert torch.equal(planes(rows), stream(rows))
+    assert planes.packed is not None and planes.packed.struct.tiled and not planes.use_tiled_layout()
+    assert torch.equal(planes.dequantize(), weight)
+
+
+@needs_native
 def test_a_mapped_weight_takes_the_tiled_layout(tmp_path: Path) -> None:
     linear = quant_linear(256, 96)
     save_file({"qweight": linear.qweight}, tmp_path / "w.safetensors")
@@ -220,10 +242,12 @@ SCATTERED = {
 
 @needs_native
 @pytest.mark.parametrize("g_idx", SCATTERED.values(), ids=SCATTERED)
-@pytest.mark.parametrize("bits", [4, 3])
-def test_groups_in_any_order(g_idx: torch.Tensor, bits: int) -> None:
+@pytest.mark.parametrize(
+    ("bits", "layout"), [(6, "gptq_p"), (5, "gptq_p"), (4, "gptq"), (3, "gptq"), (3, "gptq_p")]
+)
+def test_groups_in_any_order(g_idx: torch.Tensor, bits: int, layout: str) -> None:
     """Inputs are brought into the order of their groups; the weight does not change."""
-    linear = quant_linear(128, 64, bits, 32, sym=False, g_idx=g_idx)
+    linear = quant_linear(128, 64, bits, 32, sym=False, g_idx=g_idx, layout=layout)
     x = torch.randn(5, 128)
     right, weight, bytes_before = exact(linear, x), linear.dequantize(), linear.qweight.nbytes
     linear.use_native()

@@ -21,7 +21,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from lowmem.benchmarks.experiments.starchat.dimensions import WIDTHS
+from lowmem.benchmarks.experiments.pace.models import OUR_WIDTHS
 from lowmem.benchmarks.experiments.workers.lowmem_worker import weights_of
 
 from lowmem.kernels.native import library as native
@@ -246,14 +246,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def numbers(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
 
-    parser.add_argument("--widths", type=numbers, default=[bits for bits, _ in WIDTHS], metavar="LIST")
+    parser.add_argument("--widths", type=numbers, default=[bits for bits, _ in OUR_WIDTHS], metavar="LIST")
     parser.add_argument("--rows", type=numbers, default=list(ROWS), metavar="LIST")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         pool = Pool(Path(folder) / "linears.dat")
-        for bits, group in WIDTHS:
+        for bits, group in OUR_WIDTHS:
             for inputs, outputs in SHAPES if bits in args.widths else ():
                 for times in measure(pool, Linear(bits, group, inputs, outputs), args.rows):
                     print(times, flush=True)

@@ -27,6 +27,8 @@ from lowmem.errors import OutputError
 
 Head = Literal["small", "16-bit", "llama.cpp's"]
 SMALL_VOCAB = 4096
+OUR_WIDTHS = (*WIDTHS, (6, 128), (5, 128))
+"""(bits, group size) that lowmem's kernels multiply by."""
 WHOLE_HEAD_WIDTHS = WIDTHS[:2]
 SMALL_KINDS = ("Q8_0", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
 WHOLE_KINDS: tuple[tuple[str, Head], ...] = (
@@ -56,8 +58,8 @@ class PaceModel:
 
 
 def our_models(work: Path) -> list[PaceModel]:
-    """lowmem's, in the order of WIDTHS."""
-    small = [PaceModel("lowmem", f"{b}-bit g{g}", "small", work / f"packed-{b}-small") for b, g in WIDTHS]
+    """lowmem's, in the order of OUR_WIDTHS."""
+    small = [PaceModel("lowmem", f"{b}-bit g{g}", "small", work / f"packed-{b}-small") for b, g in OUR_WIDTHS]
     return small + [
         PaceModel("lowmem", f"{b}-bit g{g}", "16-bit", work / f"packed-{b}") for b, g in WHOLE_HEAD_WIDTHS
     ]
@@ -91,7 +93,7 @@ def make_ours(models: Sequence[PaceModel], work: Path, layers: int) -> None:
     if any(model.runtime == "bitsandbytes" for model in models):
         _write_dense(work, layers, small=True)
     kinds = {model.kind for model in models if model.runtime in ("lowmem", "GPTQModel")}
-    for bits, group in WIDTHS:
+    for bits, group in OUR_WIDTHS:
         if (kind := f"{bits}-bit g{group}") not in kinds:
             continue
         full, small = work / f"packed-{bits}", work / f"packed-{bits}-small"

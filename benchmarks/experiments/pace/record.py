@@ -17,6 +17,7 @@ from lowmem.benchmarks.experiments.workers.turns import RuntimeFacts
 BESIDE = "decode 512, beside whole heads"
 """Decoding of a model with a small head in the turns of those with a whole one."""
 FOUR, EIGHT, THREE = "lowmem 4-bit g128", "lowmem 8-bit g128", "lowmem 3-bit g64"
+SIX, FIVE = "lowmem 6-bit g128", "lowmem 5-bit g128"
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,10 @@ def goals(record: PaceRecord) -> Iterator[Goal]:
     def decode(over: str, under: str) -> Repeated | None:
         return ratio(record.timing(over, "decode 512"), record.timing(under, "decode 512"))
 
-    share = next((share for share in record.shares if share.model == FOUR), None)
-    found = repeated(share.shares()) if share else None
-    yield Goal("share of the read bandwidth in decode, 4 bits", 0.95, True, found)
+    for model, bits, bound in ((FOUR, 4, 0.95), (FIVE, 5, 0.9), (SIX, 6, 0.9)):
+        share = next((share for share in record.shares if share.model == model), None)
+        found = repeated(share.shares()) if share else None
+        yield Goal(f"share of the read bandwidth in decode, {bits} bits", bound, True, found)
     yield Goal("decode, 4-bit g128 / llama.cpp Q4_0", 1.35, True, decode("llama.cpp Q4_0", FOUR))
     yield Goal("decode, 8-bit g128 / Q8_0", 1.35, True, decode("llama.cpp Q8_0", EIGHT))
     yield Goal("decode, 3-bit g64 / our 4-bit", 1.2, True, decode(FOUR, THREE))

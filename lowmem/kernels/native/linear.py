@@ -93,12 +93,19 @@ def _common_size(g_idx: torch.Tensor) -> int:
 
 def rows_in_order(qweight: torch.Tensor, bits: int, layout: str, order: torch.Tensor) -> torch.Tensor:
     """A copy of `qweight` [in * bits / 32, out] with its inputs in another order (position → input)."""
+    return _repacked(qweight, bits, layout, layout, order)
+
+
+def _repacked(
+    qweight: torch.Tensor, bits: int, layout: str, to: str, order: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A copy in layout `to`, its inputs in another order (position → input) if one is given."""
     result = torch.empty(qweight.shape, dtype=torch.int32)
-    step = max(32, _ORDER_VALUES // max(1, order.numel()))
+    step = max(32, _ORDER_VALUES * bits // (32 * max(1, qweight.shape[0])))
     for start in range(0, qweight.shape[1], step):
         columns = slice(start, start + step)
-        values = unpack_rows(qweight[:, columns], bits, layout)[order]
-        result[:, columns] = pack_rows(values, bits, layout)
+        values = unpack_rows(qweight[:, columns], bits, layout)
+        result[:, columns] = pack_rows(values if order is None else values[order], bits, to)
     return result
 
 
@@ -186,7 +193,8 @@ class Packed:
     def of(cls, linear: PackedLinear) -> Packed:
         """Pack the weight of a quantized linear whose tensors are on the CPU.
 
-        Raises Unsuitable if the kernel does not support the tensors, for example if `g_idx` requires
+        The library reads 3 bits as one stream: those in planes (layout gptq_p) are copied, into the tiled
+        layout. Raises Unsuitable if the kernel does not support the tensors, for example if `g_idx` requires
         reordering the inputs.
         """
         if any(
@@ -196,15 +204,18 @@ class Packed:
         groups = groups_of(linear.g_idx, linear.scales.shape[0])
         if groups.order is not None:
             raise Unsuitable("its inputs are not in the order of their groups")
-        if linear.format.planar and linear.bits == 3:
-            raise Unsuitable("weights of 3 bits in planes are not supported")
         layout = linear.format.layout
         symmetric = all_middle(linear.qzeros, linear.bits, layout)
         zeros = None if symmetric else unpack_zeros(linear.qzeros, linear.bits, layout)
         scales = linear.scales
         if groups.index is not None:
             scales, zeros = scales[groups.index], None if zeros is None else zeros[groups.index]
-        return cls(linear.qweight, scales, zeros, linear.bias, linear.bits, groups.size)
+        if not (linear.format.planar and linear.bits == 3):
+            return cls(linear.qweight, scales, zeros, linear.bias, linear.bits, groups.size)
+        stream = _repacked(linear.qweight, 3, layout, "gptq")
+        packed = cls(stream, scales, zeros, linear.bias, linear.bits, groups.size)
+        packed.to_tiled()
+        return packed
 
 
 def _check(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
