@@ -21,7 +21,7 @@ from torch import nn
 
 from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.formats import LinearFormat
-from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
+from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from lowmem.config import BITS
 from lowmem.kernels import gptqmodel, reference
 from lowmem.kernels.contract import LinearSpec
@@ -64,16 +64,19 @@ class RightKernel(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return reference.linear(x, self.weight())
 
-    def weight(self, layout: str = "") -> PackedWeight:
-        format = LinearFormat(self.bits, 32, layout=layout or self.layout)
+    def weight(self) -> PackedWeight:
+        format = LinearFormat(self.bits, 32, layout=self.layout)
         return PackedWeight(format, ~self.qweight, self.qzeros, self.scales, self.g_idx, self.bias)
 
 
 class OffByOne(RightKernel):
-    """Forgets that layout v1 stores zero-points less one."""
+    """Adds one to the zero-points, as if they were stored less one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return reference.linear(x, self.weight("gptq"))
+        weight, bits = self.weight(), self.bits
+        zeros = unpack_zeros(self.qzeros, bits, self.layout).int() + 1
+        zeros = zeros.clamp(max=(1 << bits) - 1)
+        return reference.linear(x, replace(weight, qzeros=pack_zeros(zeros, bits, self.layout)))
 
 
 class PositiveScales(RightKernel):
