@@ -27,7 +27,7 @@ from lowmem.prompts import PromptFitter
 from lowmem.session import join
 from tests.convert.convert_helpers import quick_convert
 from tests.helpers import starchat_replica, write_weights
-from tests.session.family import END_50256, FAMILY, replica, transformers_model
+from tests.session.family import CHAT, END_50256, FAMILY, NAMED, STARCODER, replica, transformers_model
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
 each_model = pytest.mark.parametrize("name", FAMILY)
@@ -121,6 +121,43 @@ def test_other_widths(name: str, bits: int, tmp_path: Path) -> None:
         wanted, found = theirs(prompt).logits, ours(prompt).logits
     error = (found - wanted).norm() / (wanted - wanted.mean(-1, keepdim=True)).norm()
     assert error < {3: 0.5, 8: 0.05}[bits]
+
+
+# ---- what was not found: both possibilities
+
+UNKNOWN_FILES = [name for name, published in FAMILY.items() if "weight files not found" in published.source]
+
+
+def test_some_files_were_not_found() -> None:
+    assert {"starcoder", "starcoderbase-1b", "starcoderbase-3b", "starcoderplus"} <= set(UNKNOWN_FILES)
+
+
+@pytest.mark.parametrize("name", UNKNOWN_FILES)
+def test_other_kinds_of_weight_files_hold_the_same_model(name: str, tmp_path: Path) -> None:
+    folder = replica(name, tmp_path / name)
+    first, shape = open_source(folder), read_shape(folder)
+    tensors = {tensor: first.read(tensor) for tensor in first.infos}
+    for stored in (tensors, {**tensors, "lm_head.weight": tensors["transformer.wte.weight"].clone()}):
+        other = tmp_path / f"{len(stored)}"
+        shutil.copytree(folder, other, ignore=shutil.ignore_patterns("*.safetensors"))
+        write_weights(stored, other, format="bin", shards=3)
+        second = fitted(open_source(other))
+        assert all(torch.equal(second.read(tensor), tensors[tensor]) for tensor in tensors)
+        assert read_shape(other) == shape and not second.untied
+
+
+@pytest.mark.parametrize("declared", [None, [], CHAT, [*STARCODER, *CHAT]], ids=["no file", "", "4", "23"])
+def test_alphas_dialogue_does_not_depend_on_its_special_tokens_map(
+    declared: list[str] | None, tmp_path: Path
+) -> None:
+    folder = replica("starchat-alpha", tmp_path / "alpha")
+    (folder / "special_tokens_map.json").unlink()
+    if declared is not None:
+        special = {"additional_special_tokens": declared, **NAMED}
+        (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    loaded = open_replica(folder).loaded
+    assert loaded.dialogue is not None and loaded.stop_ids == (loaded.dialogue.end_id, 0)
+    assert loaded.dialogue.encode(loaded.tokenizer, ASKED, True) == loaded.tokenizer(PROMPT)["input_ids"]
 
 
 # ---- StarChat's dialogue
@@ -255,6 +292,18 @@ def test_the_conversion_of_the_first_layout_is_that_of_the_second(tmp_path: Path
     assert config["model_type"] == "gpt_bigcode" and "auto_map" not in config
     loaded: Any = AutoModelForCausalLM.from_config(made[0].config())
     assert type(loaded).__name__ == "GPTBigCodeForCausalLM"
+
+
+def test_a_pickled_head_that_shares_the_embeddings_storage(tmp_path: Path) -> None:
+    """As torch.save writes a tied model's state; whether bigcode/santacoder's file has one was not found."""
+    folder = replica("santacoder", tmp_path / "santacoder")
+    shape, stored = read_shape(folder), torch.load(folder / "pytorch_model.bin")
+    torch.save({**stored, "lm_head.weight": stored["transformer.wte.weight"]}, folder / "pytorch_model.bin")
+    assert read_shape(folder) == shape and main(["verify", str(folder)]) == 0
+    ids = [5, 40, 7, 260, 3]
+    with torch.no_grad():
+        found = open_replica(folder).loaded.model(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(found, first_layout_logits(folder, ids), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
