@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from lowmem.convert.allocation.curvature import OUTPUTS, Recorder, rises
-from lowmem.convert.allocation.sensitivities import OPTIONS, VERSION, Sensitivities, keep, kept_file
 from torch import nn
 
 from lowmem.checkpoint.files.reading import read_json
@@ -28,6 +28,15 @@ from lowmem.checkpoint.files.whole import require_room, write_json
 from lowmem.errors import LowmemError, MemoryBudgetError
 from lowmem.models.architecture import Architecture, LayerSpec, build_model, decoder_layers
 from lowmem.plan.device import host_memory_used, return_freed_memory
+from lowmem.plan.fit.sensitivities import (
+    OPTIONS,
+    VERSION,
+    Sensitivities,
+    keep,
+    kept_file,
+    make_folder,
+    weights_digest,
+)
 from lowmem.streaming.hidden_states import HiddenStates
 from lowmem.streaming.layer_calls import LayerCall, catch_calls, embedded, replaced_forwards
 from lowmem.streaming.pass_folder import digest_of, working
@@ -69,12 +78,12 @@ class Measurement:
         """Of the hidden states between two layers."""
         return (*self.tokens.shape, self.arch.hidden)  # type: ignore[return-value]
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, object]:
         """What the result depends on."""
         return {
             "version": VERSION,
-            "source": self.weights.source.fingerprint(),
+            "source": weights_digest(self.weights.source.path),
             "tokens": digest_of(self.tokens),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
@@ -128,10 +137,9 @@ def measure(work: Measurement, progress: Progress = lambda step, done, of: None)
     Raises OutputError when the disk is full or another process measures the same, CalibrationError for
     activations that are not finite, SourceError for a damaged source.
     """
-    source = str(work.identity["source"])
-    file = kept_file(source)
+    file = kept_file(str(work.identity["source"]), str(work.identity["tokens"]))
     folder = file.with_suffix(".partial")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     states_bytes = math.prod(work.shape) * work.dtype.itemsize
     if not (folder / "state.json").exists():
         needed = (len(work.arch.layers) + 3) * states_bytes
@@ -150,7 +158,13 @@ class _Pass:
         self.work = work
         self.folder = folder
         self.progress = progress
-        self.state: dict[str, Any] = {**work.identity, "forward": 0, "head": False, "rises": {}, "seconds": 0.0}
+        self.state: dict[str, Any] = {
+            **work.identity,
+            "forward": 0,
+            "head": False,
+            "rises": {},
+            "seconds": 0.0,
+        }
         self._load()
 
     def _load(self) -> None:
@@ -197,10 +211,19 @@ class _Pass:
         remaining = [i for i in range(count) if work.arch.layers[i].name not in self._finished]
         for index in reversed(remaining):
             self._backward(index, layers[index], calls[index])
-        found = {name: tuple(values) for layer in self.state["rises"].values() for name, values in layer.items()}
+        found = {
+            name: tuple(values) for layer in self.state["rises"].values() for name, values in layer.items()
+        }
         order = {name: found[name] for name in work.arch.linear_names()}
         rises = {name: tuple(math.inf if v is None else v for v in values) for name, values in order.items()}
-        return Sensitivities(self.state["source"], self.state["tokens"], rises, self.state["seconds"])
+        linears = {
+            f"{layer.name}.{one.name}": (one.in_features, one.out_features)
+            for layer in work.arch.layers
+            for one in layer.linears
+        }
+        return Sensitivities(
+            self.state["source"], self.state["tokens"], rises, linears, self.state["seconds"]
+        )
 
     @property
     def _finished(self) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowmem.errors import MemoryBudgetError, RecipeError
+from lowmem.errors import MemoryBudgetError
 from lowmem.text.units import format_bytes
 
 _UNIT = 64
-"""Sizes are counted in units of so many bytes, rounded up, to keep numbers small for the solver."""
+"""Sizes are counted in units of so many bytes, rounded up: the solver's tolerance is relative."""
 _GAP = 1e-4
 """Relative distance to the optimum at which the solver may stop."""
 
@@ -42,38 +42,33 @@ def allocate(items: Sequence[Item], budget: int) -> Mapping[str, int]:
             f"and {format_bytes(max(0, budget))} are left for them",
             "Give a larger budget, or a shorter --context",
         )
-    try:
-        import highspy
-    except ImportError as error:
-        raise RecipeError(
-            f"the solver of bit allocations cannot be loaded: {error}", "Install it with: pip install highspy"
-        ) from error
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     usable = [_undominated(item) for item in items]
-    costs = [item.rises[o] for item, options in zip(items, usable, strict=True) for o in options]
-    sizes = [-(-item.sizes[o] // _UNIT) for item, options in zip(items, usable, strict=True) for o in options]
-    unit = max(costs, default=0.0) or 1.0
-    solver = highspy.Highs()
-    solver.silent()
-    solver.setOptionValue("mip_rel_gap", _GAP)
-    solver.setOptionValue("threads", 1)  # so that the result does not depend on the machine
-    for index, cost in enumerate(costs):
-        solver.addVar(0, 1)
-        solver.changeColCost(index, cost / unit)
-        solver.changeColIntegrality(index, highspy.HighsVarType.kInteger)
-    first = 0
-    for options in usable:
-        columns = list(range(first, first + len(options)))
-        solver.addRow(1, 1, len(columns), columns, [1.0] * len(columns))
-        first += len(options)
-    solver.addRow(-highspy.kHighsInf, budget // _UNIT, len(sizes), list(range(len(sizes))), sizes)
-    solver.run()
-    taken = list(solver.getSolution().col_value)
-    result, first = {}, 0
-    for item, options in zip(items, usable, strict=True):
-        values = taken[first : first + len(options)]
-        result[item.name] = options[values.index(max(values))]
-        first += len(options)
-    assert sum(item.sizes[result[item.name]] for item in items) <= budget
+    pairs = [(item, option) for item, options in zip(items, usable, strict=True) for option in options]
+    owner = [index for index, options in enumerate(usable) for _ in options]
+    costs = np.array([item.rises[option] for item, option in pairs])
+    sizes = np.array([-(-item.sizes[option] // _UNIT) for item, option in pairs], dtype=np.float64)
+    column = np.arange(len(pairs))
+    one_each = csr_array((np.ones(len(pairs)), (owner, column)), shape=(len(items), len(pairs)))
+    found = milp(
+        costs / (costs.max() or 1.0),
+        integrality=np.ones(len(pairs)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(csr_array(sizes[None]), -np.inf, budget // _UNIT),
+        ],
+        options={"mip_rel_gap": _GAP},
+    )
+    if found.x is None:  # the smallest options fit, so there is a solution
+        raise RuntimeError(f"the integer program has no solution: {found.message}")
+    result: dict[str, int] = {}
+    for (item, option), taken in zip(pairs, found.x, strict=True):
+        if taken > 0.5:
+            result[item.name] = option
     return result
 
 
@@ -82,8 +77,6 @@ def _undominated(item: Item) -> list[int]:
     order = sorted(range(len(item.sizes)), key=lambda o: (item.sizes[o], item.rises[o]))
     kept: list[int] = []
     for option in order:
-        if math.isfinite(item.rises[option]) and (
-            not kept or item.rises[option] < item.rises[kept[-1]]
-        ):
+        if math.isfinite(item.rises[option]) and (not kept or item.rises[option] < item.rises[kept[-1]]):
             kept.append(option)
     return kept

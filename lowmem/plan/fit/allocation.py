@@ -1,0 +1,77 @@
+"""The bits of every linear of a model, chosen for a size."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lowmem.checkpoint.formats import LinearFormat
+from lowmem.plan.fit.budget import packed_bytes
+from lowmem.plan.fit.sensitivities import OPTIONS, Sensitivities
+from lowmem.plan.fit.solver import Item, allocate
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """How each linear is stored, and what that is predicted to cost."""
+
+    linears: Mapping[str, LinearFormat]
+    """By full name."""
+    predicted_kld: float
+    """The KL divergence from the unquantized model, in nats a token."""
+    nbytes: int
+    """Of the packed linears."""
+    bits_per_weight: float
+    """Average, with scales and zero-points."""
+
+    @property
+    def default(self) -> LinearFormat:
+        """The format of most linears."""
+        return Counter(self.linears.values()).most_common(1)[0][0]
+
+
+def best_allocation(
+    found: Sensitivities,
+    budget: int,
+    *,
+    allows: Callable[[LinearFormat], bool] = lambda _: True,
+    alike: Iterable[Sequence[str]] = (),
+) -> Allocation:
+    """The allocation with the least predicted KL divergence whose packed linears take at most `budget` bytes.
+
+    allows: whether a reader takes a format. alike: linears, by full name, that must be stored alike. Raises
+    MemoryBudgetError, naming the least that would be enough.
+    """
+    together = {name: tuple(names) for names in alike for name in names if name in found.linears}
+    groups = dict.fromkeys(together.get(name, (name,)) for name in found.linears)
+    items = []
+    for names in groups:
+        members = [name for name in names if name in found.linears]
+        rises = tuple(
+            sum(found.predicted(name, i) for name in members) if allows(option) else math.inf
+            for i, option in enumerate(OPTIONS)
+        )
+        sizes = tuple(sum(packed_bytes(*found.linears[n], option) for n in members) for option in OPTIONS)
+        items.append((members, Item(members[0], rises, sizes)))
+    taken = allocate([item for _, item in items], budget)
+    chosen = {name: taken[item.name] for members, item in items for name in members}
+    linears = {name: OPTIONS[chosen[name]] for name in found.linears}
+    return Allocation(
+        linears,
+        sum(found.predicted(name, option) for name, option in chosen.items()),
+        sum(packed_bytes(*found.linears[name], format) for name, format in linears.items()),
+        bits_per_weight(found.linears, linears),
+    )
+
+
+def bits_per_weight(sizes: Mapping[str, tuple[int, int]], linears: Mapping[str, LinearFormat]) -> float:
+    """Average bits of a weight, with its share of scale and zero-point. sizes: (inputs, outputs)."""
+    bits = weights = 0.0
+    for name, format in linears.items():
+        inputs, outputs = sizes[name]
+        group = inputs if format.group_size == -1 else format.group_size
+        weights += inputs * outputs
+        bits += inputs * outputs * (format.bits + (16 + format.bits) / group)
+    return bits / weights

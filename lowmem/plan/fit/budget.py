@@ -1,0 +1,97 @@
+"""The size that a checkpoint may have, and what that leaves for its packed linears. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lowmem.checkpoint.formats import LinearFormat
+from lowmem.config import DEFAULT_CONTEXT
+from lowmem.errors import RecipeError
+from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT, Form, need_on_device, weights_bytes
+from lowmem.plan.shape import ModelShape, as_converted
+
+PROBE_BITS = 4
+"""A width for which the need beside the packed linears is computed; it is the same for all."""
+
+
+@dataclass(frozen=True)
+class SizeBudget:
+    """How large a checkpoint may be, in exactly one of four ways. Raises RecipeError otherwise."""
+
+    card: int | None = None
+    """Bytes of memory that a card has free: the model, its KV cache and its workspace fit in them."""
+    host: int | None = None
+    """Bytes of memory that a machine without a card has free, likewise."""
+    weights: int | None = None
+    """Bytes of all weights."""
+    bits_per_weight: float | None = None
+    """Average bits of a linear's weights, with scales and zero-points."""
+    context: int | None = None
+    """Tokens of prompt and answer together, for `card` and `host`; None: as in a plan."""
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.card, self.host, self.weights, self.bits_per_weight) if v is not None]
+        if len(given) != 1:
+            raise RecipeError(
+                "a checkpoint can be made for one size only", "Give one of --fit, --size and --bpw"
+            )
+        if self.bits_per_weight is not None and not 2 < self.bits_per_weight <= 16:
+            raise RecipeError(
+                f"--bpw {self.bits_per_weight:g} is out of range", "Use more than 2, such as 3.5"
+            )
+        if self.context is not None and self.card is None and self.host is None:
+            raise RecipeError("--context counts only for memory", "Give it with --fit")
+
+    def label(self) -> str:
+        """The option that asks for this size, such as "--fit 12GiB"."""
+        if self.bits_per_weight is not None:
+            return f"--bpw {self.bits_per_weight:g}"
+        name = "--size" if self.weights is not None else "--fit" if self.card is not None else "--fit-ram"
+        size = self.weights or self.card or self.host or 0
+        context = f" --context {self.context}" if self.context else ""
+        return f"{name} {_exact(size)}{context}"
+
+    def left_for_linears(self, shape: ModelShape) -> int:
+        """Bytes that the packed linears of a 16-bit model may take: qweight, qzeros, scales and g_idx.
+
+        May be negative.
+        """
+        if self.bits_per_weight is not None:
+            count = sum(tensor.numel for tensor in shape.tensors if tensor.linear)
+            indices = sum(4 * tensor.shape[1] for tensor in shape.tensors if tensor.linear)
+            return int(self.bits_per_weight * count / 8) + indices
+        probe = as_converted(shape, PROBE_BITS)
+        packed = sum(tensor.nbytes for tensor in probe.tensors if tensor.packed)
+        if self.weights is not None:
+            return self.weights - (weights_bytes(probe, Form("gptq", "float16")) - packed)
+        cuda = self.card is not None
+        form = Form("gptq", "float16" if cuda else "bfloat16")
+        context = self.context or min(shape.positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+        own = CUDA_CONTEXT if cuda else HOST_CONTEXT
+        need = need_on_device(probe, form, context, cuda=cuda, own_context=own)
+        return (self.card if self.card is not None else self.host or 0) - (need.total - packed)
+
+
+def packed_bytes(inputs: int, outputs: int, format: LinearFormat) -> int:
+    """Bytes of a packed linear's tensors in memory: words, zero-points, float16 scales, and g_idx."""
+    groups = 1 if format.group_size == -1 else -(-inputs // format.group_size)
+    words = inputs * format.bits // 32 * outputs + groups * (-(-outputs * format.bits // 32)) + inputs
+    return 4 * words + 2 * groups * outputs
+
+
+def resized(shape: ModelShape, packed: int) -> ModelShape:
+    """The shape of a conversion whose packed linears take `packed` bytes in all, spread evenly."""
+    probe = as_converted(shape, PROBE_BITS)
+    total = sum(tensor.nbytes for tensor in probe.tensors if tensor.packed)
+    tensors = tuple(
+        replace(tensor, nbytes=tensor.nbytes * packed // total) if tensor.packed else tensor
+        for tensor in probe.tensors
+    )
+    return replace(probe, tensors=tensors)
+
+
+def _exact(size: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
+        if size % unit == 0:
+            return f"{size // unit}{name}"
+    return str(size)
