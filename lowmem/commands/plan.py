@@ -92,7 +92,7 @@ def _cells(option: Option, plan: Plan, unit: int, rates: bool) -> list[str]:
         where = "source" if candidate.form.method == "dense" else "on the fly"
     return [
         ("→ " if option.candidate is plan.chosen.candidate else "  ") + candidate.label,
-        str(candidate.bits),
+        f"{candidate.bits:.3g}",
         *(f"{nbytes / unit:.{digits}f}" for nbytes in sizes),
         "yes" if option.fits else f"{option.short / unit:.{digits}f} short",
         f"{option.longest:,}" if option.longest else "—",

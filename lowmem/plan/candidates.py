@@ -28,14 +28,14 @@ class Candidate:
 
     label: str
     """Shown to users, as "4-bit g128"."""
-    bits: int
-    """Of a linear's weights."""
+    bits: float
+    """Of a linear's weights; the average where linears differ."""
     form: Form
     path: Path
     """A folder, or a weight file."""
     shape: ModelShape
     kld: float | None = None
-    """Its measured KL divergence, where the manifest has one."""
+    """Its measured KL divergence, where the manifest has one; the predicted one of a version to be made."""
     command: str = ""
     """The command that makes it, if it does not exist yet."""
 
@@ -108,7 +108,7 @@ def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:
     return order
 
 
-def by_bits(candidate: Candidate) -> tuple[int, int, int, str]:
+def by_bits(candidate: Candidate) -> tuple[float, int, int, str]:
     """The sort key of `ranked` without measurements."""
     method = ("dense", "gptq", "int8", "nf4").index(candidate.form.method)
     format = candidate.shape.format

@@ -13,7 +13,8 @@ from lowmem.errors import ForeignError, InvalidRequestError, SourceError
 from lowmem.models.layer_state import check_checkpoint
 from lowmem.plan import device as machine
 from lowmem.plan.bandwidth import card_bandwidth, host_bandwidth
-from lowmem.plan.candidates import Candidate, convertible, find_candidates
+from lowmem.plan.candidates import Candidate, by_bits, convertible, find_candidates
+from lowmem.plan.fit.candidate import made_to_fit
 from lowmem.plan.memory import CUDA_CONTEXT
 from lowmem.plan.planner import Budget, Plan, default_context, make_plan
 from lowmem.text.units import format_bytes
@@ -94,6 +95,8 @@ def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool =
     if request.bits is not None:
         possible = [c for c in possible if c.bits == request.bits]
     budget = _budget(request, card, vram if on_card else None, measure)
+    if possible and request.bits is None and (mixed := made_to_fit(model, candidates, budget, context)):
+        possible = sorted([*possible, mixed], key=by_bits)
     return make_plan(_matching(candidates, request), budget, context, possible)
 
 

@@ -1,4 +1,4 @@
-"""The sensitivities of a model's linears: predicted rises of the KL divergence, kept with the source's digest.
+"""The sensitivities of a model: what each linear adds to its KL divergence, kept with the source's digest.
 
 > $LOWMEM_CACHE/sensitivities/1a2b3c…-4d5e6f….json
 
