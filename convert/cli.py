@@ -6,8 +6,13 @@ import argparse
 import signal
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from lowmem.config import BITS, QuantConfig
+from lowmem.errors import RecipeError
+
+if TYPE_CHECKING:
+    from lowmem.plan.fit.budget import SizeBudget
 
 INTERRUPTED = 130
 
@@ -21,8 +26,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "out", metavar="OUT", nargs="?", help="folder to create (default: in lowmem's cache, see lowmem list)"
     )
     quant = parser.add_argument_group("quantization")
-    quant.add_argument(
-        "--bits", type=int, choices=BITS, default=4, help="bits per weight (default: %(default)s)"
+    quant.add_argument("--bits", type=int, choices=BITS, help="bits per weight (default: 4)")
+    fit = parser.add_argument_group(
+        "made to fit: bits, group size and zero-points are chosen for each linear, so that the size is met "
+        "with the least predicted loss"
+    )
+    size = fit.add_mutually_exclusive_group()
+    size.add_argument(
+        "--fit", metavar="SIZE", help="fill a card with so much free memory, such as 11.5GiB, when it runs"
+    )
+    size.add_argument("--fit-ram", metavar="SIZE", help="the same for a machine without a card")
+    size.add_argument("--size", metavar="SIZE", help="bytes of all weights")
+    size.add_argument(
+        "--bpw", type=float, metavar="X", help="average bits of a linear's weights, scales included, as 3.5"
+    )
+    fit.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens of context that --fit leaves room for (default: the model's positions, at most 8192)",
     )
     quant.add_argument(
         "--group-size",
@@ -144,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     from lowmem.plan.device import is_out_of_memory, parse_bytes
 
     config = QuantConfig(
-        bits=args.bits,
+        bits=args.bits or QuantConfig.bits,
         group_size=args.group_size,
         sym=args.sym,
         desc_act=args.desc_act,
@@ -163,6 +185,7 @@ def run(args: argparse.Namespace) -> int:
         force=args.force,
         revision=args.revision,
         compute_dtype=args.compute_dtype,
+        budget=_budget(args),
     )
     reporter = make_reporter(quiet=args.quiet, as_json=args.json)
     signal.signal(signal.SIGTERM, _as_interrupt)
@@ -188,6 +211,33 @@ def run(args: argparse.Namespace) -> int:
             )
         return INTERRUPTED
     return 0
+
+
+def _budget(args: argparse.Namespace) -> SizeBudget | None:
+    """The size that the options ask for. Raises RecipeError for options that contradict each other."""
+    from lowmem.plan.device import parse_bytes
+    from lowmem.plan.fit.budget import SizeBudget
+
+    wanted = {"--fit": args.fit, "--fit-ram": args.fit_ram, "--size": args.size, "--bpw": args.bpw}
+    given = next((name for name, value in wanted.items() if value is not None), None)
+    if given is None:
+        if args.context is not None:
+            raise RecipeError("--context counts only for memory", "Give it with --fit or --fit-ram")
+        return None
+    for name, there in (
+        ("--bits", args.bits is not None),
+        ("--group-size", args.group_size != 0),
+        ("--asym", not args.sym),
+    ):
+        if there:
+            raise RecipeError(
+                f"{name} and {given} contradict each other", f"{given} chooses it for each linear"
+            )
+    card, host, weights = (
+        parse_bytes(text, name) if text is not None else None
+        for name, text in (("--fit", args.fit), ("--fit-ram", args.fit_ram), ("--size", args.size))
+    )
+    return SizeBudget(card, host, weights, args.bpw, args.context)
 
 
 def _as_interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lowmem.convert.allocation.allocate import allocate, recipe_of
 from lowmem.convert.calibration import CalibrationRows, CalibrationSpec, load_rows
 from lowmem.convert.math import products
 from lowmem.convert.progress import Reporter
@@ -25,6 +26,7 @@ from lowmem.models.dialogue import Dialogue
 from lowmem.models.experts import refuse_experts
 from lowmem.models.layer_state import check_checkpoint
 from lowmem.plan.device import resolve_device
+from lowmem.plan.fit.allocation import Allocation
 from lowmem.streaming.weights import ModelWeights
 from lowmem.text.units import format_bytes
 
@@ -49,6 +51,8 @@ class ConversionInputs:
     dtype: torch.dtype
     """Of the forward passes."""
     device: torch.device
+    allocation: Allocation | None = None
+    """How the recipe was chosen, if it was made for a size."""
 
     @property
     def arch(self) -> Architecture:
@@ -145,7 +149,11 @@ def prepare(
     for note in rows.notes:
         reporter.message(note)
     dtype = compute_dtype(options.compute_dtype, weights.dtype, device)
-    return ConversionInputs(source, weights, chosen, options, rows, tokenizer, dialogue, dtype, device)
+    inputs = ConversionInputs(source, weights, chosen, options, rows, tokenizer, dialogue, dtype, device)
+    if options.budget is None:
+        return inputs
+    allocation = allocate(inputs, options.budget, calibration, reporter)
+    return replace(inputs, recipe=recipe_of(allocation, chosen), allocation=allocation)
 
 
 def fit_recipe(

@@ -42,6 +42,9 @@ class Reporter:
         """A notice that is shown even with `--quiet`: the checkpoint is not what its config says."""
         print(text, file=sys.stderr, flush=True)
 
+    def measuring(self, step: str, done: int, layers: int) -> None:
+        """The sensitivities are measured. step: "forward", "head" or "backward"; done: layers it finished."""
+
     def phase(self, layer: int, text: str) -> None:
         """The current stage, as `rounding of mlp.c_fc`."""
 
@@ -114,6 +117,10 @@ class LineReporter(Reporter):
     def disk(self, needed: int, free: int, folder: Path) -> None:
         self._line(f"needs at most {format_bytes(needed)} of disk in {folder}: {format_bytes(free)} are free")
 
+    def measuring(self, step: str, done: int, layers: int) -> None:
+        if step == "backward" and (done % max(1, layers // 8) == 0):
+            self._line(f"sensitivities: {done} of {layers} layers measured")
+
     def layer(self, layer: int, reports: Sequence[LinearReport], seconds: Seconds) -> None:
         done = layer + 1 - self._first
         left = (time.monotonic() - self._began) / done * (self.layers - layer - 1)
@@ -151,6 +158,7 @@ class BarReporter(LineReporter):
             console=Console(stderr=True),
         )
         self._task: TaskID | None = None
+        self._measuring: TaskID | None = None
         self._phase = self._last = ""
 
     def _line(self, text: str) -> None:
@@ -158,8 +166,17 @@ class BarReporter(LineReporter):
 
     def started(self, plan: MemoryPlan, layers: int, finished: int, note: str) -> None:
         super().started(plan, layers, finished, note)
+        if self._measuring is not None:
+            self._bar.remove_task(self._measuring)
         self._bar.start()
         self._task = self._bar.add_task("", total=layers, completed=finished)
+
+    def measuring(self, step: str, done: int, layers: int) -> None:
+        if self._measuring is None:
+            self._bar.start()
+            self._measuring = self._bar.add_task("", total=layers)
+        text = f"sensitivities: {step} pass"
+        self._bar.update(self._measuring, description=text, completed=done, total=layers)
 
     def phase(self, layer: int, text: str) -> None:
         self._phase = text
@@ -200,6 +217,9 @@ class JsonReporter(Reporter):
 
     def disk(self, needed: int, free: int, folder: Path) -> None:
         self._event("disk", needed=needed, free=free, folder=str(folder))
+
+    def measuring(self, step: str, done: int, layers: int) -> None:
+        self._event("measuring", step=step, done=done, layers=layers)
 
     def linear(self, layer: int, report: LinearReport) -> None:
         self._event("linear", layer=layer, **asdict(report))

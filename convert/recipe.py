@@ -13,6 +13,7 @@ from lowmem.config import BITS, QuantConfig
 from lowmem.errors import RecipeError
 from lowmem.models.architecture import LayerSpec, LinearSpec
 from lowmem.plan.device import bfloat16_is_fast
+from lowmem.plan.fit.budget import SizeBudget
 
 DEFAULT_SHARD = 4 << 30
 RECIPE_VERSION = 1
@@ -37,6 +38,8 @@ class ConvertOptions:
     """Branch, tag or commit of a hub id."""
     compute_dtype: str = "auto"
     """Of the calibration's forward passes: "auto", "float32", "bfloat16" or "float16"."""
+    budget: SizeBudget | None = None
+    """The size for which bits, group size and symmetry of each linear are chosen; None takes the config's."""
 
 
 DENSE_BITS = 16

@@ -65,4 +65,9 @@ def test_the_command_says_the_same_and_loads_no_torch(plans: dict[str, Plan], tm
     expected = starchat_plan.golden(plans)["12 GiB card"]
     for key in ("label", "weights", "kv_cache", "workspace", "own_context", "need", "longest_context"):
         assert got["chosen"][key] == expected["chosen"][key], key
-    assert [o["label"] for o in got["possible"]] == ["8-bit g128", "3-bit g128", "2-bit g128"]
+    assert [o["label"] for o in got["possible"]] == [
+        "8-bit g128",
+        "5.7-bit mixed",
+        "3-bit g128",
+        "2-bit g128",
+    ]

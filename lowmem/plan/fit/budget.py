@@ -33,14 +33,14 @@ class SizeBudget:
         given = [v for v in (self.card, self.host, self.weights, self.bits_per_weight) if v is not None]
         if len(given) != 1:
             raise RecipeError(
-                "a checkpoint can be made for one size only", "Give one of --fit, --size and --bpw"
+                "a checkpoint can be made for one size only", "Give one of --fit, --fit-ram, --size and --bpw"
             )
         if self.bits_per_weight is not None and not 2 < self.bits_per_weight <= 16:
             raise RecipeError(
                 f"--bpw {self.bits_per_weight:g} is out of range", "Use more than 2, such as 3.5"
             )
         if self.context is not None and self.card is None and self.host is None:
-            raise RecipeError("--context counts only for memory", "Give it with --fit")
+            raise RecipeError("--context counts only for memory", "Give it with --fit or --fit-ram")
 
     def label(self) -> str:
         """The option that asks for this size, such as "--fit 12GiB"."""

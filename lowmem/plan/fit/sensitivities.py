@@ -30,6 +30,8 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (128, 64, 32)
 ASYM_WIDTHS = (2, 3, 4)
 """Widths at which zero-points of their own are worth trying; above them both kinds are equal."""
+ASYM_MARGIN = 1.02
+"""Zero-points must save more than 2 %: fewer readers take them, and the estimate is noisy."""
 OPTIONS = tuple(
     LinearFormat(bits, group, sym)
     for bits in WIDTHS
@@ -62,7 +64,8 @@ class Sensitivities:
 
     def predicted(self, linear: str, option: int) -> float:
         """The rise of the KL divergence, in nats a token, when GPTQ stores a linear as OPTIONS[option]."""
-        return self.rises[linear][option] * OF_ROUNDING[OPTIONS[option].bits]
+        format = OPTIONS[option]
+        return self.rises[linear][option] * OF_ROUNDING[format.bits] * (1 if format.sym else ASYM_MARGIN)
 
     def as_json(self) -> dict[str, Any]:
         """The content of the file; the inverse of `from_json`."""

@@ -1,0 +1,76 @@
+"""From a size to a recipe: sensitivities, measured or kept, and the best allocation for the size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from lowmem.convert.allocation.measure import ROWS, Measurement, check_memory, measure
+from lowmem.convert.calibration import CalibrationSpec, load_rows
+from lowmem.convert.recipe import LinearSettings, Recipe
+
+from lowmem.models.dialogue import Dialogue
+from lowmem.plan import device as machine
+from lowmem.plan.fit.allocation import Allocation, best_allocation
+from lowmem.plan.fit.budget import SizeBudget
+from lowmem.plan.fit.sensitivities import Sensitivities, read_kept, weights_digest
+from lowmem.plan.shape import read_shape
+from lowmem.streaming.pass_folder import digest_of
+
+if TYPE_CHECKING:
+    from lowmem.convert.inputs import ConversionInputs
+    from lowmem.convert.progress import Reporter
+
+
+def allocate(
+    inputs: ConversionInputs, budget: SizeBudget, calibration: CalibrationSpec, reporter: Reporter
+) -> Allocation:
+    """Choose how each linear is stored. The sensitivities are measured unless an earlier run did.
+
+    inputs: with a recipe whose bits do not count. calibration: where the measured rows come from. Raises
+    MemoryBudgetError for a size below the smallest, or a memory limit that is too low to measure.
+    """
+    found = sensitivities(inputs, calibration, reporter)
+    allocation = best_allocation(found, budget.left_for_linears(read_shape(inputs.source.path)))
+    reporter.message(
+        f"{budget.label()}: {allocation.bits_per_weight:.2f} bits per weight on average, "
+        f"predicted KL divergence {allocation.predicted_kld:.2g}"
+    )
+    return allocation
+
+
+def sensitivities(
+    inputs: ConversionInputs, calibration: CalibrationSpec, reporter: Reporter
+) -> Sensitivities:
+    """The sensitivities of the source's linears, from lowmem's cache or measured now."""
+    spec = replace(calibration, rows=min(ROWS, calibration.rows))
+    vocabulary = inputs.arch.shapes[inputs.arch.embedding][0]
+    rows = load_rows(spec, inputs.tokenizer, Dialogue.detect(inputs.tokenizer), vocabulary)
+    kept = read_kept(weights_digest(inputs.source.path), digest_of(rows.tokens))
+    if kept:
+        reporter.message("the sensitivities were measured before")
+        return kept
+    work = Measurement(inputs.weights, inputs.source.config(), rows.tokens, _dtype(inputs), inputs.device)
+    check_memory(work, inputs.options.memory or machine.host_memory_available() + machine.host_memory_used())
+    count, length = rows.tokens.shape
+    reporter.message(f"measuring how much each linear matters, on {count} × {length} calibration tokens")
+    return measure(work, reporter.measuring)
+
+
+def recipe_of(allocation: Allocation, base: Recipe) -> Recipe:
+    """The recipe of an allocation; everything but bits, group sizes and symmetry is as in `base`."""
+    usual = allocation.default
+    config = replace(base.config, bits=usual.bits, group_size=usual.group_size, sym=usual.sym)
+    linears = {
+        name: LinearSettings(format.bits, format.group_size, format.sym)
+        for name, format in allocation.linears.items()
+    }
+    return Recipe(config, linears)
+
+
+def _dtype(inputs: ConversionInputs) -> torch.dtype:
+    """Of the passes: gradients of a whole model exceed the range of float16."""
+    if inputs.dtype != torch.float16:
+        return inputs.dtype
+    return torch.bfloat16 if machine.bfloat16_is_fast(inputs.device) else torch.float32
