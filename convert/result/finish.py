@@ -21,6 +21,7 @@ from lowmem.checkpoint.files.writer import merge, write_tensors
 from lowmem.checkpoint.manifest import FileDigest, quantization_config_dict, read_manifest, write_manifest
 from lowmem.checkpoint.source.open import Source
 from lowmem.models.dialogue import CHAT_TEMPLATE, end_token_ids
+from lowmem.plan.fit.allocation import bits_per_weight
 from lowmem.streaming.weights import ModelWeights, stored_dtype
 
 if TYPE_CHECKING:
@@ -113,9 +114,12 @@ def assemble(job: ConversionJob, inputs: ConversionInputs) -> ResultSummary:
 
 def _facts(job: ConversionJob, inputs: ConversionInputs, digests: Mapping[str, FileDigest]) -> CardFacts:
     arch, source = inputs.arch, inputs.source
-    linears = [linear for layer in arch.layers for linear in inputs.recipe.quantized(layer)]
-    count = sum(linear.in_features * linear.out_features for linear in linears)
-    bits = 8 * sum(inputs.workload.packed_bytes(layer) for layer in arch.layers)
+    sizes = {
+        f"{layer.name}.{linear.name}": (linear.in_features, linear.out_features)
+        for layer in arch.layers
+        for linear in inputs.recipe.quantized(layer)
+    }
+    formats = {name: format for name in sizes if (format := inputs.recipe.format_of(name))}
     reports = [
         replace(report, name=f"{layer.name}.{report.name}")
         for layer, found in zip(arch.layers, job.state.reports, strict=True)
@@ -131,7 +135,7 @@ def _facts(job: ConversionJob, inputs: ConversionInputs, digests: Mapping[str, F
         calibration=inputs.rows.description,
         calibration_shape=(int(inputs.rows.tokens.shape[0]), int(inputs.rows.tokens.shape[1])),
         weights_bytes=sum(d.bytes for name, d in digests.items() if name.endswith(".safetensors")),
-        bits_per_weight=bits / count,
+        bits_per_weight=bits_per_weight(sizes, formats),
         reports=tuple(reports),
     )
 
