@@ -31,19 +31,26 @@ INLINE void prefetch_group(shape s, const tile *t, const uint32_t *words)
         _mm_prefetch((const char *)w->zeros + later, _MM_HINT_T0);
 }
 
-/* Words ahead, in the order of memory: one unit's before its first piece, but those of planes in equal parts before every
- * piece, since many prefetches at once wait for each other. */
-INLINE void prefetch_piece(shape s, int piece, const uint32_t *words, int64_t stride)
+/* One unit's words ahead, in the order of memory. */
+INLINE void prefetch_unit(shape s, const uint32_t *words, int64_t stride)
 {
-    /* UNROLL takes only plain conditions, here and below */
-    const int planar = IS_PLANAR(s.bits), parts = planar ? UNIT_PIECES(s.bits) : 1, lines = UNIT_ROWS(s.bits) * s.wide;
-    const int first = piece < parts ? piece * lines / parts : lines, last = piece < parts ? (piece + 1) * lines / parts : lines;
+    const int unit_rows = UNIT_ROWS(s.bits); /* UNROLL takes only plain conditions, here and below */
     UNROLL
-    for (int line = first; line < last; line++) {
+    for (int u = 0; u < unit_rows; u++)
+        UNROLL
+        for (int v = 0; v < s.wide; v++)
+            _mm_prefetch((const char *)(words + u * stride + 16 * v) + AHEAD(s.bits), _MM_HINT_T0);
+}
+
+/* The same for planes, a part before every piece, since many prefetches at once wait for each other. */
+INLINE void prefetch_planes(shape s, int piece, const uint32_t *words, int64_t stride)
+{
+    const int parts = UNIT_PIECES(s.bits), lines = UNIT_ROWS(s.bits) * s.wide, last = (piece + 1) * lines / parts;
+    UNROLL
+    for (int line = piece * lines / parts; line < last; line++) {
         const char *at = (const char *)(words + line / s.wide * stride + 16 * (line % s.wide));
         _mm_prefetch(at + AHEAD(s.bits), _MM_HINT_T0);
-        if (planar)
-            _mm_prefetch(at + FAR_AHEAD, _MM_HINT_T1);
+        _mm_prefetch(at + FAR_AHEAD, _MM_HINT_T1);
     }
 }
 
@@ -106,9 +113,12 @@ INLINE void decode_tile(shape s, tile t, int64_t first, int64_t last)
         prefetch_group(s, &t, words);
         start_sums(s, &t, sum);
         for (int k = 0; k < width; k += 4 * UNIT_STEPS(s.bits)) {
+            if (!IS_PLANAR(s.bits))
+                prefetch_unit(s, words, next);
             UNROLL
             for (int piece = 0; piece < pieces; piece++) {
-                prefetch_piece(s, piece, words, next);
+                if (IS_PLANAR(s.bits))
+                    prefetch_planes(s, piece, words, next);
                 __m512i step[WIDEST][3];
                 UNROLL
                 for (int v = 0; v < s.wide; v++)
@@ -157,10 +167,12 @@ INLINE void add_plane(shape s, const tile *t, const uint32_t *words, plane p, __
     const int width = t->input->group, pieces = UNIT_PIECES(s.bits), fours = p.pairs ? 1 : PIECE_STEPS(s.bits);
     const int64_t stride = lm_word_stride(t->w), row_bytes = DIGIT_BYTES(width, s.planes);
     for (int k = 0; k < width; k += 4 * UNIT_STEPS(s.bits)) {
+        if (p.prefetch && !IS_PLANAR(s.bits))
+            prefetch_unit(s, words, stride);
         UNROLL
         for (int piece = 0; piece < pieces; piece++) {
-            if (p.prefetch)
-                prefetch_piece(s, piece, words, stride);
+            if (p.prefetch && IS_PLANAR(s.bits))
+                prefetch_planes(s, piece, words, stride);
             __m512i step[WIDEST][2];
             UNROLL
             for (int v = 0; v < s.wide; v++) {
