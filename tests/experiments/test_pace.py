@@ -394,7 +394,7 @@ def test_a_record_is_written_read_and_shown(tmp_path: Path, capsys: pytest.Captu
         pace.PACE.read(tmp_path / "nothing.json")
 
 
-@pytest.mark.parametrize("name", ["pace.json", "pace_decode.json"])
+@pytest.mark.parametrize("name", ["pace.json", "pace_decode.json", "pace_widths.json"])
 def test_the_committed_record_is_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert pace.main(["--show", "--out", str(pace.RESULTS / name)]) == 0
     assert "lowmem 4-bit g128" in capsys.readouterr().out
