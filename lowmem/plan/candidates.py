@@ -18,6 +18,8 @@ from lowmem.plan.shape import ModelShape, as_converted, read_shape
 REPORT_FILE = "lowmem-report.json"
 MEASURED = "measured"
 """Key of a manifest: measurements of the checkpoint since it was made (`kld`)."""
+_INT8_IS_LIKE = 5.5
+"""bitsandbytes' int8 diverges as much as GPTQ between 5 and 6 bits (docs/measurements.md)."""
 _NEIGHBOURS = 500
 """How many folders beside a source are searched."""
 
@@ -113,7 +115,8 @@ def by_bits(candidate: Candidate) -> tuple[float, int, int, str]:
     method = ("dense", "gptq", "int8", "nf4").index(candidate.form.method)
     format = candidate.shape.format
     group = format.default.group_size if format and format.default.group_size > 0 else 1 << 30
-    return (-candidate.bits, method, group, str(candidate.path))
+    bits = _INT8_IS_LIKE if candidate.form.method == "int8" else candidate.bits
+    return (-bits, method, group, str(candidate.path))
 
 
 def _of_path(path: Path, model: str, cuda: bool, dtype: str | None) -> list[Candidate]:
