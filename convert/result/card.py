@@ -9,6 +9,7 @@ from lowmem.convert.recipe import Recipe
 from lowmem.convert.stages.context import LinearReport
 
 import lowmem
+from lowmem.plan.fit.allocation import Allocation
 from lowmem.text.units import format_bytes
 
 OPENRAIL = "bigcode-openrail-m"
@@ -29,6 +30,10 @@ class CardFacts:
     weights_bytes: int
     bits_per_weight: float
     reports: tuple[LinearReport, ...]
+    made_for: str = ""
+    """The size that the bits were chosen for, as the option that asks for it."""
+    allocation: Allocation | None = None
+    """How the bits were chosen, if they were made for a size."""
 
     @property
     def mean_error(self) -> float:
@@ -64,6 +69,23 @@ class CardFacts:
             "bits_per_weight": self.bits_per_weight,
             "mean_error": self.mean_error,
             "linears": [asdict(r) for r in self.reports],
+            **({"allocation": self._allocation(self.allocation)} if self.allocation else {}),
+        }
+
+    def _allocation(self, allocation: Allocation) -> dict[str, Any]:
+        return {
+            "made_for": self.made_for,
+            "predicted_kld": allocation.predicted_kld,
+            "linears": {
+                name: {
+                    "bits": format.bits,
+                    "group_size": format.group_size,
+                    "sym": format.sym,
+                    "predicted_kld": allocation.costs[name],
+                    "sensitivity": allocation.sensitivities[name],
+                }
+                for name, format in allocation.linears.items()
+            },
         }
 
 
@@ -111,6 +133,7 @@ def render(facts: CardFacts) -> str:
         "| | |",
         "|---|---|",
         f"| bits | {facts.widths} |",
+        *_chosen(facts),
         f"| groups | {group} |",
         f"| grid | {'symmetric' if config.sym else 'asymmetric'}; scales by a Hessian-weighted search |",
         f"| order of columns | {'act-order, groups static' if config.desc_act else 'as they are'} |",
@@ -138,6 +161,16 @@ def render(facts: CardFacts) -> str:
         lines += ["", f"In 16 bits: {', '.join(dense)}."]
     lines += ["", f"Mean: {facts.mean_error:.3e}.", ""]
     return "\n".join(lines)
+
+
+def _chosen(facts: CardFacts) -> list[str]:
+    """A row on how the bits were chosen, if they were made for a size."""
+    if facts.allocation is None:
+        return []
+    return [
+        f"| chosen | for `{facts.made_for}`, with the least predicted KL divergence: "
+        f"{facts.allocation.predicted_kld:.2g} nats a token |"
+    ]
 
 
 def _licence(facts: CardFacts) -> str:

@@ -137,6 +137,8 @@ def _facts(job: ConversionJob, inputs: ConversionInputs, digests: Mapping[str, F
         weights_bytes=sum(d.bytes for name, d in digests.items() if name.endswith(".safetensors")),
         bits_per_weight=bits_per_weight(sizes, formats),
         reports=tuple(reports),
+        made_for=inputs.options.budget.label() if inputs.options.budget else "",
+        allocation=inputs.allocation,
     )
 
 

@@ -25,6 +25,10 @@ class Allocation:
     """Of the packed linears."""
     bits_per_weight: float
     """Average, with scales and zero-points."""
+    costs: Mapping[str, float]
+    """What each linear adds to `predicted_kld`."""
+    sensitivities: Mapping[str, float]
+    """What each linear would add at 4 bits in the largest groups, to compare linears with."""
 
     @property
     def default(self) -> LinearFormat:
@@ -49,9 +53,11 @@ def best_allocation(
     items = []
     for names in groups:
         members = [name for name in names if name in found.linears]
-        rises = tuple(
-            sum(found.predicted(name, i) for name in members) if allows(option) else math.inf
-            for i, option in enumerate(OPTIONS)
+        rises = _worthwhile(
+            [
+                sum(found.predicted(name, i) for name in members) if allows(option) else math.inf
+                for i, option in enumerate(OPTIONS)
+            ]
         )
         sizes = tuple(sum(packed_bytes(*found.linears[n], option) for n in members) for option in OPTIONS)
         items.append((members, Item(members[0], rises, sizes)))
@@ -63,6 +69,20 @@ def best_allocation(
         sum(found.predicted(name, option) for name, option in chosen.items()),
         sum(packed_bytes(*found.linears[name], format) for name, format in linears.items()),
         bits_per_weight(found.linears, linears),
+        {name: found.predicted(name, option) for name, option in chosen.items()},
+        {name: found.at_four_bits(name) for name in chosen},
+    )
+
+
+def _worthwhile(rises: list[float]) -> tuple[float, ...]:
+    """Rises by option, without 8 bits in smaller groups than necessary.
+
+    They would gain less than the rounding of 16-bit arithmetic costs.
+    """
+    finite = [o.group_size for o, rise in zip(OPTIONS, rises, strict=True) if o.bits == 8 and rise < math.inf]
+    return tuple(
+        math.inf if option.bits == 8 and option.group_size < max(finite, default=0) else rise
+        for option, rise in zip(OPTIONS, rises, strict=True)
     )
 
 

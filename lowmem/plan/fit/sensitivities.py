@@ -67,6 +67,11 @@ class Sensitivities:
         format = OPTIONS[option]
         return self.rises[linear][option] * OF_ROUNDING[format.bits] * (1 if format.sym else ASYM_MARGIN)
 
+    def at_four_bits(self, linear: str) -> float:
+        """The same at 4 bits, in the largest groups that divide the linear's inputs."""
+        four = [i for i, option in enumerate(OPTIONS) if option.bits == 4 and option.sym]
+        return max((v for i in four if math.isfinite(v := self.predicted(linear, i))), default=math.inf)
+
     def as_json(self) -> dict[str, Any]:
         """The content of the file; the inverse of `from_json`."""
         return {

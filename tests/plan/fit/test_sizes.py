@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
+from lowmem.benchmarks.experiments.starchat import fit as starchat_fit
 from lowmem.benchmarks.experiments.starchat.replicas import starchat_header_replica
 
 from lowmem.checkpoint.formats import LinearFormat
@@ -18,14 +19,10 @@ from lowmem.plan.fit.sensitivities import OPTIONS, Sensitivities
 from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT, Form, need_on_device
 from lowmem.plan.request import ModelRequest, plan_for
 from lowmem.plan.shape import ModelShape, as_converted, read_shape
-from tests.plan.fit.stand_in import stand_in
+from tests.helpers import REPO
 
 GIB = 1 << 30
-STARCHAT = {
-    f"transformer.h.{layer}.{name}": sizes
-    for layer in range(40)
-    for name, sizes in Dimensions().linears.items()
-}
+STARCHAT = starchat_fit.starchat_linears()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,7 @@ def shape(starchat: Path) -> ModelShape:
 
 @pytest.fixture(scope="module")
 def found() -> Sensitivities:
-    return stand_in(STARCHAT)
+    return starchat_fit.made_up_sensitivities(STARCHAT)
 
 
 def total(allocation: Allocation) -> int:
@@ -168,3 +165,27 @@ def test_resized_changes_only_packed_tensors(shape: ModelShape) -> None:
     made, probe = resized(shape, 7 * GIB), as_converted(shape, 4)
     assert abs(sum(t.nbytes for t in made.tensors if t.packed) - 7 * GIB) < 1000
     assert [replace(t, nbytes=0) for t in made.tensors] == [replace(t, nbytes=0) for t in probe.tensors]
+
+
+@pytest.fixture(scope="module")
+def cards() -> dict[str, dict[str, object]]:
+    return starchat_fit.made_to_fit()
+
+
+def test_what_cards_get_is_the_golden_table(cards: dict[str, dict[str, object]]) -> None:
+    """`python -m lowmem.benchmarks.experiments.starchat.fit --write` renews the file."""
+    golden = json.loads(starchat_fit.RESULT.read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(cards)) == golden
+
+
+def test_the_guide_has_the_table(cards: dict[str, dict[str, object]]) -> None:
+    assert starchat_fit.markdown(cards) in (REPO / "docs" / "convert.md").read_text(encoding="utf-8")
+
+
+def test_8_bits_take_the_largest_group(found: Sensitivities) -> None:
+    """Smaller groups would cost memory and time for a gain below that of 16-bit arithmetic."""
+    allocation = best_allocation(found, 1 << 60)
+    assert {format.label for format in allocation.linears.values()} == {"8-bit g128"}
+    odd = starchat_fit.made_up_sensitivities({"a": (576, 64), "b": (128, 64)})
+    labels = {name: format.label for name, format in best_allocation(odd, 1 << 60).linears.items()}
+    assert labels == {"a": "8-bit g64", "b": "8-bit g128"}
