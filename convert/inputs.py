@@ -192,6 +192,7 @@ def fit_recipe(
                 f"group size {chosen}: {GROUP_SIZES[0]} does not divide the {odd} inputs of {widths[odd]}"
             )
         recipe = Recipe(replace(recipe.config, group_size=chosen), recipe.linears)
+    recipe = recipe.for_linears(linears)
     for name, linear in packed.items():
         config = recipe.of(name)
         if config and config.group_size != -1 and linear.in_features % config.group_size:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -107,6 +108,16 @@ class Recipe:
         """
         settings = self.linears.get(linear)
         return self._config(settings) if settings else self.config
+
+    def for_linears(self, names: Iterable[str]) -> Recipe:
+        """The same recipe, with a `config` whose settings some of these linears have: all of a model."""
+        own = LinearSettings(self.config.bits, self.config.group_size, self.config.sym)
+        found = [self.linears.get(name, own) for name in names]
+        if own in found:
+            return self
+        most, _ = Counter(one for one in found if not one.dense).most_common(1)[0]
+        config = replace(self.config, bits=most.bits, group_size=most.group_size, sym=most.sym)
+        return Recipe(config, self.linears)
 
     @property
     def layout(self) -> str:

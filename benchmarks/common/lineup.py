@@ -219,7 +219,7 @@ def _wanted(found: list[Candidate], versions: Sequence[str]) -> list[Candidate]:
 def _names(candidate: Candidate) -> set[str]:
     """The values of --versions that choose it."""
     names = {candidate.form.method, _label(candidate).lower()}
-    return names if candidate.shape.format is None else names | {f"{candidate.bits}-bit"}
+    return names if candidate.shape.format is None else names | {f"{candidate.bits:g}-bit"}
 
 
 def _distinct(found: Iterable[Candidate]) -> list[Candidate]:
@@ -266,17 +266,12 @@ def subject_of(candidate: Candidate, label: str) -> Subject:
 
     shape, form = candidate.shape, candidate.form
     linears = tuple(t for t in shape.tensors if t.linear or (t.packed and t.layer >= 0))
-    count = sum(t.numel for t in linears if t.linear)
-    if shape.format is not None:
-        packed = [t for t in linears if t.name.endswith(".qweight")]
-        formats = [shape.format.of_packed(t.name.removesuffix(".qweight")) for t in packed]
-        count += sum(t.numel * 32 // f.bits for t, f in zip(packed, formats, strict=True))
     nbytes = weights_bytes(replace(shape, tensors=linears), form)
     return Subject(
         label=label,
         method=form.method,
         dtype=form.dtype,
         path=_relative(candidate.path),
-        bits_per_weight=8 * nbytes / max(1, count),
+        bits_per_weight=8 * nbytes / max(1, shape.linear_weights),
         weight_bytes=weights_bytes(shape, form),
     )

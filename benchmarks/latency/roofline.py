@@ -157,16 +157,9 @@ def decode_ceiling(shape: ModelShape, form: Form, context: int, new_tokens: int,
     return read / decode_bytes(shape, form, context, new_tokens)
 
 
-def linear_weights(shape: ModelShape) -> int:
-    """Number of weights of all linears in decoder layers, packed or not, without the head."""
-    bits = shape.format.default.bits if shape.format else 32
-    packed = sum(t.numel * 32 // bits for t in shape.tensors if t.packed and t.name.endswith(".qweight"))
-    return packed + sum(t.numel for t in shape.tensors if t.linear)
-
-
 def prefill_flops(shape: ModelShape, tokens: int) -> int:
     """Floating-point operations of a prompt: linears for every token, causal attention, the head once."""
-    linears = 2 * linear_weights(shape) * tokens
+    linears = 2 * shape.linear_weights * tokens
     # Token i: i dot products with keys and i weighted values, of 2 × head_dim operations each.
     attention = 4 * shape.layers * shape.heads * shape.head_dim * (tokens * (tokens + 1) // 2)
     return linears + attention + 2 * shape.vocab * shape.hidden

@@ -113,17 +113,7 @@ def render(facts: CardFacts) -> str:
         'lowmem run FOLDER -p "How do I sort a list in Python?"',
         "```",
         "",
-        "Other readers of the GPTQ format, such as GPTQModel, load it too. So does transformers, "
-        "with optimum and GPTQModel installed:",
-        "",
-        "```python",
-        "import lowmem",
-        "from transformers import pipeline",
-        "",
-        "lowmem.patch_transformers()  # only needed for gpt_bigcode: StarCoder, StarChat, SantaCoder",
-        'pipe = pipeline("text-generation", model="FOLDER")',
-        "```",
-        "",
+        *_other_readers(facts),
         "## Licence",
         "",
         _licence(facts),
@@ -170,6 +160,29 @@ def _chosen(facts: CardFacts) -> list[str]:
     return [
         f"| chosen | for `{facts.made_for}`, with the least predicted KL divergence: "
         f"{facts.allocation.predicted_kld:.2g} nats a token |"
+    ]
+
+
+def _other_readers(facts: CardFacts) -> list[str]:
+    """Lines on the programs beside lowmem that load the checkpoint."""
+    if facts.quantization.layout == "gptq_p":
+        return [
+            "GPTQModel loads it too. Its words are in the planar layout `gptq_p`, which holds 5, 6 and 7 bits "
+            "and which optimum, transformers and vLLM do not read.",
+            "",
+        ]
+    return [
+        "Other readers of the GPTQ format, such as GPTQModel, load it too. So does transformers, "
+        "with optimum and GPTQModel installed:",
+        "",
+        "```python",
+        "import lowmem",
+        "from transformers import pipeline",
+        "",
+        "lowmem.patch_transformers()  # only needed for gpt_bigcode: StarCoder, StarChat, SantaCoder",
+        'pipe = pipeline("text-generation", model="FOLDER")',
+        "```",
+        "",
     ]
 
 

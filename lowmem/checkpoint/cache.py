@@ -48,9 +48,11 @@ class Entry:
     source: str
     """The hub id or the absolute path that it was converted from."""
     bits: int
-    """0 if unknown."""
+    """Of the linears that have no settings of their own; 0 if unknown."""
     group_size: int
-    """0 if unknown."""
+    """The same; 0 if unknown."""
+    mixed: bool
+    """Some linears are stored otherwise."""
     nbytes: int
     """Of all files, those of an unfinished job included."""
     used: float
@@ -262,7 +264,7 @@ def _entry(path: Path, source: str) -> Entry:
     folders = [folder for folder in (path, job, _beside(path, WASTE)) if folder.is_dir()]
     complete = (path / MANIFEST_FILE).is_file()
     state = _read_job(job)
-    bits, group_size = _format(path) if complete else _format_of_job(state)
+    bits, group_size, mixed = _format(path) if complete else _format_of_job(state)
     done = state.get("finished_layers")
     return Entry(
         name=f"{path.parent.name}/{path.name}",
@@ -270,6 +272,7 @@ def _entry(path: Path, source: str) -> Entry:
         source=source,
         bits=bits,
         group_size=group_size,
+        mixed=mixed,
         nbytes=sum(_size(folder) for folder in folders),
         used=max((_time(folder) for folder in folders), default=0.0),
         complete=complete,
@@ -278,13 +281,13 @@ def _entry(path: Path, source: str) -> Entry:
     )
 
 
-def _format(folder: Path) -> tuple[int, int]:
-    """(bits, group size) of a finished checkpoint, or zeros."""
+def _format(folder: Path) -> tuple[int, int, bool]:
+    """(bits, group size, whether linears differ) of a finished checkpoint, or zeros."""
     try:
         found = find_quantization(folder)
     except LowmemError:
-        return 0, 0
-    return (found.default.bits, found.default.group_size) if found else (0, 0)
+        found = None
+    return (found.default.bits, found.default.group_size, not found.uniform) if found else (0, 0, False)
 
 
 def _read_job(job: Path) -> dict[str, Any]:
@@ -294,12 +297,12 @@ def _read_job(job: Path) -> dict[str, Any]:
         return {}
 
 
-def _format_of_job(state: Mapping[str, Any]) -> tuple[int, int]:
+def _format_of_job(state: Mapping[str, Any]) -> tuple[int, int, bool]:
     recipe = state.get("recipe")
     if not isinstance(recipe, dict):
-        return 0, 0
-    bits, group_size = recipe.get("bits"), recipe.get("group_size")
-    return (bits, group_size) if type(bits) is int and type(group_size) is int else (0, 0)
+        return 0, 0, False
+    bits, group_size, mixed = recipe.get("bits"), recipe.get("group_size"), "linears" in recipe
+    return (bits, group_size, mixed) if type(bits) is int and type(group_size) is int else (0, 0, False)
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -204,6 +204,10 @@ class QuantizationFormat:
     @property
     def label(self) -> str:
         """The name shown to users: "4-bit g128", or "4/8-bit mixed" where linears differ."""
-        if self.uniform:
-            return self.default.label
-        return "/".join(str(bits) for bits in sorted({f.bits for f in self.formats()})) + "-bit mixed"
+        return self.default.label if self.uniform else f"{self.widths}-bit mixed"
+
+    @property
+    def widths(self) -> str:
+        """The widths in a word, as "4", "4/8", or "2 to 8" where they are many."""
+        found = sorted({format.bits for format in self.formats()})
+        return "/".join(str(bits) for bits in found) if len(found) < 4 else f"{found[0]} to {found[-1]}"

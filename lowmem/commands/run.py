@@ -215,12 +215,13 @@ def _record(response: Response, session: Session) -> dict[str, object]:
     from lowmem.chat.figures import memory_now
 
     figures, loaded = asdict(response), session.loaded
+    format = loaded.format if loaded.format and loaded.format.uniform else None
     del figures["logprobs"], figures["cut_tokens"]  # this command sets neither
     return {
         **figures,
         **model_record(loaded),
-        "bits": loaded.format.default.bits if loaded.format else None,
-        "group_size": loaded.format.default.group_size if loaded.format else None,
+        "bits": format.default.bits if format else None,
+        "group_size": format.default.group_size if format else None,
         "cpu_layers": loaded.cpu_layers,
         "context": loaded.context,
         "reason": loaded.plan.reason if loaded.plan else None,

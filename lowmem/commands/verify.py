@@ -49,21 +49,21 @@ def summary(report: VerifyReport) -> str:
     count = len(report.problems)
     verdict = "ok" if report.ok else f"{count} problem{'s' * (count != 1)}"
     format = report.format
-    packed = (
-        f", {report.linears} linears of {format.default.bits} bits (g{format.default.group_size})"
-        if format
-        else ""
-    )
+    packed = f", {report.linears} linears of {format.widths} bits" if format else ""
+    if format and format.uniform:
+        packed += f" (g{format.default.group_size})"
     return f"{verdict}: {report.files} files, {report.bytes:,} bytes, {report.tensors} tensors{packed}"
 
 
 def _record(report: VerifyReport) -> dict[str, object]:
+    format = report.format if report.format and report.format.uniform else None
     return {
         "ok": report.ok,
         "folder": str(report.folder),
         "manifest": report.ours,
-        "bits": report.format.default.bits if report.format else None,
-        "group_size": report.format.default.group_size if report.format else None,
+        "label": report.format.label if report.format else None,
+        "bits": format.default.bits if format else None,
+        "group_size": format.default.group_size if format else None,
         "files": report.files,
         "tensors": report.tensors,
         "linears": report.linears,

@@ -159,7 +159,7 @@ def _versions(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
 def _packed(path: Path, shape: ModelShape, cuda: bool, dtype: str | None) -> Candidate:
     assert shape.format is not None
     form = Form("gptq", _run_dtype(shape, cuda, dtype))
-    return Candidate(shape.format.label, shape.format.default.bits, form, path, shape, _measured_kld(path))
+    return Candidate(shape.format.label, shape.bits, form, path, shape, _measured_kld(path))
 
 
 def _run_dtype(shape: ModelShape, cuda: bool, dtype: str | None) -> str:

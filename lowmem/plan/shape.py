@@ -110,6 +110,34 @@ class ModelShape:
         return self.quantizable and not (self.second_inputs or any(size % 32 for size in sizes))
 
     @property
+    def linear_weights(self) -> int:
+        """Number of weights of all linears in decoder layers, quantized or not."""
+        return sum(self._weights(tensor) for tensor in self.tensors)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a linear's weight, without scales: of all linears alike, or else on average."""
+        if self.format is None:
+            return 32 if self.stored == "float32" else 16
+        if self.format.uniform:
+            return self.format.default.bits
+        stored = sum(self._weights(t) * (self._width(t) if t.packed else 16) for t in self.tensors)
+        return round(stored / max(1, self.linear_weights), 2)
+
+    def _weights(self, tensor: Tensor) -> int:
+        """How many weights of a decoder layer's linear a tensor holds."""
+        if tensor.linear:
+            return tensor.numel
+        if not tensor.packed or tensor.layer < 0 or not tensor.name.endswith(".qweight"):
+            return 0
+        return tensor.numel * 32 // self._width(tensor)
+
+    def _width(self, tensor: Tensor) -> int:
+        """The bits of a packed linear, by its tensor."""
+        assert self.format is not None
+        return self.format.of_packed(tensor.name.rpartition(".")[0]).bits
+
+    @property
     def linear_sizes(self) -> frozenset[tuple[int, int]]:
         """(in, out) of the linears."""
         return frozenset((linear.in_features, linear.out_features) for linear in self.linears)
@@ -168,28 +196,41 @@ def check_convertible(source: str) -> None:
 
 
 def as_converted(source: ModelShape, bits: int) -> ModelShape:
-    """The shape that `lowmem convert --bits` gives a 16-bit model, with the group size that it would choose.
-
-    Per linear: qweight and qzeros in 32-bit words, float16 scales, and the group of each input in 32 bits.
-    """
+    """The shape that `lowmem convert --bits` gives a 16-bit model, with the group size that it chooses."""
     group = next((g for g in GROUP_SIZES if all(s.in_features % g == 0 for s in source.linears)), -1)
-    format = LinearFormat(bits, group)
-    tensors = []
+    return as_stored(source, LinearFormat(bits, group))
+
+
+def as_stored(
+    source: ModelShape, default: LinearFormat, linears: Mapping[str, LinearFormat | None] | None = None
+) -> ModelShape:
+    """The shape of a 16-bit model once its linears are stored as `default`, but for those in `linears`.
+
+    linears: by full name, as the source's tensors have it; None for one that stays in 16 bits. Per quantized
+    linear: qweight and qzeros in 32-bit words, float16 scales, and the group of each input in 32 bits.
+    """
+    others, names = linears or {}, {tensor.name for tensor in source.tensors}
+    tensors: list[Tensor] = []
+    found: dict[LinearSpec, None] = {}
     for tensor in source.tensors:
-        if not tensor.linear:
+        base = tensor.name.removesuffix(".weight")
+        format = others.get(base, default) if tensor.linear else None
+        if tensor.linear:
+            out, columns = tensor.shape
+            found[LinearSpec(columns, out, f"{base}.bias" in names, format)] = None
+        if format is None:
             tensors.append(tensor)
             continue
-        out, columns = tensor.shape
-        groups = 1 if group == -1 else columns // group
-        words = columns * out * bits // 32 + groups * (-(-out * bits // 32)) + columns
+        groups = 1 if format.group_size == -1 else -(-columns // format.group_size)
+        packed = (columns * format.bits // 32, out)
+        words = prod(packed) + groups * (-(-out * format.bits // 32)) + columns
         nbytes = 4 * words + 2 * groups * out
-        base = tensor.name.removesuffix(".weight")
-        tensors.append(Tensor(f"{base}.qweight", tensor.shape, nbytes, tensor.layer, True, False))
+        tensors.append(Tensor(f"{base}.qweight", packed, nbytes, tensor.layer, True, False))
     return replace(
         source,
         tensors=tuple(tensors),
-        linears=tuple(replace(linear, format=format) for linear in source.linears),
-        format=QuantizationFormat(format),
+        linears=tuple(found),
+        format=QuantizationFormat.mixture(default, others),
         whole_reads=False,
         transposed=False,
         stored="float16",

@@ -15,7 +15,6 @@ from lowmem.benchmarks.latency.roofline import (
     copy_rate,
     decode_bytes,
     decode_ceiling,
-    linear_weights,
     look,
     matmul_rate,
     prefill_ceiling,
@@ -61,11 +60,11 @@ def test_weights_of_linears(model_and_shape: Any, tmp_path: Path) -> None:
     """The number of weights is the same for packed and unpacked linears."""
     model, shape = model_and_shape
     expected = sum(linear.weight.numel() for linear in layer_linears(model).values())
-    assert linear_weights(shape) == expected
+    assert shape.linear_weights == expected
     for bits in (8, 4, 3):
         folder = tmp_path / str(bits)
         write_rtn_checkpoint(tiny_model(shape_kind(shape)), folder, bits=bits, tokenizer=False)
-        assert linear_weights(read_shape(folder)) == expected
+        assert read_shape(folder).linear_weights == expected
 
 
 def shape_kind(shape: ModelShape) -> str:

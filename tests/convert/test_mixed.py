@@ -26,11 +26,13 @@ from lowmem.errors import RecipeError
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadOptions, load
 from lowmem.models.architecture import inspect
-from lowmem.plan.shape import read_shape
+from lowmem.plan.memory import Form, weights_bytes
+from lowmem.plan.shape import as_stored, read_shape
 from tests.convert.convert_helpers import LayerOfModel, bytes_held, quick_convert
 from tests.convert.test_convert import logits
 from tests.helpers import save_source, tiny_config, tiny_model
 
+FORM = Form("gptq", "float16")
 SETTINGS = {
     "self_attn.q_proj": LinearSettings(3, 64),
     "self_attn.k_proj": LinearSettings(8, sym=False),
@@ -57,6 +59,19 @@ def test_settings_that_are_the_configs_are_no_exceptions() -> None:
     for bad in (LinearSettings(9), LinearSettings(4, 48), LinearSettings(0)):
         with pytest.raises(RecipeError):
             Recipe(config, {"c": bad})
+
+
+def test_the_config_is_that_of_some_linear() -> None:
+    """A width that no linear has would be in the label of the result, and might decide its layout."""
+    names = inspect(tiny_config("llama")).linear_names()
+    linears = {name: LinearSettings(2, 64) for name in names} | {names[0]: LinearSettings(16)}
+    linears |= {name: LinearSettings(8, -1, sym=False) for name in names[1:4]}
+    recipe = Recipe(QuantConfig(bits=6, group_size=128, passes=3), linears)
+    fitted = recipe.for_linears(names)
+    assert fitted.config == QuantConfig(bits=2, group_size=64, passes=3) and len(fitted.linears) == 4
+    assert [fitted.of(name) for name in names] == [recipe.of(name) for name in names]
+    assert (recipe.layout, fitted.layout) == ("gptq_p", "gptq")
+    assert fitted.for_linears(names) is fitted
 
 
 def test_a_recipe_is_fitted_to_the_model() -> None:
@@ -108,6 +123,10 @@ def test_the_loaded_result_matches_its_dequantized_integers(
     report = verify(tmp_path / "out")
     assert report.ok and report.linears == len(quantized)
     shape = read_shape(tmp_path / "out")
+    assert weights_bytes(shape, FORM) == weights_bytes(
+        as_stored(read_shape(source), recipe.format_of("of no linear"), recipe.exceptions()), FORM
+    )
+    assert shape.bits == as_stored(read_shape(source), format.default, recipe.exceptions()).bits
     assert {one.format for one in shape.linears} == {recipe.format_of(name) for name in names}
 
 
@@ -246,3 +265,10 @@ def test_an_interrupted_job_is_resumed_by_the_same_recipe_alone(tmp_path: Path, 
     assert quick_convert(source, tmp_path / "out", recipe, rows=2).resumed
     for name in ("model.safetensors", "config.json", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_card_says_who_reads_the_planar_layout(tmp_path: Path) -> None:
+    source = save_source(tiny_model("gpt_bigcode_mqa"), tmp_path / "source")
+    for bits, words in ((6, "`gptq_p`, which holds 5, 6 and 7 bits"), (4, "So does transformers")):
+        quick_convert(source, tmp_path / str(bits), QuantConfig(bits=bits, group_size=32), rows=2)
+        assert words in (tmp_path / str(bits) / "README.md").read_text()

@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowmem.convert.recipe import ConvertOptions
+from lowmem.convert.recipe import ConvertOptions, LinearSettings, Recipe
 
 import lowmem
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_zeros
@@ -55,14 +55,44 @@ class Job:
     backend: str = "gptq_torch"
     dtype: str = "float16"
     reader: str = "GPTQModel"
+    mixed: str = ""
+    """Linears differ: "stream" without 5, 6 and 7 bits, "planar" with them."""
 
     @property
     def checkpoint(self) -> str:
         """The name of its folder."""
-        return f"{self.kind}-{self.bits}bit-g{self.group_size}-{'sym' if self.sym else 'asym'}"
+        return f"{self.kind}-{self.bits}bit-g{self.group_size}-{'sym' if self.sym else 'asym'}{self.mixed}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the checkpoint is converted: every second linear of a mixed one otherwise."""
+        config = QuantConfig(bits=self.bits, group_size=self.group_size, sym=self.sym)
+        if not self.mixed:
+            return Recipe(config)
+        names = [f"model.layers.0.{name}" for name in MIXED[self.mixed]]
+        return Recipe(config, dict(zip(names, MIXED[self.mixed].values(), strict=True)))
 
     def __str__(self) -> str:
         return f"{self.checkpoint}-{self.reader}-{self.backend}-{self.dtype}"
+
+
+MIXED = {
+    "stream": {
+        "self_attn.q_proj": LinearSettings(3),
+        "self_attn.k_proj": LinearSettings(8, 64, sym=False),
+        "self_attn.o_proj": LinearSettings(16),
+        "mlp.down_proj": LinearSettings(2, -1, sym=False),
+    },
+    "planar": {
+        "self_attn.q_proj": LinearSettings(3),
+        "self_attn.v_proj": LinearSettings(6, 64, sym=False),
+        "mlp.gate_proj": LinearSettings(5),
+        "mlp.up_proj": LinearSettings(16),
+        "mlp.down_proj": LinearSettings(8, -1),
+    },
+}
+"""The linears of a mixed llama that differ from the others. GPTQModel stores a planar checkpoint's 3 bits in
+planes too."""
 
 
 def _every_width(kind: str, first: int) -> list[Job]:
@@ -81,6 +111,8 @@ def _jobs() -> list[Job]:
     return [
         *_every_width(big, 0),
         *(job for job in _every_width(llama, 1) if job.sym == (job.bits in (8, 3))),
+        *(Job(big, bits, 32, bits != 6) for bits in (7, 6, 5)),
+        *(Job(llama, 4, 32, True, mixed=mixed) for mixed in MIXED),
         Job(llama, 4, 32, False, dtype="bfloat16"),
         # ATen's int4 kernel: whole multiples of 32 columns a group.
         Job(big, 4, 64, True, "gptq_torch_aten", "bfloat16"),
@@ -120,9 +152,8 @@ class Results:
             source = self.folder / job.kind
             if not source.exists():
                 save_source(tiny_model(job.kind, layers=1, hidden=HIDDEN, heads=4), source)
-            config = QuantConfig(bits=job.bits, group_size=job.group_size, sym=job.sym)
             options = ConvertOptions(device="cpu", compute_dtype="float32")
-            quick_convert(source, out, config, rows=2, row_length=32, options=options)
+            quick_convert(source, out, job.recipe, rows=2, row_length=32, options=options)
         return out
 
     def run(self, jobs: list[Job]) -> None:
@@ -248,11 +279,18 @@ def test_the_named_kernel_was_used(job: Job, results: Results) -> None:
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_config_means_the_same_to_optimum_and_transformers(job: Job, results: Results) -> None:
-    """`GPTQQuantizer.from_dict` and `GPTQConfig.from_dict` accept our quantization_config as it is meant."""
+    """`GPTQQuantizer.from_dict` and `GPTQConfig.from_dict` accept our quantization_config as it is meant.
+
+    Both refuse 7, 6 and 5 bits, and optimum does not know the layout that has them.
+    """
     config = results.of(job)["config"]
+    if job.bits in (7, 6, 5):
+        assert not config
+        return
     wanted: dict[str, Any] = {"bits": job.bits, "group_size": job.group_size, "sym": job.sym}
-    wanted |= {"desc_act": False, "format": "gptq"}
-    assert config == {"optimum": wanted, "transformers": wanted}
+    wanted |= {"desc_act": False, "format": job.recipe.layout}
+    of_optimum = wanted | ({"format": "gptq"} if job.mixed == "planar" else {})
+    assert config == {"optimum": of_optimum, "transformers": wanted}
 
 
 def test_the_pipeline_of_the_model_card_answers_as_lowmem_does(results: Results) -> None:
@@ -386,6 +424,10 @@ def _config_seen(checkpoint: Path) -> dict[str, dict[str, Any]]:
     from transformers import GPTQConfig
 
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    if config["bits"] in (7, 6, 5):
+        with pytest.raises(ValueError, match="2,3,4,8"):
+            GPTQConfig.from_dict(dict(config))
+        return {}
     seen = {"optimum": GPTQQuantizer.from_dict(config), "transformers": GPTQConfig.from_dict(config)}
     fields = ("bits", "group_size", "sym", "desc_act", "format")
     return {who: {field: _plain(getattr(what, field)) for field in fields} for who, what in seen.items()}

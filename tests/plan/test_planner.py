@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
+from lowmem.checkpoint.packing import stored_shapes
 from lowmem.errors import MemoryBudgetError
 from lowmem.kernels.contract import LinearSpec
 from lowmem.plan.candidates import Candidate, by_bits, convertible, ranked
 from lowmem.plan.device import parse_bytes
 from lowmem.plan.memory import HOST_CONTEXT, Form, need_of_split, need_on_device
 from lowmem.plan.planner import Budget, Option, Plan, make_plan
-from lowmem.plan.shape import ModelShape, Tensor, as_converted
+from lowmem.plan.shape import ModelShape, Tensor, as_converted, as_stored
 
 GIB = 1 << 30
 
@@ -232,3 +234,30 @@ def test_groups_and_words_of_a_conversion() -> None:
 def test_order_without_measurements_is_by_bits() -> None:
     forms = forms_of(shape_of(), [8, 4])
     assert forms == sorted(forms, key=by_bits)
+
+
+def test_a_mixture_is_as_large_as_its_linears() -> None:
+    """Every linear by its own format; those in 16 bits stay as they are, and the bits are an average."""
+    source = shape_of()
+    names = [tensor.name.removesuffix(".weight") for tensor in source.tensors if tensor.linear]
+    three, eight = LinearFormat(3, 64), LinearFormat(8, -1, sym=False)
+    mixed = as_stored(source, LinearFormat(4, 128), {names[0]: three, names[1]: eight, names[2]: None})
+    alike = as_converted(source, 4)
+    expected = [tensor for tensor in alike.tensors if tensor.name.removesuffix(".qweight") not in names[:3]]
+    found = {tensor.name.rpartition(".")[0]: tensor for tensor in mixed.tensors}
+    assert [tensor for tensor in mixed.tensors if tensor in expected] == expected
+    for name, format in ((names[0], three), (names[1], eight)):
+        out, columns = next(t.shape for t in source.tensors if t.name == f"{name}.weight")
+        shapes = stored_shapes(columns, out, format.bits, format.group_size)
+        words = prod(shapes.qweight) + prod(shapes.qzeros) + columns
+        assert found[name].nbytes == 4 * words + 2 * prod(shapes.scales) and found[name].packed
+    assert found[names[2]] == next(t for t in source.tensors if t.name == f"{names[2]}.weight")
+    assert (
+        mixed.format is not None and mixed.format.of(names[1]) == eight and mixed.format.of(names[2]) is None
+    )
+    assert mixed.format.label == "3/4/8-bit mixed"
+    sizes = [tensor.numel for tensor in source.tensors if tensor.linear]
+    assert mixed.linear_weights == sum(sizes) and alike.bits == 4 and source.bits == 16
+    widths = [3, 8, 16] + [4] * (len(sizes) - 3)
+    average = sum(size * bits for size, bits in zip(sizes, widths, strict=True)) / sum(sizes)
+    assert mixed.bits == round(average, 2)
