@@ -8,6 +8,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from lowmem.checkpoint.readers import READERS
 from lowmem.config import BITS, QuantConfig
 from lowmem.errors import RecipeError
 
@@ -107,6 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="plain GPTQ, the fastest: --correction 0 --passes 0 --tune-steps 0",
     )
+    quant.add_argument(
+        "--for",
+        dest="reader",
+        choices=tuple(READERS),
+        help="refuse what this program does not load: vLLM, GPTQModel, or llama.cpp after lowmem export",
+    )
     text = parser.add_argument_group("calibration")
     text.add_argument(
         "--calibration",
@@ -184,6 +191,7 @@ def run(args: argparse.Namespace) -> int:
         store_head=args.store_head,
         force=args.force,
         revision=args.revision,
+        reader=args.reader,
         compute_dtype=args.compute_dtype,
         budget=_budget(args),
     )

@@ -17,6 +17,7 @@ from lowmem.convert.stages.sizes import Workload
 
 import lowmem
 from lowmem.checkpoint.headers.folder import names_in_index
+from lowmem.checkpoint.readers import READERS, listed
 from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import Source, open_source
 from lowmem.config import QuantConfig
@@ -85,6 +86,8 @@ class ConversionInputs:
             "products": products.name(self.device),
             "shard size": self.options.shard_size,
             "store head": self.options.store_head,
+            # It names joined linears in `dynamic`.
+            **({"for": self.options.reader} if self.options.reader and self.recipe.linears else {}),
         }
 
     def describe(self) -> str:
@@ -136,6 +139,7 @@ def prepare(
     arch = inspect(model_config)
     weights = ModelWeights(source, arch)
     chosen = fit_recipe(config, arch, reporter.message)
+    check_reader(options.reader, chosen, arch)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit and calibration.row_length > limit:
         raise CalibrationError(
@@ -154,6 +158,15 @@ def prepare(
         return inputs
     allocation = allocate(inputs, options.budget, calibration, reporter)
     return replace(inputs, recipe=recipe_of(allocation, chosen), allocation=allocation)
+
+
+def check_reader(reader: str | None, recipe: Recipe, arch: Architecture) -> None:
+    """Raise RecipeError if the program of that name does not load what the recipe makes of a model."""
+    if reader is None:
+        return
+    if reader not in READERS:
+        raise RecipeError(f"--for {reader} is not known", f"Use {listed(READERS)}")
+    READERS[reader].check({name: recipe.format_of(name) for name in arch.linear_names()})
 
 
 def fit_recipe(

@@ -100,7 +100,7 @@ def _cache_folder(source: str, recipe: Recipe, calibration: CalibrationSpec, opt
     )
     others = {name: value for name, value in chosen.items() if value != usual[name]}
     if recipe.linears:
-        others["linears"] = recipe.entries()["linears"]
+        others |= {"linears": recipe.entries()["linears"], "for": options.reader}
     label = cache.label_of(recipe.config, others, mixed=bool(recipe.linears))
     target = cache.claim(source, label)
     job = ConversionJob(target)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowmem.checkpoint.formats import LinearFormat, layout_for
+from lowmem.checkpoint.readers import READERS, listed
 from lowmem.config import BITS, QuantConfig
 from lowmem.errors import RecipeError
 from lowmem.models.architecture import LayerSpec, LinearSpec
@@ -23,7 +24,7 @@ RECIPE_VERSION = 1
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How a conversion runs; only `store_head`, `shard_size` and `compute_dtype` change what it writes."""
+    """How a conversion runs; `store_head`, `shard_size`, `compute_dtype` and `reader` change the result."""
 
     device: str = "auto"
     """"auto", "cpu" or "cuda:N"."""
@@ -37,6 +38,8 @@ class ConvertOptions:
     """Replace the output folder, and discard another unfinished conversion."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    reader: str | None = None
+    """The program that must load the result, a name of checkpoint.readers.READERS."""
     compute_dtype: str = "auto"
     """Of the calibration's forward passes: "auto", "float32", "bfloat16" or "float16"."""
     budget: SizeBudget | None = None
@@ -84,7 +87,7 @@ class Recipe:
         found = {name: self._complete(self.linears[name]) for name in sorted(self.linears)}
         for settings in dict.fromkeys(found.values()):
             if settings.bits not in (DENSE_BITS, *BITS):
-                raise RecipeError(f"{settings.bits} bits is not supported", f"Use 16 or one of {BITS}")
+                raise RecipeError(f"{settings.bits} bits is not supported", f"Use 16, {listed(BITS)}")
             self._config(settings)
         differ = {name: settings for name, settings in found.items() if settings != own}
         object.__setattr__(self, "linears", differ)
@@ -131,9 +134,13 @@ class Recipe:
             return None
         return LinearFormat(config.bits, config.group_size, config.sym, layout=self.layout)
 
-    def exceptions(self) -> dict[str, LinearFormat | None]:
-        """The formats of the linears that differ, as `quantization_config_dict` takes them."""
-        return {name: self.format_of(name) for name in self.linears}
+    def exceptions(self, reader: str | None = None) -> dict[str, LinearFormat | None]:
+        """The formats of the linears that differ, as `quantization_config_dict` takes them.
+
+        reader: whose joined linears are named too.
+        """
+        found = {name: self.format_of(name) for name in self.linears}
+        return READERS[reader].with_joined(found) if reader else found
 
     def quantized(self, layer: LayerSpec) -> tuple[LinearSpec, ...]:
         """The linears of a layer that are quantized, in the order of execution."""

@@ -167,8 +167,8 @@ def _other_readers(facts: CardFacts) -> list[str]:
     """Lines on the programs beside lowmem that load the checkpoint."""
     if facts.quantization.layout == "gptq_p":
         return [
-            "GPTQModel loads it too. Its words are in the planar layout `gptq_p`, which holds 5, 6 and 7 bits "
-            "and which optimum, transformers and vLLM do not read.",
+            "GPTQModel loads it too. Its words are in the planar layout `gptq_p`, which holds 5, 6 and 7 "
+            "bits and which optimum, transformers and vLLM do not read.",
             "",
         ]
     return [

@@ -167,7 +167,9 @@ def _side_files(inputs: ConversionInputs, folder: Path) -> dict[str, FileDigest]
 
 def _quantization(inputs: ConversionInputs) -> dict[str, Any]:
     recipe = inputs.recipe
-    return quantization_config_dict(recipe.config, version=lowmem.__version__, linears=recipe.exceptions())
+    return quantization_config_dict(
+        recipe.config, version=lowmem.__version__, linears=recipe.exceptions(inputs.options.reader)
+    )
 
 
 def _config(inputs: ConversionInputs, tied: bool) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from lowmem.convert.inputs import fit_recipe
 from lowmem.convert.math.gptq import column_order, prepare, quantize
-from lowmem.convert.recipe import LinearSettings, Recipe
+from lowmem.convert.recipe import ConvertOptions, LinearSettings, Recipe
 from lowmem.convert.stages.context import run_stages
 from lowmem.convert.stages.layer import AdvanceStates, layer_stages, quantizing_stages
 from lowmem.convert.stages.replay import Replay
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from lowmem.checkpoint.dequantize import dequantize
 from lowmem.checkpoint.manifest import read_quantization
 from lowmem.checkpoint.verify.converted import verify
+from lowmem.cli import main
 from lowmem.config import QuantConfig
 from lowmem.errors import RecipeError
 from lowmem.kernels.quant_linear import QuantLinear
@@ -272,3 +274,41 @@ def test_the_card_says_who_reads_the_planar_layout(tmp_path: Path) -> None:
     for bits, words in ((6, "`gptq_p`, which holds 5, 6 and 7 bits"), (4, "So does transformers")):
         quick_convert(source, tmp_path / str(bits), QuantConfig(bits=bits, group_size=32), rows=2)
         assert words in (tmp_path / str(bits) / "README.md").read_text()
+
+
+def test_what_a_reader_does_not_load_is_refused(tmp_path: Path, capsys: Any) -> None:
+    source = save_source(tiny_model("llama"), tmp_path / "source")
+    command = ["convert", str(source), str(tmp_path / "out"), "--rows", "2", "--row-length", "64"]
+    for reader, options, problem in (
+        ("vllm", ["--bits", "3"], "vLLM loads 8 and 4 bits, not 3"),
+        ("vllm", ["--asym"], "vLLM loads symmetric linears only"),
+        ("gguf", ["--bits", "6"], "GGUF loads 8, 5 and 4 bits, not 6"),
+    ):
+        assert main([*command, "--for", reader, *options]) == 2
+        error = capsys.readouterr().err
+        assert problem in error and f"leave out --for {reader}" in error
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_vllm_finds_its_joined_linears_in_dynamic(tmp_path: Path) -> None:
+    """It asks for `qkv_proj`, as re.match does, and not for the names of the tensors."""
+    source = save_source(tiny_model("llama"), tmp_path / "source")
+    names = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkv"]
+    names.append("model.layers.1.mlp.down_proj")
+    recipe = Recipe(QuantConfig(bits=4, group_size=32), dict.fromkeys(names, LinearSettings(8)))
+    options = ConvertOptions(device="cpu", compute_dtype="float32", reader="vllm")
+    quick_convert(source, tmp_path / "out", recipe, rows=2, options=options)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    for name, bits in (
+        ("model.layers.0.self_attn.qkv_proj", 8),
+        ("model.layers.0.self_attn.o_proj", 4),
+        ("model.layers.0.mlp.gate_up_proj", 4),
+        ("model.layers.0.mlp.down_proj", 4),
+        ("model.layers.1.mlp.down_proj", 8),
+    ):
+        hit = (own for key, own in config["dynamic"].items() if re.match(key.removeprefix("+:"), name))
+        assert next(hit, config)["bits"] == bits
+    assert verify(tmp_path / "out").ok
+    different = Recipe(recipe.config, {names[0]: LinearSettings(8)})
+    with pytest.raises(RecipeError, match="vLLM joins"):
+        quick_convert(source, tmp_path / "other", different, rows=2, options=options)
