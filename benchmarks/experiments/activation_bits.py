@@ -26,7 +26,7 @@ from lowmem.loading.loader import LoadedModel, LoadOptions, load
 
 TEXTS = ("code", "dialogues")
 PLANES = {24: 3, **{bits: native_linear.planes_of(bits) for bits in (16, 12, 8)}}
-"""Bytes of an activation by its bits; 8-bit weights take 16 bits for 12."""
+"""Bytes of an activation by its bits; weights of more than 4 bits take 16 bits for 12."""
 _AT_ONCE = 4  # rows
 
 
