@@ -78,7 +78,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, digits: str =
     model = data["model"]
     if model["type"] != "BPE" or model.get("dropout"):
         raise _unknown(f"its model is {model['type']}")
-    tokens, types = _listed(data, size, bytes_apart=bool(model.get("byte_fallback")))
+    tokens, types = _listed(data, size, tokenizer.unk_token if model.get("byte_fallback") else None)
     bos = tokenizer.bos_token_id
     adds_bos = bos is not None and encode(tokenizer, "a", add_special_tokens=True)[:1] == [bos]
     if model.get("byte_fallback"):
@@ -105,19 +105,22 @@ def _unknown(why: str) -> SourceError:
 
 
 def _listed(
-    data: Mapping[str, Any], size: int, *, bytes_apart: bool
+    data: Mapping[str, Any], size: int, unknown: str | None
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Every token and its type, by id. bytes_apart: `<0x0A>` is the token of a byte."""
+    """Every token and its type, by id.
+
+    unknown: of sentencepiece, its token for what has none; `<0x0A>` is then the token of a byte.
+    """
     from gguf import TokenType
 
     found = {number: (token, TokenType.NORMAL) for token, number in data["model"]["vocab"].items()}
-    if bytes_apart:
+    if unknown is not None:
         for number, (token, _) in found.items():
             if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
                 found[number] = (token, TokenType.BYTE)
     for token in data["added_tokens"]:
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-        if bytes_apart and token["content"] == data["model"].get("unk_token"):
+        if token["content"] == unknown:
             kind = TokenType.UNKNOWN
         found[token["id"]] = (token["content"], kind)
     # Rows of the embedding without a token get a name that no text encodes to.

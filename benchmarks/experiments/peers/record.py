@@ -29,18 +29,20 @@ class Version:
     group_size: int = 0
     importance: bool = False
     """llama.cpp weights the error of each input by its mean square on the calibration rows."""
+    of: str = ""
+    """The key of the version that this one is exported from, or whose file it reads; see `exported`."""
 
     @property
     def label(self) -> str:
         """For tables: unique."""
-        name = self.kind if self.peer == "none" else f"{self.peer} {self.kind}"
+        name = self.kind if self.peer == "none" or self.of else f"{self.peer} {self.kind}"
         return f"{name} + importance" if self.importance else name
 
     @property
     def method(self) -> str:
-        """How it is loaded: dense, gptq, int8, nf4 or gguf."""
+        """How it is loaded: dense, gptq, int8, nf4, gguf, or unpacked: a GGUF's weights in float32."""
         if self.peer == "none":
-            return "dense"
+            return "unpacked" if self.of else "dense"
         return "gguf" if self.peer == "llama.cpp" else {"int8": "int8", "NF4": "nf4"}.get(self.kind, "gptq")
 
 

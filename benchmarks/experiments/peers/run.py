@@ -145,6 +145,8 @@ class Run:
         """The version's folder or file."""
         if version.method == "gguf":
             return self.work / f"{version.key}.gguf"
+        if version.method == "unpacked":
+            return self.work / f"{version.of}.gguf"
         if version.method != "gptq":
             return Path(self.source).resolve()
         folder = self.work / version.key
@@ -200,7 +202,9 @@ def convert(run: Run, version: Version) -> dict[str, Any]:
     data: dict[str, Any] = {"usage": None, "settings": {}, "versions": {}}
     if version.method in ("gguf", "gptq"):
         command = _conversion(run, version)
-        if version.peer == "lowmem":  # resumes an interrupted conversion, and makes the same rows itself
+        if (
+            version.peer == "lowmem" or version.of
+        ):  # resumes an interrupted conversion, and makes the same rows itself
             usage = run.process(command, name)
             report: dict[str, Any] = {}
         else:
@@ -216,6 +220,16 @@ def _conversion(run: Run, version: Version) -> list[str]:
     width = ["--bits", str(version.bits), "--group-size", str(version.group_size)]
     if version.peer == "lowmem":
         return [sys.executable, "-m", "lowmem", "convert", run.source, str(out), *width]
+    if version.of:
+        return [
+            sys.executable,
+            "-m",
+            "lowmem",
+            "export",
+            str(run.work / version.of),
+            f"{out}.gguf",
+            "--force",
+        ]
     if version.peer == "llama.cpp":
         source = run.work / "source.gguf"
         if not source.is_file():

@@ -160,8 +160,8 @@ def convert_with_gptqmodel(args: argparse.Namespace) -> dict[str, object]:
 def measure(work: Path, method: str, path: Path, source: str) -> dict[str, Any]:
     """One version on every text, and its size.
 
-    method: dense (computed in the source's dtype), gptq, int8, nf4 (computed in float32), or gguf (whose
-    logits are in files beside it).
+    method: dense (computed in the source's dtype), gptq, int8, nf4, unpacked (computed in float32), or gguf
+    (whose logits are in files beside it).
     """
     import numpy as np
     import torch
@@ -175,7 +175,10 @@ def measure(work: Path, method: str, path: Path, source: str) -> dict[str, Any]:
     if method != "gguf":
         on_the_fly: Any = method if method in ("int8", "nf4") else None
         dtype = getattr(torch, prepared["dtype"]) if method == "dense" else torch.float32
-        model = load(path, LoadOptions(dtype=dtype, on_the_fly=on_the_fly)).model
+        place = source if method == "unpacked" else path
+        model = load(place, LoadOptions(dtype=dtype, on_the_fly=on_the_fly)).model
+        if method == "unpacked":
+            fill_from_gguf(model, path)
     texts = []
     for name in prepared["texts"]:
         rows = torch.from_numpy(np.load(work / f"rows-{name}.npy")).long()
@@ -188,6 +191,25 @@ def measure(work: Path, method: str, path: Path, source: str) -> dict[str, Any]:
         texts.append(to_json(summarize(name, compare(rows, pairs))))
     bits, nbytes = stored_size(method, path, source, model)
     return {"texts": texts, "bits_per_weight": bits, "weight_bytes": nbytes}
+
+
+def fill_from_gguf(model: Any, file: Path) -> None:
+    """Replace every parameter by the one in a GGUF file, dequantized by the gguf package."""
+    import gguf
+    import numpy as np
+    import torch
+
+    from lowmem.export.families import row_order
+    from lowmem.export.tensors import name_map
+
+    names = name_map(model.config)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    for name, parameter in model.named_parameters():
+        stored = tensors[names.get_name(name, try_suffixes=(".weight", ".bias"))]
+        values = torch.from_numpy(np.array(gguf.dequantize(stored.data, stored.tensor_type)))
+        order = row_order(name, parameter.shape[0], model.config)
+        own = torch.arange(parameter.shape[0]) if order is None else order.argsort()
+        parameter.data = values.view(parameter.shape)[own].to(parameter.dtype)
 
 
 def _parts(logits: Any) -> Iterator[torch.Tensor]:
@@ -224,7 +246,7 @@ def stored_size(method: str, path: Path, source: str, model: Any = None) -> tupl
     from lowmem.kernels.bitsandbytes import scale_bytes
     from lowmem.models.architecture import inspect
 
-    if method == "gguf":
+    if method in ("gguf", "unpacked"):
         tensors = read_gguf_header(path).tensors
         linears = [t for name, t in tensors.items() if name.startswith("blk.") and len(t.shape) == 2]
         weights = sum(t.shape[0] * t.shape[1] for t in linears)
