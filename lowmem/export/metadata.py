@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import lowmem
 from lowmem.checkpoint.files.home import typed_path
+from lowmem.checkpoint.files.links import leads_outside
 from lowmem.checkpoint.source.base import Source
+from lowmem.checkpoint.source.card import base_model_of_card
 from lowmem.export.families import add_dimensions
 from lowmem.export.vocabulary import Vocabulary
 from lowmem.models.dialogue import CHAT_TEMPLATE, Dialogue, end_token_ids, fim_tokens
@@ -59,12 +61,21 @@ def source_name(source: Source) -> str:
     return resolved.stem if resolved.is_file() else resolved.name
 
 
-def add_general(writer: Any, source: Source, name: str, kind: str) -> None:
+def add_general(writer: Any, source: Source, kind: str) -> None:
     """Write name, licence and origin. kind: the type of most weights."""
     import gguf
 
     writer.add_type("model")
-    writer.add_name(name)
+    card = source.path / "README.md"
+    base = None if leads_outside(card) else base_model_of_card(card)
+    if source.format is not None and base:
+        owner, _, name = base.rpartition("/")
+        writer.add_name(f"{name} {source.format.label} GPTQ")
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, name)
+        writer.add_base_model_organization(0, owner)
+    else:
+        writer.add_name(source_name(source))
     if licence := source.license_name():
         writer.add_license(licence)
     if source.format is not None:
@@ -127,7 +138,7 @@ def add_all(
     writer: Any, source: Source, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, kind: str
 ) -> None:
     """Write every key. kind: the type of most weights."""
-    add_general(writer, source, source_name(source), kind)
+    add_general(writer, source, kind)
     add_dimensions(writer, source.config())
     writer.add_vocab_size(len(vocabulary.tokens))
     add_tokenizer(writer, source, tokenizer, vocabulary)

@@ -133,7 +133,7 @@ def test_the_type_of_embedding_and_head(tmp_path, head, kind, lost):
     assert {stored[name][0] for name in ("token_embd.weight", "output.weight")} == {kind}
     assert stored["blk.0.ffn_up.weight"][0] == "BF16" and (len(found.losses) > 0) == bool(lost)
     difference = stored["output.weight"][1] - model.lm_head.weight.detach().float()
-    assert float(difference.abs().max()) <= 2**-7 * float(model.lm_head.weight.abs().max())
+    assert float(difference.abs().max()) <= 2**-7 * float(model.lm_head.weight.detach().abs().max())
 
 
 def test_starchats_dialogue_ends_a_turn(tmp_path):
@@ -153,12 +153,17 @@ def test_template_and_licence_of_the_checkpoint(tmp_path, capsys):
     assert model is not None
     template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     (tmp_path / "own" / "chat_template.jinja").write_text(template)
-    (tmp_path / "own" / "README.md").write_text("---\nlicense: bigcode-openrail-m\n---\n")
+    (tmp_path / "own" / "README.md").write_text(
+        "---\nbase_model: HuggingFaceH4/starchat-alpha\nlicense: bigcode-openrail-m\n---\n"
+    )
     out = tmp_path / "m.gguf"
     assert main(["export", str(tmp_path / "own"), str(out)]) == 0
     fields = fields_of(out)
     assert fields["tokenizer.chat_template"] == template
     assert fields["general.license"] == "bigcode-openrail-m" and fields["general.file_type"] == 2
+    assert fields["general.name"] == "starchat-alpha 4-bit g32 GPTQ"
+    assert fields["general.base_model.0.name"] == "starchat-alpha"
+    assert fields["general.base_model.0.organization"] == "HuggingFaceH4"
     assert "use restrictions bind this file too" in capsys.readouterr().out
 
 
