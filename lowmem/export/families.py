@@ -92,7 +92,8 @@ def _rope(config: Any) -> dict[str, Any]:
 
 def head_width(config: Any) -> int:
     """Features of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
 
 
 def window_of(config: Any) -> int | None:

@@ -79,7 +79,7 @@ def write_file(
             starts[stored.name] = _pad(stream)
             for expected, data in pieces(source, stored):
                 begin = stream.tell()
-                stream.write(data)
+                stream.write(data.data)
                 stream.flush()
                 read = os.pread(stream.fileno(), data.nbytes, begin)
                 found = decode(read, stored.kind, tuple(expected.shape))
