@@ -69,7 +69,7 @@ def add_general(writer: Any, source: Source, kind: str) -> None:
     card = source.path / "README.md"
     base = None if leads_outside(card) else base_model_of_card(card)
     if source.format is not None and base:
-        owner, _, name = base.rpartition("/")
+        owner, _, name = base.removesuffix(".gguf").rpartition("/")
         writer.add_name(f"{name} {source.format.label} GPTQ")
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, name)

@@ -35,7 +35,7 @@ def test_the_committed_record_holds_what_the_documents_say():
     """The file has the checkpoint's figures exactly; in llama.cpp it is far better than llama.cpp's own."""
     record = EXPORTED.read()
     four = {version.subject.label: version for version in record.versions}
-    checkpoint, unpacked = four["4-bit g128"], four["its Q4_0 file, dequantized"]
+    checkpoint, unpacked = four["lowmem 4-bit g128"], four["its Q4_0 file, dequantized"]
     for ours, file in zip(checkpoint.texts, unpacked.texts, strict=True):
         assert ours.kld.mean == pytest.approx(file.kld.mean, rel=1e-4)
         assert ours.same_top1 == pytest.approx(file.same_top1, abs=1e-4)
