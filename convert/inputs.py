@@ -139,7 +139,8 @@ def prepare(
     arch = inspect(model_config)
     weights = ModelWeights(source, arch)
     chosen = fit_recipe(config, arch, reporter.message)
-    check_reader(options.reader, chosen, arch)
+    if options.budget is None:  # else the allocation decides
+        check_reader(options.reader, chosen, arch)
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if limit and calibration.row_length > limit:
         raise CalibrationError(
@@ -157,7 +158,9 @@ def prepare(
     if options.budget is None:
         return inputs
     allocation = allocate(inputs, options.budget, calibration, reporter)
-    return replace(inputs, recipe=recipe_of(allocation, chosen), allocation=allocation)
+    recipe = recipe_of(allocation, chosen)
+    check_reader(options.reader, recipe, arch)
+    return replace(inputs, recipe=recipe, allocation=allocation)
 
 
 def check_reader(reader: str | None, recipe: Recipe, arch: Architecture) -> None:

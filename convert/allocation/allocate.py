@@ -10,6 +10,7 @@ from lowmem.convert.allocation.measure import ROWS, Measurement, check_memory, m
 from lowmem.convert.calibration import CalibrationSpec, load_rows
 from lowmem.convert.recipe import LinearSettings, Recipe
 
+from lowmem.checkpoint.readers import READERS
 from lowmem.models.dialogue import Dialogue
 from lowmem.plan import device as machine
 from lowmem.plan.fit.allocation import Allocation, best_allocation
@@ -32,7 +33,13 @@ def allocate(
     MemoryBudgetError for a size below the smallest, or a memory limit that is too low to measure.
     """
     found = sensitivities(inputs, calibration, reporter)
-    allocation = best_allocation(found, budget.left_for_linears(read_shape(inputs.source.path)))
+    left = budget.left_for_linears(read_shape(inputs.source.path))
+    reader = READERS[inputs.options.reader] if inputs.options.reader else None
+    if reader is None:
+        allocation = best_allocation(found, left)
+    else:
+        alike = reader.must_match(found.linears).values()
+        allocation = best_allocation(found, left, allows=lambda one: not reader.allows(one), alike=alike)
     reporter.message(
         f"{budget.label()}: {allocation.bits_per_weight:.2f} bits per weight on average, "
         f"predicted KL divergence {allocation.predicted_kld:.2g}"

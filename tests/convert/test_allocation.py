@@ -22,6 +22,7 @@ from torch import nn
 
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.manifest import read_quantization
+from lowmem.checkpoint.readers import READERS
 from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.converted import verify
@@ -158,6 +159,21 @@ def test_a_measurement_serves_later_budgets(tmp_path: Path, monkeypatch: pytest.
         assert verify(tmp_path / f"out{bits}").ok
         assert not read_quantization(tmp_path / f"out{bits}").uniform
     assert len(counted) == 2, "one call for each layer"
+
+
+def test_an_allocation_suits_the_program_that_loads_it(tmp_path: Path) -> None:
+    """Of vLLM's two widths, and linears that it joins alike: `check` refuses anything else."""
+    save_source(tiny_model("llama", hidden=128), tmp_path / "m")
+    options = ConvertOptions(budget=SizeBudget(bits_per_weight=5.5), device="cpu", reader="vllm")
+    summary = convert(
+        tmp_path / "m", tmp_path / "out", calibration=CalibrationSpec(rows=4, row_length=64), options=options
+    )
+    assert 4.5 < summary.bits_per_weight <= 5.5
+    format = read_quantization(tmp_path / "out")
+    names = inspect(open_source(str(tmp_path / "m")).config()).linear_names()
+    formats = {name: format.of(name) for name in names}
+    assert {one.bits for one in formats.values() if one} == {4, 8}
+    READERS["vllm"].check(formats)
 
 
 def test_kept_sensitivities_belong_to_the_weights(tmp_path: Path) -> None:
