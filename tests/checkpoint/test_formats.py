@@ -6,6 +6,8 @@ import re
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lowmem.checkpoint.formats import FormatException, LinearFormat, QuantizationFormat, layout_for
 from lowmem.errors import SourceError
@@ -82,3 +84,41 @@ def test_the_layout_of_a_checkpoint() -> None:
     assert not LinearFormat(3, 128).planar and LinearFormat(3, 128, layout="gptq_p").planar
     assert LinearFormat(6, 128).planar and not LinearFormat(4, 128, layout="gptq_p").planar
     assert [LinearFormat(bits, 32).unit for bits in (8, 7, 6, 5, 4, 3, 2)] == [4, 32, 32, 32, 8, 32, 16]
+
+
+LEAVES = ("self_attn.q_proj", "mlp.down_proj", "mlp.experts.3.up-proj")
+LINEARS = [f"model.layers.{layer}.{leaf}" for layer in (0, 1, 2, 10, 11, 21) for leaf in LEAVES]
+LINEARS += ["lm_head", "h.007.x", "0.mlp", "model.layer2.1.w"]
+STRANGERS = ["model.layers.100.mlp.down_proj", "model.layers.1.mlp.down_proj.x", "xlm_head"]
+    "model.layers.100.mlp.down_proj",
+    "model.layers.1.mlp.down_proj.x",
+    "xlm_head",
+    "modelxlayers.0.mlp",
+]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.dictionaries(st.sampled_from(LINEARS), st.sampled_from((None, EIGHT, LinearFormat(3, -1)))))
+def test_a_mixture_covers_exactly_the_linears_that_differ(differ: dict[str, LinearFormat | None]) -> None:
+    """As lowmem reads it, and as GPTQModel and vLLM do: the first pattern that re.match finds."""
+    mixed = QuantizationFormat.mixture(FOUR, differ)
+    excluded = [exception.format is None for exception in mixed.exceptions]
+    assert excluded == sorted(excluded, reverse=True)  # GPTQModel puts them first
+    for name in (*LINEARS, *STRANGERS):
+        found = [one.format for one in mixed.exceptions if re.match(one.pattern, name)]
+        assert len(found) == (name in differ) and all(one.is_supported for one in mixed.exceptions)
+        assert mixed.of(name) == differ.get(name, FOUR) == (found[0] if found else FOUR)
+
+
+def test_linears_that_differ_by_their_layer_share_a_pattern() -> None:
+    """A model of 80 layers has a readable list."""
+    differ = {f"model.layers.{layer}.mlp.down_proj": EIGHT for layer in range(0, 80, 2)}
+    (exception,) = QuantizationFormat.mixture(FOUR, differ).exceptions
+    assert exception.pattern.startswith(r"^model\.layers\.(?:0|2|4|") and len(exception.pattern) < 200
+    one = QuantizationFormat.mixture(FOUR, {"model.layers.7.mlp.down_proj": None}).exceptions
+    assert [e.pattern for e in one] == [r"^model\.layers\.7\.mlp\.down_proj$"]
+
+
+def test_many_widths_have_a_short_label() -> None:
+    differ = {f"h.{bits}": LinearFormat(bits, 128) for bits in (2, 3, 8)}
+    assert QuantizationFormat.mixture(FOUR, differ).label == "2 to 8-bit mixed"
