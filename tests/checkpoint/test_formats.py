@@ -90,11 +90,6 @@ LEAVES = ("self_attn.q_proj", "mlp.down_proj", "mlp.experts.3.up-proj")
 LINEARS = [f"model.layers.{layer}.{leaf}" for layer in (0, 1, 2, 10, 11, 21) for leaf in LEAVES]
 LINEARS += ["lm_head", "h.007.x", "0.mlp", "model.layer2.1.w"]
 STRANGERS = ["model.layers.100.mlp.down_proj", "model.layers.1.mlp.down_proj.x", "xlm_head"]
-    "model.layers.100.mlp.down_proj",
-    "model.layers.1.mlp.down_proj.x",
-    "xlm_head",
-    "modelxlayers.0.mlp",
-]
 
 
 @settings(deadline=None, max_examples=100)
