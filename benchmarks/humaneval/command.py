@@ -159,6 +159,7 @@ class _Version:
             method=candidate.form.method,
             device=self.device,
             dtype=candidate.form.dtype,
+            head_bits=candidate.form.head_bits,
         )
 
         def loading(done: int, count: int) -> None:

@@ -71,6 +71,7 @@ def _time_version(task: TimingTask, found: Timings, tell: Tell) -> Timings:
     from lowmem.benchmarks.latency.energy import find_meter
 
     from lowmem.loading.loader import LoadOptions, load
+    from lowmem.models.embedding import token_table
     from lowmem.session import Session
 
     device, context = torch.device(task.device), task.lengths.context
@@ -82,7 +83,7 @@ def _time_version(task: TimingTask, found: Timings, tell: Tell) -> Timings:
     # Without stop tokens, an answer always has the asked number of tokens.
     session = Session(replace(loaded, stop_ids=()), context=context, speculate=False)
     session.engine.repacking.finish()  # else repacking would slow the first answers down
-    vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+    vocabulary = token_table(loaded.model).vocabulary
     timer = EngineTimer(session.engine, finish=lambda: wait(device), meter=find_meter(device))
     prompts, decodes = timer.time(task.lengths, token_ids(context, vocabulary), tell)
     return replace(

@@ -149,6 +149,7 @@ class Scorer:
             method=candidate.form.method,
             device=self.device,
             dtype=entrant.subject.dtype if self.kernels else candidate.form.dtype,
+            head_bits=candidate.form.head_bits,
         )
         plan = plan_for(request)
         return load_option(plan.chosen, plan, request)

@@ -116,18 +116,22 @@ def record(plan: Plan) -> dict[str, object]:
 
 
 def _option(option: Option) -> dict[str, object]:
+    from lowmem.plan.memory import head_bytes
+
     candidate = option.candidate
     return {
         "label": candidate.label,
         "method": candidate.form.method,
         "bits": candidate.bits,
         "dtype": candidate.form.dtype,
+        "head_bits": candidate.form.head_bits,
         "path": str(candidate.path),
         "command": candidate.command or None,
         "kld": candidate.kld,
         "device": option.device,
         "cpu_layers": option.cpu_layers,
         "weights": option.need.weights,
+        "head": head_bytes(candidate.shape, candidate.form.head_bits, candidate.form.itemsize),
         "kv_cache": option.need.kv_cache,
         "workspace": option.need.workspace,
         "own_context": option.need.context,

@@ -53,6 +53,13 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="bits of the activations on a CPU; fewer make prefill faster, 16 is exact "
         "(default: 16 with weights of 5 to 8 bits, 12 with 4, 8 with 3 and 2)",
     )
+    group.add_argument(
+        "--head-bits",
+        choices=("auto", "16", "8"),
+        default="auto",
+        help="bits of the head and the token embedding: 8 rounds them while loading; "
+        "auto: 8 where a better version then fits the card, else 16 (default: %(default)s)",
+    )
 
 
 def add_check_argument(parser: argparse.ArgumentParser) -> None:
@@ -76,5 +83,6 @@ def request_of(args: argparse.Namespace) -> ModelRequest:
         ram=args.ram,
         dtype=None if args.dtype == "auto" else args.dtype,
         activation_bits=args.activation_bits,
+        head_bits=None if args.head_bits == "auto" else int(args.head_bits),
         check=getattr(args, "check", False),
     )

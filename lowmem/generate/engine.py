@@ -26,6 +26,7 @@ from lowmem.generate.prefix_store import MIN_TOKENS, PrefixStore, common_prefix
 from lowmem.generate.repacking import Repacking
 from lowmem.generate.sampling import Sampler
 from lowmem.generate.sequence import Sequence, Token
+from lowmem.models.embedding import token_table
 from lowmem.models.positions import longest_sequence
 
 Progress = Callable[[int, int], None]
@@ -60,8 +61,8 @@ class Engine:
                 f"Use --context {self._positions} or less",
             )
         limit_primitive_caches()
-        table = model.get_input_embeddings().weight
-        self._vocabulary, self._device = int(table.shape[0]), table.device
+        table = token_table(model)
+        self._vocabulary, self._device = table.vocabulary, table.device
         self.model = model
         self.context = context
         self.stop_ids = frozenset(stop_ids)

@@ -33,7 +33,7 @@ from lowmem.models.architecture import build_model, decoder_layers
 from lowmem.models.dialogue import Dialogue, end_token_ids
 from lowmem.models.vocabulary import check_vocabulary
 from lowmem.plan.device import return_freed_memory
-from lowmem.plan.memory import ON_THE_FLY, RETURNED
+from lowmem.plan.memory import HEAD_BITS, ON_THE_FLY, RETURNED, with_head
 from lowmem.plan.planner import Option, Plan
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,10 +91,14 @@ class LoadOptions:
     """Decoder layers on `device`, the others are on the CPU; None: all on `device`."""
     activation_bits: int | None = None
     """8, 12 or 16: the integers that the CPU's kernels round activations to; None: the kernel's default."""
+    head_bits: int = 16
+    """8 rounds the token embedding and the head to 8 bits as they are read; 16 leaves them as stored."""
 
     def __post_init__(self) -> None:
         if torch.device(self.device).type == "meta" or self.dtype not in (None, *_DTYPES):
             raise ValueError(f"cannot load to {self.device} as {self.dtype}")
+        if self.head_bits not in HEAD_BITS:
+            raise ValueError(f"head_bits={self.head_bits} is not one of {HEAD_BITS}")
 
 
 @paused_collection()
@@ -142,7 +146,7 @@ def load(
         _swap_for_bnb(layers, on_the_fly)
     split = options.split if options.split is not None and options.split < len(layers) else None
     placement = Placement(device, layers_name, split)
-    fill(model, source, placement, dtype, progress)
+    fill(model, source, placement, dtype, progress, options.head_bits)
     check_packed(model, source, notify)
     kernel = {"int8": "bitsandbytes int8", "nf4": "bitsandbytes NF4", None: "torch"}[on_the_fly]
     if source.format:
@@ -162,7 +166,7 @@ def load(
         device=device,
         load_seconds=time.perf_counter() - start,
         weight_bytes=weight_bytes(model),
-        label=_label(source.format, on_the_fly, dtype),
+        label=with_head(_label(source.format, on_the_fly, dtype), options.head_bits),
         kernel=kernel,
         context=options.context,
         cpu_layers=0 if placement.split is None else len(layers) - placement.split,

@@ -80,6 +80,7 @@ def load_option(
             context=plan.context,
             split=layers - option.cpu_layers if option.device == "split" else None,
             activation_bits=request.activation_bits,
+            head_bits=form.head_bits,
         ),
         progress=progress,
         notify=notify,

@@ -24,6 +24,12 @@ from lowmem.config import QUANTIZED_SLICE_BYTES, SLICE_BYTES
 from lowmem.errors import SourceError
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.kernels.quantized_tables import (
+    QuantizedEmbedding,
+    QuantizedHead,
+    QuantizedTable,
+    quantize_tables,
+)
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead, keep_as_stored
 
 _CAST_VALUES = 1 << 20
@@ -64,10 +70,12 @@ def fill(
     placement: Placement,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
+    head_bits: int = 16,
 ) -> None:
     """Fill a model on the meta device with the tensors of a source, and tie what it ties.
 
-    progress: called with bytes done and bytes in all. Raises SourceError for a tensor that is missing, or
+    progress: called with bytes done and bytes in all. head_bits: 8 rounds the token embedding and the head
+    (see quantized_tables.py). Raises SourceError for a tensor that is missing, or
     whose shape or dtype is not the model's.
     """
     infos = source.infos
@@ -79,6 +87,8 @@ def fill(
         _check_shape(infos[stored], stored, shapes[name])
         if name not in integers:
             _check_float(infos[stored], stored)
+    if head_bits == 8:
+        quantize_tables(model, placement.device, dtype)
     packed = any(isinstance(module, QuantLinear) for module in model.modules())
     if packed and placement.device.type == "cpu":  # otherwise nearly all is cast, and this saves little
         half = [name for name, stored in places.items() if infos[stored].dtype == "float16"]
@@ -136,6 +146,8 @@ def _place(
         rows = bnb.rows_may_be_sliced(module) and source.reads_rows
         slices = _slices(source, name, QUANTIZED_SLICE_BYTES, whole=not rows)
         bnb.quantize_into(module, slices, device, dtype)
+    elif leaf == "weight" and isinstance(module, QuantizedEmbedding | QuantizedHead):
+        _round_into(module.table, source, name)
     elif leaf == "weight" and isinstance(module, StoredEmbedding | StoredHead):
         setattr(module, leaf, _to(source, name, device, None))
     elif leaf in module._buffers:
@@ -145,6 +157,15 @@ def _place(
     else:
         tensor = _finite_if_short(_to(source, name, device, dtype), name)
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+def _round_into(table: QuantizedTable, source: Source, name: str) -> None:
+    """Fill an 8-bit table with a stored tensor, a slice of rows at a time."""
+    try:
+        for first, rows in _slices(source, name, QUANTIZED_SLICE_BYTES, whole=not source.reads_rows):
+            table.fill(first, rows)
+    except ValueError as error:
+        raise SourceError(f"tensor {name!r} {error}", _SEE) from None
 
 
 def _to(source: Source, name: str, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:

@@ -12,7 +12,7 @@ from lowmem.checkpoint.files.reading import is_hub_id, read_json
 from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.errors import LowmemError, SourceError
 from lowmem.kernels.native.header import WIDTHS
-from lowmem.plan.memory import ON_THE_FLY, Form
+from lowmem.plan.memory import ON_THE_FLY, Form, takes_8bit_head, with_head
 from lowmem.plan.shape import ModelShape, as_converted, read_shape
 
 REPORT_FILE = "lowmem-report.json"
@@ -40,6 +40,8 @@ class Candidate:
     """Its measured KL divergence, where the manifest has one; the predicted one of a version to be made."""
     command: str = ""
     """The command that makes it, if it does not exist yet."""
+    only_to_fit: bool = False
+    """It has an 8-bit head that nobody asked for: for a card on which the version does not fit without."""
 
     @property
     def where(self) -> str:
@@ -95,6 +97,25 @@ def offered(*, cuda: bool) -> tuple[int, ...]:
     Not 7 bits: 8 are as good for a user who has the memory, and 6 are for one who has not.
     """
     return tuple(bits for bits in WIDTHS if bits != 7 and not (cuda and bits in (6, 5)))
+
+
+def with_8bit_head(candidate: Candidate, *, only_to_fit: bool = False) -> Candidate | None:
+    """The version with its head and token embedding in 8 bits; None for a model that cannot have them so."""
+    if not takes_8bit_head(candidate.shape):
+        return None
+    form = replace(candidate.form, head_bits=8)
+    return replace(candidate, label=with_head(candidate.label, 8), form=form, only_to_fit=only_to_fit)
+
+
+def with_spare_heads(candidates: Iterable[Candidate]) -> list[Candidate]:
+    """Each converted version, followed by itself with an 8-bit head `only_to_fit`, if it can have one."""
+    found: list[Candidate] = []
+    for candidate in candidates:
+        found.append(candidate)
+        if candidate.form.method == "gptq" and candidate.form.head_bits == 16:
+            spare = with_8bit_head(candidate, only_to_fit=True)
+            found += [spare] if spare else []
+    return found
 
 
 def ranked(candidates: Iterable[Candidate]) -> list[Candidate]:

@@ -9,13 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lowmem.config import PREFILL_CHUNK, QUANTIZED_SLICE_BYTES, SLICE_BYTES
+from lowmem.config import PREFILL_CHUNK, QUANTIZED_SLICE_BYTES, SLICE_BYTES, SLICE_WEIGHTS
 from lowmem.kernels.registry import planned
+from lowmem.kernels.table_format import table_bytes, table_group
 from lowmem.plan.shape import ModelShape, Tensor
 
 Method = Literal["dense", "gptq", "int8", "nf4"]
 ON_THE_FLY = {"int8": "int8 bnb", "nf4": "NF4 bnb"}
 """bitsandbytes' methods, and their names for users."""
+HEAD_BITS = (16, 8)
+"""Bits in which a head and a token embedding can be held. 16 stands for the dtype of the activations."""
+_POSITIONS = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight")
+"""Tables of positions, which may have as many rows as there are tokens."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 SLACK = 24 << 20
 """Small buffers of the libraries and the allocator's rounding (measured: 13 to 30 MiB)."""
@@ -54,11 +59,49 @@ class Form:
     """How the linears of the decoder layers are stored."""
     dtype: str
     """Of activations and dense weights, as "bfloat16"."""
+    head_bits: int = 16
+    """Of the head and the token embedding: one of HEAD_BITS."""
 
     @property
     def itemsize(self) -> int:
         """Bytes of one activation."""
         return ITEMSIZE[self.dtype]
+
+
+def with_head(label: str, head_bits: int) -> str:
+    """The name of a version, such as "4-bit g128", with the bits of its head where they are not 16."""
+    return label if head_bits == 16 else f"{label}, {head_bits}-bit head"
+
+
+def head_tables(shape: ModelShape) -> tuple[Tensor, ...]:
+    """The token embedding and, unless it is tied or packed, the head: matrices with a row for each token."""
+    return tuple(
+        t
+        for t in shape.tensors
+        if t.layer < 0
+        and len(t.shape) == 2
+        and t.shape[0] == shape.vocab
+        and not t.packed
+        and not t.name.endswith(_POSITIONS)
+    )
+
+
+def takes_8bit_head(shape: ModelShape) -> bool:
+    """Whether the head and the embedding can be held in 8 bits, as far as headers tell."""
+    tables = head_tables(shape)
+    return bool(tables) and all(table_group(table.shape[1]) for table in tables)
+
+
+def head_bytes(shape: ModelShape, head_bits: int, itemsize: int = 2) -> int:
+    """Bytes of the head and the token embedding in memory; a tied pair counts once.
+
+    head_bits: one of HEAD_BITS. itemsize: bytes of one activation, and so of a value that is not in 8 bits.
+    Raises ValueError for 8 bits unless `takes_8bit_head`.
+    """
+    tables = head_tables(shape)
+    if head_bits == 16:
+        return sum(table.numel for table in tables) * itemsize
+    return sum(table_bytes(*table.shape) for table in tables)
 
 
 def weights_bytes(shape: ModelShape, form: Form, layers: range | None = None, outside: bool = True) -> int:
@@ -70,6 +113,8 @@ def weights_bytes(shape: ModelShape, form: Form, layers: range | None = None, ou
     for tensor in shape.tensors:
         wanted = outside if tensor.layer < 0 else layers is None or tensor.layer in layers
         total += _held(tensor, form) if wanted else 0
+    if outside and form.head_bits == 8:
+        total += head_bytes(shape, 8) - head_bytes(shape, 16, form.itemsize)
     return total
 
 
@@ -104,6 +149,7 @@ def workspace_bytes(
             _loading(shape, form),
             _activations(shape, form, context) + _kernel(shape, form, cuda=cuda, packs_nf4=packs_nf4),
             _sampling(shape),
+            _head(shape, form, cuda=cuda),
         )
     )
 
@@ -150,6 +196,14 @@ def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> in
     return max(needs, default=0)
 
 
+def _head(shape: ModelShape, form: Form, *, cuda: bool) -> int:
+    """The product with an 8-bit head on a card: a slice of it as float32, again with scales, and in 16 bits.
+
+    On a CPU our kernels take less than for a linear of the layers.
+    """
+    return SLICE_WEIGHTS * (4 + 4 + form.itemsize) if cuda and form.head_bits == 8 else 0
+
+
 def _holes(shape: ModelShape, form: Form) -> int:
     """Small blocks that malloc keeps after bitsandbytes' products on a CPU: about one int8 input per linear.
 
@@ -190,7 +244,7 @@ def _never_looked_up(shape: ModelShape, form: Form, context: int) -> int:
     With packed weights and bfloat16 activations a float16 table stays mapped from its file, and only pages
     that are looked up are read (see stored_embeddings.py).
     """
-    if form != Form("gptq", "bfloat16") or shape.stored != "float16":
+    if (form.method, form.dtype, shape.stored) != ("gptq", "bfloat16", "float16"):
         return 0
     return max(0, shape.learned_positions - context) * shape.hidden * form.itemsize
 
@@ -220,11 +274,8 @@ def bytes_read_a_token(
     """Bytes of weights that one decode step reads: all but the embedding tables, of which it reads a row."""
     total = weights_bytes(shape, form, layers, outside)
     if outside:
-        total -= (shape.learned_positions + _looked_up(shape)) * shape.hidden * form.itemsize
+        total -= shape.learned_positions * shape.hidden * form.itemsize
+        tables = head_tables(shape)
+        if len(tables) > 1:  # the embedding is as large as the head
+            total -= head_bytes(shape, form.head_bits, form.itemsize) // len(tables)
     return total
-
-
-def _looked_up(shape: ModelShape) -> int:
-    """Rows of the token embedding, if it is not tied to the head; else 0."""
-    tables = [t for t in shape.tensors if t.layer < 0 and len(t.shape) == 2 and t.shape[0] == shape.vocab]
-    return shape.vocab if len(tables) > 1 else 0

@@ -4,6 +4,9 @@ The planner takes the best candidate that fits the device whole. If none does, i
 CPU: it takes the best candidate that keeps at least half of them on the card, or else the one with the fewest
 bytes on the CPU. If that does not fit either, it takes the best that fits the host's memory. A refusal names
 the least memory that would be enough.
+
+A candidate `only_to_fit`, which has an 8-bit head, follows its plain version. So it is chosen where it fits a
+card, or keeps half of its layers there, and the plain version does not. Elsewhere it is never chosen.
 """
 
 from __future__ import annotations
@@ -107,26 +110,51 @@ def make_plan(
     possible: versions that do not exist yet. Raises MemoryBudgetError, naming the least memory that would be
     enough, when nothing fits anywhere.
     """
-    options = tuple(_whole(c, budget, context) for c in candidates)
-    others = tuple(_whole(c, budget, context) for c in possible)
-    order = [option for option in options if option.fits]
+    if budget.card is None:
+        candidates = [c for c in candidates if not c.only_to_fit]
+        possible = [c for c in possible if not c.only_to_fit]
+    whole = [_whole(c, budget, context) for c in candidates]
+    others = _worth_showing([_whole(c, budget, context) for c in possible])
+    order = [option for option in whole if option.fits]
     if budget.card is not None:
         splits = [s for s in (_split(c, budget, context) for c in candidates) if s is not None]
         half = [s for s in splits if 2 * s.cpu_layers <= s.candidate.shape.layers]
-        rest = [s for s in splits if s not in half]
-        on_host = (_alone(c, budget, context, cuda=False) for c in candidates)
-        order += half + sorted(rest, key=_host_weights) + [option for option in on_host if option.fits]
+        rest = [s for s in splits if s not in half and not s.candidate.only_to_fit]
+        order += (
+            half
+            + sorted(rest, key=_host_weights)
+            + [option for option in _on_host(candidates, budget, context) if option.fits]
+        )
     if not order:
         raise _refusal(candidates, budget, context, others)
     chosen = order[0]
+    options = _worth_showing(whole, chosen.candidate)
     smaller = [o for o in order[1:] if _weights(o) < _weights(chosen) or o.device != chosen.device]
     reason = _reason(chosen, options, budget, context) + _advice(chosen, others)
+    if chosen.candidate.only_to_fit:
+        reason += " Its head and embedding are rounded to 8 bits while loading (--head-bits 16: never)."
     return Plan(context, budget, chosen, options, tuple(smaller), others, reason)
 
 
 def _whole(candidate: Candidate, budget: Budget, context: int) -> Option:
     """The candidate whole on the card, or on the CPU without a card."""
     return _alone(candidate, budget, context, cuda=budget.card is not None)
+
+
+def _on_host(candidates: Sequence[Candidate], budget: Budget, context: int) -> list[Option]:
+    """The candidates whole on the CPU, without the ones that are for a card."""
+    return [_alone(c, budget, context, cuda=False) for c in candidates if not c.only_to_fit]
+
+
+def _worth_showing(options: Sequence[Option], chosen: Candidate | None = None) -> tuple[Option, ...]:
+    """Leave out what is `only_to_fit` and does not fit, or whose plain version, the one before, fits too."""
+    return tuple(
+        option
+        for index, option in enumerate(options)
+        if not option.candidate.only_to_fit
+        or option.candidate is chosen
+        or (option.fits and not options[index - 1].fits)
+    )
 
 
 def _alone(candidate: Candidate, budget: Budget, context: int, *, cuda: bool) -> Option:
@@ -261,8 +289,7 @@ def _refusal(
     candidates: Sequence[Candidate], budget: Budget, context: int, possible: Sequence[Option]
 ) -> MemoryBudgetError:
     """The error that names the least memory with which a plan is found, in whole MiB."""
-    on_host = (_alone(c, budget, context, cuda=False) for c in candidates)
-    smallest = min(on_host, key=lambda option: option.need.total)
+    smallest = min(_on_host(candidates, budget, context), key=lambda option: option.need.total)
     least, ram = smallest.candidate, math.ceil(smallest.need.total / _MIB)
     kv = math.ceil(kv_cache_bytes(least.shape, least.form, context) / _MIB)
     made = next((o.candidate for o in possible if o.fits), None)
@@ -288,7 +315,7 @@ def _least_card(candidate: Candidate, budget: Budget, context: int) -> int:
     """The fewest bytes of card memory with which the candidate runs, with or without layers on the CPU."""
     shape, form = candidate.shape, candidate.form
     least = need_on_device(shape, form, context, cuda=True, own_context=budget.own_context).total
-    for split in range(1, shape.layers):
+    for split in range(-(-shape.layers // 2) if candidate.only_to_fit else 1, shape.layers):
         card, host = need_of_split(
             shape, form, context, split, packs_nf4=budget.packs_nf4, own_context=budget.own_context
         )

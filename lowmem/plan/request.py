@@ -13,9 +13,16 @@ from lowmem.errors import ForeignError, InvalidRequestError, SourceError
 from lowmem.models.layer_state import check_checkpoint
 from lowmem.plan import device as machine
 from lowmem.plan.bandwidth import card_bandwidth, host_bandwidth
-from lowmem.plan.candidates import Candidate, by_bits, convertible, find_candidates
+from lowmem.plan.candidates import (
+    Candidate,
+    by_bits,
+    convertible,
+    find_candidates,
+    with_8bit_head,
+    with_spare_heads,
+)
 from lowmem.plan.fit.candidate import made_to_fit
-from lowmem.plan.memory import CUDA_CONTEXT
+from lowmem.plan.memory import CUDA_CONTEXT, HEAD_BITS
 from lowmem.plan.planner import Budget, Plan, default_context, make_plan
 from lowmem.text.units import format_bytes
 
@@ -29,7 +36,7 @@ VRAM_VARIABLE = "LOWMEM_VRAM"
 class ModelRequest:
     """Which model to run, and where. None leaves a choice to the plan.
 
-    Raises RecipeError for a size that cannot be parsed.
+    Raises RecipeError for a size that cannot be parsed, InvalidRequestError for other bits of the head.
     """
 
     model: str | os.PathLike[str]
@@ -52,6 +59,9 @@ class ModelRequest:
     """Bytes per second of a card that is not in this machine."""
     activation_bits: int | None = None
     """8, 12 or 16: see `kernels.native.linear.activation_bits`."""
+    head_bits: int | None = None
+    """8 holds the head and the token embedding in 8 bits, 16 never does; None: where a better version then
+    fits the card."""
     check: bool = False
     """Compare all files with their digests before loading."""
     verbose: bool = False
@@ -59,6 +69,8 @@ class ModelRequest:
 
     def __post_init__(self) -> None:
         _ = self.vram_bytes, self.ram_bytes  # raise now, not when the plan is made
+        if self.head_bits not in (None, *HEAD_BITS):
+            raise InvalidRequestError(f"head_bits={self.head_bits} is not supported", "Use 16 or 8")
 
     @property
     def vram_bytes(self) -> int | None:
@@ -97,7 +109,8 @@ def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool =
     budget = _budget(request, card, vram if on_card else None, measure)
     if possible and request.bits is None and (mixed := made_to_fit(model, candidates, budget, context)):
         possible = sorted([*possible, mixed], key=by_bits)
-    return make_plan(_matching(candidates, request), budget, context, possible)
+    matching = _with_heads(_matching(candidates, request), request, on_card)
+    return make_plan(matching, budget, context, _with_heads(possible, request, on_card))
 
 
 def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Plan:
@@ -156,6 +169,25 @@ def _budget(request: ModelRequest, card: torch.device | None, vram: int | None, 
     if vram is not None:
         return Budget(str(card), host, vram, CUDA_CONTEXT, rate, rate_on_card, packs)
     return Budget(str(card), host, machine.card_memory_free(card), 0, rate, rate_on_card, packs)
+
+
+def _with_heads(candidates: list[Candidate], request: ModelRequest, on_card: bool) -> list[Candidate]:
+    """The candidates with the head that is asked for; on a card, without a wish, also with a spare one.
+
+    Raises InvalidRequestError if an 8-bit head is asked for and no candidate can have one.
+    """
+    if request.head_bits is None:
+        return with_spare_heads(candidates) if on_card else candidates
+    if request.head_bits == 16:
+        return candidates
+    found = [c for c in map(with_8bit_head, candidates) if c is not None]
+    if candidates and not found:
+        raise InvalidRequestError(
+            f"the head and the embedding of {request.model} cannot be held in 8 bits: their size is not a "
+            "multiple of 32, or lowmem does not know them",
+            "Use --head-bits 16",
+        )
+    return found
 
 
 def _matching(candidates: list[Candidate], request: ModelRequest) -> list[Candidate]:

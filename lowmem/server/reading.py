@@ -13,6 +13,7 @@ from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import fim_tokens
+from lowmem.models.embedding import token_table
 from lowmem.prompts import encode_prompt
 from lowmem.server.api_errors import invalid, invalid_request, short, too_long
 from lowmem.server.fields import CHAT, TEXT, check_others
@@ -57,7 +58,7 @@ class Reader:
         """ignored: request fields to pass over, besides those that change no answer."""
         self.context = context
         self._ignored = frozenset(ignored)
-        self._vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+        self._vocabulary = token_table(loaded.model).vocabulary
         self._loaded = replace(loaded, tokenizer=copy.deepcopy(loaded.tokenizer))
         self._thread = ThreadPoolExecutor(1, "reader")
 

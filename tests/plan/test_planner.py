@@ -15,7 +15,7 @@ from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.errors import MemoryBudgetError
 from lowmem.kernels.contract import LinearSpec
-from lowmem.plan.candidates import Candidate, by_bits, convertible, ranked
+from lowmem.plan.candidates import Candidate, by_bits, convertible, ranked, with_spare_heads
 from lowmem.plan.device import parse_bytes
 from lowmem.plan.memory import HOST_CONTEXT, Form, need_of_split, need_on_device
 from lowmem.plan.planner import Budget, Option, Plan, make_plan
@@ -90,6 +90,11 @@ def plan_or_none(forms: list[Candidate], budget: Budget, context: int) -> Plan |
         return None
 
 
+def spared(forms: list[Candidate], spare: bool) -> list[Candidate]:
+    """With 8-bit heads `only_to_fit`, as for a card without a wish, or as they are."""
+    return with_spare_heads(forms) if spare else forms
+
+
 def worth(plan: Plan | None, forms: list[Candidate]) -> tuple[int, ...]:
     """How good a plan is, as the planner's docstring puts it: larger is better."""
     if plan is None:
@@ -107,11 +112,11 @@ def worth(plan: Plan | None, forms: list[Candidate]) -> tuple[int, ...]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(shape=SHAPES, bits=BITS, host=MEMORY, card=st.none() | MEMORY, more=MEMORY, context=CONTEXTS)
+@given(shape=SHAPES, bits=BITS, host=MEMORY, card=st.none() | MEMORY, more=MEMORY, spare=st.booleans())
 def test_more_memory_never_gives_a_worse_plan(
-    shape: ModelShape, bits: list[int], host: int, card: int | None, more: int, context: int
+    shape: ModelShape, bits: list[int], host: int, card: int | None, more: int, spare: bool
 ) -> None:
-    forms = forms_of(shape, bits)
+    forms, context = spared(forms_of(shape, bits), spare), 2048
     before = worth(plan_or_none(forms, Budget("d", host, card), context), forms)
     assert worth(plan_or_none(forms, Budget("d", host + more, card), context), forms) >= before
     if card is not None:
@@ -119,13 +124,13 @@ def test_more_memory_never_gives_a_worse_plan(
 
 
 @settings(max_examples=150, deadline=None)
-@given(shape=SHAPES, bits=BITS, host=MEMORY, card=st.none() | MEMORY, context=CONTEXTS)
+@given(shape=SHAPES, bits=BITS, host=MEMORY, card=st.none() | MEMORY, context=CONTEXTS, spare=st.booleans())
 def test_a_plan_never_exceeds_the_budget(
-    shape: ModelShape, bits: list[int], host: int, card: int | None, context: int
+    shape: ModelShape, bits: list[int], host: int, card: int | None, context: int, spare: bool
 ) -> None:
     """Recomputed here from the chosen form, not read off the plan; the fallbacks and contexts too."""
     budget = Budget("d", host, card, own_context=100 << 20)
-    plan = plan_or_none(forms_of(shape, bits), budget, context)
+    plan = plan_or_none(spared(forms_of(shape, bits), spare), budget, context)
     assume(plan is not None)
     assert plan is not None
     for option in (plan.chosen, *plan.fallbacks):
@@ -149,12 +154,19 @@ def fits(option: Option, budget: Budget, context: int) -> bool:
 
 
 @settings(max_examples=100, deadline=None)
-@given(shape=SHAPES, bits=BITS, host=st.integers(1 << 20, GIB), card=st.none() | MEMORY, context=CONTEXTS)
+@given(
+    shape=SHAPES,
+    bits=BITS,
+    host=st.integers(1 << 20, GIB),
+    card=st.none() | MEMORY,
+    context=CONTEXTS,
+    spare=st.booleans(),
+)
 def test_a_refusal_names_the_least_that_would_do(
-    shape: ModelShape, bits: list[int], host: int, card: int | None, context: int
+    shape: ModelShape, bits: list[int], host: int, card: int | None, context: int, spare: bool
 ) -> None:
     """With what is named a plan is found; with 1 MiB less, none."""
-    forms = forms_of(shape, bits)
+    forms = spared(forms_of(shape, bits), spare)
     budget = Budget("d", host, card)
     with_error = None
     try:

@@ -21,7 +21,7 @@ from lowmem.benchmarks.experiments.common import RESULTS, rows, table
 from lowmem.benchmarks.experiments.starchat.replicas import gptq_header_replica, starchat_header_replica
 
 from lowmem.commands.plan import record
-from lowmem.plan.candidates import find_candidates
+from lowmem.plan.candidates import find_candidates, with_spare_heads
 from lowmem.plan.memory import CUDA_CONTEXT
 from lowmem.plan.planner import Budget, Plan, make_plan
 
@@ -43,7 +43,7 @@ def plans() -> dict[str, Plan]:
         source = starchat_header_replica(Path(temporary) / "starchat-alpha")
         for bits, group_size in CONVERTED:
             gptq_header_replica(source.with_name(f"starchat-alpha-{bits}bit"), bits, group_size)
-        on_card = find_candidates(str(source), cuda=True)
+        on_card = with_spare_heads(find_candidates(str(source), cuda=True))
         for size in CARDS:
             budget = Budget(f"{size} GiB card", HOST_OF_A_CARD * GIB, size * GIB, CUDA_CONTEXT)
             found[f"{size} GiB card"] = make_plan(on_card, budget, CONTEXT)

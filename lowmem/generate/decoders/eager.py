@@ -15,6 +15,7 @@ from lowmem.generate.cache.contract import Slot
 from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, rewind
 from lowmem.generate.position_scaling import PositionScaling
 from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.models.embedding import token_table
 
 # A product of several rows may round differently from a product of one row. The gap between the two largest
 # logits moved by at most this share of the largest logit, rounded up: 1.4 eps in bfloat16, 10 eps in float32
@@ -34,8 +35,8 @@ class EagerDecoder(Decoder):
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        table = model.get_input_embeddings().weight
-        self.device, self.vocabulary = table.device, int(table.shape[0])
+        table = token_table(model)
+        self.device, self.vocabulary = table.device, table.vocabulary
         # The logits of a whole prompt with a large vocabulary can outweigh the model's activations.
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         # A CPU's 16-bit product of one row is another kernel than that of several rows, which gives each row
@@ -43,7 +44,7 @@ class EagerDecoder(Decoder):
         # so that they leave the keys and values that a draft's rows leave. This is not needed in float32,
         # where the difference is near 1e-6, nor where all linears before the head are our own kernels'.
         rowwise = self.device.type == "cpu" and use_row_attention(model)
-        self._pairs = rowwise and table.dtype is not torch.float32 and not _row_invariant(model)
+        self._pairs = rowwise and table.activations is not torch.float32 and not _row_invariant(model)
         self.scaling = PositionScaling(model)
 
     def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:

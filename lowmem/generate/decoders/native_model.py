@@ -15,8 +15,11 @@ from lowmem.kernels import dispatch
 from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native.header import LmLayer, LmModel, LmNorm, LmWeight
+from lowmem.kernels.native.linear import Packed
 from lowmem.kernels.quant_linear import QuantLinear
+from lowmem.kernels.quantized_tables import QuantizedEmbedding, QuantizedHead, QuantizedTable
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead
+from lowmem.models.embedding import token_table
 
 MAX_ROWS = header.DECODE_ROWS
 """The most rows of a step, a token and its draft: with more, a row's bits would depend on the others."""
@@ -39,9 +42,13 @@ class NativeModel:
         if refusal:
             raise DecoderRefused(refusal)
         self._keep: list[Any] = []
+        self.tokens: QuantizedTable | None = None
+        """Where token ids are looked up, if the embedding is quantized."""
+        self.fed: torch.Tensor | None = None
+        """Then the rows of a step's ids, which the library reads in place of the embedding."""
         body, config = model.transformer, model.config
         attention, inner = body.h[0].attn, body.h[0].mlp.c_fc.out_features
-        self.vocabulary, embd = map(int, body.wte.weight.shape)
+        self.vocabulary, embd = int(body.wte.num_embeddings), int(body.wte.embedding_dim)
         self.positions = int(body.wpe.weight.shape[0])
         self._rows = attention.kv_heads, attention.head_dim
         self._layers = (LmLayer * len(body.h))()
@@ -65,7 +72,7 @@ class NativeModel:
             scaling=attention.scaling,
             wte_type=native.TYPES[_stored_dtype(body.wte)],
             wpe_type=native.TYPES[_stored_dtype(body.wpe)],
-            wte=self._table(body.wte, (self.vocabulary, embd)),
+            wte=self._tokens(body.wte, (self.vocabulary, embd)),
             wpe=self._table(body.wpe, (self.positions, embd)),
             ln_f=self._norm(body.ln_f, embd),
             head=self._weight(model.lm_head, embd, self.vocabulary),
@@ -98,6 +105,16 @@ class NativeModel:
         self._keep.append(tensor)
         return tensor.data_ptr()
 
+    def _tokens(self, embedding: Any, shape: tuple[int, ...]) -> int:
+        """The address of the rows that tokens are looked up in."""
+        if not isinstance(embedding, QuantizedEmbedding):
+            return self._table(embedding, shape)
+        if embedding.own is not None:
+            raise DecoderRefused(f"an embedding is {type(embedding.own).__name__}")
+        self.tokens = embedding.table
+        self.fed = torch.zeros((MAX_ROWS, shape[1]), dtype=_stored_dtype(embedding))
+        return self.fed.data_ptr()
+
     def _table(self, table: Any, shape: tuple[int, ...]) -> int:
         """The address of an embedding's weight."""
         return self._tensor(table.weight, shape, _stored_dtype(table))
@@ -107,15 +124,19 @@ class NativeModel:
             raise DecoderRefused(f"a norm is {type(norm).__name__}")
         return LmNorm(self._tensor(norm.weight, (embd,)), self._tensor(norm.bias, (embd,)))
 
+    def _packed(self, packed: Packed | None, inputs: int, outputs: int) -> LmWeight:
+        if packed is None:
+            raise DecoderRefused("a packed linear is not in the layout of the native kernels")
+        if (packed.in_features, packed.out_features) != (inputs, outputs):
+            raise DecoderRefused(f"a packed linear of {packed.in_features} to {packed.out_features}")
+        self._keep.append(packed)
+        return LmWeight(packed.address, None, packed.planes)
+
     def _weight(self, linear: Any, inputs: int, outputs: int) -> LmWeight:
         if isinstance(linear, QuantLinear):
-            packed = linear.packed
-            if packed is None or linear.order is not None:
-                raise DecoderRefused("a packed linear is not in the layout of the native kernels")
-            if (packed.in_features, packed.out_features) != (inputs, outputs):
-                raise DecoderRefused(f"a packed linear of {packed.in_features} to {packed.out_features}")
-            self._keep.append(packed)
-            return LmWeight(packed.address, None, packed.planes)
+            return self._packed(None if linear.order is not None else linear.packed, inputs, outputs)
+        if isinstance(linear, QuantizedHead):
+            return self._packed(linear.packed, inputs, outputs)
         if type(linear) not in (nn.Linear, StoredHead):
             raise DecoderRefused(f"a linear is {type(linear).__name__}")
         dtype = _stored_dtype(linear)
@@ -158,6 +179,10 @@ class BoundModel:
         if self._slot.pointers() != self._pointers:
             raise ValueError("the KV cache has new buffers")
         logits = torch.empty((rows, self._vocabulary), dtype=torch.float32)
+        tokens, looked_up = self._weights.tokens, self._weights.fed
+        if tokens is not None and looked_up is not None:
+            looked_up[:rows] = tokens.lookup(torch.tensor(ids))
+            ids = range(rows)
         fed = (ctypes.c_int64 * rows)(*ids)
         model = ctypes.addressof(self._model)
         with native.running() as library:
@@ -168,8 +193,12 @@ class BoundModel:
 
 
 def _stored_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype that an embedding's or a linear's weight must have."""
-    return torch.float16 if isinstance(module, StoredEmbedding | StoredHead) else torch.bfloat16
+    """The dtype that an embedding's or a linear's weight must have, or that its rows are looked up in.
+
+    float16 holds products of an 8-bit integer and a float16 scale to 11 bits, bfloat16 to 8.
+    """
+    in_float16 = isinstance(module, StoredEmbedding | StoredHead | QuantizedEmbedding)
+    return torch.float16 if in_float16 else torch.bfloat16
 
 
 def why_not(model: Any) -> str:
@@ -179,8 +208,8 @@ def why_not(model: Any) -> str:
     config: Any = getattr(model, "config", None)
     if getattr(config, "model_type", "") != "gpt_bigcode" or not hasattr(model, "lm_head"):
         return "native steps exist for GPTBigCode only"
-    table = model.get_input_embeddings()
-    dtype, device = getattr(table, "activations", table.weight.dtype), table.weight.device
+    table = token_table(model)
+    dtype, device = table.activations, table.device
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return f"native steps need bfloat16 on the CPU, not {dtype} on {device}"
     if config.activation_function not in _ACTIVATIONS:
