@@ -15,7 +15,7 @@ from lowmem.checkpoint.source.gguf import GgufSource
 from lowmem.checkpoint.source.open import open_source
 from lowmem.errors import OutputError, SourceError
 from lowmem.export.families import family_of, notes_on
-from lowmem.export.metadata import add_all, source_name
+from lowmem.export.metadata import add_all, model_name
 from lowmem.export.tensors import bits_per_weight, kinds_of, main_kind, plan_tensors
 from lowmem.export.vocabulary import read_vocabulary
 from lowmem.export.write import Header, Loss, write_file
@@ -84,7 +84,7 @@ def export(
     plan = plan_tensors(source, arch, options.head)
     kind = main_kind(plan)
     if out is None:
-        out = Path(f"{source_name(source)}-{kind}.gguf")
+        out = Path(f"{model_name(source)}-{kind}.gguf")
         _check_free(out, options.force)
     total = sum(stored.nbytes for stored in plan)
     require_room(out.absolute().parent, total, "the export", "give another OUT")

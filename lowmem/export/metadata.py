@@ -52,8 +52,19 @@ class StopTokens:
         return cls(eos, eot, rest[0] if rest else None)
 
 
-def source_name(source: Source) -> str:
-    """The model's name: a hub id as typed, or the last part of a path."""
+def base_model(source: Source) -> tuple[str, str] | None:
+    """(owner, name) of the model that a quantized checkpoint's card says it was made of; None without one."""
+    card = source.path / "README.md"
+    if source.format is None or leads_outside(card):
+        return None
+    owner, _, name = (base_model_of_card(card) or "").removesuffix(".gguf").rpartition("/")
+    return (owner, name) if name else None
+
+
+def model_name(source: Source) -> str:
+    """The name of the base model, or else the last part of the hub id or path."""
+    if base := base_model(source):
+        return base[1]
     typed = typed_path(source.display)
     if not typed.exists():
         return source.display.rpartition("/")[2]
@@ -66,16 +77,12 @@ def add_general(writer: Any, source: Source, kind: str) -> None:
     import gguf
 
     writer.add_type("model")
-    card = source.path / "README.md"
-    base = None if leads_outside(card) else base_model_of_card(card)
-    if source.format is not None and base:
-        owner, _, name = base.removesuffix(".gguf").rpartition("/")
-        writer.add_name(f"{name} {source.format.label} GPTQ")
+    name = model_name(source)
+    writer.add_name(f"{name} {source.format.label} GPTQ" if source.format else name)
+    if base := base_model(source):
         writer.add_base_model_count(1)
-        writer.add_base_model_name(0, name)
-        writer.add_base_model_organization(0, owner)
-    else:
-        writer.add_name(source_name(source))
+        writer.add_base_model_organization(0, base[0])
+        writer.add_base_model_name(0, base[1])
     if licence := source.license_name():
         writer.add_license(licence)
     if source.format is not None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowmem.checkpoint import cache
 from lowmem.checkpoint.files import whole
+from lowmem.checkpoint.manifest import write_manifest
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.checkpoint.source.open import open_source
 from lowmem.cli import main
@@ -41,6 +44,25 @@ def test_every_weight_is_kept(tmp_path, kind, bits, type_name):
     back = through_transformers(found.path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(back[name], tensor.float()), name
+
+
+def test_transformers_loads_the_file(tmp_path):
+    """from_pretrained(gguf_file=…) makes the same model of it: logits, config and tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = write_rtn_checkpoint(tiny_model("llama"), tmp_path / "m", sym=True)
+    export(str(tmp_path / "m"), tmp_path / "m.gguf")
+    auto: Any = AutoModelForCausalLM
+    back = auto.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    ids = torch.randint(0, 4096, (1, 40))
+    with torch.inference_mode():
+        assert torch.allclose(back(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-4)
+    text = "def main():\n    return 'x'"
+    own = open_source(str(tmp_path / "m")).tokenizer()
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")(text)["input_ids"]
+        == own(text)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("layout", ["gptq", "gptq_v2", "gptq_p"])
@@ -188,6 +210,19 @@ def test_the_name_of_the_file(tmp_path, monkeypatch, capsys):
     assert "coder-Q4_0.gguf exists. Give another name, or --force" in capsys.readouterr().err
     assert main(["export", "coder", "--force"]) == 0
     assert (tmp_path / "coder-Q4_0.gguf").read_bytes() == written  # the same bytes each time
+
+
+def test_a_checkpoint_in_the_cache(tmp_path, monkeypatch, capsys):
+    """By its name in `lowmem list`; the file is named after the model, not after the folder."""
+    monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path / "cache"))
+    folder = cache.claim("owner/coder", "4bit-g32")
+    write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa", layers=1), folder, sym=True)
+    (folder / "README.md").write_text("---\nbase_model: owner/coder\n---\n")
+    write_manifest(folder)
+    (entry,) = cache.entries()
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", entry.name]) == 0
+    assert "wrote coder-Q4_0.gguf" in capsys.readouterr().out and (tmp_path / "coder-Q4_0.gguf").is_file()
 
 
 def test_refusals(tmp_path):
