@@ -177,3 +177,18 @@ def test_no_pickle_but_torchs_own_safe_loading():
                 for keyword in node.keywords:
                     if keyword.arg == "trust_remote_code":
                         assert ast.unparse(keyword.value) == "False", path
+
+
+def test_every_package_is_installed() -> None:
+    """The list in pyproject.toml names every folder with an __init__.py, or a wheel would lack it."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    roots = {"lowmem": "lowmem", "convert": "lowmem.convert", "benchmarks": "lowmem.benchmarks"}
+    found = {
+        ".".join((roots[root], *file.parent.relative_to(ROOT / root).parts))
+        for root in roots
+        for file in (ROOT / root).rglob("__init__.py")
+        if "experiments" not in file.parts
+    }
+    assert set(listed) == found
