@@ -49,7 +49,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path, *, quick: bool = False) -> Path:
-    """Compile into `folder` in 90 seconds, or 10 if `quick`; returns the path of `fuzz`.
+    """Compile into `folder` in two to three minutes, or 10 seconds if `quick`; returns the path of `fuzz`.
 
     quick: build without optimization, and leave out the packed AVX-512 kernels and the library. Raises
     RuntimeError with the compiler's output.

@@ -167,6 +167,7 @@ FUNCTIONS = {
     "lm_linear": "void pointer pointer int pointer pointer",
     "lm_dense_linear": "void pointer pointer pointer pointer",
     "lm_tile_weight": "void pointer pointer pointer pointer",
+    "lm_tile_planes": "void pointer pointer pointer pointer",
     "lm_prompt_attention_workspace": "size pointer int64",
     "lm_prompt_attention": "void pointer pointer pointer pointer",
     "lm_step_workspace": "size pointer int64",

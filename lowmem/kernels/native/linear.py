@@ -94,19 +94,12 @@ def _common_size(g_idx: torch.Tensor) -> int:
 
 def rows_in_order(qweight: torch.Tensor, bits: int, layout: str, order: torch.Tensor) -> torch.Tensor:
     """A copy of `qweight` [in * bits / 32, out] with its inputs in another order (position → input)."""
-    return _repacked(qweight, bits, layout, layout, order)
-
-
-def _repacked(
-    qweight: torch.Tensor, bits: int, layout: str, to: str, order: torch.Tensor | None = None
-) -> torch.Tensor:
-    """A copy in layout `to`, its inputs in another order (position → input) if one is given."""
     result = torch.empty(qweight.shape, dtype=torch.int32)
-    step = max(32, _ORDER_VALUES * bits // (32 * max(1, qweight.shape[0])))
+    step = max(32, _ORDER_VALUES // max(1, order.numel()))
     for start in range(0, qweight.shape[1], step):
         columns = slice(start, start + step)
-        values = unpack_rows(qweight[:, columns], bits, layout)
-        result[:, columns] = pack_rows(values if order is None else values[order], bits, to)
+        values = unpack_rows(qweight[:, columns], bits, layout)[order]
+        result[:, columns] = pack_rows(values, bits, layout)
     return result
 
 
@@ -165,8 +158,10 @@ class Packed:
         self.address = ctypes.addressof(self.struct)
         """Of the `lm_packed`, which lives as long as this object."""
 
-    def to_tiled(self) -> None:
+    def to_tiled(self, *, from_planes: bool = False) -> None:
         """Copy the weight into the tiled layout, which is read fastest, and use the copy from now on.
+
+        from_planes: the weight is of 3 bits in planes, which only this copy makes usable.
 
         `struct` keeps its address. References to the old tensors are dropped: until the caller drops its own,
         the weight is in memory twice.
@@ -181,7 +176,8 @@ class Packed:
         ]
         addresses = [None if t is None else t.data_ptr() for t in copies]
         with running() as lib:
-            lib.lm_tile_weight(self.address, *addresses)
+            tile = lib.lm_tile_planes if from_planes else lib.lm_tile_weight
+            tile(self.address, *addresses)
             after = LmPacked.from_buffer_copy(self.struct)
             after.qweight, after.scales, after.zeros = addresses
             after.tiled = 1
@@ -211,11 +207,9 @@ class Packed:
         scales = linear.scales
         if groups.index is not None:
             scales, zeros = scales[groups.index], None if zeros is None else zeros[groups.index]
-        if not (linear.format.planar and linear.bits == 3):
-            return cls(linear.qweight, scales, zeros, linear.bias, linear.bits, groups.size)
-        stream = _repacked(linear.qweight, 3, layout, "gptq")
-        packed = cls(stream, scales, zeros, linear.bias, linear.bits, groups.size)
-        packed.to_tiled()
+        packed = cls(linear.qweight, scales, zeros, linear.bias, linear.bits, groups.size)
+        if linear.format.planar and linear.bits == 3:
+            packed.to_tiled(from_planes=True)
         return packed
 
 

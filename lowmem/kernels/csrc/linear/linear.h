@@ -76,5 +76,8 @@ LM_EXPORT void lm_dense_linear(const lm_dense *w, const lm_matrix *x, const lm_m
 /* Copy w's qweight, scales and zeros (if any) into the tiled layout with all threads; outputs past w->outputs are 0. Each
  * destination has room for rows * LM_TILE_OUTPUTS elements a tile. */
 LM_EXPORT void lm_tile_weight(const lm_packed *w, uint32_t *qweight, void *scales, uint8_t *zeros);
+/* The same for a weight of 3 bits whose qweight is in planes: of every 32 inputs 2 rows with the low 2 bits, then 1 row with
+ * the next one. The copy is the stream that the kernels multiply by. */
+LM_EXPORT void lm_tile_planes(const lm_packed *w, uint32_t *qweight, void *scales, uint8_t *zeros);
 
 #endif
