@@ -210,7 +210,7 @@ def run(args: argparse.Namespace) -> int:
         job = ConversionJob(reporter.folder) if reporter.folder else None
         state = job.load() if job else None
         if job is None or state is None:
-            print("stopped before anything was written", file=sys.stderr)
+            print("stopped before a layer was converted", file=sys.stderr)
         else:
             print(
                 f"stopped; {state.finished_layers} layers are finished in {job.folder}. "

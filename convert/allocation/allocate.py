@@ -14,7 +14,7 @@ from lowmem.checkpoint.readers import READERS
 from lowmem.models.dialogue import Dialogue
 from lowmem.plan import device as machine
 from lowmem.plan.fit.allocation import Allocation, best_allocation
-from lowmem.plan.fit.budget import SizeBudget
+from lowmem.plan.fit.budget import SizeBudget, left_for_linears
 from lowmem.plan.fit.sensitivities import Sensitivities, read_kept, weights_digest
 from lowmem.plan.shape import read_shape
 from lowmem.streaming.pass_folder import digest_of
@@ -32,8 +32,8 @@ def allocate(
     inputs: with a recipe whose bits do not count. calibration: where the measured rows come from. Raises
     MemoryBudgetError for a size below the smallest, or a memory limit that is too low to measure.
     """
+    left = left_for_linears(budget, read_shape(inputs.source.path))
     found = sensitivities(inputs, calibration, reporter)
-    left = budget.left_for_linears(read_shape(inputs.source.path))
     reader = READERS[inputs.options.reader] if inputs.options.reader else None
     if reader is None:
         allocation = best_allocation(found, left)
@@ -62,7 +62,11 @@ def sensitivities(
     check_memory(work, inputs.options.memory or machine.host_memory_available() + machine.host_memory_used())
     count, length = rows.tokens.shape
     reporter.message(f"measuring how much each linear matters, on {count} × {length} calibration tokens")
-    return measure(work, reporter.measuring)
+    try:
+        return measure(work, reporter.measuring)
+    except KeyboardInterrupt:
+        reporter.message("the layers measured so far are kept: repeat the command to go on after them")
+        raise
 
 
 def recipe_of(allocation: Allocation, base: Recipe) -> Recipe:

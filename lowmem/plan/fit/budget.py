@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.config import DEFAULT_CONTEXT
-from lowmem.errors import RecipeError
+from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError
 from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT, Form, need_on_device, weights_bytes
 from lowmem.plan.shape import ModelShape, as_converted
+from lowmem.text.units import format_bytes
 
+LEAST_BITS = 2
+_MIB = 1 << 20
 PROBE_BITS = 4
 """A width for which the need beside the packed linears is computed; it is the same for all."""
 
@@ -48,8 +52,18 @@ class SizeBudget:
             return f"--bpw {self.bits_per_weight:g}"
         name = "--size" if self.weights is not None else "--fit" if self.card is not None else "--fit-ram"
         size = self.weights or self.card or self.host or 0
-        context = f" --context {self.context}" if self.context else ""
+        context = "" if self.context is None else f" --context {self.context}"
         return f"{name} {_exact(size)}{context}"
+
+    def larger(self, nbytes: int, shape: ModelShape) -> SizeBudget:
+        """The budget with `nbytes` more for the linears, rounded up to a MiB or a hundredth of a bit."""
+        if self.bits_per_weight is not None:
+            count = sum(tensor.numel for tensor in shape.tensors if tensor.linear)
+            bits = math.ceil((self.bits_per_weight + 8 * nbytes / count) * 100) / 100
+            return replace(self, bits_per_weight=bits)
+        field = "card" if self.card is not None else "host" if self.host is not None else "weights"
+        size = (getattr(self, field) + nbytes + _MIB - 1) // _MIB * _MIB
+        return replace(self, **{field: size})
 
     def left_for_linears(self, shape: ModelShape) -> int:
         """Bytes that the packed linears of a 16-bit model may take: qweight, qzeros, scales and g_idx.
@@ -70,6 +84,30 @@ class SizeBudget:
         own = CUDA_CONTEXT if cuda else HOST_CONTEXT
         need = need_on_device(probe, form, context, cuda=cuda, own_context=own)
         return (self.card if self.card is not None else self.host or 0) - (need.total - packed)
+
+
+def left_for_linears(budget: SizeBudget, shape: ModelShape) -> int:
+    """`SizeBudget.left_for_linears`, checked before anything is measured.
+
+    Raises MemoryBudgetError, naming the least that would be enough, when not even 2 bits fit, and
+    InvalidRequestError for a context that the model does not have.
+    """
+    positions = shape.positions
+    if budget.context is not None and not 0 < budget.context <= (positions or budget.context):
+        raise InvalidRequestError(
+            f"--context {budget.context} is out of range: the model has {positions} positions",
+            "Use a smaller one",
+        )
+    left = budget.left_for_linears(shape)
+    narrowest = as_converted(shape, LEAST_BITS)
+    short = sum(tensor.nbytes for tensor in narrowest.tensors if tensor.packed) - left
+    if short > 0:
+        raise MemoryBudgetError(
+            f"{budget.label()} is too small: at {LEAST_BITS} bits the model needs {format_bytes(short)} more",
+            f"Use at least {budget.larger(short, shape).label()}"
+            + (", or a shorter --context" if budget.card or budget.host else ""),
+        )
+    return left
 
 
 def packed_bytes(inputs: int, outputs: int, format: LinearFormat) -> int:

@@ -12,9 +12,10 @@ from lowmem.benchmarks.experiments.starchat.replicas import starchat_header_repl
 
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import stored_shapes
-from lowmem.errors import MemoryBudgetError, RecipeError
+from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError
+from lowmem.plan.device import parse_bytes
 from lowmem.plan.fit.allocation import Allocation, best_allocation, bits_per_weight
-from lowmem.plan.fit.budget import SizeBudget, packed_bytes, resized
+from lowmem.plan.fit.budget import SizeBudget, left_for_linears, packed_bytes, resized
 from lowmem.plan.fit.sensitivities import OPTIONS, Sensitivities
 from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT, Form, need_on_device
 from lowmem.plan.request import ModelRequest, plan_for
@@ -119,6 +120,40 @@ def test_a_reader_restricts_the_formats_and_fused_linears_agree(
 def test_too_little_memory_names_the_least(found: Sensitivities, shape: ModelShape) -> None:
     with pytest.raises(MemoryBudgetError, match=r"the smallest versions of the linears take 3\.78 GiB"):
         best_allocation(found, SizeBudget(card=5 * GIB).left_for_linears(shape))
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        SizeBudget(card=5 * GIB),
+        SizeBudget(host=4 * GIB, context=512),
+        SizeBudget(weights=3 * GIB),
+        SizeBudget(bits_per_weight=2.01),
+    ],
+    ids=["card", "host", "weights", "bits"],
+)
+def test_the_refusal_names_a_size_that_works(
+    budget: SizeBudget, shape: ModelShape, found: Sensitivities
+) -> None:
+    with pytest.raises(MemoryBudgetError, match="is too small") as caught:
+        left_for_linears(budget, shape)
+    option, size = caught.value.hint.removeprefix("Use at least ").split(",")[0].split(" ")[:2]
+    if option == "--bpw":
+        enough = SizeBudget(bits_per_weight=float(size))
+        less = SizeBudget(bits_per_weight=float(size) - 0.011)
+    else:
+        field = {"--fit": "card", "--fit-ram": "host", "--size": "weights"}[option]
+        enough = replace(budget, **{field: parse_bytes(size, option)})
+        less = replace(budget, **{field: parse_bytes(size, option) - (1 << 20) - 1})
+    best_allocation(found, left_for_linears(enough, shape))
+    with pytest.raises(MemoryBudgetError):
+        left_for_linears(less, shape)
+
+
+@pytest.mark.parametrize("context", [0, -5, 8193])
+def test_a_context_that_the_model_lacks_is_refused(context: int, shape: ModelShape) -> None:
+    with pytest.raises(InvalidRequestError, match="has 8192 positions"):
+        left_for_linears(SizeBudget(card=12 * GIB, context=context), shape)
 
 
 def test_contradictory_budgets_are_refused() -> None:
