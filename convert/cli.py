@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of context that --fit leaves room for (default: the model's positions, at most 8192)",
     )
+    fit.add_argument(
+        "--head-bits",
+        choices=("auto", "16", "8"),
+        default="auto",
+        help="bits of the head and the token embedding that --fit counts, as `lowmem run` holds them; "
+        "auto: 8 on a card where the linears gain more than that costs, else 16 (default: %(default)s)",
+    )
     quant.add_argument(
         "--group-size",
         type=int,
@@ -231,6 +238,8 @@ def _budget(args: argparse.Namespace) -> SizeBudget | None:
     if given is None:
         if args.context is not None:
             raise RecipeError("--context counts only for memory", "Give it with --fit or --fit-ram")
+        if args.head_bits != "auto":
+            raise RecipeError("--head-bits counts only for memory", "Give it with --fit or --fit-ram")
         return None
     for name, there in (
         ("--bits", args.bits is not None),
@@ -245,7 +254,8 @@ def _budget(args: argparse.Namespace) -> SizeBudget | None:
         parse_bytes(text, name) if text is not None else None
         for name, text in (("--fit", args.fit), ("--fit-ram", args.fit_ram), ("--size", args.size))
     )
-    return SizeBudget(card, host, weights, args.bpw, args.context)
+    head_bits = None if args.head_bits == "auto" else int(args.head_bits)
+    return SizeBudget(card, host, weights, args.bpw, args.context, head_bits)
 
 
 def _as_interrupt(_number: int, _frame: FrameType | None) -> None:

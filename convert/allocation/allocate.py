@@ -13,7 +13,7 @@ from lowmem.convert.recipe import LinearSettings, Recipe
 from lowmem.checkpoint.readers import READERS
 from lowmem.models.dialogue import Dialogue
 from lowmem.plan import device as machine
-from lowmem.plan.fit.allocation import Allocation, best_allocation
+from lowmem.plan.fit.allocation import Allocation, best_allocation, best_of_heads
 from lowmem.plan.fit.budget import SizeBudget, left_for_linears
 from lowmem.plan.fit.sensitivities import Sensitivities, read_kept, weights_digest
 from lowmem.plan.shape import read_shape
@@ -36,12 +36,17 @@ def allocate(
     found = sensitivities(inputs, calibration, reporter)
     reader = READERS[inputs.options.reader] if inputs.options.reader else None
     if reader is None:
-        allocation = best_allocation(found, left)
+        allocation = best_of_heads(left, lambda nbytes: best_allocation(found, nbytes))
     else:
-        alike = reader.must_match(found.linears).values()
-        allocation = best_allocation(found, left, allows=lambda one: not reader.allows(one), alike=alike)
+        alike = list(reader.must_match(found.linears).values())
+
+        def restricted(nbytes: int) -> Allocation:
+            return best_allocation(found, nbytes, allows=lambda one: not reader.allows(one), alike=alike)
+
+        allocation = best_of_heads(left, restricted)
+    head = "" if allocation.head_bits == 16 else f" with a head of {allocation.head_bits} bits"
     reporter.message(
-        f"{budget.label()}: {allocation.bits_per_weight:.2f} bits per weight on average, "
+        f"{budget.label()}: {allocation.bits_per_weight:.2f} bits per weight on average{head}, "
         f"predicted KL divergence {allocation.predicted_kld:.2g}"
     )
     return allocation

@@ -25,8 +25,8 @@ from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
 from lowmem.benchmarks.experiments.starchat.replicas import starchat_header_replica
 
 from lowmem.errors import MemoryBudgetError
-from lowmem.plan.fit.allocation import best_allocation
-from lowmem.plan.fit.budget import SizeBudget, resized
+from lowmem.plan.fit.allocation import best_allocation, best_of_heads
+from lowmem.plan.fit.budget import SizeBudget, left_for_linears, resized
 from lowmem.plan.fit.sensitivities import OPTIONS, Sensitivities
 from lowmem.plan.memory import CUDA_CONTEXT, Form, need_on_device
 from lowmem.plan.shape import ModelShape, read_shape
@@ -79,15 +79,19 @@ def _of_card(shape: ModelShape, found: Sensitivities, free: int) -> dict[str, An
     for context in CONTEXTS:
         try:
             budget = SizeBudget(card=free, context=context)
-            allocation = best_allocation(found, budget.left_for_linears(shape))
+            left = left_for_linears(budget, shape)
+            allocation = best_of_heads(left, lambda nbytes: best_allocation(found, nbytes))
         except MemoryBudgetError as error:
             refusal = error.message
             continue
         made = resized(shape, allocation.nbytes)
-        need = need_on_device(made, Form("gptq", "float16"), context, cuda=True, own_context=CUDA_CONTEXT)
+        need = need_on_device(
+            made, Form("gptq", "float16", allocation.head_bits), context, cuda=True, own_context=CUDA_CONTEXT
+        )
         return {
             "free": free,
             "context": context,
+            "head_bits": allocation.head_bits,
             "bits_per_weight": round(allocation.bits_per_weight, 4),
             "weights": need.weights,
             "kv_cache": need.kv_cache,
@@ -104,12 +108,13 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
     for name, one in found.items():
         free = f"{one['free'] / GIB:.1f}"
         if "refused" in one:
-            lines.append((name, free, "nothing fits", "", "", "", ""))
+            lines.append((name, free, "nothing fits", "", "", "", "", ""))
             continue
         sizes = (one["weights"], one["kv_cache"], one["need"])
         bits = f"{one['bits_per_weight']:.2f}"
-        lines.append((name, free, bits, *(f"{size / GIB:.2f}" for size in sizes), f"{one['context']:,}"))
-    heads = ("card", "free GiB", "bits per weight", "weights", "KV cache", "total", "context")
+        cells = (f"{size / GIB:.2f}" for size in sizes)
+        lines.append((name, free, bits, str(one["head_bits"]), *cells, f"{one['context']:,}"))
+    heads = ("card", "free GiB", "bits per weight", "head bits", "weights", "KV cache", "total", "context")
     return table(heads, lines)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowmem.checkpoint.formats import LinearFormat
+from lowmem.errors import MemoryBudgetError
 from lowmem.plan.fit.budget import packed_bytes
 from lowmem.plan.fit.sensitivities import OPTIONS, Sensitivities
 from lowmem.plan.fit.solver import Item, allocate
@@ -30,10 +31,40 @@ class Allocation:
     sensitivities: Mapping[str, float]
     """What each linear would add at 4 bits in the largest groups, to compare linears with."""
 
+    head_bits: int = 16
+    """Of the head and the token embedding in memory, for which the size was computed."""
+
     @property
     def default(self) -> LinearFormat:
         """The format of most linears."""
         return Counter(self.linears.values()).most_common(1)[0][0]
+
+
+HEAD_KLD = 7.3e-5
+"""The rise of the KL divergence where head and embedding are rounded to 8 bits, as measured on tiny-starchat:
+`python -m lowmem.benchmarks.experiments.head_bits`."""
+
+
+def best_of_heads(left: Mapping[int, int], allocate: Callable[[int], Allocation]) -> Allocation:
+    """The allocation with the least predicted KL divergence, the head's included.
+
+    left: bytes for the linears, by the bits of the head. allocate: the best allocation for that many. Raises
+    the MemoryBudgetError of the last one if none succeeds.
+    """
+    found: list[Allocation] = []
+    failure: MemoryBudgetError | None = None
+    for head_bits, nbytes in left.items():
+        try:
+            made = allocate(nbytes)
+        except MemoryBudgetError as error:
+            failure = error
+            continue
+        cost = 0.0 if head_bits == 16 else HEAD_KLD
+        found.append(replace(made, head_bits=head_bits, predicted_kld=made.predicted_kld + cost))
+    if not found:
+        assert failure
+        raise failure
+    return min(found, key=lambda made: made.predicted_kld)
 
 
 def best_allocation(

@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.config import DEFAULT_CONTEXT
 from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError
-from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT, Form, need_on_device, weights_bytes
+from lowmem.plan.memory import (
+    CUDA_CONTEXT,
+    HOST_CONTEXT,
+    Form,
+    need_on_device,
+    takes_8bit_head,
+    weights_bytes,
+)
 from lowmem.plan.shape import ModelShape, as_converted
 from lowmem.text.units import format_bytes
 
@@ -32,6 +39,9 @@ class SizeBudget:
     """Average bits of a linear's weights, with scales and zero-points."""
     context: int | None = None
     """Tokens of prompt and answer together, for `card` and `host`; None: as in a plan."""
+    head_bits: int | None = None
+    """Of the head and the token embedding in memory, for `card` and `host`: one of HEAD_BITS. None: 16,
+    and on a card 8 where the linears gain more than that costs."""
 
     def __post_init__(self) -> None:
         given = [v for v in (self.card, self.host, self.weights, self.bits_per_weight) if v is not None]
@@ -55,6 +65,14 @@ class SizeBudget:
         context = "" if self.context is None else f" --context {self.context}"
         return f"{name} {_exact(size)}{context}"
 
+    def heads(self, shape: ModelShape) -> tuple[int, ...]:
+        """The bits that the head may have, 16 first."""
+        if self.card is None and self.host is None:
+            return (16,)
+        if self.head_bits is not None:
+            return (self.head_bits,)
+        return (16, 8) if self.card is not None and takes_8bit_head(shape) else (16,)
+
     def larger(self, nbytes: int, shape: ModelShape) -> SizeBudget:
         """The budget with `nbytes` more for the linears, rounded up to a MiB or a hundredth of a bit."""
         if self.bits_per_weight is not None:
@@ -65,10 +83,10 @@ class SizeBudget:
         size = (getattr(self, field) + nbytes + _MIB - 1) // _MIB * _MIB
         return replace(self, **{field: size})
 
-    def left_for_linears(self, shape: ModelShape) -> int:
+    def left_for_linears(self, shape: ModelShape, head_bits: int = 16) -> int:
         """Bytes that the packed linears of a 16-bit model may take: qweight, qzeros, scales and g_idx.
 
-        May be negative.
+        head_bits: one of `heads`. May be negative.
         """
         if self.bits_per_weight is not None:
             count = sum(tensor.numel for tensor in shape.tensors if tensor.linear)
@@ -79,18 +97,18 @@ class SizeBudget:
         if self.weights is not None:
             return self.weights - (weights_bytes(probe, Form("gptq", "float16")) - packed)
         cuda = self.card is not None
-        form = Form("gptq", "float16" if cuda else "bfloat16")
+        form = Form("gptq", "float16" if cuda else "bfloat16", head_bits)
         context = self.context or min(shape.positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
         own = CUDA_CONTEXT if cuda else HOST_CONTEXT
         need = need_on_device(probe, form, context, cuda=cuda, own_context=own)
         return (self.card if self.card is not None else self.host or 0) - (need.total - packed)
 
 
-def left_for_linears(budget: SizeBudget, shape: ModelShape) -> int:
-    """`SizeBudget.left_for_linears`, checked before anything is measured.
+def left_for_linears(budget: SizeBudget, shape: ModelShape) -> dict[int, int]:
+    """`SizeBudget.left_for_linears` by the bits of the head, where it is enough for all linears at 2 bits.
 
-    Raises MemoryBudgetError, naming the least that would be enough, when not even 2 bits fit, and
-    InvalidRequestError for a context that the model does not have.
+    Raises MemoryBudgetError, naming the least that would be enough, when it never is, and
+    InvalidRequestError for a context or a head that the model does not have.
     """
     positions = shape.positions
     if budget.context is not None and not 0 < budget.context <= (positions or budget.context):
@@ -98,16 +116,21 @@ def left_for_linears(budget: SizeBudget, shape: ModelShape) -> int:
             f"--context {budget.context} is out of range: the model has {positions} positions",
             "Use a smaller one",
         )
-    left = budget.left_for_linears(shape)
+    if budget.head_bits == 8 and not takes_8bit_head(shape):
+        raise InvalidRequestError(
+            "the head and the embedding of this model cannot be held in 8 bits", "Use --head-bits 16"
+        )
     narrowest = as_converted(shape, LEAST_BITS)
-    short = sum(tensor.nbytes for tensor in narrowest.tensors if tensor.packed) - left
+    least = sum(tensor.nbytes for tensor in narrowest.tensors if tensor.packed)
+    left = {head: budget.left_for_linears(shape, head) for head in budget.heads(shape)}
+    short = least - max(left.values())
     if short > 0:
         raise MemoryBudgetError(
             f"{budget.label()} is too small: at {LEAST_BITS} bits the model needs {format_bytes(short)} more",
             f"Use at least {budget.larger(short, shape).label()}"
             + (", or a shorter --context" if budget.card or budget.host else ""),
         )
-    return left
+    return {head: nbytes for head, nbytes in left.items() if nbytes >= least}
 
 
 def packed_bytes(inputs: int, outputs: int, format: LinearFormat) -> int:

@@ -7,14 +7,16 @@ from collections.abc import Iterable
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.errors import LowmemError
 from lowmem.plan.candidates import Candidate
-from lowmem.plan.fit.allocation import best_allocation
+from lowmem.plan.fit.allocation import best_allocation, best_of_heads
 from lowmem.plan.fit.budget import SizeBudget, packed_bytes, resized
 from lowmem.plan.fit.sensitivities import read_kept, weights_digest
-from lowmem.plan.memory import CUDA_CONTEXT, Form
+from lowmem.plan.memory import CUDA_CONTEXT, Form, with_head
 from lowmem.plan.planner import Budget
 from lowmem.plan.shape import ModelShape, as_converted
 
 _MIB = 1 << 20
+_EXACT_BITS = 6.5
+"""From so many bits on, the head's rounding would cost more than that of the linears."""
 
 
 def made_to_fit(
@@ -35,22 +37,32 @@ def made_to_fit(
         size = SizeBudget(card=card, context=context)
     else:
         size = SizeBudget(host=budget.host // _MIB * _MIB, context=context)
-    left = size.left_for_linears(source.shape)
-    widest = as_converted(source.shape, 8)
-    narrowest = as_converted(source.shape, 2)
-    if left >= _packed(widest) or left < _packed(narrowest):
+    widest, narrowest = (_packed(as_converted(source.shape, bits)) for bits in (8, 2))
+    left = {head: size.left_for_linears(source.shape, head) for head in size.heads(source.shape)}
+    left = {head: nbytes for head, nbytes in left.items() if nbytes >= narrowest}
+    if not left or left.get(16, 0) >= widest:
         return None
-    packed, bits, kld = left, _bits(source.shape, left), None
+    bits, kld = 0.0, None
     try:
         if found := read_kept(weights_digest(source.path)):
-            allocation = best_allocation(found, left)
-            packed, bits, kld = allocation.nbytes, allocation.bits_per_weight, allocation.predicted_kld
+            allocation = best_of_heads(left, lambda nbytes: best_allocation(found, nbytes))
+            packed, head = allocation.nbytes, allocation.head_bits
+            bits, kld = allocation.bits_per_weight, allocation.predicted_kld
     except LowmemError:
         pass  # convert says what is wrong
-    form = Form("gptq", "float16" if cuda else "bfloat16")
-    shape = resized(source.shape, packed)
-    label = f"{bits:.1f}-bit mixed"
+    if not bits:
+        # A head of 8 bits costs less than what it saves gains, except where the linears are nearly exact.
+        head = (
+            16
+            if 16 in left and _bits(source.shape, left[16]) > _EXACT_BITS
+            else max(left, key=left.__getitem__)
+        )
+        packed = min(left[head], widest)
+        bits = _bits(source.shape, packed)
+    form = Form("gptq", "float16" if cuda else "bfloat16", head)
+    label = with_head(f"{bits:.1f}-bit mixed", head)
     command = f"lowmem convert {model} {size.label()}"
+    shape = resized(source.shape, packed)
     return Candidate(label, round(bits, 2), form, source.path, shape, kld, command)
 
 
