@@ -14,13 +14,14 @@ used, and a sample of the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from lowmem.convert.allocation.rounding_error import rounding_error
 from lowmem.convert.math.hessian import factor_in_place
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.models.architecture import LayerSpec, LinearSpec
@@ -48,7 +49,7 @@ class Recorder:
     """By linear, one tensor a row."""
 
     def __enter__(self) -> Recorder:
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         for group in self.spec.groups:
             for linear in group:
                 keep = self.inputs.setdefault(linear.name, []) if linear is group[0] else None
@@ -56,7 +57,7 @@ class Recorder:
                 self._handles.append(module.register_forward_hook(self._hook(linear.name, keep)))
         return self
 
-    def _hook(self, name: str, keep: list[torch.Tensor] | None):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str, keep: list[torch.Tensor] | None) -> Callable[..., None]:
         gradients = self.gradients.setdefault(name, [])
 
         def hook(_module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -126,12 +127,11 @@ def _sampled(
     out = weight.shape[0]
     if out <= OUTPUTS:
         return torch.arange(out), torch.ones(out, dtype=torch.float64)
-    energy = sum(part.double().square().sum(0) for part in gradients)
+    energy = torch.stack([part.double().square().sum(0) for part in gradients]).sum(0)
     size = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).double().square().cpu()
     matter = energy * size
-    total = matter.sum()
     # A tenth of the draws are uniform, so that no output's share is tiny.
-    chance = (0.9 * matter / total if total > 0 else 0.9 / out) + 0.1 / out
+    chance = 0.9 * matter / matter.sum().clamp_min(1e-300) + 0.1 / out
     sample = torch.multinomial(chance, OUTPUTS, replacement=True, generator=generator)
     return sample, chance[sample] * OUTPUTS
 
@@ -143,7 +143,9 @@ def _whitened(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     for start in range(0, columns, HESSIAN_BLOCK):
         block = slice(start, start + HESSIAN_BLOCK)
         parts = [row[:, block].float() for row in rows]
-        hessian = sum(part.T @ part for part in parts) / tokens
+        hessian = torch.zeros(parts[0].shape[1], parts[0].shape[1])
+        for part in parts:
+            hessian.addmm_(part.T, part, alpha=1 / tokens)
         r = factor_in_place(hessian, DAMP_PERCENT).matrix.triu()
         for part, into in zip(parts, result, strict=True):
             white = torch.linalg.solve_triangular(r, part.T, upper=True).T

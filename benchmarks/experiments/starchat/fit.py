@@ -58,7 +58,7 @@ def made_up_sensitivities(linears: Mapping[str, tuple[int, int]]) -> Sensitiviti
         if inputs % option.group_size:
             return math.inf
         matter = 1 + (sum(map(ord, name)) % 7)
-        return 1e-9 * matter * inputs * outputs * 4.0**-option.bits * option.group_size**0.2
+        return float(1e-9 * matter * inputs * outputs * 4.0**-option.bits * option.group_size**0.2)
 
     rises = {
         name: tuple(rise(name, inputs, outputs, index) for index in range(len(OPTIONS)))
@@ -104,7 +104,7 @@ def _of_card(shape: ModelShape, found: Sensitivities, free: int) -> dict[str, An
 
 def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
     """One row for each card."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name, one in found.items():
         free = f"{one['free'] / GIB:.1f}"
         if "refused" in one:
