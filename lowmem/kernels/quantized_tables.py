@@ -34,9 +34,8 @@ def round_groups(values: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.
     """Round values, float32 [rows, columns], to -128..127 times a scale for each group of columns.
 
     Returns codes int8 [rows, columns] and scales float16 [rows, columns / group]. The value with the largest
-    magnitude becomes -128, then the scale becomes the least-squares one for the codes (2.7 % less squared
-    error on tiny-starchat's embedding) and all are rounded again. Raises ValueError for values that are not
-    finite, or too large for a float16 scale.
+    magnitude becomes -128, then the scale becomes the least-squares one for the codes, and all are rounded
+    again. Raises ValueError for values that are not finite, or too large for a float16 scale.
     """
     grouped = values.view(len(values), -1, group)
     low, high = grouped.aminmax(dim=-1, keepdim=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lowmem.checkpoint.dequantize import PackedWeight, dequantize
@@ -29,7 +30,7 @@ from lowmem.kernels.quantized_tables import (
 )
 from lowmem.kernels.table_format import table_bytes, table_group
 from lowmem.loading.loader import LoadOptions, load
-from tests.helpers import save_source, tiny_model
+from tests.helpers import TINY_STARCHAT, save_source, tiny_model
 from tests.kernels.native_oracle import ISAS, Weight, same, using
 from tests.rtn_helpers import write_rtn_checkpoint
 
@@ -79,14 +80,14 @@ def test_no_value_is_further_off_than_half_a_step(group: int) -> None:
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_the_error_is_less_than_round_to_nearest_leaves(group: int) -> None:
-    """Whose scale is the largest magnitude over 127, here not even rounded to float16."""
-    weight = torch.randn(4000, 256, generator=torch.Generator().manual_seed(1))
+    """Whose scale is the largest magnitude over 127, not rounded to float16; on a real embedding."""
+    weight = load_file(TINY_STARCHAT / "model.safetensors")["transformer.wte.weight"].float()
     codes, scales = round_groups(weight, group)
     ours = weight.double() - codes.double() * scales.double().repeat_interleave(group, dim=1)
-    grouped = weight.double().view(4000, -1, group)
+    grouped = weight.double().view(len(weight), -1, group)
     plain = grouped.abs().amax(-1, keepdim=True) / 127
     theirs = grouped - (grouped / plain).round() * plain
-    assert ours.square().sum() < theirs.square().sum()
+    assert ours.square().sum() < 0.98 * theirs.square().sum()
 
 
 def test_what_has_few_values_is_kept_exactly() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from lowmem.cli import main
 from lowmem.commands.plan import record
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels.table_format import table_bytes
@@ -150,3 +152,34 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         plan_for(ModelRequest(tmp_path, device="cpu", head_bits=8))
     assert plan_for(ModelRequest(tmp_path, device="cpu")).chosen.candidate.form.head_bits == 16
     assert with_spare_heads(forms_of(shape_of(hidden=80), [4])) == forms_of(shape_of(hidden=80), [4])
+
+
+def test_the_option_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`auto` and 16 are the plan as it was; 8 is named wherever the version is."""
+    found = {}
+    for words in ([], ["--head-bits", "auto"], ["--head-bits", "16"], ["--head-bits", "8"]):
+        assert main(["plan", str(TINY_STARCHAT), "--device", "cpu", "--json", *words]) == 0
+        found[" ".join(words)] = json.loads(capsys.readouterr().out)["chosen"]
+    for words in ("", "--head-bits auto", "--head-bits 16"):
+        assert (found[words]["label"], found[words]["head"]) == ("bfloat16", 2 * 4096 * 256)
+    chosen = found["--head-bits 8"]
+    assert (chosen["label"], chosen["head"]) == ("bfloat16, 8-bit head", table_bytes(4096, 256))
+    words = [
+        "run",
+        str(TINY_STARCHAT),
+        "--device",
+        "cpu",
+        "--head-bits",
+        "8",
+        "-p",
+        "def",
+        "--max-tokens",
+        "2",
+    ]
+    assert main(words) == 0
+    assert "bfloat16, 8-bit head, 12 MiB of weights" in capsys.readouterr().err
+    for command in ("run", "fim", "serve", "plan"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, str(TINY_STARCHAT), "--head-bits", "4"])
+        assert caught.value.code == 2
+        assert "invalid choice: '4' (choose from" in capsys.readouterr().err
