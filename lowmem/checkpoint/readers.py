@@ -63,7 +63,10 @@ class Reader:
         """Raise RecipeError unless it loads a checkpoint with these linears, given by full name."""
         for name, format in formats.items():
             if problem := self.allows(format):
-                raise RecipeError(f"{name}: {problem}", f"Change the recipe, or leave out --for {self.name}")
+                raise RecipeError(
+                    f"{name}: {problem}",
+                    f"Choose other bits, groups or symmetry, or leave out --for {self.name}",
+                )
         for members in self.must_match(formats).values():
             if len({formats[name] for name in members}) > 1:
                 raise RecipeError(
