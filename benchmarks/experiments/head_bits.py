@@ -122,7 +122,7 @@ def pace(layers: int, rounds: int) -> Iterator[Pace]:
             engine.repacking.finish()
             _token_ms(engine)
         for number in range(rounds):
-            for bits in HEAD_BITS if number % 2 == 0 else reversed(HEAD_BITS):
+            for bits in HEAD_BITS if number % 2 == 0 else HEAD_BITS[::-1]:
                 times[bits].append(_token_ms(engines[bits]))
                 say(f"{bits}-bit head: {times[bits][-1]:.2f} ms per token")
         for bits, one in loaded.items():
