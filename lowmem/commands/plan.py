@@ -64,13 +64,16 @@ def print_table(plan: Plan) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     if rates:
         table.add_column("tok/s ≤", justify="right", no_wrap=True)
+    known = any(option.candidate.kld is not None for option in everything)
+    if known:
+        table.add_column("KL div.", justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for option in plan.options:
-        table.add_row(*_cells(option, plan, unit, rates))
+        table.add_row(*_cells(option, plan, unit), *_extras(option, rates, known))
     if plan.possible:
         table.add_section()
     for option in plan.possible:
-        table.add_row(*_cells(option, plan, unit, rates), style="dim")
+        table.add_row(*_cells(option, plan, unit), *_extras(option, rates, known), style="dim")
     console = Console()
     Console(width=None if console.is_terminal else 120).print(table)
     if budget.card is not None and not rates:
@@ -79,26 +82,33 @@ def print_table(plan: Plan) -> None:
         )
 
 
-def _cells(option: Option, plan: Plan, unit: int, rates: bool) -> list[str]:
+def _cells(option: Option, plan: Plan, unit: int) -> list[str]:
+    """Of the columns that every table has."""
     need, candidate = option.need, option.candidate
     sizes = [need.weights, need.kv_cache, need.workspace, need.context, need.total]
     digits = 2 if unit == 2**30 else 0
-    rate = [f"{option.ceiling:.1f}" if option.ceiling else "—"] if rates else []
-    if candidate.command:
-        where = "to convert"
-    elif candidate.form.method == "gptq":
-        where = candidate.path.name
-    else:
-        where = "source" if candidate.form.method == "dense" else "on the fly"
     return [
         ("→ " if option.candidate is plan.chosen.candidate else "  ") + candidate.label,
         f"{candidate.bits:.3g}",
         *(f"{nbytes / unit:.{digits}f}" for nbytes in sizes),
         "yes" if option.fits else f"{option.short / unit:.{digits}f} short",
         f"{option.longest:,}" if option.longest else "—",
-        *rate,
-        where,
     ]
+
+
+def _extras(option: Option, rates: bool, known: bool) -> list[str]:
+    """Tokens/s and KL divergence where the table has them, and where the version comes from."""
+    candidate, found = option.candidate, []
+    if rates:
+        found.append(f"{option.ceiling:.1f}" if option.ceiling else "—")
+    if known:
+        predicted = "~" if candidate.command else ""
+        found.append("—" if candidate.kld is None else f"{predicted}{candidate.kld:.2g}")
+    if candidate.command:
+        return [*found, "to convert"]
+    if candidate.form.method == "gptq":
+        return [*found, candidate.path.name]
+    return [*found, "source" if candidate.form.method == "dense" else "on the fly"]
 
 
 def record(plan: Plan) -> dict[str, object]:
