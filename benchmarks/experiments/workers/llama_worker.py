@@ -21,8 +21,10 @@ import numpy as np
 from protocol import gaps, prompt_of, serve  # type: ignore[import-not-found]  # the file beside this one
 
 FILE_TYPES = {
-    "BF16": 32, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q4_K_M": 15, "Q4_K_S": 14, "Q4_0": 2,
-    "Q5_0": 8, "Q3_K_M": 12, "Q2_K": 10, "IQ4_XS": 30, "IQ3_S": 26, "IQ3_XXS": 23, "IQ2_S": 28,
+    "BF16": 32, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q5_K_S": 16, "Q5_0": 8, "Q4_K_M": 15,
+    "Q4_K_S": 14, "Q4_0": 2, "Q3_K_L": 13, "Q3_K_M": 12, "Q3_K_S": 11, "Q2_K": 10, "Q2_K_S": 21,
+    "IQ4_NL": 25, "IQ4_XS": 30, "IQ3_M": 27, "IQ3_S": 26, "IQ3_XS": 22, "IQ3_XXS": 23, "IQ2_M": 29,
+    "IQ2_S": 28, "IQ2_XS": 20, "IQ2_XXS": 19,
 }  # fmt: skip
 """llama.h's llama_ftype, LLAMA_FTYPE_MOSTLY_*."""
 TENSOR_TYPES = {"F32": 0, "F16": 1, "BF16": 30}
