@@ -10,10 +10,12 @@ from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
 from lowmem.benchmarks.experiments.starchat.random_weights import write_packed
 
 CHILD = """
-import resource, sys
+import sys
 from lowmem.cli import main
 code = main(["export", sys.argv[1], sys.argv[2]])
-print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+# Not ru_maxrss, which begins with the peak of the process that started this one.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(code, int(peak.split()[1]) * 1024)
 """
 
 
