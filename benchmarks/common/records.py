@@ -151,6 +151,33 @@ class GreedyAgreement:
 
 
 @dataclass(frozen=True)
+class AllocatedLinear:
+    """How one linear of a version that was made for a size is stored, and why."""
+
+    name: str
+    """Its full name, such as "transformer.h.3.mlp.c_fc"."""
+    bits: int
+    group_size: int
+    """Input columns that share a scale; -1 is one group for the whole row."""
+    sym: bool
+    predicted_kld: float
+    """What it was predicted to add to the KL divergence as it is stored."""
+    sensitivity: float
+    """What it was predicted to add at 4 bits."""
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The bits that `lowmem convert` chose for a size, from the version's `lowmem-report.json`."""
+
+    made_for: str
+    """The option that asked for the size, such as "--bpw 3.5"."""
+    predicted_kld: float
+    """Of all linears together, on the calibration rows."""
+    linears: tuple[AllocatedLinear, ...]
+
+
+@dataclass(frozen=True)
 class SubjectQuality:
     """Results of one version on every text."""
 
@@ -160,6 +187,8 @@ class SubjectQuality:
     texts: tuple[TextQuality, ...]
     greedy: GreedyAgreement | None
     seconds: float
+    allocated: Allocated | None = None
+    """None if the version was not made for a size, and in records of earlier versions of lowmem."""
 
 
 @dataclass(frozen=True)

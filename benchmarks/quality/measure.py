@@ -22,6 +22,7 @@ from lowmem.benchmarks.common.progress import Progress
 from lowmem.benchmarks.common.record_file import read_record, write_record
 from lowmem.benchmarks.common.records import QualityRecord, SubjectQuality
 from lowmem.benchmarks.common.work_file import WorkFile, digest_of
+from lowmem.benchmarks.quality.allocated import read_allocated
 from lowmem.benchmarks.quality.recorded import write_kld
 from lowmem.benchmarks.quality.reference_states import (
     cache_folder,
@@ -191,6 +192,8 @@ def _score_all(
                 scorer.progress.note(f"{label} is left out: {error}")
                 continue
             work.add(places[label], found[label], found[label].seconds)
+        if entrant.subject.method == "gptq":  # also of a version that was measured before it was known
+            found[label] = replace(found[label], allocated=read_allocated(entrant.candidate.path))
         ordered = [found[name] for name in places if name in found]
         record = replace(record, subjects=(*ordered, *others.values()))
         write_record(record, output.folder)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lowmem.benchmarks.common.record_file import FILES
 from lowmem.benchmarks.common.records import HumanEvalRecord, LatencyRecord, Origin, QualityRecord, Subject
+from lowmem.benchmarks.report.allocation_sections import allocation_sections
 from lowmem.benchmarks.report.document import Column, Provenance, Report, Section, Table
 from lowmem.benchmarks.report.inputs import Records, cleaned
 from lowmem.benchmarks.report.latency_sections import latency_sections
@@ -33,6 +34,7 @@ def make_report(records: Records, command: str) -> Report:
     sections: list[Section] = []
     if records.quality:
         sections += quality_sections(records.quality, styles)
+        sections += allocation_sections(records.quality)
     if records.humaneval:
         sections += humaneval_sections(records.humaneval)
     if records.latency:

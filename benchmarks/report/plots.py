@@ -103,7 +103,7 @@ def lines(
     if len(places) > 1:
         beside = 0.04 * (max(places) - min(places))
         axes.set_xlim(min(places) - beside, max(places) + beside)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(places), nbins=_width(figure) // 36))
+    axes.xaxis.set_major_locator(FixedLocator(sorted(places), nbins=width_of(figure) // 36))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: places.get(x, "")))
     _set_ticks(axes.yaxis, log=10 if log else 0)
     axes.set_xlabel(names[0])
@@ -164,10 +164,10 @@ def rows(
 ) -> None:
     """Draw horizontal bars under their labels, all panels on one x axis. legend: (name, key of KEYS)."""
     counts = [max(1, len(panel.rows)) for panel in panels]
-    _set_height(figure, _ROW * sum(counts) + 26 * len(panels) + 40, [(n, KEYS[k]) for n, k in legend])
+    set_height(figure, _ROW * sum(counts) + 26 * len(panels) + 40, [(n, KEYS[k]) for n, k in legend])
     ratios = {"height_ratios": counts}
     grid = figure.subplots(len(panels), 1, squeeze=False, sharex=True, gridspec_kw=ratios)[:, 0]
-    width = _width(figure)
+    width = width_of(figure)
     if log:
         grid[0].set_xscale("log")
     for axes, panel, count in zip(grid, panels, counts, strict=True):
@@ -223,24 +223,25 @@ def drawable(value: float, log: bool = False) -> bool:
     return math.isfinite(value) and abs(value) < FARTHEST and (not log or value > 1 / FARTHEST)
 
 
-def _width(figure: Figure) -> int:
+def width_of(figure: Figure) -> int:
+    """Width of a figure in pixels."""
     return round(figure.get_figwidth() * 72)
 
 
 def _axes(figure: Figure, height: float, entries: Sequence[tuple[str, dict[str, Any]]]) -> Any:
     """One area for data, with a legend below it."""
-    _set_height(figure, height, entries)
+    set_height(figure, height, entries)
     axes = figure.subplots()
     axes.grid()
     return axes
 
 
-def _set_height(figure: Figure, height: float, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+def set_height(figure: Figure, height: float, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Make the figure `height` pixels high and a legend more; `entries`: (name, look) of a line or a bar."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    width = _width(figure)
+    width = width_of(figure)
     names = [fitted(name, width - 60) for name, _ in entries]
     columns = max(1, min(len(names), int(width // (max(map(text_width, names), default=0) + 54))))
     figure.set_figheight((height + _LEGEND_LINE * math.ceil(len(names) / columns) + 8 * bool(names)) / 72)
