@@ -6,6 +6,7 @@ It uses no code of the converter, so the reader is tested against an independent
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lowmem.checkpoint.formats import LinearFormat, layout_for
 from lowmem.checkpoint.manifest import quantization_config_dict
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import QuantConfig
@@ -86,10 +88,12 @@ def write_rtn_checkpoint(
     act_order_seed: int | None = None,
     tokenizer: bool = True,
     sym: bool = False,
+    others: Mapping[str, int] | None = None,
 ) -> Any:
     """Write `model` quantized into `folder`, and replace the weights of `model` by the dequantized ones.
 
-    layout: a key of LAYOUTS; by default the one that lowmem writes for the width.
+    layout: a key of LAYOUTS; by default the one that lowmem writes for the widths. others: the bits of
+    linears that differ, by the end of their names.
 
     Afterwards `model` is the oracle for a reader of the folder.
     """
@@ -98,17 +102,23 @@ def write_rtn_checkpoint(
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings and embedding_name(model) != "lm_head.weight":
         tensors.pop("lm_head.weight", None)
-    for name, linear in layer_linears(model).items():
-        packed = rtn(linear.weight, bits, group_size, act_order_seed=act_order_seed, sym=sym)
+    linears = layer_linears(model)
+    differ = {n: b for n in linears for end, b in (others or {}).items() if n.endswith(end)}
+    if differ:
+        layout = layout or layout_for((bits, *differ.values()))
+    for name, linear in linears.items():
+        own = differ.get(name, bits)
+        packed = rtn(linear.weight, own, group_size, act_order_seed=act_order_seed, sym=sym)
         linear.weight.data = packed.weight().to(linear.weight.dtype)
         del tensors[f"{name}.weight"]
-        tensors[f"{name}.qweight"] = pack_rows(packed.q, bits, layout)
-        tensors[f"{name}.qzeros"] = pack_zeros(packed.zeros, bits, layout)
+        tensors[f"{name}.qweight"] = pack_rows(packed.q, own, layout)
+        tensors[f"{name}.qzeros"] = pack_zeros(packed.zeros, own, layout)
         tensors[f"{name}.scales"] = packed.scales
         tensors[f"{name}.g_idx"] = packed.g_idx
     config = json.loads((folder / "config.json").read_text())
     quant = QuantConfig(bits=bits, group_size=group_size, sym=sym, desc_act=False)
-    config["quantization_config"] = quantization_config_dict(quant, version="0")
+    formats = {n: LinearFormat(b, group_size, sym) for n, b in differ.items()}
+    config["quantization_config"] = quantization_config_dict(quant, version="0", linears=formats)
     config["quantization_config"]["desc_act"] = act_order_seed is not None
     if layout:
         config["quantization_config"]["checkpoint_format"] = layout

@@ -12,9 +12,9 @@ from lowmem.benchmarks.common.records import HumanEvalRecord, LatencyRecord, Mad
 from lowmem.convert.recipe import RECIPE_VERSION
 
 from lowmem.checkpoint.files.reading import read_json
+from lowmem.checkpoint.manifest import REPORT_FILE
 from lowmem.errors import LowmemError
 from lowmem.kernels.native import header as native
-from lowmem.plan.candidates import REPORT_FILE
 
 OURS = "lowmem "
 """How the names of lowmem's own C kernels begin, before the instruction set."""

@@ -179,7 +179,7 @@ def _reported(found: Iterable[Candidate], cuda: bool) -> tuple[str, Candidate]:
 
 def _base_model(folder: Path) -> str:
     from lowmem.checkpoint.files.reading import read_json
-    from lowmem.plan.candidates import REPORT_FILE
+    from lowmem.checkpoint.manifest import REPORT_FILE
 
     try:
         name = read_json(folder / REPORT_FILE).get("base_model")
@@ -219,7 +219,8 @@ def _wanted(found: list[Candidate], versions: Sequence[str]) -> list[Candidate]:
 def _names(candidate: Candidate) -> set[str]:
     """The values of --versions that choose it."""
     names = {candidate.form.method, _label(candidate).lower()}
-    return names if candidate.shape.format is None else names | {f"{candidate.bits:g}-bit"}
+    # "4-bit" of "4-bit g128"; the average of a mixed version keeps its decimal, as in "4.0-bit".
+    return names if candidate.shape.format is None else names | {candidate.label.partition(" ")[0]}
 
 
 def _distinct(found: Iterable[Candidate]) -> list[Candidate]:
@@ -231,9 +232,9 @@ def _distinct(found: Iterable[Candidate]) -> list[Candidate]:
 
 
 def _label(candidate: Candidate) -> str:
-    """`4-bit g128`, `bfloat16`, `int8`, `NF4`."""
+    """`4-bit g128`, `3.5-bit mixed`, `bfloat16`, `int8`, `NF4`."""
     if candidate.shape.format is not None:
-        return candidate.shape.format.label
+        return candidate.label
     return LABELS.get(candidate.form.method, candidate.form.dtype)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from lowmem.benchmarks.common.records import Allocated, AllocatedLinear
 
 from lowmem.checkpoint.files.reading import read_json
-from lowmem.plan.candidates import REPORT_FILE
+from lowmem.checkpoint.manifest import REPORT_FILE
 from lowmem.errors import LowmemError
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lowmem.checkpoint.files.reading import read_json
 from lowmem.checkpoint.files.whole import write_whole
-from lowmem.checkpoint.manifest import MANIFEST_FILE, digest_file, read_manifest
+from lowmem.checkpoint.manifest import MANIFEST_FILE, REPORT_FILE, digest_file, read_manifest
 from lowmem.errors import LowmemError
-from lowmem.plan.candidates import MEASURED, REPORT_FILE
+from lowmem.plan.candidates import MEASURED
 
 
 def write_kld(folder: Path, kld: float, what: str) -> str:

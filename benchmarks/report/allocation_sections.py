@@ -79,7 +79,8 @@ def allocation_section(subject: SubjectQuality, key: str) -> Section:
 
 def _predicted(subject: SubjectQuality, allocated: Allocated) -> str:
     """The predicted KL divergence beside the measured one."""
-    sentence = f"Predicted KL divergence, on the calibration rows: {significant(allocated.predicted_kld)} nats a token."
+    predicted = significant(allocated.predicted_kld)
+    sentence = f"Predicted KL divergence, on the calibration rows: {predicted} nats a token."
     if (measured := pooled(subject.texts)) is None:
         return sentence
     ratio = times(measured.kld, allocated.predicted_kld)

@@ -18,7 +18,13 @@ import lowmem
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.whole import write_json, write_whole
 from lowmem.checkpoint.files.writer import merge, write_tensors
-from lowmem.checkpoint.manifest import FileDigest, quantization_config_dict, read_manifest, write_manifest
+from lowmem.checkpoint.manifest import (
+    REPORT_FILE,
+    FileDigest,
+    quantization_config_dict,
+    read_manifest,
+    write_manifest,
+)
 from lowmem.checkpoint.source.open import Source
 from lowmem.models.dialogue import CHAT_TEMPLATE, end_token_ids
 from lowmem.plan.fit.allocation import bits_per_weight
@@ -51,7 +57,7 @@ class ResultSummary:
     def of_folder(cls, folder: Path) -> ResultSummary:
         """Read the summary of a finished checkpoint."""
         manifest = read_manifest(folder) or {}
-        errors = json.loads((folder / "lowmem-report.json").read_bytes())
+        errors = json.loads((folder / REPORT_FILE).read_bytes())
         return cls(
             str(folder),
             sum(f.bytes for f in manifest.values()),
@@ -105,7 +111,7 @@ def assemble(job: ConversionJob, inputs: ConversionInputs) -> ResultSummary:
     starchat = CHAT_TEMPLATE if inputs.dialogue is not None else None
     store_templates(folder, tokenizer.chat_template or starchat, digests)
     facts = _facts(job, inputs, digests)
-    digests["lowmem-report.json"] = write_json(folder / "lowmem-report.json", facts.as_json())
+    digests[REPORT_FILE] = write_json(folder / REPORT_FILE, facts.as_json())
     digests["README.md"] = write_whole(folder / "README.md", [render(facts).encode()])
     write_manifest(folder, digests)
     size = sum(digest.bytes for digest in digests.values())

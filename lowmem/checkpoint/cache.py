@@ -27,7 +27,7 @@ from lowmem.checkpoint.files.home import typed_path, user_folder
 from lowmem.checkpoint.files.lock import take
 from lowmem.checkpoint.files.reading import is_hub_id, read_json
 from lowmem.checkpoint.files.whole import DiskFullError, write_whole
-from lowmem.checkpoint.manifest import MANIFEST_FILE, find_quantization
+from lowmem.checkpoint.manifest import MANIFEST_FILE, REPORT_FILE, find_quantization
 from lowmem.config import QuantConfig
 from lowmem.errors import InvalidRequestError, LowmemError, OutputError
 
@@ -47,10 +47,10 @@ class Entry:
     """The finished folder; it exists if `complete`."""
     source: str
     """The hub id or the absolute path that it was converted from."""
-    bits: int
-    """Of the linears that have no settings of their own; 0 if unknown."""
+    bits: float
+    """0 if unknown; where linears differ, the average with scales and zero-points, as the report says."""
     group_size: int
-    """The same; 0 if unknown."""
+    """Of the linears that have no settings of their own; 0 if unknown."""
     mixed: bool
     """Some linears are stored otherwise."""
     nbytes: int
@@ -281,13 +281,25 @@ def _entry(path: Path, source: str) -> Entry:
     )
 
 
-def _format(folder: Path) -> tuple[int, int, bool]:
+def _format(folder: Path) -> tuple[float, int, bool]:
     """(bits, group size, whether linears differ) of a finished checkpoint, or zeros."""
     try:
         found = find_quantization(folder)
     except LowmemError:
         found = None
-    return (found.default.bits, found.default.group_size, not found.uniform) if found else (0, 0, False)
+    if found is None:
+        return 0, 0, False
+    bits = found.default.bits if found.uniform else _average_bits(folder)
+    return bits, found.default.group_size, not found.uniform
+
+
+def _average_bits(folder: Path) -> float:
+    """Bits of a weight as the folder's report says; 0 if it does not."""
+    try:
+        found = read_json(folder / REPORT_FILE).get("bits_per_weight")
+    except LowmemError:
+        return 0
+    return round(found, 2) if isinstance(found, float) and 0 < found <= 32 else 0
 
 
 def _read_job(job: Path) -> dict[str, Any]:
@@ -302,7 +314,9 @@ def _format_of_job(state: Mapping[str, Any]) -> tuple[int, int, bool]:
     if not isinstance(recipe, dict):
         return 0, 0, False
     bits, group_size, mixed = recipe.get("bits"), recipe.get("group_size"), "linears" in recipe
-    return (bits, group_size, mixed) if type(bits) is int and type(group_size) is int else (0, 0, False)
+    if type(bits) is not int or type(group_size) is not int:
+        return 0, 0, False
+    return (0 if mixed else bits), group_size, mixed  # the average is known when it is finished
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -78,6 +78,10 @@ class LinearFormat:
         """The name shown to users, such as "4-bit g128"."""
         return f"{self.bits}-bit g{self.group_size}"
 
+    def bits_per_weight(self, inputs: int) -> float:
+        """Stored bits of a weight of a linear, with its share of scale and zero-point."""
+        return self.bits + (16 + self.bits) / (inputs if self.group_size == -1 else self.group_size)
+
     @property
     def zeros_v2(self) -> bool:
         """See Layout.zeros_v2."""
@@ -143,6 +147,11 @@ def exceptions_for(formats: Mapping[str, LinearFormat | None]) -> tuple[FormatEx
         between = f"(?:{choices})" if len(numbers) > 1 else choices
         found.append(FormatException(f"^{before}{between}{after}$", format))
     return tuple(sorted(found, key=lambda exception: exception.format is not None))
+
+
+def mixed_label(bits: float) -> str:
+    """The name shown to users of a version whose linears differ, by their average bits: "3.5-bit mixed"."""
+    return f"{bits:.1f}-bit mixed"
 
 
 # What precedes the first number in a dotted name, the number, and the rest.

@@ -26,6 +26,8 @@ from lowmem.config import QuantConfig
 from lowmem.errors import OutputError, SourceError, VerifyError
 
 MANIFEST_FILE = "lowmem-manifest.json"
+REPORT_FILE = "lowmem-report.json"
+"""What the converter did, and with what error."""
 _DIGEST_CHUNK = 1 << 20
 
 

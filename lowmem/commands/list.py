@@ -44,7 +44,8 @@ def _row(entry: Entry) -> tuple[str, ...]:
     from lowmem.text.units import format_bytes
 
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-    bits = (str(entry.bits) + ", mixed" * entry.mixed) if entry.bits else "?"
+    bits = f"{entry.bits:.1f}" if entry.mixed else f"{entry.bits:g}"
+    bits = (bits if entry.bits else "?") + ", mixed" * entry.mixed
     return entry.name, entry.source, bits, format_bytes(entry.nbytes), when, entry.state
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id, read_json
-from lowmem.checkpoint.manifest import MANIFEST_FILE
+from lowmem.checkpoint.formats import mixed_label
+from lowmem.checkpoint.manifest import MANIFEST_FILE, REPORT_FILE
 from lowmem.errors import LowmemError, SourceError
 from lowmem.kernels.native.header import WIDTHS
 from lowmem.plan.memory import ON_THE_FLY, Form, takes_8bit_head, with_head
 from lowmem.plan.shape import ModelShape, as_converted, read_shape
 
-REPORT_FILE = "lowmem-report.json"
 MEASURED = "measured"
 """Key of a manifest: measurements of the checkpoint since it was made (`kld`)."""
 _INT8_IS_LIKE = 5.5
@@ -31,7 +31,7 @@ class Candidate:
     label: str
     """Shown to users, as "4-bit g128"."""
     bits: float
-    """Of a linear's weights; the average where linears differ."""
+    """Of a linear's weights; where linears differ, the average, with scales and zero-points."""
     form: Form
     path: Path
     """A folder, or a weight file."""
@@ -49,6 +49,10 @@ class Candidate:
         if self.command:
             return self.command
         return "on the fly" if self.form.method in ON_THE_FLY else str(self.path)
+
+    def has_bits(self, bits: int) -> bool:
+        """Whether every linear has this many bits: a mixed version has not, whatever its average."""
+        return self.bits == bits and (self.shape.format is None or self.shape.format.uniform)
 
 
 def find_candidates(model: str, *, cuda: bool, dtype: str | None = None) -> list[Candidate]:
@@ -78,9 +82,9 @@ def convertible(model: str, candidates: Iterable[Candidate], *, cuda: bool) -> l
     source = next((c for c in found if c.form.method == "dense"), None)
     if source is None or not source.shape.convertible:
         return []
-    there = {c.bits for c in found if c.form.method == "gptq"}
+    there = [c for c in found if c.form.method == "gptq"]
     made = []
-    for bits in (bits for bits in offered(cuda=cuda) if bits not in there):
+    for bits in (bits for bits in offered(cuda=cuda) if not any(c.has_bits(bits) for c in there)):
         shape = as_converted(source.shape, bits)
         dtype = "float16" if cuda else "bfloat16"
         assert shape.format is not None
@@ -180,7 +184,8 @@ def _versions(path: Path, cuda: bool, dtype: str | None) -> list[Candidate]:
 def _packed(path: Path, shape: ModelShape, cuda: bool, dtype: str | None) -> Candidate:
     assert shape.format is not None
     form = Form("gptq", _run_dtype(shape, cuda, dtype))
-    return Candidate(shape.format.label, shape.bits, form, path, shape, _measured_kld(path))
+    label = shape.format.label if shape.format.uniform else mixed_label(shape.bits)
+    return Candidate(label, shape.bits, form, path, shape, _measured_kld(path))
 
 
 def _run_dtype(shape: ModelShape, cuda: bool, dtype: str | None) -> str:

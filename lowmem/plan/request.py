@@ -105,7 +105,7 @@ def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool =
             f"--context {context} is out of range: the model has {positions} positions", "Use a smaller one"
         )
     if request.bits is not None:
-        possible = [c for c in possible if c.bits == request.bits]
+        possible = [c for c in possible if c.has_bits(request.bits)]
     budget = _budget(request, card, vram if on_card else None, measure)
     if possible and request.bits is None and (mixed := made_to_fit(model, candidates, budget, context)):
         possible = sorted([*possible, mixed], key=by_bits)
@@ -193,7 +193,7 @@ def _with_heads(candidates: list[Candidate], request: ModelRequest, on_card: boo
 def _matching(candidates: list[Candidate], request: ModelRequest) -> list[Candidate]:
     """The candidates with the requested bits and method. Raises SourceError if none matches."""
     bits, method = request.bits, request.method
-    found = [c for c in candidates if bits in (None, c.bits) and method in (None, c.form.method)]
+    found = [c for c in candidates if (bits is None or c.has_bits(bits)) and method in (None, c.form.method)]
     if found:
         return found
     if method in (None, "gptq") and any(c.form.method == "dense" for c in candidates):

@@ -116,12 +116,12 @@ class ModelShape:
 
     @property
     def bits(self) -> float:
-        """Bits of a linear's weight, without scales: of all linears alike, or else on average."""
+        """Bits of a linear's weight; where linears differ, the average, with scales and zero-points."""
         if self.format is None:
             return 32 if self.stored == "float32" else 16
         if self.format.uniform:
             return self.format.default.bits
-        stored = sum(self._weights(t) * (self._width(t) if t.packed else 16) for t in self.tensors)
+        stored = sum(self._weights(t) * self._stored_bits(t) for t in self.tensors)
         return round(stored / max(1, self.linear_weights), 2)
 
     def _weights(self, tensor: Tensor) -> int:
@@ -130,12 +130,19 @@ class ModelShape:
             return tensor.numel
         if not tensor.packed or tensor.layer < 0 or not tensor.name.endswith(".qweight"):
             return 0
-        return tensor.numel * 32 // self._width(tensor)
+        return tensor.numel * 32 // self._format(tensor).bits
 
-    def _width(self, tensor: Tensor) -> int:
-        """The bits of a packed linear, by its tensor."""
+    def _stored_bits(self, tensor: Tensor) -> float:
+        """Bits of a weight, with scales and zero-points, of the linear that a tensor holds."""
+        if not tensor.packed or not tensor.name.endswith(".qweight"):
+            return 16
+        format = self._format(tensor)
+        return format.bits_per_weight(tensor.shape[0] * 32 // format.bits)
+
+    def _format(self, tensor: Tensor) -> LinearFormat:
+        """How a packed linear is stored, by its tensor."""
         assert self.format is not None
-        return self.format.of_packed(tensor.name.rpartition(".")[0]).bits
+        return self.format.of_packed(tensor.name.rpartition(".")[0])
 
     @property
     def linear_sizes(self) -> frozenset[tuple[int, int]]:

@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from lowmem.checkpoint.files.shards import INDEX_FILE, SINGLE_FILE
 from lowmem.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from lowmem.checkpoint.verify.converted import VerifyReport, verify
+from lowmem.commands.verify import summary
 from lowmem.errors import ForeignError, VerifyError
 from tests.helpers import save_source, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
+
+MIXED = {"c_attn": 6, "c_fc": 2}
 
 UP = "model.layers.0.mlp.up_proj"
 Tensors = dict[str, torch.Tensor]
@@ -73,6 +76,16 @@ def test_whole_checkpoints_are_ok(kind: str, options: dict[str, Any], tmp_path: 
     assert ours.linears == {"gpt_bigcode_mqa": 8, "gpt_bigcode_mha": 8, "starcoder2": 12, "llama": 14}[kind]
     assert steps == sorted(steps) and steps[-1][0] == steps[-1][1]
     ours.check()
+
+
+def test_the_summary_names_the_widths_that_linears_have(tmp_path: Path) -> None:
+    """Not the default of a mixed checkpoint as if all were stored so."""
+    write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "mixed", bits=4, others=MIXED)
+    write_rtn_checkpoint(tiny_model("gpt_bigcode_mqa"), tmp_path / "four", bits=4)
+    mixed, four = verify(tmp_path / "mixed"), verify(tmp_path / "four")
+    assert mixed.ok, found(mixed)
+    assert summary(mixed).endswith(" 8 linears of 2/4/6 bits")
+    assert summary(four).endswith(" 8 linears of 4 bits (g32)")
 
 
 def test_a_dense_checkpoint_can_be_checked_too(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lowmem.convert.progress import Reporter
 from lowmem.convert.recipe import ConvertOptions
 
 from lowmem.checkpoint import cache
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.manifest import quantization_config_dict, write_manifest
 from lowmem.config import QuantConfig
 from lowmem.errors import InvalidRequestError, MemoryBudgetError, OutputError
@@ -322,6 +323,27 @@ def test_list(root):
     assert (eight[column], three[column]) == ("8", "3")
     (first, _) = json.loads(lowmem(root, "list", "--json").stdout)["entries"]
     assert (first["bits"], first["group_size"], first["complete"], first["source"]) == (8, 128, True, ALPHA)
+
+
+def test_list_shows_the_average_bits_of_a_mixed_entry(root):
+    """As its report says; an unfinished job does not know them yet."""
+    folder = finished(ALPHA, QuantConfig(bits=3, group_size=128))
+    other = {"transformer.h.0.attn.c_attn": LinearFormat(5, 64)}
+    settings = quantization_config_dict(QuantConfig(bits=3, group_size=128), version="0", linears=other)
+    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    (entry,) = cache.entries()
+    assert (entry.bits, entry.mixed) == (0, True), "without a report"
+    for text, bits in (("3.4994", 3.5), ("true", 0), ("NaN", 0), ('"3"', 0), ("[]", 0), ("1e99", 0)):
+        (folder / "lowmem-report.json").write_text(f'{{"bits_per_weight": {text}}}')
+        assert [e.bits for e in cache.entries()] == [bits]
+    (folder / "lowmem-report.json").write_text('{"bits_per_weight": 3.4994}')
+    heading, row = lowmem(root, "list").stdout.splitlines()
+    assert row[heading.index("BITS") :].startswith("3.5, mixed ")
+    job = begun(ALPHA, QuantConfig(bits=4, group_size=128))
+    state = json.loads((job / "job.json").read_text())
+    state["recipe"]["linears"] = {"transformer.h.0.attn.c_attn": [5, 64, True]}
+    (job / "job.json").write_text(json.dumps(state))
+    assert [(e.bits, e.mixed) for e in cache.entries() if not e.complete] == [(0, True)]
 
 
 def test_list_and_rm_load_no_heavy_library(root):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lowmem.benchmarks.experiments.starchat.replicas import gptq_header_replica, starchat_header_replica
 from lowmem.convert.pipeline import convert
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.checkpoint import cache
@@ -21,7 +23,7 @@ from lowmem.plan.candidates import convertible, find_candidates
 from lowmem.plan.request import ModelRequest, plan_for
 from lowmem.plan.shape import read_shape
 from tests.helpers import KINDS, TINY_STARCHAT, TOKENIZER_FILES, save_source, tiny_model
-from tests.rtn_helpers import write_rtn_checkpoint
+from tests.rtn_helpers import layer_linears, write_rtn_checkpoint
 
 SMALL = {"layers": 2, "n_embd": 128, "heads": 4}
 
@@ -91,6 +93,28 @@ def test_measured_quality_is_read_from_the_report(tmp_path: Path) -> None:
         folder = gptq_header_replica(tmp_path / f"m-{bits}bit", bits, 128, **SMALL)
         (folder / "lowmem-report.json").write_text(json.dumps({"base_model": "m", "kld": kld}))
     assert labels(source) == ["bfloat16", "int8 bnb", "3-bit g128", "NF4 bnb", "4-bit g128"]
+
+
+def test_a_mixed_version_is_ranked_and_named_by_its_average_bits(tmp_path: Path) -> None:
+    """Against the stored bytes; `--bits` never takes it for a uniform one."""
+    source = save_source(tiny_model("llama"), tmp_path / "m")
+    others = {"q_proj": 6, "gate_proj": 3, "down_proj": 5}
+    write_rtn_checkpoint(tiny_model("llama"), tmp_path / "m-mixed", bits=4, others=others)
+    write_rtn_checkpoint(tiny_model("llama"), tmp_path / "m-4bit", bits=4)
+    tensors = load_file(tmp_path / "m-mixed" / "model.safetensors")
+    stored = sum(t.nbytes for n, t in tensors.items() if n.endswith(("qweight", "qzeros", "scales")))
+    weights = sum(linear.weight.numel() for linear in layer_linears(tiny_model("llama")).values())
+    average = 8 * stored / weights
+    (mixed,) = find_candidates(str(tmp_path / "m-mixed"), cuda=False)
+    assert mixed.bits == pytest.approx(average, abs=0.005) and 4 < average < 6
+    assert mixed.label == f"{average:.1f}-bit mixed"
+    found = labels(source)
+    assert found == ["float32", "bfloat16", "int8 bnb", mixed.label, "4-bit g32", "NF4 bnb"]
+    for bits in (3, 4, 5, 6):
+        with pytest.raises(SourceError, match=f"no {bits}-bit version here; available: {mixed.label}"):
+            plan_for(ModelRequest(tmp_path / "m-mixed", bits=bits, device="cpu"))
+    whole = replace(mixed, bits=4.0)
+    assert not whole.has_bits(4), "an average that happens to be whole"
 
 
 def test_a_hub_id_is_found_in_the_cache_and_by_its_name_in_the_list(tmp_path: Path) -> None:

@@ -270,6 +270,8 @@ def test_a_mixture_is_as_large_as_its_linears() -> None:
     assert mixed.format.label == "3/4/8-bit mixed"
     sizes = [tensor.numel for tensor in source.tensors if tensor.linear]
     assert mixed.linear_weights == sum(sizes) and alike.bits == 4 and source.bits == 16
-    widths = [3, 8, 16] + [4] * (len(sizes) - 3)
+    inputs = next(t.shape[1] for t in source.tensors if t.name == f"{names[1]}.weight")
+    # A float16 scale and a zero-point of the weights' width for each group.
+    widths = [3 + 19 / 64, 8 + 24 / inputs, 16] + [4 + 20 / 128] * (len(sizes) - 3)
     average = sum(size * bits for size, bits in zip(sizes, widths, strict=True)) / sum(sizes)
     assert mixed.bits == round(average, 2)

@@ -122,7 +122,6 @@ def bits_per_weight(sizes: Mapping[str, tuple[int, int]], linears: Mapping[str, 
     bits = weights = 0.0
     for name, format in linears.items():
         inputs, outputs = sizes[name]
-        group = inputs if format.group_size == -1 else format.group_size
         weights += inputs * outputs
-        bits += inputs * outputs * (format.bits + (16 + format.bits) / group)
+        bits += inputs * outputs * format.bits_per_weight(inputs)
     return bits / weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lowmem.checkpoint.formats import LinearFormat
+from lowmem.checkpoint.formats import LinearFormat, mixed_label
 from lowmem.errors import LowmemError
 from lowmem.plan.candidates import Candidate
 from lowmem.plan.fit.allocation import best_allocation, best_of_heads
@@ -60,7 +60,7 @@ def made_to_fit(
         packed = min(left[head], widest)
         bits = _bits(source.shape, packed)
     form = Form("gptq", "float16" if cuda else "bfloat16", head)
-    label = with_head(f"{bits:.1f}-bit mixed", head)
+    label = with_head(mixed_label(bits), head)
     command = f"lowmem convert {model} {size.label()}"
     shape = resized(source.shape, packed)
     return Candidate(label, round(bits, 2), form, source.path, shape, kld, command)
