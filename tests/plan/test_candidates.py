@@ -107,7 +107,7 @@ def test_a_mixed_version_is_ranked_and_named_by_its_average_bits(tmp_path: Path)
     average = 8 * stored / weights
     (mixed,) = find_candidates(str(tmp_path / "m-mixed"), cuda=False)
     assert mixed.bits == pytest.approx(average, abs=0.005) and 4 < average < 6
-    assert mixed.label == f"{average:.1f}-bit mixed"
+    assert mixed.label == f"{mixed.bits:.1f}-bit mixed"
     found = labels(source)
     assert found == ["float32", "bfloat16", "int8 bnb", mixed.label, "4-bit g32", "NF4 bnb"]
     for bits in (3, 4, 5, 6):
