@@ -252,3 +252,12 @@ def test_a_record_survives_its_file(tmp_path, capsys):
     file.write_text("{}")
     assert command.main(["--show", "--out", str(file)]) == 2
     assert command.main(["--draw", "--out", str(file)]) == 2
+
+
+def test_the_committed_measurement_keeps_the_bounds():
+    """What the documents say: mixed widths beat uniform ones by the bound, and every peer, on all texts."""
+    record = command.CURVE.read()
+    assert len(record.of(MIXED)) >= 4
+    assert not [point for point in record.points if point.failure]
+    assert list(missed(record)) == []
+    assert command.IMAGE.is_file()
