@@ -78,10 +78,11 @@ def convert(args: argparse.Namespace) -> dict[str, Any]:
     widths: dict[str, tuple[int, int]] = {}
     differ = 0
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or int(getattr(module, "bits", 16)) >= 16:
+        linear: Any = module  # AutoRound adds the attributes
+        if not isinstance(module, torch.nn.Linear) or int(getattr(linear, "bits", 16)) >= 16:
             continue
-        bits, group = int(module.bits), int(module.group_size)
-        dense[f"{name}.weight"], far = grid_values(module.weight.detach(), module.scale, module.zp, group)
+        bits, group = int(linear.bits), int(linear.group_size)
+        dense[f"{name}.weight"], far = grid_values(linear.weight.detach(), linear.scale, linear.zp, group)
         widths[name] = (bits, group)
         differ += far
     save_file(dense, str(args.out))
