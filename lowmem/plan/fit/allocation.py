@@ -40,6 +40,10 @@ class Allocation:
         return Counter(self.linears.values()).most_common(1)[0][0]
 
 
+OF_CHOICE = 1.3
+"""By what factor a mixture's KL divergence exceeds the sum over its linears: options that look cheapest are often
+those whose cost is estimated too low. On tiny-starchat it was 1.2 to 1.4 between 2.2 and 4.6 bits per weight:
+`python -m lowmem.benchmarks.experiments.curve`."""
 HEAD_KLD = 7.3e-5
 """The rise of the KL divergence where head and embedding are rounded to 8 bits, as measured on tiny-starchat:
 `python -m lowmem.benchmarks.experiments.head_bits`."""
@@ -95,9 +99,10 @@ def best_allocation(
     taken = allocate([item for _, item in items], budget)
     chosen = {name: taken[item.name] for members, item in items for name in members}
     linears = {name: OPTIONS[chosen[name]] for name in found.linears}
+    uniform = len(set(linears.values())) == 1
     return Allocation(
         linears,
-        sum(found.predicted(name, option) for name, option in chosen.items()),
+        (1.0 if uniform else OF_CHOICE) * sum(found.predicted(name, o) for name, o in chosen.items()),
         sum(packed_bytes(*found.linears[name], format) for name, format in linears.items()),
         bits_per_weight(found.linears, linears),
         {name: found.predicted(name, option) for name, option in chosen.items()},
