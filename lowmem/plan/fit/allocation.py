@@ -41,8 +41,8 @@ class Allocation:
 
 
 OF_CHOICE = 1.3
-"""By what factor a mixture's KL divergence exceeds the sum over its linears: options that look cheapest are often
-those whose cost is estimated too low. On tiny-starchat it was 1.2 to 1.4 between 2.2 and 4.6 bits per weight:
+"""By what factor a mixture's KL divergence exceeds the sum over its linears: options that look cheapest are
+often those whose cost is estimated too low. On tiny-starchat it was 1.2 to 1.4 from 2.2 to 4.6 bits a weight:
 `python -m lowmem.benchmarks.experiments.curve`."""
 HEAD_KLD = 7.3e-5
 """The rise of the KL divergence where head and embedding are rounded to 8 bits, as measured on tiny-starchat:
