@@ -82,7 +82,6 @@ CASES: list[tuple[str, dict[str, torch.Tensor], dict[str, Any]]] = [
     ("SpQR", {"dense_weights": i32(8), "row_offsets": i32(8)}, settings(quant_method="spqr")),
     ("BitNet", {"weight": bytes_(32, 64), "weight_scale": f16(1)}, settings(quant_method="bitnet")),
     ("Marlin", {"B": i32(4, 256), "s": f16(2, 128)}, settings(quant_method="gptq", bits=4, format="marlin")),
-    ("gptq_p", GPTQ, settings(quant_method="gptq", bits=4, checkpoint_format="gptq_p")),
     ("quantize_config.json", GPTQ, {}),
     ("brand-new", GPTQ, settings(quant_method="brand-new", bits=4)),
 ]

@@ -32,6 +32,9 @@ ONLY = {
     "lowmem/server": ("serve",),
     "lowmem/doctor": ("doctor",),
     "lowmem/checkpoint/files/writer.py": ("convert",),  # merges the converter's shards
+    "lowmem/checkpoint/readers.py": ("convert",),
+    "lowmem/export": ("export",),
+    "lowmem/plan/fit": ("convert",),
     "lowmem/streaming": ("convert", "bench quality"),
     "lowmem/prompts.py": ("run",),  # a client of the server gets an ApiError instead
 }
@@ -145,6 +148,11 @@ TRIED: list[tuple[list[str], str, str]] = [
         ["convert", "source", "d", *CONVERT, *SHORT, "--damp-percent", "2"],
         r"(0\.01)",
         "{words} --damp-percent {0}",
+    ),
+    (
+        ["convert", "source", "e", *CONVERT, *SHORT, "--bpw", "2.01"],
+        r"Use at least (--bpw [\d.]+)",
+        "{words} {0}",
     ),
     (["convert", "source", *CONVERT, *SHORT], r"Type lowmem (run \S+),", "{0} -p x --max-new-tokens 2"),
     (["convert", "source", *CONVERT, *SHORT], r"convert it again with (--force)", "{words} {0}"),

@@ -84,7 +84,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["convert"], "SOURCE"),
     (["convert", "nowhere", "out"], "nowhere"),
     (["convert", "empty.safetensors", "out"], "empty"),
-    (["convert", "a", "b", "--bits", "5"], "choose from"),
+    (["convert", "a", "b", "--bits", "9"], "choose from"),
     (["convert", "a", "b", "--group-size", "7"], "group size 7"),
     (["convert", "a", "b", "--damp-percent", "2"], "damp"),
     (["convert", "a", "b", "--memory", "lots"], "--memory 'lots'"),
