@@ -56,7 +56,7 @@ def sensitivities(
     inputs: ConversionInputs, calibration: CalibrationSpec, reporter: Reporter
 ) -> Sensitivities:
     """The sensitivities of the source's linears, from lowmem's cache or measured now."""
-    spec = replace(calibration, rows=max(1, min(ROWS, calibration.rows // 2)))
+    spec = replace(calibration, rows=max(1, min(ROWS, calibration.rows // 4)))
     vocabulary = inputs.arch.shapes[inputs.arch.embedding][0]
     rows = load_rows(spec, inputs.tokenizer, Dialogue.detect(inputs.tokenizer), vocabulary)
     kept = read_kept(weights_digest(inputs.source.path), digest_of(rows.tokens))

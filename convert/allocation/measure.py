@@ -44,7 +44,7 @@ from lowmem.streaming.weights import ModelWeights, build_without_layers, empty, 
 from lowmem.text.units import format_bytes
 
 ROWS = 16
-"""Calibration rows that are measured, at most: half of those that the conversion uses."""
+"""Calibration rows that are measured, at most: a quarter of those that the conversion uses."""
 SEED = 0
 """Of the sampled tokens and outputs."""
 LIBRARIES = 256 << 20

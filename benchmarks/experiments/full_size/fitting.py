@@ -36,7 +36,7 @@ class Fitting:
     origin: Origin
     layers: int
     rows: int
-    """Calibration rows of 512 tokens of the conversion; the measurement takes half of them."""
+    """Calibration rows of 512 tokens of the conversion; the measurement takes a quarter of them."""
     sensitivity_seconds: float
     """Measuring, the forward pass and the head included."""
     conversion_seconds: float
