@@ -20,7 +20,7 @@ from lowmem.checkpoint.headers.folder import names_in_index
 from lowmem.checkpoint.readers import READERS, listed
 from lowmem.checkpoint.source.fitted import fitted
 from lowmem.checkpoint.source.open import Source, open_source
-from lowmem.config import QuantConfig
+from lowmem.config import GROUP_SIZES, QuantConfig
 from lowmem.errors import CalibrationError, RecipeError
 from lowmem.models.architecture import Architecture, build_model, inspect
 from lowmem.models.dialogue import Dialogue
@@ -33,9 +33,6 @@ from lowmem.text.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-GROUP_SIZES = (128, 64, 32)
-"""Tried in this order where the user names none."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from lowmem.errors import InvalidRequestError, RecipeError
 
 BITS = (8, 7, 6, 5, 4, 3, 2)
 """Bits of a quantized weight that can be made and read, widest first."""
+GROUP_SIZES = (128, 64, 32)
+"""Input columns that share a scale: where nobody names a size, the first that divides the inputs."""
 DEFAULT_CONTEXT = 8192
 """Tokens of context where none is requested: StarChat's positions. The KV cache is allocated for the whole
 context, and some models have more than 100,000 positions."""

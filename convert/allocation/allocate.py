@@ -11,7 +11,6 @@ from lowmem.convert.calibration import CalibrationSpec, load_rows
 from lowmem.convert.recipe import LinearSettings, Recipe
 
 from lowmem.checkpoint.readers import READERS
-from lowmem.models.dialogue import Dialogue
 from lowmem.plan import device as machine
 from lowmem.plan.fit.allocation import Allocation, best_allocation, best_of_heads
 from lowmem.plan.fit.budget import SizeBudget, left_for_linears
@@ -58,7 +57,7 @@ def sensitivities(
     """The sensitivities of the source's linears, from lowmem's cache or measured now."""
     spec = replace(calibration, rows=max(1, min(ROWS, calibration.rows // 4)))
     vocabulary = inputs.arch.shapes[inputs.arch.embedding][0]
-    rows = load_rows(spec, inputs.tokenizer, Dialogue.detect(inputs.tokenizer), vocabulary)
+    rows = load_rows(spec, inputs.tokenizer, inputs.dialogue, vocabulary)
     kept = read_kept(weights_digest(inputs.source.path), digest_of(rows.tokens))
     if kept:
         reporter.message("the sensitivities were measured before")

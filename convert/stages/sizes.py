@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from lowmem.convert.recipe import Recipe
 
-from lowmem.checkpoint.packing import stored_shapes
+from lowmem.checkpoint import formats
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.config import QuantConfig
 from lowmem.models.architecture import Architecture, LayerSpec, LinearSpec
 
@@ -19,9 +20,8 @@ FLOAT32 = 4
 
 def packed_bytes(linear: LinearSpec, config: QuantConfig) -> int:
     """Bytes of qweight, qzeros, scales and g_idx of one linear."""
-    shapes = stored_shapes(linear.in_features, linear.out_features, config.bits, config.group_size)
-    words = math.prod(shapes.qweight) + math.prod(shapes.qzeros) + linear.in_features
-    return 4 * words + 2 * math.prod(shapes.scales)
+    format = LinearFormat(config.bits, config.group_size)
+    return formats.packed_bytes(linear.in_features, linear.out_features, format)
 
 
 @dataclass(frozen=True)

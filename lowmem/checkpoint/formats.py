@@ -98,6 +98,13 @@ class LinearFormat:
         return _WORD if _WORD % self.bits else _WORD // self.bits
 
 
+def packed_bytes(inputs: int, outputs: int, format: LinearFormat) -> int:
+    """Bytes of a packed linear's tensors: words, zero-points, float16 scales, and g_idx."""
+    groups = 1 if format.group_size == -1 else -(-inputs // format.group_size)
+    words = inputs * format.bits // 32 * outputs + groups * (-(-outputs * format.bits // 32)) + inputs
+    return 4 * words + 2 * groups * outputs
+
+
 @dataclass(frozen=True)
 class FormatException:
     """The linears that a regular expression names, and how they are stored: an entry of `dynamic`."""

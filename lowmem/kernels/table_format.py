@@ -5,8 +5,8 @@ Files keep both in 16 bits. They are rounded to 8 bits when a model is loaded (q
 
 from __future__ import annotations
 
-GROUP_SIZES = (128, 64, 32)
-"""Columns that share a scale: the first that divides the columns of the table."""
+from lowmem.config import GROUP_SIZES
+
 TILE_ROWS = 64
 """Rows are padded to whole tiles: see LM_TILE_OUTPUTS of csrc/linear/linear.h."""
 

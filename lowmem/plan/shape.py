@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.foreign import refuse_foreign
-from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
+from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat, packed_bytes
 from lowmem.checkpoint.headers.config import text_settings
 from lowmem.checkpoint.headers.folder import TensorHeader, gguf_metadata, read_config_json, tensor_headers
 from lowmem.checkpoint.headers.heads import EMBEDDINGS, HEADS, own_heads
@@ -24,6 +24,7 @@ from lowmem.checkpoint.headers.santacoder import has_first_names, joined_headers
 from lowmem.checkpoint.manifest import find_quantization
 from lowmem.checkpoint.packed_headers import packed_linears
 from lowmem.checkpoint.source.text_names import is_left_out, text_name
+from lowmem.config import GROUP_SIZES
 from lowmem.errors import SourceError
 from lowmem.kernels.contract import LinearSpec
 from lowmem.models.experts import is_expert, refuse_experts
@@ -36,8 +37,6 @@ _LAYER = re.compile(r"^(.*?\.)?(\d{1,9})\.")
 _LEGACY = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", "rope_freqs.weight")
 _ROUTERS = (".gate.weight", ".router.weight", ".router.layer.weight")
 """What chooses among experts is a parameter of transformers' models, not a linear."""
-GROUP_SIZES = (128, 64, 32)
-"""The converter takes the first that divides the inputs of every linear."""
 _PACKED = (".qweight", ".qzeros", ".scales", ".g_idx")
 
 
@@ -228,10 +227,8 @@ def as_stored(
         if format is None:
             tensors.append(tensor)
             continue
-        groups = 1 if format.group_size == -1 else -(-columns // format.group_size)
         packed = (columns * format.bits // 32, out)
-        words = prod(packed) + groups * (-(-out * format.bits // 32)) + columns
-        nbytes = 4 * words + 2 * groups * out
+        nbytes = packed_bytes(columns, out, format)
         tensors.append(Tensor(f"{base}.qweight", packed, nbytes, tensor.layer, True, False))
     return replace(
         source,

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from lowmem.checkpoint.formats import LinearFormat
+from lowmem.checkpoint.formats import LinearFormat, packed_bytes
 from lowmem.errors import MemoryBudgetError
-from lowmem.plan.fit.budget import packed_bytes
 from lowmem.plan.fit.sensitivities import OPTIONS, Sensitivities
 from lowmem.plan.fit.solver import Item, allocate
 
@@ -30,7 +29,6 @@ class Allocation:
     """What each linear adds to `predicted_kld`."""
     sensitivities: Mapping[str, float]
     """What each linear would add at 4 bits in the largest groups, to compare linears with."""
-
     head_bits: int = 16
     """Of the head and the token embedding in memory, for which the size was computed."""
 

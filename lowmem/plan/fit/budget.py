@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from lowmem.checkpoint.formats import LinearFormat
 from lowmem.config import DEFAULT_CONTEXT
 from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError
 from lowmem.plan.memory import (
@@ -93,7 +92,7 @@ class SizeBudget:
             indices = sum(4 * tensor.shape[1] for tensor in shape.tensors if tensor.linear)
             return int(self.bits_per_weight * count / 8) + indices
         probe = as_converted(shape, PROBE_BITS)
-        packed = sum(tensor.nbytes for tensor in probe.tensors if tensor.packed)
+        packed = packed_total(probe)
         if self.weights is not None:
             return self.weights - (weights_bytes(probe, Form("gptq", "float16")) - packed)
         cuda = self.card is not None
@@ -120,8 +119,7 @@ def left_for_linears(budget: SizeBudget, shape: ModelShape) -> dict[int, int]:
         raise InvalidRequestError(
             "the head and the embedding of this model cannot be held in 8 bits", "Use --head-bits 16"
         )
-    narrowest = as_converted(shape, LEAST_BITS)
-    least = sum(tensor.nbytes for tensor in narrowest.tensors if tensor.packed)
+    least = packed_total(as_converted(shape, LEAST_BITS))
     left = {head: budget.left_for_linears(shape, head) for head in budget.heads(shape)}
     short = least - max(left.values())
     if short > 0:
@@ -133,17 +131,15 @@ def left_for_linears(budget: SizeBudget, shape: ModelShape) -> dict[int, int]:
     return {head: nbytes for head, nbytes in left.items() if nbytes >= least}
 
 
-def packed_bytes(inputs: int, outputs: int, format: LinearFormat) -> int:
-    """Bytes of a packed linear's tensors in memory: words, zero-points, float16 scales, and g_idx."""
-    groups = 1 if format.group_size == -1 else -(-inputs // format.group_size)
-    words = inputs * format.bits // 32 * outputs + groups * (-(-outputs * format.bits // 32)) + inputs
-    return 4 * words + 2 * groups * outputs
+def packed_total(shape: ModelShape) -> int:
+    """Bytes of all packed linears."""
+    return sum(tensor.nbytes for tensor in shape.tensors if tensor.packed)
 
 
 def resized(shape: ModelShape, packed: int) -> ModelShape:
     """The shape of a conversion whose packed linears take `packed` bytes in all, spread evenly."""
     probe = as_converted(shape, PROBE_BITS)
-    total = sum(tensor.nbytes for tensor in probe.tensors if tensor.packed)
+    total = packed_total(probe)
     tensors = tuple(
         replace(tensor, nbytes=tensor.nbytes * packed // total) if tensor.packed else tensor
         for tensor in probe.tensors

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from lowmem.checkpoint.formats import LinearFormat, mixed_label
-from lowmem.errors import LowmemError
+from lowmem.checkpoint.formats import LinearFormat, mixed_label, packed_bytes
+from lowmem.errors import LowmemError, MemoryBudgetError
 from lowmem.plan.candidates import Candidate
 from lowmem.plan.fit.allocation import best_allocation, best_of_heads
-from lowmem.plan.fit.budget import SizeBudget, packed_bytes, resized
+from lowmem.plan.fit.budget import SizeBudget, left_for_linears, packed_total, resized
 from lowmem.plan.fit.sensitivities import read_kept, weights_digest
 from lowmem.plan.memory import CUDA_CONTEXT, Form, with_head
 from lowmem.plan.planner import Budget
@@ -37,10 +37,12 @@ def made_to_fit(
         size = SizeBudget(card=card, context=context)
     else:
         size = SizeBudget(host=budget.host // _MIB * _MIB, context=context)
-    widest, narrowest = (_packed(as_converted(source.shape, bits)) for bits in (8, 2))
-    left = {head: size.left_for_linears(source.shape, head) for head in size.heads(source.shape)}
-    left = {head: nbytes for head, nbytes in left.items() if nbytes >= narrowest}
-    if not left or left.get(16, 0) >= widest:
+    widest = packed_total(as_converted(source.shape, 8))
+    try:
+        left = left_for_linears(size, source.shape)
+    except MemoryBudgetError:
+        return None
+    if left.get(16, 0) >= widest:
         return None
     bits, kld = 0.0, None
     try:
@@ -64,10 +66,6 @@ def made_to_fit(
     command = f"lowmem convert {model} {size.label()}"
     shape = resized(source.shape, packed)
     return Candidate(label, round(bits, 2), form, source.path, shape, kld, command)
-
-
-def _packed(shape: ModelShape) -> int:
-    return sum(tensor.nbytes for tensor in shape.tensors if tensor.packed)
 
 
 def _bits(shape: ModelShape, packed: int) -> float:

@@ -22,12 +22,12 @@ from lowmem.checkpoint.files.reading import read_json, update_with_bytes, update
 from lowmem.checkpoint.files.whole import write_json
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.headers.folder import tensor_headers
+from lowmem.config import GROUP_SIZES
 from lowmem.errors import LowmemError, OutputError, SourceError
 
 VERSION = 1
 """Raised by every change to what is measured."""
 WIDTHS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (128, 64, 32)
 ASYM_WIDTHS = (2, 3, 4)
 """Widths at which zero-points of their own are worth trying; above them both kinds are equal."""
 ASYM_MARGIN = 1.02

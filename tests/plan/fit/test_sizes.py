@@ -10,12 +10,12 @@ import pytest
 from lowmem.benchmarks.experiments.starchat import fit as starchat_fit
 from lowmem.benchmarks.experiments.starchat.replicas import starchat_header_replica
 
-from lowmem.checkpoint.formats import LinearFormat
+from lowmem.checkpoint.formats import LinearFormat, packed_bytes
 from lowmem.checkpoint.packing import stored_shapes
 from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError
 from lowmem.plan.device import parse_bytes
 from lowmem.plan.fit.allocation import Allocation, best_allocation, bits_per_weight
-from lowmem.plan.fit.budget import SizeBudget, left_for_linears, packed_bytes, resized
+from lowmem.plan.fit.budget import SizeBudget, left_for_linears, resized
 from lowmem.plan.fit.sensitivities import OPTIONS, Sensitivities
 from lowmem.plan.memory import CUDA_CONTEXT, HOST_CONTEXT, Form, need_on_device
 from lowmem.plan.request import ModelRequest, plan_for
