@@ -8,6 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's interpreter, which runs our kernels for cards on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests.chromium import browser  # noqa: F401  (a fixture)
 from tests.experiments.crash_helpers import spawner  # noqa: F401  (a fixture)
 

@@ -146,6 +146,17 @@ def unpack_rows(words: torch.Tensor, bits: int, layout: str | None = None) -> to
     return values
 
 
+def rows_in_order(qweight: torch.Tensor, bits: int, layout: str, order: torch.Tensor) -> torch.Tensor:
+    """A copy of `qweight` [in * bits / 32, out] with its inputs in another order (position → input)."""
+    result = torch.empty_like(qweight)
+    step = max(32, _CHUNK_VALUES // max(1, order.numel()))
+    for start in range(0, qweight.shape[1], step):
+        columns = slice(start, start + step)
+        values = unpack_rows(qweight[:, columns], bits, layout)[order]
+        result[:, columns] = pack_rows(values, bits, layout)
+    return result
+
+
 def pack_zeros(zeros: torch.Tensor, bits: int, layout: str | None = None) -> torch.Tensor:
     """Pack zero-points [groups, out] into `qzeros`, int32 [groups, out * bits / 32].
 

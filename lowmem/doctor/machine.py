@@ -115,7 +115,7 @@ def find_nvcc() -> str | None:
 def find_compiler() -> str | None:
     """The C compiler that Triton would use; None if lowmem's kernels cannot be imported."""
     try:
-        from lowmem.kernels.gptqmodel import compiler
+        from lowmem.kernels.triton.presence import compiler
     except Exception:  # reported as torch_error
         return None
     return compiler()

@@ -13,7 +13,6 @@ import functools
 import importlib
 import inspect
 import os
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_zeros, unpack_zeros
 from lowmem.kernels.contract import LinearSpec, Unsuitable
 from lowmem.kernels.trial import exact_spec, no_chatter, plain
+from lowmem.kernels.triton.presence import compiler
 
 
 class Scratch:
@@ -194,12 +194,6 @@ def _hand_over(linear: PackedLinear, kernel: Any) -> None:
             setattr(kernel, part, nn.Parameter(tensor, requires_grad=False))
         else:
             setattr(kernel, part, tensor)
-
-
-def compiler() -> str | None:
-    """The C compiler that Triton would use, or None."""
-    names = (os.environ.get("CC"), "gcc", "clang", "cc", "cl")
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 @functools.cache

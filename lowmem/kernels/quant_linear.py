@@ -10,7 +10,7 @@ from torch import nn
 
 from lowmem.checkpoint.dequantize import dequantize
 from lowmem.checkpoint.formats import LinearFormat
-from lowmem.checkpoint.packing import stored_shapes
+from lowmem.checkpoint.packing import rows_in_order, stored_shapes
 from lowmem.checkpoint.source.mapped import forget_pages, is_mapped
 from lowmem.errors import SourceError
 from lowmem.kernels import reference
@@ -89,7 +89,7 @@ class QuantLinear(nn.Module):
             raise Unsuitable("its tensors are not on the CPU")
         order = native_linear.groups_of(self.g_idx, self.scales.shape[0]).order
         if order is not None:
-            self.qweight = native_linear.rows_in_order(self.qweight, self.bits, self.format.layout, order)
+            self.qweight = rows_in_order(self.qweight, self.bits, self.format.layout, order)
             self.g_idx = self.g_idx[order]
             self.order = order if self.order is None else self.order[order]
         packed = native_linear.Packed.of(self)

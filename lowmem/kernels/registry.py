@@ -15,6 +15,8 @@ from lowmem.config import SLICE_WEIGHTS
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels.contract import Kernel, LinearSpec
 from lowmem.kernels.native.header import WIDTHS
+from lowmem.kernels.triton.choice import FEW_ROWS, MOST_PARTS, scratch_columns
+from lowmem.kernels.triton.presence import why_not_triton
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +111,38 @@ class TorchOperators(Kernel):
         from lowmem.kernels.torch_ops import TorchInt4Linear, TorchInt8Linear
 
         return (TorchInt4Linear if linear.bits == 4 else TorchInt8Linear)(linear)
+
+
+class Triton(Kernel):
+    """Our kernels for cards in Triton (triton/). They read a weight in the layout of its file."""
+
+    name = "lowmem Triton"
+    about = "our own kernels in Triton"
+
+    def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
+        """See Kernel."""
+        if spec.format is None:
+            return "its weight is not packed"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "for a card only"
+        if spec.weights * spec.format.bits // 32 >= 1 << 31 or spec.widest >= 1 << 22:
+            return f"a linear of {spec.in_features} to {spec.out_features} features is not supported"
+        return why_not_triton(device)
+
+    def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:
+        """A dequantized slice and its product, or the sums of programs that share inputs; x in order."""
+        columns = scratch_columns(spec.in_features, spec.out_features)
+        dense = columns * (spec.in_features + rows) * itemsize
+        parts = MOST_PARTS * FEW_ROWS * spec.out_features * 4
+        ordered = rows * spec.in_features * itemsize if spec.format and spec.format.desc_act else 0
+        return max(dense, parts) + ordered
+
+    def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
+        """See Kernel. The result takes over the linear's tensors; scattered groups are copied into order."""
+        from lowmem.kernels.triton.linear import TritonLinear
+        from lowmem.kernels.triton.timing import choose
+
+        return TritonLinear(linear, choose(linear, dtype))
 
 
 class GPTQModelKernel(Kernel):
@@ -209,20 +243,24 @@ def kernels_for(
     """Kernels to try for packed linears of one format on `device`, best first; after them, the reference.
 
     On a card this imports GPTQModel, which takes seconds. On a CPU the variable LOWMEM_CPU_KERNEL may name
-    the only one to try: native, torch or reference. Raises InvalidRequestError when it names no kernel.
+    the only one to try: native, torch, triton (in its interpreter) or reference. Raises InvalidRequestError
+    when it names no kernel.
     """
     if device.type == "cuda":
         return gptqmodel_kernels(specs, device)
     on_cpu: dict[str, tuple[Kernel, ...]] = {
         "native": (Native(activation_bits),),
         "torch": (TorchOperators(),),
+        "triton": (Triton(),),
         "reference": (),
     }
     asked = os.environ.get(VARIABLE) or "best"
     if asked == "best":
-        return tuple(kernel for kernels in on_cpu.values() for kernel in kernels)
+        return (*on_cpu["native"], *on_cpu["torch"])
     if asked not in on_cpu:
-        raise InvalidRequestError(f"{VARIABLE}={asked} is not a kernel", "Use native, torch or reference")
+        raise InvalidRequestError(
+            f"{VARIABLE}={asked} is not a kernel", "Use native, torch, triton or reference"
+        )
     return on_cpu[asked]
 
 

@@ -20,7 +20,7 @@ from lowmem.kernels import reference
 from lowmem.kernels.contract import Kernel, LinearSpec
 from lowmem.kernels.native import library
 from lowmem.kernels.quant_linear import QuantLinear
-from lowmem.kernels.registry import BitsAndBytes, GPTQModelKernel, Native, Reference, TorchOperators
+from lowmem.kernels.registry import BitsAndBytes, GPTQModelKernel, Native, Reference, TorchOperators, Triton
 from lowmem.kernels.trial import sample_linear, trial
 from lowmem.plan.device import packs_nf4
 from tests.helpers import REPO
@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 KERNELS: dict[str, Callable[[], Kernel]] = {
     "native": Native,
     "torch": TorchOperators,
+    "triton": Triton,
     "reference": Reference,
     "int8": lambda: BitsAndBytes("int8"),
     "nf4": lambda: BitsAndBytes("nf4", packs_nf4()),
@@ -67,6 +68,8 @@ def kernel_of(kind: str) -> Kernel:
         pytest.skip(library.why_not())
     if kind in ("int8", "nf4"):
         pytest.importorskip("bitsandbytes")
+    if kind == "triton":
+        pytest.importorskip("triton")
     return KERNELS[kind]()
 
 
@@ -95,7 +98,8 @@ def exact(linear: Any, x: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def test_what_a_kernel_takes_it_computes_and_what_not_it_says(kind: str, name: str) -> None:
     kernel, dtype, taken = kernel_of(kind), getattr(torch, name), []
-    for spec in SPECS:
+    # An interpreter is slow; tests/kernels/triton tries more.
+    for spec in SPECS[DTYPES.index(name) :: 4] if kind == "triton" else SPECS:
         if problem := kernel.why_not(spec, "cpu", name):
             assert "\n" not in problem and " " in problem, problem
             continue
@@ -118,11 +122,14 @@ def test_what_a_kernel_takes_it_computes_and_what_not_it_says(kind: str, name: s
 
 
 @KINDS
-def test_a_kernel_says_where_and_for_what_it_is_not(kind: str) -> None:
+def test_a_kernel_says_where_and_for_what_it_is_not(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One kind of weight each: packed, or in 16 bits."""
     kernel = kernel_of(kind)
     packed, dense = (kernel.why_not(spec, "cpu", "bfloat16") for spec in (SPECS[4], SPECS[-1]))
     assert "packed" in (packed if kind in ("int8", "nf4") else dense)
+    if kind == "triton":
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert kernel.why_not(SPECS[4], "cpu", "bfloat16") == "for a card only"
     if kind in ("native", "torch"):
         assert kernel.why_not(SPECS[4], "cuda:0", "bfloat16") == "for the CPU only"
 
@@ -141,7 +148,7 @@ def peak_bytes(run: Callable[[], Any]) -> tuple[int, Any]:
     return peak, result
 
 
-@pytest.mark.parametrize("kind", ["native", "torch", "reference"])
+@pytest.mark.parametrize("kind", ["native", "torch", "triton", "reference"])
 @pytest.mark.parametrize("rows", [1, 512])
 @pytest.mark.parametrize(
     "spec",
@@ -157,6 +164,8 @@ def test_the_workspace_is_what_a_kernel_takes(kind: str, rows: int, spec: Linear
     if kind == "native":
         library.loaded().space = torch.empty(0, dtype=torch.uint8)
         allowed += library.library().lm_threads() * (320 << 10)  # each thread's own
+    if kind == "triton":
+        allowed += 256 << 10  # the CPU's dense product, which repacks
     peak, module = peak_bytes(lambda: kernel.prepare(linear, dtype))
     held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     assert peak <= held + allowed

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from lowmem.checkpoint.dequantize import PackedLinear
-from lowmem.checkpoint.packing import all_middle, pack_rows, unpack_rows, unpack_zeros
+from lowmem.checkpoint.packing import all_middle, unpack_zeros
 from lowmem.kernels.contract import Unsuitable
 from lowmem.kernels.native.header import PAIRED, TILE_OUTPUTS, WIDTHS, LmDense, LmMatrix, LmPacked
 from lowmem.kernels.native.library import TYPES, loaded, running, workspace
@@ -22,7 +22,6 @@ ACTIVATION_BITS = tuple(_PLANES_BY_BITS)
 """Widths that the integer of a 16-bit activation can have."""
 MOST_FEATURES = 1 << 30
 """Inputs or outputs of a linear, at most: C keeps the length of a group in an int."""
-_ORDER_VALUES = 1 << 22  # weights that are unpacked at a time while rows are reordered
 
 
 def activation_bits(bits: int) -> int:
@@ -90,17 +89,6 @@ def _common_size(g_idx: torch.Tensor) -> int:
         if size < 32:
             break
     return size
-
-
-def rows_in_order(qweight: torch.Tensor, bits: int, layout: str, order: torch.Tensor) -> torch.Tensor:
-    """A copy of `qweight` [in * bits / 32, out] with its inputs in another order (position → input)."""
-    result = torch.empty(qweight.shape, dtype=torch.int32)
-    step = max(32, _ORDER_VALUES // max(1, order.numel()))
-    for start in range(0, qweight.shape[1], step):
-        columns = slice(start, start + step)
-        values = unpack_rows(qweight[:, columns], bits, layout)[order]
-        result[:, columns] = pack_rows(values, bits, layout)
-    return result
 
 
 class Packed:

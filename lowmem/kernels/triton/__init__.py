@@ -1,0 +1,1 @@
+"""Our own kernels for cards, in Triton: one source for NVIDIA, AMD and Intel."""

@@ -1,0 +1,34 @@
+"""Whether Triton can run here. Importing this module imports neither torch nor Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+
+def compiler() -> str | None:
+    """The C compiler that Triton would use, or None."""
+    names = (os.environ.get("CC"), "gcc", "clang", "cc", "cl")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
+
+
+@functools.cache
+def why_not_triton(device: str = "cuda") -> str:
+    """What our kernels lack on a device ("cuda:0", "xpu", or "cpu" for the interpreter); "" if nothing.
+
+    Triton compiles kernels by itself, but needs a C compiler once, for the code that launches them.
+    """
+    if importlib.util.find_spec("triton") is None:
+        wheel = "triton-windows" if os.name == "nt" else "triton"
+        return f"Triton is not installed: pip install {wheel}"
+    if device.startswith("cpu") or os.name == "nt":  # triton-windows brings a compiler
+        return ""
+    missing = [] if compiler() else ["gcc"]
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        missing.append("python3-dev")
+    install = f"Triton needs a C compiler and Python's headers: apt install {' '.join(missing)}"
+    return install if missing else ""
