@@ -17,6 +17,8 @@ from lowmem.benchmarks.common.records import LatencyRecord, Origin
 from lowmem.commands.answering import INTERRUPTED, note
 from lowmem.commands.plan_options import DTYPES
 from lowmem.errors import InvalidRequestError, MemoryBudgetError
+from lowmem.kernels.registry import KernelSupport
+from lowmem.kernels.triton.presence import why_not_triton
 
 if TYPE_CHECKING:
     from lowmem.benchmarks.common.progress import Progress
@@ -211,7 +213,9 @@ class _Measurement:
             free = device.host_memory_available() if cpu else probe.free_bytes
             own = HOST_CONTEXT if cpu else 0  # the card's own context is in use already
             reason = f"{format_bytes(free)} are free"
-        budget = Budget(self.settings.device, free, reason, own, device.packs_nf4())
+        triton = cpu or not why_not_triton(self.settings.device)
+        support = KernelSupport(device.packs_nf4(), triton)
+        budget = Budget(self.settings.device, free, reason, own, support)
         return [plan_version(entrant, lengths, budget) for entrant in lineup.entrants]
 
     def _ceilings(self, planned: Sequence[PlannedVersion], machine: TimingTask, probe: Timings) -> list[str]:

@@ -11,6 +11,7 @@ from lowmem.benchmarks.latency.roofline import Rates, decode_ceiling, prefill_ce
 from lowmem.benchmarks.latency.tasks import Lengths, TimingTask
 
 from lowmem.errors import InvalidRequestError
+from lowmem.kernels.registry import USUAL_SUPPORT, KernelSupport
 from lowmem.plan.memory import HOST_CONTEXT, bytes_read_a_token, need_on_device
 from lowmem.text.units import format_bytes
 
@@ -30,7 +31,7 @@ class Budget:
     """Where that number comes from, as the end of a sentence: "8 GiB are free"."""
     own: int = HOST_CONTEXT
     """Bytes that a process needs before it loads anything, if `free` still includes them."""
-    packs_nf4: bool = False
+    support: KernelSupport = USUAL_SUPPORT
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def plan_version(entrant: Entrant, lengths: Lengths, budget: Budget) -> PlannedV
             entrant.candidate.form,
             tokens,
             cuda=budget.device != "cpu",
-            packs_nf4=budget.packs_nf4,
+            support=budget.support,
             own_context=budget.own,
         ).total
 

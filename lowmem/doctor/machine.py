@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.metadata
-import os
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowmem.errors import OutputError
+from lowmem.kernels.triton.presence import compiler, nvcc
 
 PACKAGES = ("torch", "transformers", "gptqmodel", "bitsandbytes", "triton")
 CPU_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile")
@@ -91,8 +90,8 @@ def look() -> Machine:
         driver=_driver_version(),
         driver_cuda=_driver_cuda(),
         cards=cards,
-        nvcc=find_nvcc(),
-        compiler=find_compiler(),
+        nvcc=nvcc(),
+        compiler=compiler(),
         cpu=machine_name(),
         flags=_cpu_flags(),
         memory_total=int(psutil.virtual_memory().total),
@@ -101,24 +100,6 @@ def look() -> Machine:
         cache=cache,
         disk_free=free_bytes(cache or Path("/")),
     )
-
-
-def find_nvcc() -> str | None:
-    """The path of nvcc, searched where PyTorch searches for it when it builds extensions."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        home = os.environ.get(variable)
-        if home and (found := shutil.which("nvcc", path=str(Path(home) / "bin"))):
-            return found
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-
-
-def find_compiler() -> str | None:
-    """The C compiler that Triton would use; None if lowmem's kernels cannot be imported."""
-    try:
-        from lowmem.kernels.triton.presence import compiler
-    except Exception:  # reported as torch_error
-        return None
-    return compiler()
 
 
 def _torch_side() -> tuple[str, str | None, tuple[Card, ...]]:

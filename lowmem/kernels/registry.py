@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from lowmem.config import SLICE_WEIGHTS
@@ -16,7 +17,7 @@ from lowmem.errors import InvalidRequestError
 from lowmem.kernels.contract import Kernel, LinearSpec
 from lowmem.kernels.native.header import WIDTHS
 from lowmem.kernels.triton.choice import FEW_ROWS, MOST_PARTS, scratch_columns
-from lowmem.kernels.triton.presence import why_not_triton
+from lowmem.kernels.triton.presence import nvcc, why_not_triton
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from lowmem.kernels.gptqmodel import Backend
 
 VARIABLE = "LOWMEM_CPU_KERNEL"
+LEAN = frozenset({"SwordfishLinear", "MacheteLinear", "MarlinLinear"})
+"""GPTQModel's kernels that hold no dequantized weight. They compete with ours where nvcc can build them."""
 
 
 class Native(Kernel):
@@ -145,15 +148,29 @@ class Triton(Kernel):
         return TritonLinear(linear, choose(linear, dtype))
 
 
+@dataclass(frozen=True)
+class KernelSupport:
+    """What a machine's kernels depend on beside the device."""
+
+    packs_nf4: bool = False
+    """bitsandbytes repacks NF4 weights on their first use on this CPU."""
+    triton: bool = True
+    """Our kernels for cards can run."""
+
+
+USUAL_SUPPORT = KernelSupport()
+
+
 class GPTQModelKernel(Kernel):
     """One of GPTQModel's kernels (gptqmodel.py)."""
 
     about = "GPTQModel's best for this device that computes what the reference does"
 
-    def __init__(self, backend: Backend | None = None) -> None:
-        """Without a backend, only to ask for the workspace."""
+    def __init__(self, backend: Backend | None = None, *, lean: bool = False) -> None:
+        """Without a backend, only to ask for the workspace. lean: see LEAN."""
         self.name = backend.name if backend else "GPTQModel"
         self._backend = backend
+        self._lean = lean
 
     def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
         """See Kernel. Raises torch.OutOfMemoryError when the device is out of memory."""
@@ -163,9 +180,10 @@ class GPTQModelKernel(Kernel):
     def workspace(self, spec: LinearSpec, rows: int, itemsize: int) -> int:
         """Of the kernel that needs no compiler: a whole weight as 16-bit integers and in the dtype.
 
-        The others take less.
+        The others take less; those of LEAN only sums, in float32, of at most four blocks of 64 rows and 256
+        outputs for each of 256 multiprocessors, and locks.
         """
-        return spec.weights * (2 + itemsize)
+        return 64 << 20 if self._lean else spec.weights * (2 + itemsize)
 
     def prepare(self, linear: Any, dtype: torch.dtype) -> nn.Module:
         """See Kernel. The result takes over the linear's tensors and may repack them in place."""
@@ -247,7 +265,11 @@ def kernels_for(
     when it names no kernel.
     """
     if device.type == "cuda":
-        return gptqmodel_kernels(specs, device)
+        if why_not_triton(str(device)):
+            return gptqmodel_kernels(specs, device)
+        # GPTQModel builds its fast kernels with nvcc. Its others are slower than ours, and larger.
+        others = gptqmodel_kernels(specs, device) if nvcc() else ()
+        return (Triton(), *(kernel for kernel in others if kernel.name in LEAN))
     on_cpu: dict[str, tuple[Kernel, ...]] = {
         "native": (Native(activation_bits),),
         "torch": (TorchOperators(),),
@@ -268,20 +290,22 @@ def gptqmodel_kernels(specs: Sequence[LinearSpec], device: torch.device) -> tupl
     """GPTQModel's kernels for linears of one format on `device`, also a CPU, in its order of preference."""
     from lowmem.kernels.gptqmodel import backends
 
-    return tuple(GPTQModelKernel(backend) for backend in backends(specs, device))
+    return tuple(GPTQModelKernel(b, lean=b.name in LEAN) for b in backends(specs, device))
 
 
-def planned(method: str, *, cuda: bool, packs_nf4: bool = False) -> tuple[Kernel, ...]:
+def planned(method: str, *, cuda: bool, support: KernelSupport = USUAL_SUPPORT) -> tuple[Kernel, ...]:
     """The kernels that a plan must leave room for, as any of them may be used.
 
-    method: "dense", "gptq", "int8" or "nf4". On a card these are GPTQModel's: the one that needs no compiler
-    takes the most memory.
+    method: "dense", "gptq", "int8" or "nf4". On a card where ours cannot run these are GPTQModel's, of which
+    the one that needs no compiler takes the most memory.
     """
     if method in ("int8", "nf4"):
-        return (BitsAndBytes(method, packs_nf4 and not cuda),)  # type: ignore[arg-type]
-    if method == "gptq":
-        return (GPTQModelKernel(),) if cuda else (Native(), TorchOperators(), Reference())
-    return ()
+        return (BitsAndBytes(method, support.packs_nf4 and not cuda),)  # type: ignore[arg-type]
+    if method != "gptq":
+        return ()
+    if not cuda:
+        return (Native(), TorchOperators(), Reference())
+    return (Triton(), GPTQModelKernel(lean=True)) if support.triton else (GPTQModelKernel(),)
 
 
 def _not_packed_on_cpu(spec: LinearSpec, device: str) -> str:

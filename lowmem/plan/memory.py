@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowmem.config import PREFILL_CHUNK, QUANTIZED_SLICE_BYTES, SLICE_BYTES, SLICE_WEIGHTS
-from lowmem.kernels.registry import planned
+from lowmem.kernels.registry import USUAL_SUPPORT, KernelSupport, planned
 from lowmem.kernels.table_format import table_bytes, table_group
 from lowmem.plan.shape import ModelShape, Tensor
 
@@ -136,18 +136,15 @@ def kv_cache_bytes(shape: ModelShape, form: Form, context: int, layers: int | No
 
 
 def workspace_bytes(
-    shape: ModelShape, form: Form, context: int, *, cuda: bool, packs_nf4: bool = False
+    shape: ModelShape, form: Form, context: int, *, cuda: bool, support: KernelSupport = USUAL_SUPPORT
 ) -> int:
-    """The most bytes held beside weights and KV cache at one moment, while loading or running.
-
-    packs_nf4: bitsandbytes repacks NF4 weights on their first use on this CPU.
-    """
+    """The most bytes held beside weights and KV cache at one moment, while loading or running."""
     return (
         SLACK
         + (0 if cuda else _holes(shape, form))
         + max(
             _loading(shape, form),
-            _activations(shape, form, context) + _kernel(shape, form, cuda=cuda, packs_nf4=packs_nf4),
+            _activations(shape, form, context) + _kernel(shape, form, cuda, support),
             _sampling(shape),
             _head(shape, form, cuda=cuda),
         )
@@ -189,9 +186,9 @@ def _activations(shape: ModelShape, form: Form, context: int) -> int:
     return max(mlp, attention)
 
 
-def _kernel(shape: ModelShape, form: Form, *, cuda: bool, packs_nf4: bool) -> int:
+def _kernel(shape: ModelShape, form: Form, cuda: bool, support: KernelSupport) -> int:
     """The most that a kernel which may be used takes for one linear and one prefill chunk."""
-    kernels = planned(form.method, cuda=cuda, packs_nf4=packs_nf4)
+    kernels = planned(form.method, cuda=cuda, support=support)
     needs = [k.workspace(linear, PREFILL_CHUNK, form.itemsize) for k in kernels for linear in shape.linears]
     return max(needs, default=0)
 
@@ -226,14 +223,14 @@ def need_on_device(
     context: int,
     *,
     cuda: bool,
-    packs_nf4: bool = False,
+    support: KernelSupport = USUAL_SUPPORT,
     own_context: int = 0,
 ) -> Need:
     """The whole model on one device."""
     return Need(
         weights_bytes(shape, form) - (0 if cuda else _never_looked_up(shape, form, context)),
         kv_cache_bytes(shape, form, context),
-        workspace_bytes(shape, form, context, cuda=cuda, packs_nf4=packs_nf4),
+        workspace_bytes(shape, form, context, cuda=cuda, support=support),
         own_context,
     )
 
@@ -250,19 +247,25 @@ def _never_looked_up(shape: ModelShape, form: Form, context: int) -> int:
 
 
 def need_of_split(
-    shape: ModelShape, form: Form, context: int, split: int, *, packs_nf4: bool = False, own_context: int = 0
+    shape: ModelShape,
+    form: Form,
+    context: int,
+    split: int,
+    *,
+    support: KernelSupport = USUAL_SUPPORT,
+    own_context: int = 0,
 ) -> tuple[Need, Need]:
     """(card, host), with the first `split` decoder layers on a card and the others on the CPU."""
     card = Need(
         weights_bytes(shape, form, range(split)),
         kv_cache_bytes(shape, form, context, split),
-        workspace_bytes(shape, form, context, cuda=True),
+        workspace_bytes(shape, form, context, cuda=True, support=support),
         own_context,
     )
     host = Need(
         weights_bytes(shape, form, range(split, shape.layers), outside=False),
         kv_cache_bytes(shape, form, context, shape.layers - split),
-        workspace_bytes(shape, form, context, cuda=False, packs_nf4=packs_nf4),
+        workspace_bytes(shape, form, context, cuda=False, support=support),
         HOST_CONTEXT,
     )
     return card, host

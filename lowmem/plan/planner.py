@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from lowmem.config import DEFAULT_CONTEXT
 from lowmem.errors import MemoryBudgetError
+from lowmem.kernels.registry import USUAL_SUPPORT, KernelSupport
 from lowmem.plan.candidates import Candidate, by_bits
 from lowmem.plan.memory import (
     HOST_CONTEXT,
@@ -49,8 +50,7 @@ class Budget:
     """Bytes a second; None where unknown."""
     card_bandwidth: float | None = None
     """Bytes a second; None where unknown."""
-    packs_nf4: bool = False
-    """See memory.workspace_bytes."""
+    support: KernelSupport = USUAL_SUPPORT
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _alone(candidate: Candidate, budget: Budget, context: int, *, cuda: bool) ->
         have, bandwidth, own = budget.card or 0, budget.card_bandwidth, budget.own_context
 
     def need(tokens: int) -> Need:
-        return need_on_device(shape, form, tokens, cuda=cuda, packs_nf4=budget.packs_nf4, own_context=own)
+        return need_on_device(shape, form, tokens, cuda=cuda, support=budget.support, own_context=own)
 
     rate = _rate([(bytes_read_a_token(shape, form), bandwidth)])
     longest = _longest(lambda tokens: need(tokens).total, have, candidate)
@@ -182,7 +182,7 @@ def _split(candidate: Candidate, budget: Budget, context: int) -> Option | None:
 
     def needs(split: int, tokens: int) -> tuple[Need, Need]:
         return need_of_split(
-            shape, form, tokens, split, packs_nf4=budget.packs_nf4, own_context=budget.own_context
+            shape, form, tokens, split, support=budget.support, own_context=budget.own_context
         )
 
     fitting = [s for s in range(1, shape.layers) if needs(s, context)[0].total <= card]
@@ -314,11 +314,10 @@ def _refusal(
 def _least_card(candidate: Candidate, budget: Budget, context: int) -> int:
     """The fewest bytes of card memory with which the candidate runs, with or without layers on the CPU."""
     shape, form = candidate.shape, candidate.form
-    least = need_on_device(shape, form, context, cuda=True, own_context=budget.own_context).total
+    own, support = budget.own_context, budget.support
+    least = need_on_device(shape, form, context, cuda=True, support=support, own_context=own).total
     for split in range(-(-shape.layers // 2) if candidate.only_to_fit else 1, shape.layers):
-        card, host = need_of_split(
-            shape, form, context, split, packs_nf4=budget.packs_nf4, own_context=budget.own_context
-        )
+        card, host = need_of_split(shape, form, context, split, support=support, own_context=own)
         if host.total <= budget.host:
             least = min(least, card.total)
     return least

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id
 from lowmem.errors import ForeignError, InvalidRequestError, SourceError
+from lowmem.kernels.registry import KernelSupport
+from lowmem.kernels.triton.presence import why_not_triton
 from lowmem.models.layer_state import check_checkpoint
 from lowmem.plan import device as machine
 from lowmem.plan.bandwidth import card_bandwidth, host_bandwidth
@@ -158,17 +160,19 @@ def _vram_of_environment() -> int | None:
 def _budget(request: ModelRequest, card: torch.device | None, vram: int | None, measure: bool) -> Budget:
     host = request.ram_bytes or machine.host_memory_available() + machine.host_memory_private()
     rate = host_bandwidth().bytes_per_second if measure else None
-    packs = machine.packs_nf4()
+    # The table for a card that is only named is that of a machine where our kernels run.
+    triton = card is None or not why_not_triton(str(card))
+    support = KernelSupport(machine.packs_nf4(), triton)
     if card is None and vram is None:
-        return Budget("cpu", host, host_bandwidth=rate, packs_nf4=packs)
+        return Budget("cpu", host, host_bandwidth=rate, support=support)
     if card is None:
         assert vram is not None
         name = f"a card with {format_bytes(vram)}"
-        return Budget(name, host, vram, CUDA_CONTEXT, rate, request.bandwidth, packs)
+        return Budget(name, host, vram, CUDA_CONTEXT, rate, request.bandwidth, support)
     rate_on_card = request.bandwidth or (card_bandwidth(card) if measure else None)
     if vram is not None:
-        return Budget(str(card), host, vram, CUDA_CONTEXT, rate, rate_on_card, packs)
-    return Budget(str(card), host, machine.card_memory_free(card), 0, rate, rate_on_card, packs)
+        return Budget(str(card), host, vram, CUDA_CONTEXT, rate, rate_on_card, support)
+    return Budget(str(card), host, machine.card_memory_free(card), 0, rate, rate_on_card, support)
 
 
 def _with_heads(candidates: list[Candidate], request: ModelRequest, on_card: bool) -> list[Candidate]:

@@ -67,7 +67,7 @@ def test_the_command_says_the_same_and_loads_no_torch(plans: dict[str, Plan], tm
         assert got["chosen"][key] == expected["chosen"][key], key
     assert [o["label"] for o in got["possible"]] == [
         "8-bit g128",
-        "5.8-bit mixed, 8-bit head",
+        "6.1-bit mixed, 8-bit head",
         "3-bit g128",
         "2-bit g128",
     ]

@@ -21,6 +21,7 @@ from lowmem.benchmarks.experiments.common import RESULTS, rows, table
 from lowmem.benchmarks.experiments.starchat.replicas import gptq_header_replica, starchat_header_replica
 
 from lowmem.commands.plan import record
+from lowmem.kernels.registry import KernelSupport
 from lowmem.plan.candidates import find_candidates, with_spare_heads
 from lowmem.plan.memory import CUDA_CONTEXT
 from lowmem.plan.planner import Budget, Plan, make_plan
@@ -49,7 +50,9 @@ def plans() -> dict[str, Plan]:
             found[f"{size} GiB card"] = make_plan(on_card, budget, CONTEXT)
         on_cpu = find_candidates(str(source), cuda=False)
         for size in HOSTS:
-            found[f"CPU, {size} GiB"] = make_plan(on_cpu, Budget("cpu", size * GIB, packs_nf4=True), CONTEXT)
+            found[f"CPU, {size} GiB"] = make_plan(
+                on_cpu, Budget("cpu", size * GIB, support=KernelSupport(packs_nf4=True)), CONTEXT
+            )
     return found
 
 

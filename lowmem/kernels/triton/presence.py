@@ -16,6 +16,15 @@ def compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
+def nvcc() -> str | None:
+    """CUDA's compiler, with which GPTQModel builds kernels, or None."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home and (found := shutil.which("nvcc", path=str(Path(home) / "bin"))):
+            return found
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
 @functools.cache
 def why_not_triton(device: str = "cuda") -> str:
     """What our kernels lack on a device ("cuda:0", "xpu", or "cpu" for the interpreter); "" if nothing.
