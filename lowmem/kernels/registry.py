@@ -121,6 +121,7 @@ class Triton(Kernel):
 
     name = "lowmem Triton"
     about = "our own kernels in Triton"
+    trial_rows = (1, 8, 64, 160)
 
     def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
         """See Kernel."""
@@ -145,7 +146,9 @@ class Triton(Kernel):
         from lowmem.kernels.triton.linear import TritonLinear
         from lowmem.kernels.triton.timing import choose
 
-        return TritonLinear(linear, choose(linear, dtype))
+        module = TritonLinear(linear)
+        module.choice = choose(module, dtype)
+        return module
 
 
 @dataclass(frozen=True)
