@@ -122,7 +122,7 @@ def test_on_a_cpu_gptqmodel_is_not_imported(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("device", ["cuda:0"])
 def test_what_a_card_gets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our kernels; beside them GPTQModel's that need nvcc and no dequantized weight. Without ours, all of its."""
+    """Our kernels, and GPTQModel's that need nvcc and no dequantized weight. Without ours, all of its."""
     names = ("MarlinLinear", "ExllamaV2Linear", "TorchLinear")
     asked: list[int] = []
 
