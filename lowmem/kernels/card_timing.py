@@ -46,4 +46,4 @@ def _graph_seconds(run: Callable[[], object]) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / _REPEATS)
-    return min(times)
+    return float(min(times))
