@@ -14,6 +14,7 @@ from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache.contract import Slot
 from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, rewind
 from lowmem.generate.position_scaling import PositionScaling
+from lowmem.generate.transfer import send
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.models.embedding import token_table
 
@@ -73,7 +74,7 @@ class EagerDecoder(Decoder):
     def append(self, slot: Slot, ids: Sequence[int], keep: int) -> torch.Tensor:
         """One forward without rewinding or committing; returns the last `keep` logits [keep, vocab]."""
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        fed = torch.tensor([list(ids)], device=self.device)
+        fed = send(ids, self.device)[None]
         output = self.model(input_ids=fed, past_key_values=slot.view, use_cache=True, **options)
         logits: torch.Tensor = output.logits[0, -keep:]
         return logits
