@@ -171,6 +171,30 @@ def sample_linear(
     )
 
 
+def large_sample(spec: LinearSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> PackedWeight:
+    """A linear of any size with random integers and equal scales, for timing: made on the device, at once.
+
+    Its outputs are about as large as its inputs. Raises ValueError for a spec without a format.
+    """
+    format = spec.format
+    if format is None:
+        raise ValueError("a packed linear has a format")
+    shapes = stored_shapes(spec.in_features, spec.out_features, format.bits, format.group_size)
+    words = torch.randint(-(1 << 31), (1 << 31) - 1, shapes.qweight, dtype=torch.int32, device=device)
+    middle = pack_zeros(
+        torch.full((1, spec.out_features), 1 << (format.bits - 1)), format.bits, format.layout
+    )
+    scale = spec.in_features**-0.5 / 2 ** (format.bits - 2)
+    return PackedWeight(
+        format,
+        words,
+        middle.to(device).expand(shapes.qzeros).contiguous(),
+        torch.full(shapes.scales, scale, dtype=torch.float16, device=device),
+        (torch.arange(spec.in_features, device=device) // spec.group_size).int(),
+        torch.zeros(spec.out_features, dtype=dtype, device=device) if spec.bias else None,
+    )
+
+
 @contextlib.contextmanager
 def no_chatter() -> Iterator[None]:
     """Discard what is printed: stdout is for the answer alone, and kernels that build themselves print."""
