@@ -13,6 +13,7 @@ from lowmem.config import PREFILL_CHUNK
 from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache.contract import Slot
 from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, rewind
+from lowmem.generate.grouped_attention import use_grouped_attention
 from lowmem.generate.position_scaling import PositionScaling
 from lowmem.generate.transfer import send
 from lowmem.kernels.quant_linear import QuantLinear
@@ -31,7 +32,8 @@ _ROUNDING = {
 class EagerDecoder(Decoder):
     """Decodes with `model`, a transformers causal LM in eval mode.
 
-    On a CPU the model's attention becomes `attention.row_attention`.
+    On a CPU the model's attention becomes `attention.row_attention`, on a card
+    `grouped_attention.grouped_attention`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -46,6 +48,8 @@ class EagerDecoder(Decoder):
         # where the difference is near 1e-6, nor where all linears before the head are our own kernels'.
         rowwise = self.device.type == "cpu" and use_row_attention(model)
         self._pairs = rowwise and table.activations is not torch.float32 and not _row_invariant(model)
+        if self.device.type != "cpu":
+            use_grouped_attention(model)
         self.scaling = PositionScaling(model)
 
     def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
