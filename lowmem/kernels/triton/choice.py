@@ -102,8 +102,22 @@ def in_parts(shape: DecodeShape, spec: LinearSpec, multiprocessors: int) -> Deco
 
 _DECODE = ((256, 4), (256, 8), (128, 4), (128, 8))
 """(block, warps) that `tuned` tries."""
-_TILES = (PrefillShape(16), PrefillShape(16, block=64), PrefillShape(16, 128, 64), PrefillShape(16, stages=3))
-_PREFILLS = (PrefillShape(64), PrefillShape(64, 32, stages=3), PrefillShape(64, block=64), PrefillShape(32))
+_TILES = (
+    PrefillShape(16),
+    PrefillShape(16, block=64),
+    PrefillShape(16, 128, 64),
+    PrefillShape(16, stages=3),
+    PrefillShape(16, 32, warps=8),
+)
+_PREFILLS = (
+    PrefillShape(64),
+    PrefillShape(64, 32, stages=3),
+    PrefillShape(64, block=64),
+    PrefillShape(32),
+    PrefillShape(64, 32, warps=8),
+)
+"""What `tuned` tries. With 32 inputs and 8 warps no family runs out of registers: with 64 inputs and 4 warps
+AMD's and sm_75, which has no matrix products in Triton, do (benchmarks/experiments/cards)."""
 _DENSE = (32, 64, 128, 256)
 _NEVER = 1 << 30
 

@@ -81,6 +81,7 @@ class TritonLinear(nn.Module):
             "LESS_ONE": not self.format.zeros_v2,
             "MIDDLE": self.middle,
             "GROUP": self.group,
+            "enable_fp_fusion": True,  # Triton 3.10 changes its default
         }
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
