@@ -33,9 +33,9 @@ def grouped_attention(
     """Attend as transformers' sdpa does, without copies of keys and values.
 
     The signature is that of transformers' `AttentionInterface`. query [batch, heads, rows, head_dim], key and
-    value [batch, kv_heads, length, head_dim], attention_mask [batch or 1, 1, rows, length]. Returns the output
-    [batch, rows, heads, head_dim] and no attention weights. What transformers does without a copy is left to
-    it, and so is what is not plain attention with a mask.
+    value [batch, kv_heads, length, head_dim], attention_mask [batch or 1, 1, rows, length]. Returns the
+    output [batch, rows, heads, head_dim] and no attention weights. What transformers does without a copy is
+    left to it, and so is what is not plain attention with a mask.
     """
     batch, heads, rows, size = query.shape
     kv_heads, length = key.shape[1], key.shape[2]

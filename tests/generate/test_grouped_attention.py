@@ -1,4 +1,4 @@
-"""Attention on a card: transformers' sdpa is the oracle, and keys and values are not copied for every head."""
+"""Attention on a card: transformers' sdpa is the oracle, and no head gets a copy of keys and values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowmem.generate import grouped_attention
-from lowmem.generate.cache.dense import DenseKVCache, DenseSlot
+from lowmem.generate.cache.dense import DenseKVCache
 from lowmem.generate.decoders.contract import Feed
 from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.graph import GraphDecoder
