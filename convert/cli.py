@@ -8,6 +8,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from lowmem.cards.find import WITH_FLOAT64
 from lowmem.checkpoint.readers import READERS
 from lowmem.config import BITS, QuantConfig
 from lowmem.errors import RecipeError
@@ -138,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, metavar="N", help="random seed of the text (default: %(default)s)"
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
+    machine.add_argument("--device", default="auto", help=f"{WITH_FLOAT64} (default: %(default)s)")
     machine.add_argument(
         "--memory", metavar="SIZE", help="memory limit, such as 8GiB (default: all free memory)"
     )

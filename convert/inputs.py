@@ -16,6 +16,7 @@ from lowmem.convert.recipe import RECIPE_VERSION, ConvertOptions, Recipe, comput
 from lowmem.convert.stages.sizes import Workload
 
 import lowmem
+from lowmem.cards.find import resolve_device
 from lowmem.checkpoint.headers.folder import names_in_index
 from lowmem.checkpoint.readers import READERS, listed
 from lowmem.checkpoint.source.fitted import fitted
@@ -26,7 +27,6 @@ from lowmem.models.architecture import Architecture, build_model, inspect
 from lowmem.models.dialogue import Dialogue
 from lowmem.models.experts import refuse_experts
 from lowmem.models.layer_state import check_checkpoint
-from lowmem.plan.device import resolve_device
 from lowmem.plan.fit.allocation import Allocation
 from lowmem.streaming.weights import ModelWeights
 from lowmem.text.units import format_bytes
@@ -144,7 +144,7 @@ def prepare(
             f"rows of {calibration.row_length} tokens do not fit the model's {limit} positions",
             f"Use --row-length {limit} or less",
         )
-    device = resolve_device(options.device)
+    device = resolve_device(options.device, float64=True)
     tokenizer = source.tokenizer()
     dialogue = Dialogue.detect(tokenizer)
     rows = load_rows(calibration, tokenizer, dialogue, arch.shapes[arch.embedding][0])

@@ -14,6 +14,7 @@ from itertools import product
 from lowmem.convert.stages.layer import layer_stages
 from lowmem.convert.stages.sizes import FLOAT32, Workload
 
+from lowmem.cards.find import is_card
 from lowmem.errors import MemoryBudgetError
 from lowmem.text.units import format_bytes
 
@@ -89,7 +90,7 @@ def plan_memory(work: Workload, budget: MemoryBudget, fixed_rows: int | None = N
         if plan.host_peak <= budget.host and plan.device_peak <= (budget.device or math.inf):
             return plan
     least = min(plans, key=lambda plan: (plan.device_peak, plan.host_peak))
-    if work.device.type == "cuda" and least.device_peak > budget.device:
+    if is_card(work.device) and least.device_peak > budget.device:
         raise MemoryBudgetError(
             f"{work.device} has {format_bytes(budget.device)} free, and {least.largest.name} needs "
             f"{format_bytes(least.device_peak)}",

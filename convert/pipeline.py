@@ -21,6 +21,7 @@ from lowmem.convert.stages.layer import layer_stages
 from lowmem.convert.stages.replay import Replay
 from torch import nn
 
+from lowmem.cards.find import is_card
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.whole import free_bytes, refusals
@@ -134,7 +135,7 @@ def _run(job: ConversionJob, inputs: ConversionInputs, reporter: Reporter) -> Re
     budget = MemoryBudget(
         base=used,
         host=inputs.options.memory or machine.host_memory_available() + used,
-        device=machine.card_memory_free(inputs.device) if inputs.device.type == "cuda" else 0,
+        device=machine.card_memory_free(inputs.device) if is_card(inputs.device) else 0,
     )
     plan = plan_memory(work, budget, fixed_rows=state.run.get("rows_at_a_time"))
     side_bytes = sum(path.stat().st_size for path in inputs.source.side_files())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lowmem.cards.find import is_card
 from lowmem.checkpoint.formats import LinearFormat, layout_for
 from lowmem.checkpoint.readers import READERS, listed
 from lowmem.config import BITS, QuantConfig
@@ -27,7 +28,7 @@ class ConvertOptions:
     """How a conversion runs; `store_head`, `shard_size`, `compute_dtype` and `reader` change the result."""
 
     device: str = "auto"
-    """"auto", "cpu" or "cuda:N"."""
+    """"auto", "cpu", "cuda:N" or "xpu:N"."""
     memory: int | None = None
     """The most bytes of host memory to use; None is what is free."""
     shard_size: int = DEFAULT_SHARD
@@ -174,7 +175,7 @@ def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> 
     if requested == "auto":
         if stored == torch.float32:
             return torch.float32
-        if stored == torch.float16 and device.type == "cuda":
+        if stored == torch.float16 and is_card(device):
             return torch.float16
         return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
     if requested not in ("float32", "bfloat16", "float16"):

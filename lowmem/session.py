@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from lowmem.cards.find import is_card
 from lowmem.config import DEFAULT_CONTEXT, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.engine import Engine, Progress, context_length
@@ -82,7 +83,7 @@ class Session:
                 f"a context of {context} tokens is too short", "Use --context with a positive number"
             )
         self.context = context
-        on_one_card = loaded.device.type == "cuda" and not loaded.cpu_layers
+        on_one_card = is_card(loaded.device) and not loaded.cpu_layers
         self.engine = Engine(
             loaded.model,
             context=context,

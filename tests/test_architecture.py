@@ -15,6 +15,7 @@ RANKS = {
     "lowmem.errors": 0,
     "lowmem.config": 1,
     "lowmem.debug": 1,
+    "lowmem.cards": 1,
     "lowmem.text": 1,
     "lowmem.checkpoint": 2,
     "lowmem.models": 3,
@@ -51,7 +52,6 @@ MOST_PARAMETERS = 6
 """self and cls not counted."""
 LONG_SIGNATURES = {
     "lowmem.generate.attention.row_attention": "transformers calls it with these arguments",
-    "lowmem.generate.grouped_attention.grouped_attention": "transformers calls it with these arguments",
 }
 """Functions past MOST_PARAMETERS, and why."""
 

@@ -13,6 +13,7 @@ from lowmem.benchmarks.common.processes import hardware
 from lowmem.benchmarks.common.records import Machine, Origin
 
 from lowmem import __version__
+from lowmem.cards.find import cards_of
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "gptqmodel")
 
@@ -24,8 +25,8 @@ def machine_here(device: str = "cpu") -> Machine:
     if device != "cpu":
         import torch
 
-        card = torch.cuda.get_device_properties(torch.device(device))
-        name, memory = card.name, card.total_memory
+        card = cards_of(device).properties(torch.device(device))
+        name, memory = card.name, card.total
     cores = len(os.sched_getaffinity(0))
     return Machine(found["cpu"], tuple(found["flags"]), cores, found["memory_bytes"], name, memory)
 

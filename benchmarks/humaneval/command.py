@@ -11,6 +11,7 @@ from lowmem.benchmarks.common.lineup import Entrant, add_lineup_arguments, line_
 from lowmem.benchmarks.common.output import add_output_arguments, exclusive, output_of, print_json
 from lowmem.benchmarks.common.records import HumanEvalRecord, SubjectHumanEval
 
+from lowmem.cards.find import DEVICES
 from lowmem.commands.answering import INTERRUPTED, note
 from lowmem.errors import InvalidRequestError
 
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default: %(default)s)"
     )
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    how.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
     add_output_arguments(parser, HumanEvalRecord)
 
 

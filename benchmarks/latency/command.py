@@ -14,6 +14,7 @@ from lowmem.benchmarks.common.output import Output, add_output_arguments, exclus
 from lowmem.benchmarks.common.record_file import to_json, write_record
 from lowmem.benchmarks.common.records import LatencyRecord, Origin
 
+from lowmem.cards.find import DEVICES
 from lowmem.commands.answering import INTERRUPTED, note
 from lowmem.commands.plan_options import DTYPES
 from lowmem.errors import InvalidRequestError, MemoryBudgetError
@@ -100,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=0, metavar="N", help="CPU threads (default: torch's choice)"
     )
     where = parser.add_argument_group("where")
-    where.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    where.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
     where.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of activations (default: %(default)s)"
     )

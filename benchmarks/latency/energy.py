@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lowmem.cards.find import cards_of, is_card
+
 if TYPE_CHECKING:
     import torch
 
@@ -80,7 +82,7 @@ class CardMeter:
 
 def find_meter(device: torch.device) -> Meter | None:
     """Find the energy counter of the device; None if it has none or the counter cannot be read."""
-    meter = host_meter() if device.type == "cpu" else _card_meter(device)
+    meter = _card_meter(device) if is_card(device) else host_meter()
     try:
         return meter if meter and meter.read() else None
     except OSError:
@@ -104,8 +106,11 @@ def host_meter(root: Path = POWERCAP) -> HostMeter | None:
 
 
 def _card_meter(device: torch.device) -> CardMeter | None:
+    """NVML's meter; None for a card of another maker, which has none here."""
     import torch
 
+    if cards_of(device).maker != "NVIDIA":
+        return None
     try:
         library = ctypes.CDLL(_NVML)
         library.nvmlInit_v2()

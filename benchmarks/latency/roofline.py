@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lowmem.cards.find import synchronize
 from lowmem.plan.memory import Form, bytes_read_a_token, kv_cache_bytes
 
 if TYPE_CHECKING:
@@ -111,10 +112,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = SECON
 
 def wait(device: torch.device) -> None:
     """Wait until the device has finished all queued work."""
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
+    synchronize(device)
 
 
 def best(one_pass: Callable[[], object], seconds: float) -> float:

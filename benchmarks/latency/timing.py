@@ -26,6 +26,8 @@ from lowmem.benchmarks.latency.energy import Meter
 from lowmem.benchmarks.latency.roofline import look, wait
 from lowmem.benchmarks.latency.tasks import DecodeTime, Lengths, PromptTime, Timings, TimingTask
 
+from lowmem.cards.find import cards_of, is_card
+
 if TYPE_CHECKING:
     import torch
 
@@ -170,11 +172,9 @@ def token_ids(count: int, vocabulary: int) -> list[int]:
 
 def reset_peak(device: torch.device) -> bool:
     """Reset the peak-memory counters; False if Linux refuses for the host."""
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+    if is_card(device):
+        cards_of(device).empty_cache()
+        cards_of(device).reset_peak(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -10,6 +10,8 @@ from lowmem.benchmarks.common.output import add_output_arguments, output_of, pri
 from lowmem.benchmarks.common.record_file import FILES
 from lowmem.benchmarks.common.records import QualityRecord
 
+from lowmem.cards.find import DEVICES
+
 TEXTS = "code,prose,dialogues"
 DESCRIPTION = """Measures on held-out texts, for every token: KL divergence from the unquantized model, share
 of tokens with the same most likely token, perplexity, and how long greedy answers stay equal. Models are
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load each version as lowmem run does, and measure with the kernels that answer",
     )
-    how.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    how.add_argument("--device", default="cpu", help=f"{DEVICES} (default: %(default)s)")
     how.add_argument("--no-greedy", action="store_true", help="do not measure greedy answers")
     how.add_argument(
         "--no-cache", action="store_true", help="do not cache the reference model's hidden states"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lowmem.cards.find import DEVICES
 from lowmem.config import BITS
 from lowmem.plan.request import ModelRequest
 
@@ -36,7 +37,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="gptq: a converted version; int8, nf4: quantize with bitsandbytes while loading; "
         "none: the model as published (default: %(default)s)",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--device", default="auto", help=f"{DEVICES} (default: %(default)s)")
     group.add_argument(
         "--vram",
         metavar="SIZE",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.cards.find import cards_of, is_card
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS, SamplingParams
@@ -20,7 +21,7 @@ from lowmem.doctor.report import Check, Checks, guarded
 from lowmem.generate.cache.dense import DenseKVCache
 from lowmem.generate.decoders.contract import DecoderRefused, Feed
 from lowmem.generate.decoders.eager import EagerDecoder
-from lowmem.generate.decoders.graph import CUDA_GRAPH, GraphDecoder
+from lowmem.generate.decoders.graph import CARD_GRAPH, GraphDecoder
 from lowmem.generate.engine import Engine
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch
@@ -67,14 +68,16 @@ def same_tokens_as_cpu(device: torch.device) -> str:
 
 def memory_is_accounted(device: torch.device) -> str:
     """Compare the memory that a load takes on the card with the size of the weights."""
-    if device.type != "cuda":
+    if not is_card(device):
         return "not tried: only a card counts its memory"
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    cards = cards_of(device)
+    cards.synchronize(device)
+    before = cards.allocated(device)
+    if not cards.reset_peak(device):
+        return f"not tried: torch counts no peak of {cards.label} memory"
     loaded = load(_tiny(), LoadOptions(device=device, dtype=torch.float16))
-    taken = torch.cuda.memory_allocated(device) - before
-    peak = torch.cuda.max_memory_allocated(device) - before
+    taken = cards.allocated(device) - before
+    peak = cards.peak(device) - before
     # The allocator rounds each tensor up to 512 bytes.
     slack = 512 * sum(1 for _ in [*loaded.model.parameters(), *loaded.model.buffers()])
     if not loaded.weight_bytes <= taken <= loaded.weight_bytes + slack:
@@ -89,7 +92,7 @@ def decode_works(area: str, device: torch.device, dtype: torch.dtype) -> Check |
     layers = len(decoder_layers(loaded.model, loaded.model.config)[1])
     eager, cache = EagerDecoder(loaded.model), DenseKVCache(layers, _CONTEXT, slots=2)
     # On a CPU, torch.compile's eager backend runs the same code.
-    backend = CUDA_GRAPH if device.type == "cuda" else "eager"
+    backend = CARD_GRAPH if is_card(device) else "eager"
     try:
         decode = GraphDecoder(eager, cache, backend=backend)
     except DecoderRefused as refused:

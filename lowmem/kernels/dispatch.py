@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.cards.find import is_card
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.kernels.contract import Kernel, LinearSpec
 from lowmem.kernels.native import library
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.registry import REFERENCE, VARIABLE, Reference, kernels_for
-from lowmem.kernels.trial import by_speed, sample_linear, sample_spec, shape_key, spec_of, trial
+from lowmem.kernels.trial import sample_linear, sample_spec, shape_key, spec_of, trial
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def best_kernel(
         if not problem:
             return KernelChoice(kernel.name, kernel.about, tuple(passed_over))
         passed_over.append(PassedOver(kernel.name, problem))
-    if device.type == "cuda":
-        reason = "no kernel for cards works here" if passed_over else "there is no kernel for this"
+    if is_card(device):
+        reason = "plain torch, slowly: no kernel for cards works here"
     elif not kernels:
         reason = f"plain torch, as {VARIABLE} asks"
     else:
@@ -119,7 +120,7 @@ def install(
         for format in dict.fromkeys(spec.format for spec in specs.values()):
             group = {name: spec for name, spec in specs.items() if spec.format == format}
             kernels = kernels_for(list(group.values()), place, activation_bits)
-            report = notify if place.type == "cuda" else None
+            report = notify if is_card(place) else None
             found += replace_linears(model, group, kernels, dtype, report)
         if specs:
             names.append(f"{found.name} on the CPU" if names else found.name)
@@ -127,7 +128,7 @@ def install(
 
 
 def linear_specs(model: nn.Module, device_type: str) -> dict[str, LinearSpec]:
-    """The packed linears of a model on devices of a type ("cpu" or "cuda"), by name."""
+    """The packed linears of a model on devices of a type ("cpu", "cuda"), by name."""
     return {
         name: spec_of(module)
         for name, module in model.named_modules()
@@ -149,21 +150,10 @@ def replace_linears(
     """
     found = Installed()
     passed: set[tuple[object, ...] | None] = set()
-    orders: dict[tuple[object, ...], Sequence[Kernel]] = {}
     for name in names:
         parent, _, child = name.rpartition(".")
         linear: Any = model.get_submodule(name)  # the only reference, once it is replaced
-        ordered = kernels
-        if len(kernels) > 1 and is_timed(linear):
-            shape = shape_key(linear)
-            if shape not in orders:
-                if notify and not orders:
-                    notify("timing kernels (a kernel's first use may compile it for minutes)")
-                orders[shape], reasons = by_speed(kernels, linear, dtype)
-                for other, reason in reasons.items():
-                    found.passed_over.setdefault(other, f"{reason} ({name})")
-            ordered = orders[shape]
-        for kernel in (*ordered, Reference()):
+        for kernel in (*kernels, Reference()):
             if notify and kernel.name not in {*found.used, *found.passed_over, REFERENCE}:
                 notify(f"trying {kernel.name} (a kernel's first use may compile it for minutes)")
             key = None if kernel.trusted else (kernel.name, *shape_key(linear))
@@ -176,11 +166,6 @@ def replace_linears(
                 break
             found.passed_over.setdefault(kernel.name, f"{problem} ({name})")
     return found
-
-
-def is_timed(linear: Any) -> bool:
-    """Whether kernels for a linear are compared by their speed: on a card, where several may be right."""
-    return bool(linear.qweight.device.type == "cuda")
 
 
 def why_not_native() -> str:

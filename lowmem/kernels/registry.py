@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowmem.cards.find import cards_of, is_card
 from lowmem.config import SLICE_WEIGHTS
 from lowmem.errors import InvalidRequestError
 from lowmem.kernels.contract import Kernel, LinearSpec
@@ -121,7 +122,6 @@ class Triton(Kernel):
 
     name = "lowmem Triton"
     about = "our own kernels in Triton"
-    trial_rows = (1, 8, 64, 160)
 
     def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
         """See Kernel."""
@@ -146,9 +146,7 @@ class Triton(Kernel):
         from lowmem.kernels.triton.linear import TritonLinear
         from lowmem.kernels.triton.timing import choose
 
-        module = TritonLinear(linear)
-        module.choice = choose(module, dtype)
-        return module
+        return TritonLinear(linear, choose(linear, dtype))
 
 
 @dataclass(frozen=True)
@@ -267,11 +265,12 @@ def kernels_for(
     the only one to try: native, torch, triton (in its interpreter) or reference. Raises InvalidRequestError
     when it names no kernel.
     """
-    if device.type == "cuda":
-        if why_not_triton(str(device)):
+    if is_card(device):
+        cards = cards_of(device)
+        if why_not_triton(str(device)) and cards.triton:
             return gptqmodel_kernels(specs, device)
         # GPTQModel builds its fast kernels with nvcc. Its others are slower than ours, and larger.
-        others = gptqmodel_kernels(specs, device) if nvcc() else ()
+        others = gptqmodel_kernels(specs, device) if cards.label == "CUDA" and nvcc() else ()
         return (Triton(), *(kernel for kernel in others if kernel.name in LEAN))
     on_cpu: dict[str, tuple[Kernel, ...]] = {
         "native": (Native(activation_bits),),

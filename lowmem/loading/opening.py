@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 
+from lowmem.cards.find import empty_caches
 from lowmem.checkpoint import cache
 from lowmem.checkpoint.verify.digests import check_all
 from lowmem.errors import MemoryBudgetError
@@ -91,8 +92,5 @@ def load_option(
 
 def _free() -> None:
     """Free the memory of a failed load."""
-    import torch
-
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_caches()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.cards.find import cards_of, is_card, synchronize
 from lowmem.checkpoint.cache import cache_root
 from lowmem.checkpoint.files.whole import write_json
 from lowmem.errors import OutputError
@@ -87,13 +88,9 @@ def card_bandwidth(device: torch.device) -> float:
     """Bytes per second of a copy within a card's memory, reads and writes counted together."""
     import torch
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     count = _CARD_BUFFER
-    if device.type == "cuda":
-        count = min(count, int(torch.cuda.mem_get_info(device)[0]) // 8)
+    if is_card(device):
+        count = min(count, cards_of(device).memory(device)[0] // 8)
     source = torch.ones(count, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copies = 8  # in a row, to hide the time of launching them
@@ -101,9 +98,9 @@ def card_bandwidth(device: torch.device) -> float:
     def one_pass() -> None:
         for _ in range(copies):
             target.copy_(source)
-        wait()
+        synchronize(device)
 
-    wait()
+    synchronize(device)
     return 2 * count * copies / _best(one_pass, _SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""The memory and the devices of this machine.
+"""The memory of this machine.
 
 torch is imported only by the functions that ask a card: planning without one must not wait for it.
 """
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError
+from lowmem.cards.find import cards_of, is_card
+from lowmem.errors import MemoryBudgetError, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -47,44 +48,10 @@ def memory_use(device: torch.device) -> MemoryUse:
     """The memory that this process uses now, and its peak."""
     host = host_memory_used()
     peak = max(host, host_memory_peak())
-    if device.type != "cuda":
+    if not is_card(device):
         return MemoryUse(host, peak)
-    from torch.cuda import max_memory_allocated, memory_allocated
-
-    return MemoryUse(host, peak, int(memory_allocated(device)), int(max_memory_allocated(device)))
-
-
-def cuda_driver_present() -> bool:
-    """Whether the library of the CUDA driver is installed; without it a card cannot be used."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` (the first CUDA card, or else the CPU), `cpu`, `cuda` or `cuda:N`.
-
-    Raises InvalidRequestError for an unknown name, or a card that is not in this machine.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    match = re.fullmatch(r"cuda(?::(\d+))?", name)
-    if not match:
-        raise InvalidRequestError(f"unknown device {name!r}", "Use auto, cpu, cuda or cuda:N")
-    index = int(match[1] or 0)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index >= count:
-        found = f"torch sees {count} CUDA card{'s' if count != 1 else ''}"
-        raise InvalidRequestError(
-            f"device {name} is not available: {found}", "Use --device cpu, or install the driver"
-        )
-    return torch.device("cuda", index)
+    cards = cards_of(device)
+    return MemoryUse(host, peak, cards.allocated(device), cards.peak(device))
 
 
 def host_memory_used() -> int:
@@ -161,24 +128,27 @@ def trim_memory() -> None:
 
 
 def card_memory_free(device: torch.device) -> int:
-    """Free bytes of a CUDA card now, with this process's CUDA context already allocated."""
-    import torch
-
+    """Free bytes of a card now, with what the driver needs for this process already allocated."""
     try:
-        free, _total = torch.cuda.mem_get_info(device)
+        free, _total = cards_of(device).memory(device)
     except RuntimeError as error:
         raise MemoryBudgetError(
             f"the free memory of {device} cannot be determined: {error}", "Use --device cpu"
         ) from error
-    return int(free)
+    return free
+
+
+def shares_memory(card: torch.device) -> bool:
+    """Whether a card's memory is the host's."""
+    return cards_of(card).properties(card).shares_memory
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     import torch
 
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if is_card(device):
+        return cards_of(device).properties(device).bfloat16
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lowmem.cards.find import driver_present, is_card, resolve_device
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id
 from lowmem.errors import ForeignError, InvalidRequestError, SourceError
@@ -50,7 +51,7 @@ class ModelRequest:
     method: str | None = None
     """Only "gptq" (converted), "int8" or "nf4" (bitsandbytes, while loading) or "dense" (as published)."""
     device: str = "auto"
-    """"auto", "cpu", "cuda" or "cuda:N"."""
+    """One of `cards.find.DEVICES`."""
     vram: int | str | None = None
     """Memory of the card to plan with, in bytes or as text such as "12GiB"; by default what is free."""
     ram: int | str | None = None
@@ -86,7 +87,7 @@ class ModelRequest:
 
 
 def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool = False) -> Plan:
-    """Find the versions of the model and plan. Imports torch only where the CUDA driver is installed.
+    """Find the versions of the model and plan. Imports torch only where a card's driver is installed.
 
     named_card: plan for a card with `vram` that is not in this machine. measure: include tokens/s, from
     memory bandwidth that is measured unless an earlier run did. Raises LowmemError.
@@ -138,14 +139,14 @@ def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Pl
 
 
 def find_card(device: str) -> torch.device | None:
-    """The CUDA device that `device` names, or None for the CPU. Imports torch only if a driver is installed.
+    """The card that `device` names, or None for the CPU. Imports torch only if a driver is installed.
 
     Raises InvalidRequestError for an unknown name, or a card that is not in this machine.
     """
-    if device == "auto" and not machine.cuda_driver_present():
+    if device == "cpu" or (device == "auto" and not driver_present()):
         return None
-    found = machine.resolve_device(device)
-    return found if found.type == "cuda" else None
+    found = resolve_device(device)
+    return found if is_card(found) else None
 
 
 def _size(value: int | str | None, name: str) -> int | None:
@@ -170,9 +171,10 @@ def _budget(request: ModelRequest, card: torch.device | None, vram: int | None, 
         name = f"a card with {format_bytes(vram)}"
         return Budget(name, host, vram, CUDA_CONTEXT, rate, request.bandwidth, support)
     rate_on_card = request.bandwidth or (card_bandwidth(card) if measure else None)
-    if vram is not None:
-        return Budget(str(card), host, vram, CUDA_CONTEXT, rate, rate_on_card, support)
-    return Budget(str(card), host, machine.card_memory_free(card), 0, rate, rate_on_card, support)
+    free, own = (machine.card_memory_free(card), 0) if vram is None else (vram, CUDA_CONTEXT)
+    if machine.shares_memory(card):
+        host = max(0, host - free)
+    return Budget(str(card), host, free, own, rate, rate_on_card, support)
 
 
 def _with_heads(candidates: list[Candidate], request: ModelRequest, on_card: bool) -> list[Candidate]:

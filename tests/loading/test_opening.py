@@ -148,6 +148,7 @@ class FakeCard:
         for module in (opening, request_module):
             monkeypatch.setattr(module, "find_card", lambda device: None if device == "cpu" else card)
         monkeypatch.setattr(request_module.machine, "card_memory_free", lambda device: self.free)
+        monkeypatch.setattr(request_module.machine, "shares_memory", lambda device: False)
         monkeypatch.setattr(opening, "load", self.load)
 
     def load(self, path: Path, options: LoadOptions, **_hooks: Any) -> Any:

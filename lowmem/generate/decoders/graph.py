@@ -1,4 +1,4 @@
-"""Decode steps with fixed shapes, captured once and replayed as CUDA graphs.
+"""Decode steps with fixed shapes, captured once and replayed as graphs of a card.
 
 An eager step of a model of 40 layers launches some 700 kernels one by one; a graph launches them as one. It
 is captured from the eager step itself, so it needs no compiler, works with any kernel that does not wait for
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from lowmem.cards.find import cards_of, is_card
 from lowmem.generate.cache.contract import FixedView, KVCache, Slot
 from lowmem.generate.decoders.contract import (
     Decoder,
@@ -32,7 +33,7 @@ from lowmem.generate.decoders.contract import (
 )
 from lowmem.generate.decoders.eager import EagerDecoder
 
-CUDA_GRAPH = "cudagraph"
+CARD_GRAPH = "graph"
 FIRST_WINDOW = 512
 # Relative, in the 2-norm of the logits: a mask, or another kernel for it, sums in another order.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
@@ -47,17 +48,23 @@ class Graphs(Protocol):
         """Returns the tensor that every replay fills, and the replay."""
 
 
-class CudaGraphs:
-    """torch's CUDA graphs, all in one memory pool: the only code here that a CPU cannot run."""
+class CardGraphs:
+    """torch's graphs of a card, all in one memory pool: the only code here that a CPU cannot run.
+
+    Raises DecoderRefused if torch has none for the device.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        if not is_card(device):
+            raise DecoderRefused(f"a graph needs a card; the model is on {device}")
+        self.device, self._cards = device, cards_of(device)
         self._pool: Any = None
+        if problem := self._cards.why_no_graph():
+            raise DecoderRefused(problem)
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         """See `Graphs`. Nothing runs while it is captured; an operation that waits for the host raises."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self._pool):
+        with self._cards.capturing(self.device, self._pool) as graph:
             output = run()
         self._pool = graph.pool()
         return output, graph.replay
@@ -77,7 +84,7 @@ class _Window:
 class GraphDecoder(Decoder):
     """Decodes one token of each sequence at a time by replaying graphs of the eager step.
 
-    cache: its contents are kept. backend: "cudagraph", or a backend of torch.compile. Raises DecoderRefused
+    cache: its contents are kept. backend: CARD_GRAPH, or a backend of torch.compile. Raises DecoderRefused
     if the first slot's step cannot be captured or differs from the eager one.
     """
 
@@ -88,7 +95,7 @@ class GraphDecoder(Decoder):
         eager: EagerDecoder,
         cache: KVCache,
         *,
-        backend: str = CUDA_GRAPH,
+        backend: str = CARD_GRAPH,
         graphs: Graphs | None = None,
     ) -> None:
         self.eager, self.backend = eager, backend
@@ -97,10 +104,8 @@ class GraphDecoder(Decoder):
         parameters = inspect.signature(eager.model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._windows: dict[tuple[int, int], _Window] = {}  # by slot and size
-        if graphs is None and backend == CUDA_GRAPH:
-            if eager.device.type != "cuda":
-                raise DecoderRefused(f"a CUDA graph needs a CUDA card; the model is on {eager.device}")
-            graphs = CudaGraphs(eager.device)
+        if graphs is None and backend == CARD_GRAPH:
+            graphs = CardGraphs(eager.device)
         self._graphs = graphs
         self._input = torch.zeros((1, 1), dtype=torch.long, device=eager.device)
         slot = cache.slots[0]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import shutil
 import sysconfig
 from pathlib import Path
+
+from lowmem.cards.contract import Cards
+from lowmem.cards.find import cards_of, is_card
 
 
 def compiler() -> str | None:
@@ -27,17 +31,33 @@ def nvcc() -> str | None:
 
 @functools.cache
 def why_not_triton(device: str = "cuda") -> str:
-    """What our kernels lack on a device ("cuda:0", "xpu", or "cpu" for the interpreter); "" if nothing.
+    """What our kernels lack on a device ("cuda:0", "xpu:0", or "cpu" for the interpreter); "" if nothing.
 
     Triton compiles kernels by itself, but needs a C compiler once, for the code that launches them.
     """
+    cards = cards_of(device) if is_card(device) else None
+    if cards and not cards.triton:
+        return f"Triton does not compile for {cards.maker}'s GPUs"
     if importlib.util.find_spec("triton") is None:
-        wheel = "triton-windows" if os.name == "nt" else "triton"
-        return f"Triton is not installed: pip install {wheel}"
-    if device.startswith("cpu") or os.name == "nt":  # triton-windows brings a compiler
+        return f"Triton is not installed: {install_advice(cards)}"
+    if cards and cards.triton not in (present := _backends()):
+        return f"this Triton is for {' and '.join(present)}, not for {cards.triton}: {install_advice(cards)}"
+    if cards is None or os.name == "nt":  # triton-windows brings a compiler
         return ""
     missing = [] if compiler() else ["gcc"]
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
         missing.append("python3-dev")
     install = f"Triton needs a C compiler and Python's headers: apt install {' '.join(missing)}"
     return install if missing else ""
+
+
+def install_advice(cards: Cards | None) -> str:
+    """How to get a Triton that compiles for a kind of cards."""
+    if cards and cards.triton == "intel":
+        return "install torch for XPU, which brings it"
+    return f"pip install {'triton-windows' if os.name == 'nt' else 'triton'}"
+
+
+def _backends() -> list[str]:
+    """What the installed Triton compiles for, as "amd" and "nvidia"."""
+    return sorted({entry.name for entry in importlib.metadata.entry_points(group="triton.backends")})

@@ -1,0 +1,1 @@
+"""Cards: GPUs of NVIDIA, AMD, Intel and Apple, as torch presents them."""

@@ -1,0 +1,123 @@
+"""Which cards there are, and which one a name means. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from lowmem.cards.contract import Cards
+from lowmem.cards.kinds import CudaCards, MpsCards, RocmCards, XpuCards
+from lowmem.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"
+"""What --device takes."""
+WITH_FLOAT64 = "auto, cpu, cuda, cuda:N, xpu or xpu:N"
+"""What it takes for work that needs 64-bit floats."""
+_CUDA, _ROCM, _XPU, _MPS = CudaCards(), RocmCards(), XpuCards(), MpsCards()
+KINDS: tuple[Cards, ...] = (_CUDA, _ROCM, _XPU, _MPS)
+
+
+def is_card(device: torch.device | str) -> bool:
+    """Whether a device is a card, and not the CPU. Imports no torch."""
+    return _type_of(device) in {cards.type for cards in KINDS}
+
+
+def cards_of(device: torch.device | str) -> Cards:
+    """The kind of a card. Raises ValueError for another device."""
+    type = _type_of(device)
+    if type == "cuda":
+        return _ROCM if _built_for_rocm() else _CUDA
+    found = next((cards for cards in KINDS if cards.type == type), None)
+    if found is None:
+        raise ValueError(f"{device} is not a card")
+    return found
+
+
+def found_cards() -> list[torch.device]:
+    """Every card that torch sees, in the order in which `auto` prefers them."""
+    import torch
+
+    kinds = [cards_of(type) for type in ("cuda", "xpu", "mps")]
+    return [torch.device(cards.type, index) for cards in kinds for index in range(cards.count())]
+
+
+def driver_present() -> bool:
+    """Whether `auto` may find a card here. Imports no torch."""
+    return any(cards.driver_present() for cards in KINDS if cards is not _MPS)
+
+
+def automatic() -> torch.device:
+    """The device for `auto`: the first CUDA or ROCm card, or else XPU card with its own memory, or the CPU.
+
+    A GPU of Intel's or Apple's that shares the host's memory reads weights no faster than the CPU does. For
+    Apple's there is also no kernel for packed weights but the reference.
+    """
+    import torch
+
+    for device in found_cards():
+        cards = cards_of(device)
+        if device.type == "cuda" or not cards.properties(device).shares_memory:
+            return device
+    return torch.device("cpu")
+
+
+def resolve_device(name: str, *, float64: bool = False) -> torch.device:
+    """The device for one of DEVICES.
+
+    float64: it must have 64-bit floats, which Apple's GPU and some of Intel's cards do not. Raises
+    InvalidRequestError for an unknown name, and for a card that is not in this machine or lacks them.
+    """
+    import torch
+
+    device = automatic() if name == "auto" else _named(name)
+    if not float64 or not is_card(device) or cards_of(device).properties(device).float64:
+        return device
+    if name == "auto":
+        return torch.device("cpu")
+    raise InvalidRequestError(f"{name} has no 64-bit floats, which this needs", "Use --device cpu")
+
+
+def _named(name: str) -> torch.device:
+    import torch
+
+    if name == "cpu":
+        return torch.device("cpu")
+    match = re.fullmatch(r"(cuda|xpu|mps)(?::(\d+))?", name)
+    if not match:
+        hint = f"Use {DEVICES}"
+        if re.match(r"rocm|hip|amd", name.lower()):
+            hint = "torch calls ROCm cards cuda: use cuda or cuda:N"
+        raise InvalidRequestError(f"unknown device {name!r}", hint)
+    cards, index = cards_of(match[1]), int(match[2] or 0)
+    if index >= (count := cards.count()):
+        advice = "install the driver" if cards is _CUDA else "run `lowmem doctor` to see what is missing"
+        raise InvalidRequestError(
+            f"device {name} is not available: torch sees {count} {cards.label} card{'s' * (count != 1)}",
+            f"Use --device cpu, or {advice}",
+        )
+    return torch.device(match[1], index)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a card has finished all queued work; a CPU has."""
+    if is_card(device):
+        cards_of(device).synchronize(device)
+
+
+def empty_caches() -> None:
+    """Return the freed memory of all cards that torch keeps to their drivers."""
+    for cards in {cards_of(device) for device in found_cards()}:
+        cards.empty_cache()
+
+
+def _type_of(device: torch.device | str) -> str:
+    return device.partition(":")[0] if isinstance(device, str) else device.type
+
+
+def _built_for_rocm() -> bool:
+    import torch
+
+    return torch.version.hip is not None
