@@ -52,6 +52,7 @@ MOST_PARAMETERS = 6
 """self and cls not counted."""
 LONG_SIGNATURES = {
     "lowmem.generate.attention.row_attention": "transformers calls it with these arguments",
+    "lowmem.generate.grouped_attention.grouped_attention": "transformers calls it with these arguments",
 }
 """Functions past MOST_PARAMETERS, and why."""
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import urllib.request
+from typing import TYPE_CHECKING
 
 from lowmem.doctor.facts import facts
 from lowmem.doctor.machine import Card, Machine
 from lowmem.doctor.report import Check, Checks, guarded
+
+if TYPE_CHECKING:
+    import torch
 
 _HUB_SECONDS = 10
 _NO_BANDWIDTH = "lowmem plan cannot estimate tokens/s"
@@ -61,6 +65,26 @@ def card_line(card: Card) -> str:
     return f"{rate / 1e9:.0f} GB/s, in a copy within the card"
 
 
+def card_paces(device: torch.device, dtype: torch.dtype) -> Checks:
+    """How fast decode reads weights of each width on a card, beside what its memory copies."""
+    from lowmem.config import BITS
+    from lowmem.doctor.kernels import pace
+    from lowmem.plan.bandwidth import card_bandwidth
+
+    try:
+        rate = card_bandwidth(device)
+    except Exception:  # its own check has reported it
+        return
+    for bits in BITS:
+        yield guarded(
+            f"kernels on {device}",
+            f"{bits}-bit pace",
+            lambda bits=bits: pace(bits, device, dtype, rate),  # type: ignore[misc]
+            "Please report it, with this output",
+            "warning",
+        )
+
+
 def _computed(cards: tuple[Card, ...]) -> Checks:
     """Kernels on the CPU and on each card, then whole models on the cards."""
     try:
@@ -84,4 +108,5 @@ def _computed(cards: tuple[Card, ...]) -> Checks:
             "warning",
         )
         yield from kernel_checks(device, dtype)
+        yield from card_paces(device, dtype)
         yield from gpu_checks(device, dtype)

@@ -8,6 +8,7 @@ from lowmem.text.units import format_bytes
 
 NEEDED = ("torch", "transformers")
 _LEAST_DISK = 10 << 30
+_UNPROVED = "lowmem's kernels were run in its interpreter and compiled for cards, but never run on one by us"
 _LEAST_CAPABILITY = (7, 5)  # Turing: the minimum of Marlin and Triton
 
 
@@ -80,21 +81,22 @@ def _card(card: Card) -> Check:
 def _compilers(machine: Machine) -> Checks:
     if not machine.cards:
         return
-    advice = "Marlin and ExLlamaV2 are compiled with it: install the CUDA toolkit; Triton works without"
-    if machine.nvcc:
-        yield Check("card", "nvcc", "ok", machine.nvcc)
-    else:
-        yield Check("card", "nvcc", "warning", "not found", advice)
+    advice = "Triton launches lowmem's kernels with one: apt install gcc python3-dev"
     if machine.compiler:
         yield Check("card", "C compiler", "ok", machine.compiler)
     else:
-        yield Check("card", "C compiler", "warning", "not found", "Triton needs one: install gcc or clang")
-    for name in ("triton", "gptqmodel"):
-        version = machine.versions.get(name)
-        if version:
-            yield Check("card", name, "ok", version)
-        else:
-            yield Check("card", name, "warning", "not installed", f"For the fast kernels: pip install {name}")
+        yield Check("card", "C compiler", "warning", "not found", advice)
+    version = machine.versions.get("triton")
+    if version:
+        yield Check("card", "triton", "ok", f"{version}; {_UNPROVED}")
+    else:
+        yield Check("card", "triton", "warning", "not installed", "For lowmem's kernels: pip install triton")
+    without = (
+        "not found, not needed: GPTQModel builds Marlin with it, which then competes with lowmem's kernels"
+    )
+    yield Check("card", "nvcc", "ok", machine.nvcc or without)
+    if found := machine.versions.get("gptqmodel"):
+        yield Check("card", "gptqmodel", "ok", found)
 
 
 def _host(machine: Machine) -> Checks:

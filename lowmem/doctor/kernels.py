@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -15,13 +16,17 @@ from lowmem.config import BITS
 from lowmem.doctor.report import Check, Checks, guarded
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch, reference
+from lowmem.kernels.card_timing import product_seconds
+from lowmem.kernels.contract import LinearSpec
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.native.header import WIDTHS
 from lowmem.kernels.registry import BitsAndBytes
-from lowmem.kernels.trial import sample_linear, sample_spec
+from lowmem.kernels.trial import by_speed, large_sample, sample_linear, sample_spec
 
 _GROUP_SIZE = 128  # of most checkpoints
+_LARGEST = LinearSpec(6144, 24576)
+"""The shape of StarChat Alpha's largest linear."""
 
 
 def kernel_checks(device: torch.device, dtype: torch.dtype) -> Checks:
@@ -109,6 +114,32 @@ def chosen(area: str, bits: int, device: torch.device, dtype: torch.dtype) -> Ch
         advice = "It works, but slowly: see the lines on nvcc, the C compiler and gptqmodel"
         return Check(area, f"{bits}-bit GPTQ", "warning", detail, advice)
     return Check(area, f"{bits}-bit GPTQ", "ok", detail)
+
+
+def pace(
+    bits: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rate: float,
+    *,
+    spec: LinearSpec = _LARGEST,
+    seconds: Callable[[nn.Module, torch.Tensor], float] = product_seconds,
+) -> str:
+    """How fast one row is multiplied by StarChat Alpha's largest linear at a width, by the fastest kernel.
+
+    rate: bytes a second that the card's memory copies. Raises RuntimeError where no kernel works.
+    """
+    spec = replace(spec, format=LinearFormat(bits, _GROUP_SIZE))
+    linear = large_sample(spec, device, dtype)
+    order, reasons = by_speed(dispatch.kernels_for([spec], device), linear, dtype, seconds)
+    if not order:
+        raise RuntimeError("; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "no kernel")
+    size = sum(t.nbytes for t in (linear.qweight, linear.qzeros, linear.scales))
+    taken = seconds(
+        order[0].prepare(linear, dtype), torch.ones(1, spec.in_features, device=device, dtype=dtype)
+    )
+    others = "".join(f"; {name}: {reason}" for name, reason in reasons.items())
+    return f"{order[0].name}, {size / taken / 1e9:.0f} GB/s, {size / taken / rate:.0%} of a copy{others}"
 
 
 def bnb_works(method: bnb.Method, device: torch.device, dtype: torch.dtype) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
+from lowmem.generate.transfer import fetch
 
 _BINS, _SPAN = 4096, 32.0  # of `nucleus`: probabilities below e^-32 of the largest one are negligible
 
@@ -135,7 +136,9 @@ def draw(
     mass = probabilities.to(torch.float64).cumsum(dim=-1)
     mass = mass / mass[-1]
     index = torch.searchsorted(mass, points.to(mass), right=True).clamp(max=mass.shape[-1] - 1)
-    return index, torch.where(index > 0, mass[index - 1], 0.0), mass[index]
+    # take, since indexing with a tensor of one number reads it on the host.
+    before = torch.where(index > 0, mass.take((index - 1).clamp(min=0)), 0.0)
+    return index, before, mass.take(index)
 
 
 @dataclass(frozen=True)
@@ -197,12 +200,15 @@ class Sampler:
             chosen, low, high = self._greedy(scores, second=noise > 0)
         else:
             likely, ids = distribution(scores, self.params)
-            index, low, high = draw(likely, torch.tensor(self._point, dtype=torch.float64))
-            chosen = index if ids is None else ids[index]
+            point = torch.full((), self._point, dtype=torch.float64, device=likely.device)
+            index, low, high = draw(likely, point)
+            chosen = index if ids is None else ids.take(index)
         # One transfer, so a GPU is waited for once a token. amax propagates NaN.
         plain = self.params.temperature == 0 and scores is logits
-        numbers = [part.to(torch.float64) for part in (chosen, high if plain else logits.amax(), low, high)]
-        token, peak, below, above = torch.stack(numbers).tolist()
+        numbers = torch.stack(
+            [part.to(torch.float64) for part in (chosen, high if plain else logits.amax(), low, high)]
+        )
+        (token, peak, below, above), *own = fetch(numbers, *self._logprobs(logits, chosen))
         if not math.isfinite(peak):
             raise LowmemError(
                 "the model's output is not finite",
@@ -212,7 +218,10 @@ class Sampler:
             return None
         self._point = self._random.random()
         self._saw(int(token))
-        return self._choice(int(token), logits)
+        if not own:
+            return SampledToken(int(token))
+        (logprob,), names, values = own
+        return SampledToken(int(token), logprob, tuple(zip(map(int, names), values, strict=True)))
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits with penalties and bias; `logits` itself without any."""
@@ -248,10 +257,10 @@ class Sampler:
         point = self._point
         return point - low >= shift * low * (1 - low) and high - point >= shift * high * (1 - high)
 
-    def _choice(self, token: int, logits: torch.Tensor) -> SampledToken:
+    def _logprobs(self, logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(the chosen token's, ids of the most likely tokens, theirs); empty if none are asked for."""
         if self.params.logprobs is None:
-            return SampledToken(token)
+            return ()
         logprobs = logits.to(torch.float32).log_softmax(dim=-1)
         best = logprobs.topk(min(self.params.logprobs, logprobs.shape[-1]))
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return SampledToken(token, float(logprobs[token]), top)
+        return logprobs.take(chosen), best.indices, best.values

@@ -64,6 +64,9 @@ class Kernel(ABC):
     trusted = False
     """Tested by this project on every instruction set, so that it needs no trial (see trial.py)."""
 
+    trial_rows: tuple[int, ...] = (1, 64)
+    """Numbers of rows that a trial multiplies: many kernels have other code for decode than for prefill."""
+
     @abstractmethod
     def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
         """The reason why the kernel cannot multiply by such a linear; "" when it can.

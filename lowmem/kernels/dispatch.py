@@ -17,7 +17,7 @@ from lowmem.kernels.contract import Kernel, LinearSpec
 from lowmem.kernels.native import library
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.registry import REFERENCE, VARIABLE, Reference, kernels_for
-from lowmem.kernels.trial import sample_linear, sample_spec, shape_key, spec_of, trial
+from lowmem.kernels.trial import by_speed, sample_linear, sample_spec, shape_key, spec_of, trial
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def best_kernel(
             return KernelChoice(kernel.name, kernel.about, tuple(passed_over))
         passed_over.append(PassedOver(kernel.name, problem))
     if is_card(device):
-        reason = "plain torch, slowly: no kernel for cards works here"
+        reason = "no kernel for cards works here" if passed_over else "there is no kernel for this"
     elif not kernels:
         reason = f"plain torch, as {VARIABLE} asks"
     else:
@@ -150,10 +150,21 @@ def replace_linears(
     """
     found = Installed()
     passed: set[tuple[object, ...] | None] = set()
+    orders: dict[tuple[object, ...], Sequence[Kernel]] = {}
     for name in names:
         parent, _, child = name.rpartition(".")
         linear: Any = model.get_submodule(name)  # the only reference, once it is replaced
-        for kernel in (*kernels, Reference()):
+        ordered = kernels
+        if len(kernels) > 1 and is_timed(linear):
+            shape = shape_key(linear)
+            if shape not in orders:
+                if notify and not orders:
+                    notify("timing kernels (a kernel's first use may compile it for minutes)")
+                orders[shape], reasons = by_speed(kernels, linear, dtype)
+                for other, reason in reasons.items():
+                    found.passed_over.setdefault(other, f"{reason} ({name})")
+            ordered = orders[shape]
+        for kernel in (*ordered, Reference()):
             if notify and kernel.name not in {*found.used, *found.passed_over, REFERENCE}:
                 notify(f"trying {kernel.name} (a kernel's first use may compile it for minutes)")
             key = None if kernel.trusted else (kernel.name, *shape_key(linear))
@@ -166,6 +177,11 @@ def replace_linears(
                 break
             found.passed_over.setdefault(kernel.name, f"{problem} ({name})")
     return found
+
+
+def is_timed(linear: Any) -> bool:
+    """Whether kernels for a linear are compared by their speed: on a card, where several may be right."""
+    return bool(linear.qweight.device.type == "cuda")
 
 
 def why_not_native() -> str:

@@ -122,6 +122,7 @@ class Triton(Kernel):
 
     name = "lowmem Triton"
     about = "our own kernels in Triton"
+    trial_rows = (1, 8, 64, 160)
 
     def why_not(self, spec: LinearSpec, device: str, dtype: str) -> str:
         """See Kernel."""
@@ -146,7 +147,9 @@ class Triton(Kernel):
         from lowmem.kernels.triton.linear import TritonLinear
         from lowmem.kernels.triton.timing import choose
 
-        return TritonLinear(linear, choose(linear, dtype))
+        module = TritonLinear(linear)
+        module.choice = choose(module, dtype)
+        return module
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,9 +20,9 @@ from lowmem.checkpoint.files.reading import one_line
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, stored_shapes, unpack_zeros
 from lowmem.kernels import reference
+from lowmem.kernels.card_timing import product_seconds
 from lowmem.kernels.contract import Kernel, LinearSpec, Unsuitable
 
-_TRIAL_ROWS = (1, 64)  # many kernels have different code for decode and for prefill
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 
 
@@ -47,11 +47,11 @@ def trial(
             return kernel.prepare(linear, dtype), ""
         except Unsuitable as error:
             return None, str(error)
-    saved = {part: t.to("cpu", copy=True) for part in _PARTS if (t := getattr(linear, part)) is not None}
+    saved = copy_of(linear)
     problem = "it was interrupted"
     try:
         with torch.no_grad(), no_chatter():
-            inputs = [_random_rows(rows, linear, dtype) for rows in _TRIAL_ROWS]
+            inputs = [_random_rows(rows, linear, dtype) for rows in kernel.trial_rows]
             expected = [reference.linear(rows.float(), linear) for rows in inputs]
             module = kernel.prepare(linear, dtype)
             problem = _difference(module, inputs, expected, kernel.tolerance(name))
@@ -61,10 +61,53 @@ def trial(
         problem = plain(error)
     finally:
         if problem:
-            with torch.inference_mode():
-                for part, tensor in saved.items():
-                    getattr(linear, part).copy_(tensor)
+            restore(linear, saved)
     return (None, problem) if problem else (module, "")
+
+
+def copy_of(linear: PackedLinear) -> dict[str, torch.Tensor]:
+    """The linear's tensors on the host."""
+    return {part: t.to("cpu", copy=True) for part in _PARTS if (t := getattr(linear, part)) is not None}
+
+
+def restore(linear: PackedLinear, saved: Mapping[str, torch.Tensor]) -> None:
+    """Undo what a kernel did to the linear's tensors. saved: see `copy_of`."""
+    with torch.inference_mode():
+        for part, tensor in saved.items():
+            getattr(linear, part).copy_(tensor)
+
+
+def by_speed(
+    kernels: Sequence[Kernel],
+    linear: PackedLinear,
+    dtype: torch.dtype,
+    seconds: Callable[[nn.Module, torch.Tensor], float] = product_seconds,
+) -> tuple[list[Kernel], dict[str, str]]:
+    """The kernels that are right for a linear, the fastest first, and by name why others come after it.
+
+    One row is multiplied, as in decode. `linear` holds what it held before. Raises torch.OutOfMemoryError.
+    """
+    saved, times, reasons = copy_of(linear), {}, {}
+    x = _random_rows(1, linear, dtype)
+    for kernel in kernels:
+        module, problem = trial(kernel, linear, dtype)
+        if module is None:
+            reasons[kernel.name] = problem
+            continue
+        try:
+            times[kernel] = seconds(module, x)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # it cannot be captured in a graph, for example
+            reasons[kernel.name] = plain(error)
+        del module
+        restore(linear, saved)
+    order = sorted(times, key=lambda kernel: times[kernel])
+    for kernel in order[1:]:
+        reasons[kernel.name] = (
+            f"slower than {order[0].name} ({times[kernel] * 1e6:.0f} and {times[order[0]] * 1e6:.0f} µs)"
+        )
+    return order, reasons
 
 
 def spec_of(linear: PackedLinear) -> LinearSpec:
@@ -125,6 +168,30 @@ def sample_linear(
         scales.to(device, torch.float16),
         g_idx.to(device, torch.int32),
         torch.randn(out_features, generator=generator).to(device, dtype) if spec.bias else None,
+    )
+
+
+def large_sample(spec: LinearSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> PackedWeight:
+    """A linear of any size with random integers and equal scales, for timing: made on the device, at once.
+
+    Its outputs are about as large as its inputs. Raises ValueError for a spec without a format.
+    """
+    format = spec.format
+    if format is None:
+        raise ValueError("a packed linear has a format")
+    shapes = stored_shapes(spec.in_features, spec.out_features, format.bits, format.group_size)
+    words = torch.randint(-(1 << 31), (1 << 31) - 1, shapes.qweight, dtype=torch.int32, device=device)
+    middle = pack_zeros(
+        torch.full((1, spec.out_features), 1 << (format.bits - 1)), format.bits, format.layout
+    )
+    scale = spec.in_features**-0.5 / 2 ** (format.bits - 2)
+    return PackedWeight(
+        format,
+        words,
+        middle.to(device).expand(shapes.qzeros).contiguous(),
+        torch.full(shapes.scales, scale, dtype=torch.float16, device=device),
+        (torch.arange(spec.in_features, device=device) // spec.group_size).int(),
+        torch.zeros(spec.out_features, dtype=dtype, device=device) if spec.bias else None,
     )
 
 

@@ -18,11 +18,14 @@ from lowmem.config import BITS
 from lowmem.doctor import examination, gpu, kernels, machine
 from lowmem.doctor.examination import examine
 from lowmem.doctor.facts import facts
+from lowmem.doctor.kernels import pace
 from lowmem.doctor.machine import Card, Machine, look
 from lowmem.doctor.report import Check, guarded, passed
 from lowmem.generate.decoders.contract import DecoderRefused
 from lowmem.kernels import dispatch, gptqmodel
+from lowmem.kernels.contract import LinearSpec
 from lowmem.kernels.dispatch import KernelChoice, PassedOver
+from lowmem.kernels.registry import Reference, Triton
 from lowmem.loading.loader import LoadOptions
 from lowmem.plan import bandwidth
 from tests.helpers import REPO
@@ -79,9 +82,8 @@ def test_a_machine_without_a_card_is_healthy_too() -> None:
 @pytest.mark.parametrize(
     "change, name, status, advice",
     [
-        ({"nvcc": None}, "nvcc", "warning", "CUDA toolkit"),
-        ({"compiler": None}, "C compiler", "warning", "gcc"),
-        ({"versions": {"torch": "2", "transformers": "5"}}, "gptqmodel", "warning", "pip install gptqmodel"),
+        ({"compiler": None}, "C compiler", "warning", "apt install gcc python3-dev"),
+        ({"versions": {"torch": "2", "transformers": "5"}}, "triton", "warning", "pip install triton"),
         ({"versions": {"torch": "2"}}, "transformers", "missing", "pip install lowmem"),
         ({"versions": {}}, "torch", "missing", "pip install lowmem"),
         ({"torch_error": "OSError: libcudart.so", "cards": ()}, "torch", "missing", "torch again"),
@@ -105,6 +107,33 @@ def test_a_containers_limit_is_reported() -> None:
     found = facts(replace(HEALTHY, limit=8 * GIB))
     assert "limited to 8.00 GiB" in line(found, "memory").detail
     assert "limited" not in line(facts(replace(HEALTHY, limit=64 * GIB)), "memory").detail
+
+
+def test_a_card_needs_no_toolkit_and_hears_what_is_not_proved() -> None:
+    found = list(facts(replace(HEALTHY, nvcc=None)))
+    assert line(found, "nvcc").status == "ok" and "not needed" in line(found, "nvcc").detail
+    assert "never run on one by us" in line(found, "triton").detail
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_pace_of_a_width_names_the_fastest_kernel_and_its_share(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, with made-up times: 1 µs for a copy of the packed weight."""
+    spec = LinearSpec(256, 128)
+    monkeypatch.setattr(dispatch, "kernels_for", lambda specs, device: (Triton(), Reference()))
+    times = {"TritonLinear": 2e-6}
+
+    def seconds(module: Any, x: Any) -> float:
+        assert x.shape == (1, 256)
+        return times.get(type(module).__name__, 9e-6)
+
+    size = 256 * 128 * bits / 8 + 2 * 128 * (2 + bits / 8)
+    found = pace(bits, CPU, torch.bfloat16, size / 1e-6, spec=spec, seconds=seconds)
+    assert found.startswith("lowmem Triton, ") and ", 50% of a copy; reference: slower" in found
+    with pytest.raises(RuntimeError, match="no kernel"):
+        monkeypatch.setattr(dispatch, "kernels_for", lambda specs, device: ())
+        pace(bits, CPU, torch.bfloat16, 1e9, spec=spec, seconds=seconds)
 
 
 def test_a_failing_check_is_a_line() -> None:
@@ -340,7 +369,7 @@ def test_a_table_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     """Texts of drivers are not markup."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     odd = replace(RTX, name="[bold]Card[/bold]")
-    assert command(monkeypatch, replace(HEALTHY, cards=(odd,), nvcc=None)) == 0
+    assert command(monkeypatch, replace(HEALTHY, cards=(odd,), compiler=None)) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "[bold]Card" in out and "warning" in out and "1 warning" in out
 

@@ -11,10 +11,13 @@ from torch import nn
 
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.errors import InvalidRequestError
-from lowmem.kernels import dispatch, gptqmodel
+from lowmem.kernels import dispatch, gptqmodel, registry
+from lowmem.kernels.contract import LinearSpec
 from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.registry import VARIABLE, Native
+from lowmem.kernels.trial import sample_spec
+from lowmem.kernels.triton import presence
 from lowmem.loading.loader import load
 from tests.helpers import tiny_model
 from tests.kernels.test_native_linear import CPU, error, exact, needs_native, quant_linear
@@ -115,3 +118,48 @@ def test_on_a_cpu_gptqmodel_is_not_imported(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.delenv(VARIABLE)
     assert dispatch.install(loaded.model, CPU, loaded.dtype)
     assert dispatch.choose_kernel(CPU, FOUR_BITS, torch.float32).name
+
+
+@pytest.mark.parametrize("device", ["cuda:0"])
+def test_what_a_card_gets(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels, and GPTQModel's that need nvcc and no dequantized weight. Without ours, all of its."""
+    names = ("MarlinLinear", "ExllamaV2Linear", "TorchLinear")
+    asked: list[int] = []
+
+    def theirs(specs: Any, device: torch.device) -> Any:
+        asked.append(1)
+        backends = [gptqmodel.Backend(name) for name in names]
+        return tuple(registry.GPTQModelKernel(b, lean=b.name in registry.LEAN) for b in backends)
+
+    def found() -> list[str]:
+        kernels = registry.kernels_for([sample_spec(FOUR_BITS)], torch.device(device))
+        support = registry.KernelSupport(triton=not why)
+        most = max(
+            k.workspace(STARCHATS, 512, 2) for k in registry.planned("gptq", cuda=True, support=support)
+        )
+        assert all(kernel.workspace(STARCHATS, 512, 2) <= most for kernel in kernels)
+        return [kernel.name for kernel in kernels]
+
+    why = ""
+    monkeypatch.setattr(registry, "gptqmodel_kernels", theirs)
+    monkeypatch.setattr(registry, "why_not_triton", lambda device: why)
+    monkeypatch.setattr(registry, "nvcc", lambda: None)
+    assert found() == ["lowmem Triton"] and not asked  # importing GPTQModel takes seconds
+    monkeypatch.setattr(registry, "nvcc", lambda: "/usr/local/cuda/bin/nvcc")
+    assert found() == ["lowmem Triton", "MarlinLinear"]
+    why = "Triton is not installed"
+    assert found() == list(names)
+
+
+STARCHATS = LinearSpec(6144, 24576, True, FOUR_BITS)
+"""The largest linear of StarChat Alpha."""
+
+
+def test_without_a_c_compiler_the_advice_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "compiler", lambda: None)
+    presence.why_not_triton.cache_clear()
+    try:
+        assert "apt install gcc" in presence.why_not_triton("cuda:1")
+        assert presence.why_not_triton("cpu") == ""  # the interpreter needs none
+    finally:
+        presence.why_not_triton.cache_clear()

@@ -23,15 +23,16 @@ from lowmem.checkpoint.dequantize import PackedWeight
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_rows, pack_zeros, unpack_rows, unpack_zeros
 from lowmem.config import BITS
-from lowmem.kernels import gptqmodel, reference
+from lowmem.kernels import dispatch, gptqmodel, reference
 from lowmem.kernels.contract import LinearSpec
 from lowmem.kernels.dispatch import REFERENCE, Installed, best_kernel, linear_specs, replace_linears
 from lowmem.kernels.gptqmodel import Backend, Scratch
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.registry import GPTQModelKernel, gptqmodel_kernels
-from lowmem.kernels.trial import sample_linear, sample_spec, trial
+from lowmem.kernels.trial import by_speed, sample_linear, sample_spec, trial
 from lowmem.loading.loader import LoadOptions, load
 from tests.helpers import REPO, tiny_model
+from tests.kernels.test_native_linear import quant_linear
 from tests.rtn_helpers import write_rtn_checkpoint
 
 CPU = torch.device("cpu")
@@ -495,3 +496,48 @@ def _main(folder: Path) -> None:
 
 if __name__ == "__main__":
     _main(Path(sys.argv[1]))
+
+
+def test_the_fastest_right_kernel_comes_first() -> None:
+    """Wrong and failing ones are left out, the tensors are as before, and each reason is a line."""
+    linear = sample_linear(sample_spec(LinearFormat(4, 32)), CPU, torch.float32)
+    before = tensors_of(linear)
+
+    class Slower(RightKernel):
+        pass
+
+    class NotInAGraph(RightKernel):
+        pass
+
+    def seconds(module: nn.Module, x: torch.Tensor) -> float:
+        assert x.shape == (1, linear.in_features)
+        if isinstance(module, NotInAGraph):
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return 2e-4 if isinstance(module, Slower) else 1e-4
+
+    kernels = fakes(Slower, OffByOne, NotInAGraph, RightKernel)
+    order, reasons = by_speed(kernels, linear, torch.float32, seconds)
+    assert [kernel.name for kernel in order] == ["RightKernel", "Slower"]
+    assert reasons["Slower"] == "slower than RightKernel (200 and 100 µs)"
+    assert "differs" in reasons["OffByOne"] and "capturing" in reasons["NotInAGraph"]
+    assert all(torch.equal(tensor, before[part]) for part, tensor in tensors_of(linear).items())
+
+
+def test_a_model_gets_the_fastest_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card: each shape is timed once."""
+
+    class Slow(RightKernel):
+        pass
+
+    shapes = []
+
+    def fake(kernels: Any, linear: Any, dtype: torch.dtype) -> Any:
+        shapes.append(linear.qweight.shape)
+        return [*kernels][::-1], {"Slow": "slower than RightKernel (2 and 1 µs)"}
+
+    monkeypatch.setattr(dispatch, "is_timed", lambda linear: True)
+    monkeypatch.setattr(dispatch, "by_speed", fake)
+    model = nn.ModuleDict({str(n): quant_linear(64, size, 4, 32) for n, size in enumerate((64, 64, 96))})
+    found = dispatch.replace_linears(model, list("012"), fakes(Slow, RightKernel), torch.float32)
+    assert found.used == {"RightKernel": 3} and len(shapes) == 2
+    assert found.passed_over["Slow"].startswith("slower than RightKernel")

@@ -147,13 +147,17 @@ def live_server(
     shutdown_seconds: float = 30.0,
     names: tuple[str, ...] = (MODEL,),
     ignored: tuple[str, ...] = (),
+    loaded: LoadedModel | None = None,
 ) -> Iterator[Live]:
-    """Run a server in a thread of this process, and stop it at the end of the context."""
+    """Run a server in a thread of this process, and stop it at the end of the context.
+
+    loaded: by default tiny-starchat.
+    """
     gate, log = Gate(), []
     GatedSession.gate = gate
 
     def open_session() -> Session:
-        session = GatedSession(tiny(), context=context)
+        session = GatedSession(loaded or tiny(), context=context)
         session.gate = gate
         session.engine.store = PrefixStore(16 << 20)
         return session

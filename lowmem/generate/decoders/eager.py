@@ -13,7 +13,9 @@ from lowmem.config import PREFILL_CHUNK
 from lowmem.generate.attention import use_row_attention
 from lowmem.generate.cache.contract import Slot
 from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput, rewind
+from lowmem.generate.grouped_attention import use_grouped_attention
 from lowmem.generate.position_scaling import PositionScaling
+from lowmem.generate.transfer import send
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.models.embedding import token_table
 
@@ -30,7 +32,8 @@ _ROUNDING = {
 class EagerDecoder(Decoder):
     """Decodes with `model`, a transformers causal LM in eval mode.
 
-    On a CPU the model's attention becomes `attention.row_attention`.
+    On a CPU the model's attention becomes `attention.row_attention`, on a card
+    `grouped_attention.grouped_attention`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -45,6 +48,8 @@ class EagerDecoder(Decoder):
         # where the difference is near 1e-6, nor where all linears before the head are our own kernels'.
         rowwise = self.device.type == "cpu" and use_row_attention(model)
         self._pairs = rowwise and table.activations is not torch.float32 and not _row_invariant(model)
+        if self.device.type != "cpu":
+            use_grouped_attention(model)
         self.scaling = PositionScaling(model)
 
     def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
@@ -73,7 +78,7 @@ class EagerDecoder(Decoder):
     def append(self, slot: Slot, ids: Sequence[int], keep: int) -> torch.Tensor:
         """One forward without rewinding or committing; returns the last `keep` logits [keep, vocab]."""
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        fed = torch.tensor([list(ids)], device=self.device)
+        fed = send(ids, self.device)[None]
         output = self.model(input_ids=fed, past_key_values=slot.view, use_cache=True, **options)
         logits: torch.Tensor = output.logits[0, -keep:]
         return logits

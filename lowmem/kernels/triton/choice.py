@@ -5,21 +5,24 @@ The number of rows decides the code (see `Choice`); a `DecodeShape` and a `Prefi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lowmem.kernels.contract import LinearSpec
 
 FEW_ROWS = 4
 """Up to here rows go through few_rows (decode.py), and a row's bits do not depend on the others."""
+TILE_ROWS = 16
+"""Up to here rows go through many_rows (prefill.py) in one tile."""
 DENSE_ROWS = 128
 """From here on a weight is dequantized into a scratch and multiplied densely, unless timing decides."""
 SCRATCH_WEIGHTS = 1 << 24
 """Weights dequantized at a time, at most."""
 MOST_PARTS = 16
 """Programs that share the inputs of an output, at most."""
-_SCRATCH_BLOCK = 128
 UNIT = 32
+_SCRATCH_BLOCK = 128
 
 
 def scratch_columns(inputs: int, outputs: int) -> int:
@@ -34,8 +37,7 @@ class DecodeShape:
     block: int = 256
     """Outputs of a program."""
     warps: int = 4
-    units: int = 4
-    """Units of 32 inputs that a program reads at a time: one for each warp."""
+    """Of 32 threads. Each takes a unit of 32 inputs at a time."""
     parts: int = 1
     """Programs that share the inputs of an output."""
 
@@ -44,68 +46,99 @@ class DecodeShape:
 class PrefillShape:
     """How many_rows is launched."""
 
+    rows: int
+    """Of a program."""
     step: int = 64
     """Inputs a step."""
-    rows: int = 16
     block: int = 128
     """Outputs of a program."""
     warps: int = 4
     stages: int = 2
+    """Steps that are in flight."""
 
 
 @dataclass(frozen=True)
 class Choice:
     """The launches of one linear, and where one code takes over from another."""
 
-    decode: DecodeShape
-    few: PrefillShape
-    """For FEW_ROWS + 1 to 16 rows."""
-    prefill: PrefillShape
-    """For 17 to dense_rows - 1 rows."""
+    decode: DecodeShape = DecodeShape()
+    tile: PrefillShape = PrefillShape(rows=16)
+    """For FEW_ROWS + 1 to TILE_ROWS rows."""
+    prefill: PrefillShape = PrefillShape(rows=64)
+    """For TILE_ROWS + 1 to dense_rows - 1 rows."""
     dense_rows: int = DENSE_ROWS
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Choice:
+        """The inverse of `dataclasses.asdict`. Raises TypeError or KeyError for anything else."""
+        return cls(
+            DecodeShape(**data["decode"]),
+            PrefillShape(**data["tile"]),
+            PrefillShape(**data["prefill"]),
+            int(data["dense_rows"]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
 
 
 def usual(spec: LinearSpec, multiprocessors: int) -> Choice:
     """The choice without timing. multiprocessors: of the card."""
-    return Choice(decode_shape(spec, multiprocessors), PrefillShape(), PrefillShape(rows=64))
+    return Choice(in_parts(DecodeShape(), spec, multiprocessors))
 
 
-def decode_shape(spec: LinearSpec, multiprocessors: int) -> DecodeShape:
-    """Enough programs for 8 warps on every multiprocessor, each with 8 steps at least."""
-    usual = DecodeShape()
-    blocks = -(-spec.out_features // usual.block)
-    wanted = -(-2 * multiprocessors // blocks)
+def in_parts(shape: DecodeShape, spec: LinearSpec, multiprocessors: int) -> DecodeShape:
+    """The shape in so many parts that every multiprocessor has 8 warps, while each warp has 8 units."""
+    blocks = -(-spec.out_features // shape.block)
     units = -(-spec.in_features // UNIT)
-    most = max(1, units // (8 * usual.units))
     parts = 1
-    while parts < min(wanted, most, MOST_PARTS):
+    while parts < MOST_PARTS and blocks * parts * shape.warps < 8 * multiprocessors:
+        if units < 2 * parts * shape.warps * 8:
+            break
         parts *= 2
-    return DecodeShape(parts=parts)
+    return replace(shape, parts=parts)
 
 
-def decode_shapes(spec: LinearSpec) -> list[DecodeShape]:
-    """What `timed` tries."""
-    units = -(-spec.in_features // UNIT)
-    found = []
-    for block, warps in ((128, 4), (128, 8), (256, 4), (256, 8), (512, 8)):
-        for parts in (1, 2, 4, 8, MOST_PARTS):
-            if parts == 1 or units >= parts * warps:
-                found.append(DecodeShape(block, warps, warps, parts))
-    return found
+_DECODE = ((256, 4), (256, 8), (128, 4), (128, 8))
+"""(block, warps) that `tuned` tries."""
+_TILES = (
+    PrefillShape(16),
+    PrefillShape(16, block=64),
+    PrefillShape(16, 128, 64),
+    PrefillShape(16, stages=3),
+    PrefillShape(16, 32, warps=8),
+)
+_PREFILLS = (
+    PrefillShape(64),
+    PrefillShape(64, 32, stages=3),
+    PrefillShape(64, block=64),
+    PrefillShape(32),
+    PrefillShape(64, 32, warps=8),
+)
+"""What `tuned` tries. With 32 inputs and 8 warps no family runs out of registers: with 64 inputs and 4 warps
+AMD's and sm_75, which has no matrix products in Triton, do (benchmarks/experiments/cards)."""
+_DENSE = (32, 64, 128, 256)
+_NEVER = 1 << 30
 
 
-def as_json(choice: Choice) -> dict[str, Any]:
-    """For the cache's file."""
-    from dataclasses import asdict
+def tuned(spec: LinearSpec, multiprocessors: int, seconds: Callable[[Choice, int], float]) -> Choice:
+    """The fastest launches.
 
-    return asdict(choice)
+    seconds: of a product with a choice and a number of rows; infinite where it fails.
+    """
+    best = usual(spec, multiprocessors)
 
+    def fastest(candidates: Sequence[Choice], rows: int) -> Choice:
+        return min(candidates, key=lambda choice: seconds(choice, rows))
 
-def from_json(data: dict[str, Any]) -> Choice:
-    """Raises TypeError and KeyError for anything but what `as_json` returns."""
-    return Choice(
-        DecodeShape(**data["decode"]),
-        PrefillShape(**data["few"]),
-        PrefillShape(**data["prefill"]),
-        data["dense_rows"],
-    )
+    shapes = [in_parts(DecodeShape(block, warps), spec, multiprocessors) for block, warps in _DECODE]
+    best = fastest([replace(best, decode=shape) for shape in shapes], 1)
+    parts = [p for p in (1, 2, 4, 8, MOST_PARTS) if spec.in_features >= p * best.decode.warps * UNIT]
+    best = fastest([replace(best, decode=replace(best.decode, parts=p)) for p in parts or [1]], 1)
+    tiled = replace(best, dense_rows=_NEVER)
+    tiled = fastest([replace(tiled, tile=shape) for shape in _TILES], TILE_ROWS)
+    tiled = fastest([replace(tiled, prefill=shape) for shape in _PREFILLS], 64)
+    dense = replace(tiled, dense_rows=TILE_ROWS)
+    takes_over = [rows for rows in _DENSE if seconds(dense, rows) < seconds(tiled, rows)]
+    return replace(tiled, dense_rows=min(takes_over, default=2 * _DENSE[-1]))

@@ -7,9 +7,10 @@ For each unit and output it adds up x v over the 32 inputs and x alone, and once
 
 so the inner loop is, for each weight, one logical operation (fields.py says why no more), one multiplication
 with addition, and a share of the shifts. Sums are float32. A row's bits depend neither on the other rows nor
-on how many there are: every sum has one order, given by the shape, BLOCK, UNITS and PARTS.
+on how many there are: every sum has one order, given by the shape, BLOCK, UNITS and
+the number of parts.
 
-With PARTS above 1 the inputs are divided among several programs, each of which writes its sums; `add_parts`
+In several parts, the inputs are divided among several programs, each of which writes its sums; `add_parts`
 adds them up in order.
 """
 
@@ -63,14 +64,14 @@ def few_rows(
     x_ptr, qweight_ptr, qzeros_ptr, scales_ptr, bias_ptr, y_ptr, K, N, per_part,
     BITS: tl.constexpr, PLANAR: tl.constexpr, LESS_ONE: tl.constexpr, MIDDLE: tl.constexpr,
     GROUP: tl.constexpr, SHARED: tl.constexpr,
-    ROWS: tl.constexpr, FLOAT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, FLOAT: tl.constexpr, BIAS: tl.constexpr, WHOLE: tl.constexpr, SPLIT: tl.constexpr,
     UNITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y [ROWS, N] = x [ROWS, K] times the weight, plus the bias; with PARTS, float32 sums [PARTS, ROWS, N].
+    """y [ROWS, N] = x [ROWS, K] times the weight, plus the bias; SPLIT: sums [parts, ROWS, N] in float32.
 
     x_ptr: float32, or 16-bit floats read as int64. per_part: units of a program, a multiple of UNITS.
     MIDDLE: all zero-points are the middle. GROUP: inputs that share a scale; SHARED: of a unit, those that
-    surely do, gcd(GROUP, 32). WHOLE: K is a multiple of 32 * per_part and N of BLOCK. Grid: (blocks, PARTS).
+    surely do, gcd(GROUP, 32). WHOLE: K is a multiple of 32 * per_part and N of BLOCK. Grid: (blocks, parts).
     """
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     first = tl.program_id(1) * per_part
@@ -131,7 +132,7 @@ def few_rows(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for row in tl.static_range(ROWS):
         y = tl.sum(totals[row], axis=0) * 2.0**69
-        if BIAS and PARTS == 1:
+        if BIAS and not SPLIT:
             y += tl.load(bias_ptr + columns, mask=columns < N, other=0).to(tl.float32)
         place = (tl.program_id(1) * ROWS + row) * N + columns
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=columns < N)

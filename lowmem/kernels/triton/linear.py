@@ -12,7 +12,7 @@ from lowmem.checkpoint.dequantize import PackedLinear
 from lowmem.checkpoint.packing import all_middle, rows_in_order
 from lowmem.kernels.contract import Unsuitable
 from lowmem.kernels.triton import decode, prefill
-from lowmem.kernels.triton.choice import FEW_ROWS, Choice, PrefillShape, scratch_columns
+from lowmem.kernels.triton.choice import FEW_ROWS, TILE_ROWS, Choice, PrefillShape, scratch_columns
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -32,10 +32,13 @@ class TritonLinear(nn.Module):
     invariant_rows = FEW_ROWS
     """A row's bits do not depend on the other rows while there are no more than these."""
 
-    def __init__(self, linear: PackedLinear, choice: Choice) -> None:
-        """Take over the tensors of `linear`. Raises Unsuitable for tensors that the kernels cannot read."""
+    def __init__(self, linear: PackedLinear, choice: Choice | None = None) -> None:
+        """Take over the tensors of `linear`. choice: by default the plainest.
+
+        Raises Unsuitable for tensors that the kernels cannot read.
+        """
         super().__init__()
-        self.format, self.choice = linear.format, choice
+        self.format, self.choice = linear.format, choice or Choice()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         groups = linear.scales.shape[0]
         self.group = self.in_features if linear.format.group_size == -1 else linear.format.group_size
@@ -65,7 +68,7 @@ class TritonLinear(nn.Module):
         if count <= FEW_ROWS:
             y = self._few(rows)
         elif count < self.choice.dense_rows and x.dtype is not torch.float32:
-            y = self._many(rows, self.choice.few if count <= 16 else self.choice.prefill)
+            y = self._many(rows, self.choice.tile if count <= TILE_ROWS else self.choice.prefill)
         else:
             y = self._dense(rows)
         return y.view(*x.shape[:-1], self.out_features)
@@ -78,6 +81,7 @@ class TritonLinear(nn.Module):
             "LESS_ONE": not self.format.zeros_v2,
             "MIDDLE": self.middle,
             "GROUP": self.group,
+            "enable_fp_fusion": True,  # Triton 3.10 changes its default
         }
 
     def _few(self, rows: torch.Tensor) -> torch.Tensor:
@@ -93,7 +97,7 @@ class TritonLinear(nn.Module):
                 rows = rows.clone()
             rows = rows.view(torch.int64)
         units = -(-K // 32)
-        per_part = -(-units // (shape.parts * shape.units)) * shape.units
+        per_part = -(-units // (shape.parts * shape.warps)) * shape.warps
         parts = -(-units // per_part)
         target = y if parts == 1 else rows.new_empty((parts, count, N), dtype=torch.float32)
         decode.few_rows[(-(-N // shape.block), parts)](
@@ -104,8 +108,8 @@ class TritonLinear(nn.Module):
             FLOAT=str(y.dtype).removeprefix("torch."),
             BIAS=self.bias is not None,
             WHOLE=K % (32 * per_part) == 0 and N % shape.block == 0,
-            PARTS=parts,
-            UNITS=shape.units,
+            SPLIT=parts > 1,
+            UNITS=shape.warps,
             BLOCK=shape.block,
             num_warps=shape.warps,
         )  # fmt: skip
