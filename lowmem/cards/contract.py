@@ -41,8 +41,6 @@ class Cards(ABC):
     maker: str
     triton: str
     """Triton's backend that compiles for it; "" if there is none."""
-    run_by_us = False
-    """Whether lowmem has run on such a card."""
     build_advice: str
     """How to get a torch that sees it."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem.cards.contract import Cards
 from lowmem.cards.kinds import CudaCards, MpsCards, RocmCards, XpuCards
@@ -105,6 +106,11 @@ def synchronize(device: torch.device) -> None:
     """Wait until a card has finished all queued work; a CPU has."""
     if is_card(device):
         cards_of(device).synchronize(device)
+
+
+def using(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Make a card the one that kernels are launched on; on the CPU nothing changes."""
+    return cards_of(device).using(device) if is_card(device) else contextlib.nullcontext()
 
 
 def empty_caches() -> None:

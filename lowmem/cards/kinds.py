@@ -74,7 +74,6 @@ class CudaCards(_CudaLike):
     label = "CUDA"
     maker = "NVIDIA"
     triton = "nvidia"
-    run_by_us = True
     graph_class = "CUDAGraph"
     build_advice = "Install torch with CUDA: https://pytorch.org/get-started/locally/"
 
@@ -105,7 +104,6 @@ class RocmCards(CudaCards):
     label = "ROCm"
     maker = "AMD"
     triton = "amd"
-    run_by_us = False
     build_advice = "Install torch with ROCm: https://pytorch.org/get-started/locally/"
 
     def driver_present(self) -> bool:

@@ -17,6 +17,11 @@ def product_seconds(module: nn.Module, x: torch.Tensor) -> float:
     The products run in a CUDA graph, as in decode, so that launching them does not count. Raises whatever the
     module raises.
     """
+    with torch.cuda.device(x.device):
+        return _product_seconds(module, x)
+
+
+def _product_seconds(module: nn.Module, x: torch.Tensor) -> float:
     module(x)  # compiles
     torch.cuda.synchronize(x.device)
     size = torch.cuda.get_device_properties(x.device).L2_cache_size

@@ -92,7 +92,7 @@ def best_kernel(
             return KernelChoice(kernel.name, kernel.about, tuple(passed_over))
         passed_over.append(PassedOver(kernel.name, problem))
     if is_card(device):
-        reason = "no kernel for cards works here" if passed_over else "there is no kernel for this"
+        reason = "plain torch, slowly: no kernel for cards works here"
     elif not kernels:
         reason = f"plain torch, as {VARIABLE} asks"
     else:

@@ -138,7 +138,7 @@ def few_rows(
         tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=columns < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["values"])
 def add_parts(
     parts_ptr, bias_ptr, y_ptr, values, N, PARTS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.cards.find import using
 from lowmem.checkpoint.dequantize import PackedLinear
 from lowmem.checkpoint.packing import all_middle, rows_in_order
 from lowmem.kernels.contract import Unsuitable
@@ -64,14 +65,18 @@ class TritonLinear(nn.Module):
         if self.order is not None:
             rows = rows.index_select(1, self.order)
         rows = rows.contiguous()
+        with using(rows.device):  # Triton launches on the current card
+            y = self._product(rows)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, in] → [n, out], by the code for so many rows."""
         count = rows.shape[0]
         if count <= FEW_ROWS:
-            y = self._few(rows)
-        elif count < self.choice.dense_rows and x.dtype is not torch.float32:
-            y = self._many(rows, self.choice.tile if count <= TILE_ROWS else self.choice.prefill)
-        else:
-            y = self._dense(rows)
-        return y.view(*x.shape[:-1], self.out_features)
+            return self._few(rows)
+        if count < self.choice.dense_rows and rows.dtype is not torch.float32:
+            return self._many(rows, self.choice.tile if count <= TILE_ROWS else self.choice.prefill)
+        return self._dense(rows)
 
     def _constants(self) -> dict[str, Any]:
         """What every kernel is compiled for."""

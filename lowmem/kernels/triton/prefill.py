@@ -97,7 +97,7 @@ def _weights(
         return (values - (zero + 2.0**23)) * scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # compiled once for all numbers of rows
 def many_rows(
     x_ptr, qweight_ptr, qzeros_ptr, scales_ptr, bias_ptr, y_ptr, M, K, N,
     BITS: tl.constexpr, PLANAR: tl.constexpr, LESS_ONE: tl.constexpr, MIDDLE: tl.constexpr,

@@ -35,14 +35,16 @@ def choose(linear: TritonLinear, dtype: torch.dtype) -> Choice:
     device = linear.qweight.device
     format = replace(linear.format, sym=linear.middle, desc_act=False)
     spec = LinearSpec(linear.in_features, linear.out_features, linear.bias is not None, format)
-    if device.type != "cuda":  # product_seconds times with torch.cuda
-        return usual(spec, cards_of(device).properties(device).multiprocessors if is_card(device) else 1)
-    card = torch.cuda.get_device_properties(device)
+    if not is_card(device):
+        return usual(spec, 1)
+    card = cards_of(device).properties(device)
+    if device.type != "cuda":
+        return usual(spec, card.multiprocessors)
     key = f"{card.name}, {version('triton')}, {_sources()}, {spec}, {dtype}"
     if key not in _chosen:
         choice = _read(key)
         if choice is None:
-            choice = tuned(spec, card.multi_processor_count, stopwatch(linear, dtype))
+            choice = tuned(spec, card.multiprocessors, stopwatch(linear, dtype))
             _write(key, choice)
         _chosen[key] = choice
     return _chosen[key]

@@ -78,8 +78,9 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
     """Counts the shapes that are timed."""
     timing = pytest.importorskip("lowmem.kernels.triton.timing")
     monkeypatch.setenv("LOWMEM_CACHE", str(tmp_path))
-    properties = SimpleNamespace(name="a card", multi_processor_count=28)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    properties = SimpleNamespace(name="a card", multiprocessors=28)
+    cards = SimpleNamespace(properties=lambda device: properties)
+    monkeypatch.setattr(timing, "cards_of", lambda device: cards)
     monkeypatch.setattr(timing, "_chosen", {})
     counted: list[int] = []
 
