@@ -132,11 +132,17 @@ def _inverse(r: torch.Tensor) -> torch.Tensor:
 
 
 def _reverse_cholesky(matrix: torch.Tensor) -> bool:
-    """Overwrite the upper triangle of `matrix` with R; False if it is not positive definite."""
+    """Overwrite the upper triangle of `matrix` with R; False if it is not positive definite.
+
+    The host waits for a card once, at the end: a corner that fails spoils the upper triangle only.
+    """
+    on_host = matrix.device.type == "cpu"
+    passed = torch.ones((), dtype=torch.bool, device=matrix.device)
     for start, end in reversed(_column_blocks(matrix.shape[0], PANEL)):
         corner = matrix[start:end, start:end]
         lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
-        if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+        passed &= (info == 0) & torch.isfinite(lower.diagonal()).all()
+        if on_host and not passed:
             return False
         r = lower.flip(0, 1)
         corner.copy_(corner.tril(-1) + r)
@@ -148,4 +154,4 @@ def _reverse_cholesky(matrix: torch.Tensor) -> bool:
         )
         above.copy_(panel)
         add_product(matrix[:start, :start], panel, panel.T, alpha=-1, upper=True)
-    return True
+    return bool(passed)

@@ -109,7 +109,10 @@ class _Hooks:
             first = group[0]
             self._captured.hessians[first.name] = Hessian(first.in_features, context.device)
             for linear in group:
-                self._captured.energy[linear.name] = self._captured.sampled[linear.name] = 0
+                self._captured.energy[linear.name] = torch.zeros(
+                    (), dtype=torch.float64, device=context.device
+                )
+                self._captured.sampled[linear.name] = 0
             module = context.linear(first.name)
             self._handles.append(module.register_forward_pre_hook(self._on_input(group)))
             self._events += 1
@@ -128,8 +131,8 @@ class _Hooks:
             self._handles.append(module.register_forward_hook(self._on_output(linear.name)))
             self._events += 1
 
-    def _zeros(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.zeros(rows, columns, dtype=torch.float32, device=self._context.device)
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float32, device=self._context.device)
 
     def run(self, start: int, hidden: torch.Tensor) -> None:
         """Run rows from `start` on; hidden: [rows, row_length, hidden]."""
@@ -207,8 +210,10 @@ class _Hooks:
             handle.remove()
 
 
-def _energy(x: torch.Tensor, weight: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(x @ weight.T, dtype=torch.float32)) ** 2
+def _energy(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """float64, on the device: the host does not wait for it."""
+    norm: torch.Tensor = torch.linalg.vector_norm(x @ weight.T, dtype=torch.float32)
+    return norm.double().square()
 
 
 def _tokens(x: torch.Tensor) -> torch.Tensor:

@@ -108,14 +108,14 @@ class Captured:
     """T E[x d^T] [in, out] of a linear, with x its input, T the number of tokens, and d what its output
     lacks; or T E[x (x' - x)^T] [in, in] of a group whose target is its input, by the first linear, with x'
     the input in the unquantized model."""
-    energy: dict[str, float] = field(default_factory=dict)
-    """Squared norm of a linear's output without its bias, summed over `sampled` tokens."""
+    energy: dict[str, torch.Tensor] = field(default_factory=dict)
+    """float64 [], squared norm of a linear's output without its bias, summed over `sampled` tokens."""
     sampled: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
 
     def mean_energy(self, name: str) -> float:
         """Mean squared norm of a linear's output."""
-        return self.energy[name] / self.sampled[name]
+        return float(self.energy[name]) / self.sampled[name]
 
 
 @dataclass
