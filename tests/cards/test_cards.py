@@ -324,7 +324,7 @@ def test_launches_are_for_the_cards_cores(monkeypatch: pytest.MonkeyPatch) -> No
     fakes.xpu(monkeypatch)
     linear = sample_linear(sample_spec(LinearFormat(4, 128)), CPU)
     there = SimpleNamespace(**{name: getattr(linear, name) for name in ("in_features", "out_features")})
-    there.bias, there.format = linear.bias, linear.format
+    there.bias, there.format, there.middle = linear.bias, linear.format, True
     there.qweight = SimpleNamespace(device=torch.device("xpu", 0))
     asked: list[int] = []
     monkeypatch.setattr("lowmem.kernels.triton.timing.usual", lambda spec, count: asked.append(count))
