@@ -8,7 +8,7 @@ refuses and names the smallest budget that is enough.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from lowmem.convert.stages.layer import layer_stages
@@ -16,6 +16,7 @@ from lowmem.convert.stages.sizes import FLOAT32, Workload
 
 from lowmem.cards.find import is_card
 from lowmem.errors import MemoryBudgetError
+from lowmem.streaming.prefetch import PINNED_BYTES
 from lowmem.text.units import format_bytes
 
 LIBRARIES = 192 << 20
@@ -64,6 +65,8 @@ class MemoryPlan:
     host_peak: int
     device_peak: int
     """On a GPU; 0 on the CPU."""
+    prefetch: bool = False
+    """Whether a layer is copied to the GPU while the one before is computed (streaming/prefetch.py)."""
 
     @property
     def largest(self) -> PlannedStage:
@@ -88,7 +91,7 @@ def plan_memory(work: Workload, budget: MemoryBudget, fixed_rows: int | None = N
     ]
     for plan in plans:
         if plan.host_peak <= budget.host and plan.device_peak <= (budget.device or math.inf):
-            return plan
+            return _with_prefetch(plan, work, budget)
     least = min(plans, key=lambda plan: (plan.device_peak, plan.host_peak))
     if is_card(work.device) and least.device_peak > budget.device:
         raise MemoryBudgetError(
@@ -127,6 +130,23 @@ def measure(work: Workload, base: int, rows: tuple[int, int], keep: bool) -> Mem
         host = base + LIBRARIES + held + largest * FLOAT32 + work.read_overhead(largest) + packed
         device = LIBRARIES + chunk + peak
     return MemoryPlan(*rows, keep, work.hidden_bytes, base, tuple(stages), host, device)
+
+
+def _with_prefetch(plan: MemoryPlan, work: Workload, budget: MemoryBudget) -> MemoryPlan:
+    """The plan with a layer read ahead, if the card and the host have room for it beside everything else.
+
+    The host holds one more tensor as it is read and cast, and the pinned buffer; the card a second layer.
+    """
+    if work.device.type == "cpu" or len(work.arch.layers) == 1:
+        return plan
+    largest = max(math.prod(shape) for shape in work.arch.shapes.values())
+    reading = largest * (FLOAT32 + work.dtype.itemsize) + work.read_overhead(largest) + PINNED_BYTES
+    layer = max(work.sizes(layer, 1, 1).whole for layer in work.arch.layers)
+    ahead = replace(
+        plan, host_peak=plan.host_peak + reading, device_peak=plan.device_peak + layer, prefetch=True
+    )
+    fits = ahead.host_peak <= budget.host and ahead.device_peak <= budget.device
+    return ahead if fits else plan
 
 
 def _layers(work: Workload, rows: tuple[int, int]) -> list[PlannedStage]:

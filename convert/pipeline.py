@@ -33,6 +33,7 @@ from lowmem.models.architecture import decoder_layers
 from lowmem.plan import device as machine
 from lowmem.streaming.hidden_states import HiddenStates
 from lowmem.streaming.layer_calls import LayerCall, catch_calls, embedded
+from lowmem.streaming.prefetch import Prefetch, StreamLane
 from lowmem.streaming.weights import build_without_layers, empty
 
 _RESULT_OPTIONS = ("shard_size", "store_head", "revision", "compute_dtype")
@@ -171,9 +172,20 @@ class _Conversion:
         self.inputs = inputs
         self.plan = plan
         self.reporter = reporter
+        self.prefetch: Prefetch | None = None
 
     def run(self) -> ResultSummary:
         """Convert every unfinished layer, and assemble and publish the checkpoint."""
+        if self.plan.prefetch:
+            lane = StreamLane(self.inputs.device)
+            self.prefetch = Prefetch(self.inputs.weights, self.inputs.dtype, lane)
+        try:
+            return self._run()
+        finally:
+            if self.prefetch is not None:
+                self.prefetch.close()
+
+    def _run(self) -> ResultSummary:
         job, inputs, arch = self.job, self.inputs, self.inputs.arch
         started, before = time.monotonic(), job.state.seconds
         model = build_without_layers(inputs.weights, inputs.source.config(), inputs.dtype, inputs.device)
@@ -250,6 +262,7 @@ class _Conversion:
             replay=replay,
             weights=inputs.weights,
             following=layers[index + 1] if index + 1 < len(layers) else None,
+            prefetch=self.prefetch,
             stored_dtype=lambda name: inputs.weights.plan(f"{spec.name}.{name}").dtype,
             on_linear=lambda report: self.reporter.linear(index, report),
         )

@@ -23,6 +23,7 @@ from lowmem.config import QuantConfig
 from lowmem.models.architecture import LayerSpec, LinearSpec
 from lowmem.streaming.hidden_states import HiddenStates
 from lowmem.streaming.layer_calls import LayerCall
+from lowmem.streaming.prefetch import Prefetch
 from lowmem.streaming.weights import ModelWeights
 
 
@@ -141,6 +142,8 @@ class LayerContext:
     """The source; None for a layer that is in memory already."""
     following: LayerSpec | None = None
     """The layer that is read next."""
+    prefetch: Prefetch | None = None
+    """Reads the layer that follows, where the card has room for it."""
     stored_dtype: Callable[[str], torch.dtype] = lambda _: torch.float16
     """The dtype in which a bias or norm is stored, by its name in the layer."""
     on_linear: Callable[[LinearReport], None] = lambda _: None

@@ -64,7 +64,10 @@ def _check_group(layer: LayerSpec, group: Group, recipe: Recipe) -> None:
 
 
 class ReadLayer(Stage):
-    """Read the layer's tensors from the source, and prefetch the next layer's into the page cache."""
+    """Read the layer's tensors from the source, and begin to read the next layer's.
+
+    They are copied to the card where it has room for them, else read into the page cache.
+    """
 
     name = "read"
 
@@ -72,9 +75,14 @@ class ReadLayer(Stage):
         weights = context.weights
         assert weights is not None
         with context.seconds.of("read"):
-            weights.fill_layer(context.layer, context.spec, context.states.dtype, context.device)
-            if context.following is not None:
+            found = None if context.prefetch is None else context.prefetch.take(context.spec)
+            weights.fill_layer(context.layer, context.spec, context.states.dtype, context.device, found)
+            if context.following is None:
+                return
+            if context.prefetch is None:
                 weights.read_ahead(context.following)
+            else:
+                context.prefetch.start(context.following)
 
     def peak(self, sizes: LayerSizes) -> int:
         return sizes.whole + sizes.work.read_overhead(sizes.largest)
@@ -104,6 +112,8 @@ class WriteLayer(Stage):
             return weights.read_narrowed(name) if made is None else made.cpu()
 
         with context.seconds.of("write"):
+            if context.prefetch is not None:
+                context.prefetch.finish()  # the source is read by one thread at a time
             write_tensors(context.files.staged, sorted(plans, key=lambda plan: plan.name), read)
         weights.source.release()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -73,9 +73,20 @@ class ModelWeights:
             tensor = self.read(prefix + name)
             put(module, name, tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
 
-    def fill_layer(self, layer: nn.Module, spec: LayerSpec, dtype: torch.dtype, device: torch.device) -> None:
-        """Read one decoder layer."""
-        self.fill(layer, f"{spec.name}.", self.arch.inside(spec), dtype, device)
+    def fill_layer(
+        self,
+        layer: nn.Module,
+        spec: LayerSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        found: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Read one decoder layer. found: its tensors, if they have been read already."""
+        if found is None:
+            self.fill(layer, f"{spec.name}.", self.arch.inside(spec), dtype, device)
+        else:
+            for name, tensor in found.items():
+                put(layer, name, tensor)
         move_buffers(layer, device)
         self.source.release()
 
