@@ -41,8 +41,21 @@ class Cards(ABC):
     maker: str
     triton: str
     """Triton's backend that compiles for it; "" if there is none."""
-    build_advice: str
-    """How to get a torch that sees it."""
+    timed = False
+    """Whether `kernels/card_timing.py` can time products on it."""
+    pins = True
+    """Whether a copy from pinned memory does not wait for it."""
+    visibility: str
+    """The user's next step where the driver is installed and torch finds no card."""
+
+    @property
+    def build_advice(self) -> str:
+        """How to get a torch that sees it."""
+        return f"Install torch with {self.label}: https://pytorch.org/get-started/locally/"
+
+    @abstractmethod
+    def build(self) -> str:
+        """What torch was built for, as "CUDA 12.8"; "" if not for these cards."""
 
     @abstractmethod
     def driver_present(self) -> bool:

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lowmem.cards.contract import Cards
-from lowmem.cards.kinds import CudaCards, MpsCards, RocmCards, XpuCards
+from lowmem.cards.kinds import CUDA, KINDS, MPS, ROCM
 from lowmem.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 DEVICES = "auto, cpu, cuda, cuda:N, xpu, xpu:N or mps"
 """What --device takes."""
+NOT_RUN = "never run on such a card by us: choosing, planning and reporting are tested with stand-ins"
+"""Said of every kind but CUDA."""
 WITH_FLOAT64 = "auto, cpu, cuda, cuda:N, xpu or xpu:N"
 """What it takes for work that needs 64-bit floats."""
-_CUDA, _ROCM, _XPU, _MPS = CudaCards(), RocmCards(), XpuCards(), MpsCards()
-KINDS: tuple[Cards, ...] = (_CUDA, _ROCM, _XPU, _MPS)
+
+_WIDEST: dict[torch.device, torch.dtype] = {}
 
 
 def is_card(device: torch.device | str) -> bool:
@@ -30,7 +32,7 @@ def cards_of(device: torch.device | str) -> Cards:
     """The kind of a card. Raises ValueError for another device."""
     type = _type_of(device)
     if type == "cuda":
-        return _ROCM if _built_for_rocm() else _CUDA
+        return ROCM if _built_for_rocm() else CUDA
     found = next((cards for cards in KINDS if cards.type == type), None)
     if found is None:
         raise ValueError(f"{device} is not a card")
@@ -45,9 +47,25 @@ def found_cards() -> list[torch.device]:
     return [torch.device(cards.type, index) for cards in kinds for index in range(cards.count())]
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64 where the device has it, or else float32. Asked once for a device, for work in every token."""
+    found = _WIDEST.get(device)
+    if found is None:
+        import torch
+
+        narrow = is_card(device) and not cards_of(device).properties(device).float64
+        found = _WIDEST[device] = torch.float32 if narrow else torch.float64
+    return found
+
+
+def is_timed(device: torch.device) -> bool:
+    """Whether products on a device can be timed, to choose kernels and launches."""
+    return is_card(device) and cards_of(device).timed
+
+
 def driver_present() -> bool:
     """Whether `auto` may find a card here. Imports no torch."""
-    return any(cards.driver_present() for cards in KINDS if cards is not _MPS)
+    return any(cards.driver_present() for cards in KINDS if cards is not MPS)
 
 
 def automatic() -> torch.device:
@@ -94,7 +112,7 @@ def _named(name: str) -> torch.device:
         raise InvalidRequestError(f"unknown device {name!r}", hint)
     cards, index = cards_of(match[1]), int(match[2] or 0)
     if index >= (count := cards.count()):
-        advice = "install the driver" if cards is _CUDA else "run `lowmem doctor` to see what is missing"
+        advice = "install the driver" if cards is CUDA else "run `lowmem doctor` to see what is missing"
         raise InvalidRequestError(
             f"device {name} is not available: torch sees {count} {cards.label} card{'s' * (count != 1)}",
             f"Use --device cpu, or {advice}",

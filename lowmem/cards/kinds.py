@@ -75,7 +75,13 @@ class CudaCards(_CudaLike):
     maker = "NVIDIA"
     triton = "nvidia"
     graph_class = "CUDAGraph"
-    build_advice = "Install torch with CUDA: https://pytorch.org/get-started/locally/"
+    timed = True
+    visibility = "Check the output of nvidia-smi, and $CUDA_VISIBLE_DEVICES"
+
+    def build(self) -> str:
+        import torch
+
+        return f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
 
     def driver_present(self) -> bool:
         return _loads("libcuda.so.1", "nvcuda.dll")
@@ -104,7 +110,12 @@ class RocmCards(CudaCards):
     label = "ROCm"
     maker = "AMD"
     triton = "amd"
-    build_advice = "Install torch with ROCm: https://pytorch.org/get-started/locally/"
+    visibility = "Check the output of rocminfo, and $HIP_VISIBLE_DEVICES"
+
+    def build(self) -> str:
+        import torch
+
+        return f"ROCm {torch.version.hip}" if torch.version.hip else ""
 
     def driver_present(self) -> bool:
         """The kernel's driver is enough, as torch brings HIP along."""
@@ -123,7 +134,12 @@ class XpuCards(_CudaLike):
     maker = "Intel"
     triton = "intel"
     graph_class = "XPUGraph"
-    build_advice = "Install torch with XPU: https://pytorch.org/get-started/locally/"
+    visibility = "Check the output of xpu-smi discovery, and $ZE_AFFINITY_MASK"
+
+    def build(self) -> str:
+        import torch
+
+        return "XPU" if getattr(torch.version, "xpu", None) else ""
 
     def driver_present(self) -> bool:
         return _loads("libze_intel_gpu.so.1", "libze_loader.so.1", "ze_loader.dll")
@@ -149,7 +165,13 @@ class MpsCards(Cards):
     label = "MPS"
     maker = "Apple"
     triton = ""
-    build_advice = "Install torch for macOS on Apple silicon"
+    pins = False
+    visibility = "torch needs macOS 14 or later"
+
+    def build(self) -> str:
+        import torch
+
+        return "MPS" if torch.backends.mps.is_built() else ""
 
     def driver_present(self) -> bool:
         return sys.platform == "darwin" and platform.machine() == "arm64"
@@ -198,6 +220,10 @@ class MpsCards(Cards):
 
     def reset_peak(self, device: torch.device) -> bool:
         return False
+
+
+CUDA, ROCM, XPU, MPS = CudaCards(), RocmCards(), XpuCards(), MpsCards()
+KINDS: tuple[Cards, ...] = (CUDA, ROCM, XPU, MPS)
 
 
 def _exists(path: str) -> bool:

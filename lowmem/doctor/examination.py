@@ -6,6 +6,7 @@ import os
 import urllib.request
 from typing import TYPE_CHECKING
 
+from lowmem.cards.find import is_timed
 from lowmem.doctor.facts import facts
 from lowmem.doctor.machine import Card, Machine
 from lowmem.doctor.report import Check, Checks, guarded
@@ -35,7 +36,7 @@ def examine(machine: Machine, *, quick: bool = False, refresh: bool = False, onl
         yield Check("kernels", "all", "skipped", "not tried without torch")
         return
     if not machine.cards:
-        yield Check("kernels on cuda", "all", "skipped", "not tried: no card")
+        yield Check("kernels on a card", "all", "skipped", "not tried: no card")
     yield from _computed(machine.cards)
 
 
@@ -61,7 +62,7 @@ def card_line(card: Card) -> str:
 
     from lowmem.plan.bandwidth import card_bandwidth
 
-    rate = card_bandwidth(torch.device("cuda", card.index))
+    rate = card_bandwidth(torch.device(card.device))
     return f"{rate / 1e9:.0f} GB/s, in a copy within the card"
 
 
@@ -71,6 +72,10 @@ def card_paces(device: torch.device, dtype: torch.dtype) -> Checks:
     from lowmem.doctor.kernels import pace
     from lowmem.plan.bandwidth import card_bandwidth
 
+    if not is_timed(device):
+        detail = f"not tried: products on {device} cannot be timed"
+        yield Check(f"kernels on {device}", "pace", "skipped", detail)
+        return
     try:
         rate = card_bandwidth(device)
     except Exception:  # its own check has reported it
@@ -98,7 +103,7 @@ def _computed(cards: tuple[Card, ...]) -> Checks:
         return
     yield from kernel_checks(torch.device("cpu"), torch.bfloat16)
     for card in cards:
-        device = torch.device("cuda", card.index)
+        device = torch.device(card.device)
         dtype = torch.bfloat16 if card.bfloat16 else torch.float16
         yield guarded(
             f"kernels on {device}",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from lowmem.cards.contract import Cards
+from lowmem.cards.find import NOT_RUN
+from lowmem.cards.kinds import CUDA, KINDS
 from lowmem.doctor.machine import Card, Machine
 from lowmem.doctor.report import Check, Checks
+from lowmem.kernels.triton.presence import install_advice
 from lowmem.text.units import format_bytes
 
 NEEDED = ("torch", "transformers")
@@ -15,7 +19,7 @@ _LEAST_CAPABILITY = (7, 5)  # Turing: the minimum of Marlin and Triton
 def facts(machine: Machine) -> Checks:
     """Software, cards, compilers, CPU, memory and disk."""
     yield from _software(machine)
-    yield from _cuda(machine)
+    yield from _drivers(machine)
     yield from _compilers(machine)
     yield from _host(machine)
 
@@ -31,43 +35,67 @@ def _software(machine: Machine) -> Checks:
         elif name == "torch" and machine.torch_error:
             yield Check("system", name, "missing", machine.torch_error, "Install torch again")
         elif name == "torch":
-            build = f"built for CUDA {machine.cuda_build}" if machine.cuda_build else "built without CUDA"
-            yield Check("system", name, "ok", f"{version}, {build}")
+            builds = [*([f"CUDA {machine.cuda_build}"] if machine.cuda_build else []), *machine.builds]
+            build = " and ".join(builds) or "the CPU only"
+            yield Check("system", name, "ok", f"{version}, built for {build}")
         else:
             yield Check("system", name, "ok", version)
 
 
-def _cuda(machine: Machine) -> Checks:
+def _drivers(machine: Machine) -> Checks:
+    """Drivers, then cards."""
     if machine.torch_error:
         return
-    if machine.driver is None and not machine.cards:
-        yield Check("card", "driver", "ok", "no NVIDIA driver: models run on the CPU")
+    if machine.driver is None and not machine.cards and not machine.drivers:
+        yield Check("card", "driver", "ok", "no driver of a card: models run on the CPU")
         return
-    runs = f", runs CUDA up to {'.'.join(map(str, machine.driver_cuda))}" if machine.driver_cuda else ""
-    yield Check("card", "driver", "ok", f"NVIDIA {machine.driver}{runs}")
+    if machine.driver:
+        runs = f", runs CUDA up to {'.'.join(map(str, machine.driver_cuda))}" if machine.driver_cuda else ""
+        yield Check("card", "driver", "ok", f"NVIDIA {machine.driver}{runs}")
+    others = [kind for kind in KINDS if kind.label in machine.drivers]
+    for kind in others:
+        yield Check("card", f"{kind.label} driver", "ok", f"{kind.maker}'s driver is installed")
     if not machine.cards:
-        yield _no_card(machine)
+        if machine.driver:
+            yield _no_card(machine)
+        for kind in others:
+            built = any(build.split()[0] == kind.label for build in machine.builds)
+            advice = kind.visibility if built else kind.build_advice
+            yield _missing(f"{kind.label} cards", f"{kind.label} card", advice)
     for card in machine.cards:
         yield _card(card)
+    for kind in _kinds(machine):
+        if kind is not CUDA:
+            yield Check("card", kind.label, "warning", NOT_RUN, "Please report what the checks below say")
+
+
+def _kinds(machine: Machine) -> list[Cards]:
+    """The kinds of cards here."""
+    return [kind for kind in KINDS if any(card.label == kind.label for card in machine.cards)]
 
 
 def _no_card(machine: Machine) -> Check:
-    """The driver is installed, but torch finds no card."""
-    advice = "Check the output of nvidia-smi, and $CUDA_VISIBLE_DEVICES"
+    """NVIDIA's driver is installed, but torch finds no card."""
+    advice = CUDA.visibility
     if machine.cuda_build is None:
-        advice = "Install torch with CUDA: https://pytorch.org/get-started/locally/"
+        advice = CUDA.build_advice
     elif machine.driver_cuda and machine.driver_cuda[0] < int(machine.cuda_build.split(".")[0]):
         advice = f"Update the driver, or install a torch for CUDA {machine.driver_cuda[0]}"
-    return Check("card", "cards", "warning", "the driver is installed, but torch finds no card", advice)
+    return _missing("cards", "card", advice)
+
+
+def _missing(name: str, what: str, advice: str) -> Check:
+    detail = f"the driver is installed, but torch finds no {what}"
+    return Check("card", name, "warning", detail, advice)
 
 
 def _card(card: Card) -> Check:
     memory = f"{format_bytes(card.free)} free of {format_bytes(card.total)}"
-    capability = ".".join(map(str, card.capability))
+    names = {"CUDA": f", compute capability {card.capability}", "ROCm": f", {card.capability}"}
     bfloat16 = "bfloat16 in hardware" if card.bfloat16 else "no bfloat16 in hardware: float16 is used"
-    detail = f"{card.name}, compute capability {capability}, {memory}, {bfloat16}"
-    name = f"cuda:{card.index}"
-    if card.capability < _LEAST_CAPABILITY:
+    detail = f"{card.name}{names.get(card.label, '')}, {memory}, {bfloat16}"
+    name = card.device
+    if card.label == "CUDA" and tuple(map(int, card.capability.split("."))) < _LEAST_CAPABILITY:
         return Check(
             "card", name, "warning", detail, "The fast kernels need 7.5; lowmem uses plain torch or the CPU"
         )
@@ -79,7 +107,14 @@ def _card(card: Card) -> Check:
 
 
 def _compilers(machine: Machine) -> Checks:
-    if not machine.cards:
+    """What compiles and launches kernels for the cards here."""
+    kinds = _kinds(machine)
+    for kind in kinds:
+        if not kind.triton:
+            detail = f"does not compile for {kind.maker}'s GPUs: packed weights are multiplied by plain torch"
+            yield Check("card", f"triton for {kind.label}", "ok", detail)
+    compiled = [kind for kind in kinds if kind.triton]
+    if not compiled:
         return
     advice = "Triton launches lowmem's kernels with one: apt install gcc python3-dev"
     if machine.compiler:
@@ -90,11 +125,11 @@ def _compilers(machine: Machine) -> Checks:
     if version:
         yield Check("card", "triton", "ok", f"{version}; {_UNPROVED}")
     else:
-        yield Check("card", "triton", "warning", "not installed", "For lowmem's kernels: pip install triton")
-    without = (
-        "not found, not needed: GPTQModel builds Marlin with it, which then competes with lowmem's kernels"
-    )
-    yield Check("card", "nvcc", "ok", machine.nvcc or without)
+        advice = f"For lowmem's kernels: {install_advice(compiled[0])}"
+        yield Check("card", "triton", "warning", "not installed", advice)
+    if CUDA in compiled:
+        without = "not found, not needed: GPTQModel builds Marlin with it, a rival of lowmem's kernels"
+        yield Check("card", "nvcc", "ok", machine.nvcc or without)
     if found := machine.versions.get("gptqmodel"):
         yield Check("card", "gptqmodel", "ok", found)
 

@@ -111,7 +111,7 @@ def chosen(area: str, bits: int, device: torch.device, dtype: torch.dtype) -> Ch
     why = "; ".join(f"not {over}" for over in choice.passed_over)
     detail = f"{choice.name}, {choice.reason}" + (f" ({why})" if why else "")
     if is_card(device) and choice.name == dispatch.REFERENCE:
-        advice = "It works, but slowly: see the lines on nvcc, the C compiler and gptqmodel"
+        advice = "It works, but slowly: see the lines on the card and the C compiler"
         return Check(area, f"{bits}-bit GPTQ", "warning", detail, advice)
     return Check(area, f"{bits}-bit GPTQ", "ok", detail)
 

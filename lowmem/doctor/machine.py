@@ -9,21 +9,34 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from lowmem.cards.find import cards_of, found_cards
+from lowmem.cards.kinds import KINDS
 from lowmem.errors import OutputError
 from lowmem.kernels.triton.presence import compiler, nvcc
 
 PACKAGES = ("torch", "transformers", "gptqmodel", "bitsandbytes", "triton")
+_TRITONS = (
+    "pytorch-triton-xpu",
+    "triton-xpu",
+    "pytorch-triton-rocm",
+    "triton-rocm",
+    "triton-windows",
+    "triton",
+)
 CPU_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile")
 
 
 @dataclass(frozen=True)
 class Card:
-    """A CUDA card as torch sees it."""
+    """A card as torch sees it."""
 
-    index: int
+    device: str
+    """As "cuda:0"."""
+    label: str
+    """See `Cards.label`: "CUDA", "ROCm", "XPU", "MPS"."""
     name: str
-    capability: tuple[int, int]
-    """Compute capability (major, minor)."""
+    capability: str
+    """As "8.6" or "gfx1100"; "" where there is none."""
     total: int
     """Bytes of memory."""
     free: int
@@ -65,6 +78,10 @@ class Machine:
     """lowmem's cache folder; None for a user without a home folder."""
     disk_free: int
     """Bytes free on the cache's disk."""
+    builds: tuple[str, ...] = ()
+    """What torch was built for beside CUDA, as "ROCm 7.1"."""
+    drivers: tuple[str, ...] = ()
+    """Labels of the cards beside CUDA's whose driver is installed."""
 
 
 def look() -> Machine:
@@ -76,7 +93,8 @@ def look() -> Machine:
     from lowmem.plan.bandwidth import machine_name
     from lowmem.plan.device import host_memory_available
 
-    torch_error, cuda_build, cards = _torch_side()
+    torch_error, builds, cards = _torch_side()
+    cuda_build = next((build[5:] for build in builds if build.startswith("CUDA ")), None)
     try:
         cache: Path | None = cache_root()
     except OutputError:
@@ -99,44 +117,36 @@ def look() -> Machine:
         limit=_memory_limit(),
         cache=cache,
         disk_free=free_bytes(cache or Path("/")),
+        builds=tuple(build for build in builds if not build.startswith("CUDA ")),
+        drivers=tuple(kind.label for kind in KINDS[1:] if kind.driver_present()),
     )
 
 
-def _torch_side() -> tuple[str, str | None, tuple[Card, ...]]:
-    """(torch_error, cuda_build, cards) of Machine."""
+def _torch_side() -> tuple[str, tuple[str, ...], tuple[Card, ...]]:
+    """(torch_error, what torch was built for, cards) of Machine."""
     from lowmem.checkpoint.files.reading import one_line
 
     try:
-        import torch
-
-        build = torch.version.cuda
-        if not torch.cuda.is_available():
-            return "", build, ()
+        builds = tuple(build for kind in KINDS if (build := kind.build()))
         cards = []
-        for index in range(torch.cuda.device_count()):
-            with contextlib.suppress(RuntimeError), torch.cuda.device(index):
-                properties = torch.cuda.get_device_properties(index)
-                free, total = torch.cuda.mem_get_info(index)
+        for device in found_cards():
+            kind = cards_of(device)
+            with contextlib.suppress(RuntimeError):
+                found, (free, total) = kind.properties(device), kind.memory(device)
                 cards.append(
-                    Card(
-                        index,
-                        properties.name,
-                        (properties.major, properties.minor),
-                        total,
-                        free,
-                        torch.cuda.is_bf16_supported(including_emulation=False),
-                    )
+                    Card(str(device), kind.label, found.name, found.capability, total, free, found.bfloat16)
                 )
     except Exception as error:  # a broken installation may raise anything
-        return f"{type(error).__name__}: {one_line(error)}", None, ()
-    return "", build, tuple(cards)
+        return f"{type(error).__name__}: {one_line(error)}", (), ()
+    return "", builds, tuple(cards)
 
 
 def _versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+        for wheel in _TRITONS if name == "triton" else (name,):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(wheel)
     return found
 
 

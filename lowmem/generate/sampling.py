@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lowmem.cards.find import widest_float
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
 from lowmem.generate.transfer import fetch
@@ -133,7 +134,7 @@ def draw(
     Returns (indices, the mass before each, the mass up to and including it). The distribution is inverted,
     so one number decides a token. No probability, not even NaN, raises, so a GPU is not waited for.
     """
-    mass = probabilities.to(torch.float64).cumsum(dim=-1)
+    mass = probabilities.to(widest_float(probabilities.device)).cumsum(dim=-1)
     mass = mass / mass[-1]
     index = torch.searchsorted(mass, points.to(mass), right=True).clamp(max=mass.shape[-1] - 1)
     # take, since indexing with a tensor of one number reads it on the host.
@@ -200,13 +201,14 @@ class Sampler:
             chosen, low, high = self._greedy(scores, second=noise > 0)
         else:
             likely, ids = distribution(scores, self.params)
-            point = torch.full((), self._point, dtype=torch.float64, device=likely.device)
+            point = torch.full((), self._point, dtype=widest_float(likely.device), device=likely.device)
             index, low, high = draw(likely, point)
             chosen = index if ids is None else ids.take(index)
         # One transfer, so a GPU is waited for once a token. amax propagates NaN.
         plain = self.params.temperature == 0 and scores is logits
+        wide = widest_float(logits.device)
         numbers = torch.stack(
-            [part.to(torch.float64) for part in (chosen, high if plain else logits.amax(), low, high)]
+            [part.to(wide) for part in (chosen, high if plain else logits.amax(), low, high)]
         )
         (token, peak, below, above), *own = fetch(numbers, *self._logprobs(logits, chosen))
         if not math.isfinite(peak):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.cards import find as cards
 from lowmem.cards.find import is_card
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.kernels.contract import Kernel, LinearSpec
@@ -181,7 +182,7 @@ def replace_linears(
 
 def is_timed(linear: Any) -> bool:
     """Whether kernels for a linear are compared by their speed: on a card, where several may be right."""
-    return bool(linear.qweight.device.type == "cuda")
+    return cards.is_timed(linear.qweight.device)
 
 
 def why_not_native() -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowmem.cards.find import cards_of, is_card
 from lowmem.checkpoint.dequantize import PackedLinear
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.packing import pack_zeros, unpack_zeros
@@ -125,7 +126,8 @@ def backends(specs: Sequence[LinearSpec], device: torch.device) -> tuple[Backend
     try:
         importer, families = _import_gptqmodel()
         order = importer.AUTO_BACKEND_KERNEL_MAPPING["gptq"].get(_layout(format), {})
-        family = families(device.type)
+        rocm = is_card(device) and cards_of(device).label == "ROCm"
+        family = families("rocm" if rocm else device.type)
     except Exception as error:  # it needs a dozen packages, each of which may be of a wrong version
         return (_Missing(error),)
     scratch = Scratch(max(spec.weights for spec in specs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from lowmem.cards import kinds
+from lowmem.cards import find, kinds
 from lowmem.cards.find import (
     DEVICES,
     automatic,
@@ -21,14 +22,24 @@ from lowmem.cards.find import (
     empty_caches,
     found_cards,
     is_card,
+    is_timed,
     resolve_device,
     synchronize,
+    widest_float,
 )
 from lowmem.checkpoint.formats import LinearFormat
+from lowmem.config import SamplingParams
+from lowmem.doctor import machine as doctor_machine
+from lowmem.doctor.examination import card_paces
+from lowmem.doctor.facts import facts
+from lowmem.doctor.report import Check
 from lowmem.errors import InvalidRequestError
+from lowmem.generate import sampling, transfer
 from lowmem.generate.decoders.contract import DecoderRefused
 from lowmem.generate.decoders.graph import CardGraphs
-from lowmem.kernels.registry import Triton
+from lowmem.generate.sampling import Sampler
+from lowmem.kernels import gptqmodel
+from lowmem.kernels.registry import Triton, kernels_for
 from lowmem.kernels.trial import sample_linear, sample_spec
 from lowmem.kernels.triton import presence
 from lowmem.kernels.triton.timing import choose
@@ -275,6 +286,113 @@ def test_without_graphs_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> N
         CardGraphs(CPU)
 
 
+# Doctor.
+
+
+def examined(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> dict[str, Check]:
+    """The doctor's lines on cards, by name, with Triton and no compiler of CUDA's."""
+    fake(monkeypatch)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=40 * GIB, total=48 * GIB))
+    for kind in kinds.KINDS:
+        mine = torch.version.hip is not None if kind.label == "ROCm" else kind.count() > 0
+        monkeypatch.setattr(type(kind), "driver_present", lambda self, mine=mine: mine)
+    monkeypatch.setattr(doctor_machine, "_driver_version", lambda: None)
+    monkeypatch.setattr(doctor_machine, "_driver_cuda", lambda: None)
+    return {check.name: check for check in facts(doctor_machine.look()) if check.area == "card"}
+
+
+@pytest.mark.parametrize(
+    "fake, device, label, said",
+    [
+        (fakes.rocm, "cuda:0", "ROCm", "AMD Radeon RX 7800 XT, gfx1101, 11.00 GiB free of 16.00 GiB"),
+        (fakes.xpu, "xpu:0", "XPU", "Intel(R) Arc(TM) B580 Graphics, 11.00 GiB free of 12.00 GiB"),
+        (fakes.mps, "mps:0", "MPS", "Apple M3, 11.00 GiB free of 12.00 GiB"),
+    ],
+)
+def test_the_doctor_speaks_of_the_makers_card(
+    fake: Fake, device: str, label: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of CUDA or nvcc, and that we never ran on such a card."""
+    found = examined(fake, monkeypatch)
+    assert said in found[device].detail and found[device].status == "ok"
+    assert found[label].status == "warning" and "never run on such a card by us" in found[label].detail
+    assert "driver is installed" in found[f"{label} driver"].detail
+    text = " ".join(f"{check.name} {check.detail} {check.advice}" for check in found.values())
+    assert not {"CUDA", "nvcc", "NVIDIA", "compute"} & set(text.replace(":", " ").split()) - {"cuda"}
+    assert ("triton for MPS" in found) == (label == "MPS") and ("C compiler" in found) == (label != "MPS")
+
+
+def test_the_doctor_of_a_cuda_card_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = examined(fakes.cuda, monkeypatch)
+    assert "compute capability 8.6" in found["cuda:0"].detail and "nvcc" in found
+    assert not {"ROCm", "XPU", "MPS", "CUDA"} & found.keys()
+
+
+def test_a_driver_without_a_card_gets_its_makers_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.no_cards(monkeypatch)
+    base = doctor_machine.look()
+    for builds, advice in (((), "torch with ROCm"), (("ROCm 7.1",), "rocminfo")):
+        machine = replace(base, driver=None, cards=(), drivers=("ROCm",), builds=builds)
+        found = {check.name: check for check in facts(machine)}
+        assert found["ROCm cards"].status == "warning" and advice in found["ROCm cards"].advice
+
+
+def test_only_what_can_be_timed_gets_a_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.xpu(monkeypatch)
+    (line,) = card_paces(torch.device("xpu", 0), torch.float16)
+    assert line.status == "skipped" and "cannot be timed" in line.detail
+    assert is_timed(torch.device("cuda", 0)) and not is_timed(CPU)
+
+
+# Kernels.
+
+
+def test_gptqmodel_is_asked_for_amds_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def families(name: str) -> str:
+        asked.append(name)
+        raise ImportError("enough")
+
+    importer = SimpleNamespace(AUTO_BACKEND_KERNEL_MAPPING={"gptq": {}})
+    monkeypatch.setattr(gptqmodel, "_import_gptqmodel", lambda: (importer, families))
+    spec = sample_spec(LinearFormat(4, 128))
+    for fake, device in ((fakes.cuda, "cuda"), (fakes.rocm, "cuda"), (fakes.xpu, "xpu")):
+        fake(monkeypatch)
+        gptqmodel.backends([spec], torch.device(device, 0))
+    assert asked == ["cuda", "rocm", "xpu"]
+
+
+def test_sampling_without_64_bit_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that has none chooses the same tokens as the CPU."""
+    logits = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+
+    def tokens() -> list[Any]:
+        params = SamplingParams(temperature=1.0, top_k=0, top_p=1.0, seed=7, logprobs=2)
+        sampler = Sampler(params, [1], 4096, CPU)
+        return [sampler.choose(logits) for _ in range(40)]
+
+    wide = tokens()
+    for module in (sampling, transfer):
+        monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
+    real = torch.Tensor.to
+
+    def narrow(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert torch.float64 not in args, "the card has no float64"
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", narrow)
+    found = tokens()
+    assert [one.id for one in found] == [one.id for one in wide]
+    assert [one.top for one in found] == [one.top for one in wide]
+
+
+def test_the_widest_float_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "_WIDEST", {})
+    fakes.xpu(monkeypatch, float64=False)
+    assert widest_float(torch.device("xpu", 0)) is torch.float32 and widest_float(CPU) is torch.float64
+
+
 # Triton.
 
 
@@ -289,6 +407,19 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Any:
     present.set("amd", "nvidia")
     yield present
     presence.why_not_triton.cache_clear()
+
+
+def test_our_kernels_come_first_on_a_card(triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Apple's GPU they refuse with the reason; the reference follows."""
+    triton.set("intel", "amd", "nvidia")
+    monkeypatch.setattr("lowmem.kernels.registry.nvcc", lambda: "/usr/bin/nvcc")
+    spec = sample_spec(LinearFormat(4, 128))
+    for fake, device in ((fakes.xpu, "xpu:0"), (fakes.rocm, "cuda:0"), (fakes.mps, "mps:0")):
+        fake(monkeypatch)
+        presence.why_not_triton.cache_clear()
+        (kernel,) = kernels_for([spec], torch.device(device))
+        assert isinstance(kernel, Triton)
+        assert bool(kernel.why_not(spec, device, "float16")) == (device == "mps:0")
 
 
 def test_triton_must_compile_for_the_card(triton: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from tests.helpers import REPO
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
-RTX = Card(0, "NVIDIA GeForce RTX 3060", (8, 6), 12 * GIB, 11 * GIB, True)
+RTX = Card("cuda:0", "CUDA", "NVIDIA GeForce RTX 3060", "8.6", 12 * GIB, 11 * GIB, True)
 HEALTHY = Machine(
     python="3.12.1",
     platform="Linux-6.8-x86_64",
@@ -90,7 +90,7 @@ def test_a_machine_without_a_card_is_healthy_too() -> None:
         ({"cards": (), "cuda_build": None}, "cards", "warning", "torch with CUDA"),
         ({"cards": (), "driver_cuda": (11, 8)}, "cards", "warning", "Update the driver"),
         ({"cards": ()}, "cards", "warning", "nvidia-smi"),
-        ({"cards": (replace(RTX, capability=(6, 1), bfloat16=False),)}, "cuda:0", "warning", "7.5"),
+        ({"cards": (replace(RTX, capability="6.1", bfloat16=False),)}, "cuda:0", "warning", "7.5"),
         ({"cards": (replace(RTX, free=2 * GIB),)}, "cuda:0", "warning", "Close other programs"),
         ({"flags": frozenset()}, "CPU", "warning", "AVX2"),
         ({"disk_free": GIB}, "cache", "warning", "lowmem rm"),
@@ -277,7 +277,7 @@ def no_computing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def test_every_card_is_tried(no_computing: list[str]) -> None:
-    old = replace(RTX, index=1, bfloat16=False)
+    old = replace(RTX, device="cuda:1", bfloat16=False)
     found = list(examine(replace(HEALTHY, cards=(RTX, old))))
     assert no_computing == [
         "kernels cpu torch.bfloat16",
@@ -294,7 +294,7 @@ def test_every_card_is_tried(no_computing: list[str]) -> None:
 def test_without_a_card_only_the_cpu_is_tried(no_computing: list[str]) -> None:
     found = list(examine(NO_CARD))
     assert passed(found) and no_computing == ["kernels cpu torch.bfloat16"]
-    assert [(c.area, c.status) for c in found if c.name == "all"] == [("kernels on cuda", "skipped")]
+    assert [(c.area, c.status) for c in found if c.name == "all"] == [("kernels on a card", "skipped")]
 
 
 def test_quick_computes_nothing(no_computing: list[str]) -> None:

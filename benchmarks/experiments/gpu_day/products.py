@@ -12,6 +12,7 @@ from lowmem.benchmarks.experiments.common import say
 from lowmem.benchmarks.experiments.gpu_day.record import Product
 from torch import nn
 
+from lowmem.cards.find import is_timed
 from lowmem.checkpoint.formats import LinearFormat
 from lowmem.config import BITS
 from lowmem.kernels.card_timing import product_seconds
@@ -111,7 +112,7 @@ def _kernels(spec: LinearSpec, device: torch.device, borrowed: bool) -> Sequence
 
 def clock(device: torch.device) -> Callable[[nn.Module, torch.Tensor], float]:
     """Measures the seconds of a product."""
-    return product_seconds if device.type == "cuda" else _on_the_host
+    return product_seconds if is_timed(device) else _on_the_host
 
 
 @torch.no_grad()

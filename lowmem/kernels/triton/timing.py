@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from lowmem.cards.find import cards_of, is_card
+from lowmem.cards.find import cards_of, is_card, is_timed
 from lowmem.checkpoint.cache import cache_root
 from lowmem.checkpoint.files.whole import write_json
 from lowmem.errors import OutputError
@@ -38,7 +38,7 @@ def choose(linear: TritonLinear, dtype: torch.dtype) -> Choice:
     if not is_card(device):
         return usual(spec, 1)
     card = cards_of(device).properties(device)
-    if device.type != "cuda":
+    if not is_timed(device):
         return usual(spec, card.multiprocessors)
     key = f"{card.name}, {version('triton')}, {_sources()}, {spec}, {dtype}"
     if key not in _chosen:
