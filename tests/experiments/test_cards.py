@@ -341,6 +341,7 @@ def test_the_inner_loop_is_not_worse_than_the_committed_one(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_everything_is_built(tmp_path):
     words = ["-m", "lowmem.benchmarks.experiments.cards", "--work", str(tmp_path / "work")]
     in_a_process([*words, "--out", str(tmp_path / "cards.json")], tmp_path)
