@@ -1,4 +1,5 @@
-"""NVIDIA's, AMD's, Intel's and Apple's cards. The only module that asks torch.cuda, torch.xpu and torch.mps.
+"""NVIDIA's, AMD's, Intel's and Apple's cards. Only this module asks torch.cuda, torch.xpu and
+torch.mps, beside `kernels/card_timing.py`, which times with events and graphs of torch.cuda.
 
 Importing it imports no torch.
 """

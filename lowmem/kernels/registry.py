@@ -160,6 +160,8 @@ class KernelSupport:
     """bitsandbytes repacks NF4 weights on their first use on this CPU."""
     triton: bool = True
     """Our kernels for cards can run."""
+    gptqmodel: bool = True
+    """Where they cannot, GPTQModel's are tried; otherwise the reference runs."""
 
 
 USUAL_SUPPORT = KernelSupport()
@@ -310,7 +312,9 @@ def planned(method: str, *, cuda: bool, support: KernelSupport = USUAL_SUPPORT) 
         return ()
     if not cuda:
         return (Native(), TorchOperators(), Reference())
-    return (Triton(), GPTQModelKernel(lean=True)) if support.triton else (GPTQModelKernel(),)
+    if support.triton:
+        return (Triton(), GPTQModelKernel(lean=True))
+    return (GPTQModelKernel(),) if support.gptqmodel else (Reference(),)
 
 
 def _not_packed_on_cpu(spec: LinearSpec, device: str) -> str:

@@ -39,7 +39,7 @@ from lowmem.generate.decoders.contract import DecoderRefused
 from lowmem.generate.decoders.graph import CardGraphs
 from lowmem.generate.sampling import Sampler
 from lowmem.kernels import gptqmodel
-from lowmem.kernels.registry import Triton, kernels_for
+from lowmem.kernels.registry import KernelSupport, Reference, Triton, kernels_for, planned
 from lowmem.kernels.trial import sample_linear, sample_spec
 from lowmem.kernels.triton import presence
 from lowmem.kernels.triton.timing import choose
@@ -235,6 +235,14 @@ def test_a_plan_for_a_card(fake: Fake, type: str, label: str, monkeypatch: pytes
     assert plan.budget.device == f"{type}:0" and plan.budget.card == 11 * GIB
     assert plan.budget.host == (29 if type == "mps" else 40) * GIB
     assert plan.chosen.device == "card" and plan.budget.own_context == 0
+    assert plan.budget.support.gptqmodel == (type != "mps")
+
+
+def test_apples_plan_leaves_room_for_the_reference() -> None:
+    (kernel,) = planned("gptq", cuda=True, support=KernelSupport(triton=False, gptqmodel=False))
+    assert isinstance(kernel, Reference)
+    (kernel,) = planned("gptq", cuda=True, support=KernelSupport(triton=False))
+    assert kernel.name == "GPTQModel"
 
 
 def test_a_named_card_gives_the_same_plan_whatever_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
