@@ -16,7 +16,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lowmem.benchmarks.experiments.cards.arithmetic import flights, paces
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; the exit code."""
     parser = CARDS.parser(__doc__)
 
-    def some_of(names: Sequence[str], mark: str) -> object:
+    def some_of(names: Sequence[str], mark: str) -> Callable[[str], list[str]]:
         def parse(text: str) -> list[str]:
             words = [word.strip() for word in text.split(mark)]
             if unknown := [word for word in words if word not in names]:

@@ -65,7 +65,8 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def nvidia_code(usage: str, listing: str, shared: int) -> Code:
     """The code of a cubin. usage: of `cuobjdump -res-usage`; listing: of `nvdisasm -c`."""
     found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    lines, labels = [], {}
+    lines: list[str] = []
+    labels: dict[str, int] = {}
     for line in listing.splitlines():
         if match := re.match(r"\s*(\.L_\w+):", line):
             labels[match[1]] = len(lines)
@@ -104,7 +105,8 @@ def longest_loop(lines: Sequence[str], labels: dict[str, int], jumps: re.Pattern
 
 def amd_code(assembly: str, shared: int) -> Code:
     """The code in LLVM's assembly for AMD, with its metadata."""
-    lines, labels = [], {}
+    lines: list[str] = []
+    labels: dict[str, int] = {}
     for line in assembly.splitlines():
         if match := re.match(r"(\.L\w+):", line):
             labels[match[1]] = len(lines)

@@ -79,8 +79,8 @@ def do(job: Job) -> tuple[Built, list[Loop]]:
             codes.append((0, 0, 0, 0.0))
             problems.append((format, " ".join(f"{type(error).__name__}: {error}".split())[:200]))
             continue
-        moved = round(code.moves / len(code.instructions), 4)
-        codes.append((code.registers, code.shared, code.spilled, moved))
+        share = round(code.moves / len(code.instructions), 4)
+        codes.append((code.registers, code.shared, code.spilled, share))
         if job.keeps_loops:
             loops.append(loop_of((job.target, job.launch, job.dtype, job.zeros, format), launch, code))
     registers, shared, spilled, moved = (tuple(column) for column in zip(*codes, strict=True))
