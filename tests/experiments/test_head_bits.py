@@ -35,7 +35,7 @@ def test_both_heads_decode_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert all(len(one.token_ms.values) == 2 for one in record.pace)
 
 
-@pytest.mark.parametrize("name", ["head_bits"])
+@pytest.mark.parametrize("name", ["head_bits", "head_pace"])
 def test_the_documents_have_the_committed_figures(name: str) -> None:
     record = head_bits.Experiment(
         "head_bits", head_bits.HeadBits, head_bits.RESULTS / f"{name}.json", head_bits.render
