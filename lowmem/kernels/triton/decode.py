@@ -7,8 +7,7 @@ For each unit and output it adds up x v over the 32 inputs and x alone, and once
 
 so the inner loop is, for each weight, one logical operation (fields.py says why no more), one multiplication
 with addition, and a share of the shifts. Sums are float32. A row's bits depend neither on the other rows nor
-on how many there are: every sum has one order, given by the shape, BLOCK, UNITS and
-the number of parts.
+on how many there are: every sum has one order, given by the shape, BLOCK, UNITS and the number of parts.
 
 In several parts, the inputs are divided among several programs, each of which writes its sums; `add_parts`
 adds them up in order.
@@ -20,8 +19,6 @@ import triton
 import triton.language as tl
 
 from lowmem.kernels.triton.fields import field, place_of, zero_points
-
-MOST_ROWS = 4
 
 
 @triton.constexpr_function
