@@ -151,24 +151,26 @@ def replace_linears(
     """
     found = Installed()
     passed: set[tuple[object, ...] | None] = set()
-    orders: dict[tuple[object, ...], Sequence[Kernel]] = {}
+    orders: dict[tuple[object, ...], tuple[Kernel, ...]] = {}
     for name in names:
         parent, _, child = name.rpartition(".")
         linear: Any = model.get_submodule(name)  # the only reference, once it is replaced
-        ordered = kernels
+        ordered, shape = tuple(kernels), None
         if len(kernels) > 1 and is_timed(linear):
             shape = shape_key(linear)
             if shape not in orders:
                 if notify and not orders:
                     notify("timing kernels (a kernel's first use may compile it for minutes)")
-                orders[shape], reasons = by_speed(kernels, linear, dtype)
+                right, reasons = by_speed(kernels, linear, dtype)
+                orders[shape] = tuple(right)
+                passed |= {(kernel.name, *shape) for kernel in right}
                 for other, reason in reasons.items():
                     found.passed_over.setdefault(other, f"{reason} ({name})")
             ordered = orders[shape]
         for kernel in (*ordered, Reference()):
             if notify and kernel.name not in {*found.used, *found.passed_over, REFERENCE}:
                 notify(f"trying {kernel.name} (a kernel's first use may compile it for minutes)")
-            key = None if kernel.trusted else (kernel.name, *shape_key(linear))
+            key = None if kernel.trusted else (kernel.name, *(shape or shape_key(linear)))
             module, problem = trial(kernel, linear, dtype, passed=key in passed)
             if module is not None:
                 if key:

@@ -82,12 +82,14 @@ def by_speed(
     linear: PackedLinear,
     dtype: torch.dtype,
     seconds: Callable[[nn.Module, torch.Tensor], float] = product_seconds,
-) -> tuple[list[Kernel], dict[str, str]]:
-    """The kernels that are right for a linear, the fastest first, and by name why others come after it.
+) -> tuple[dict[Kernel, float], dict[str, str]]:
+    """The kernels that passed a trial, with their seconds, the fastest first; by name why others follow it.
 
     One row is multiplied, as in decode. `linear` holds what it held before. Raises torch.OutOfMemoryError.
     """
-    saved, times, reasons = copy_of(linear), {}, {}
+    saved = copy_of(linear)
+    times: dict[Kernel, float] = {}
+    reasons: dict[str, str] = {}
     x = _random_rows(1, linear, dtype)
     for kernel in kernels:
         module, problem = trial(kernel, linear, dtype)
@@ -107,7 +109,7 @@ def by_speed(
         reasons[kernel.name] = (
             f"slower than {order[0].name} ({times[kernel] * 1e6:.0f} and {times[order[0]] * 1e6:.0f} µs)"
         )
-    return order, reasons
+    return {kernel: times[kernel] for kernel in order}, reasons
 
 
 def spec_of(linear: PackedLinear) -> LinearSpec:
