@@ -18,8 +18,6 @@ from lowmem.cards.find import DEVICES
 from lowmem.commands.answering import INTERRUPTED, note
 from lowmem.commands.plan_options import DTYPES
 from lowmem.errors import InvalidRequestError, MemoryBudgetError
-from lowmem.kernels.registry import KernelSupport
-from lowmem.kernels.triton.presence import why_not_triton
 
 if TYPE_CHECKING:
     from lowmem.benchmarks.common.progress import Progress
@@ -214,8 +212,7 @@ class _Measurement:
             free = device.host_memory_available() if cpu else probe.free_bytes
             own = HOST_CONTEXT if cpu else 0  # the card's own context is in use already
             reason = f"{format_bytes(free)} are free"
-        triton = cpu or not why_not_triton(self.settings.device)
-        support = KernelSupport(device.packs_nf4(), triton)
+        support = device.kernel_support(None if cpu else self.settings.device)
         budget = Budget(self.settings.device, free, reason, own, support)
         return [plan_version(entrant, lengths, budget) for entrant in lineup.entrants]
 

@@ -15,6 +15,8 @@ import psutil
 
 from lowmem.cards.find import cards_of, is_card
 from lowmem.errors import MemoryBudgetError, RecipeError
+from lowmem.kernels.registry import KernelSupport
+from lowmem.kernels.triton.presence import why_not_triton
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +152,16 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     if is_card(device):
         return cards_of(device).properties(device).bfloat16
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def kernel_support(card: torch.device | str | None) -> KernelSupport:
+    """What the kernels of this machine depend on, beside a card or without one.
+
+    For a card that is only named, as without one, it is what a machine has where our kernels run.
+    """
+    if card is None:
+        return KernelSupport(packs_nf4())
+    return KernelSupport(packs_nf4(), not why_not_triton(str(card)), bool(cards_of(card).triton))
 
 
 def packs_nf4() -> bool:

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lowmem.cards.find import cards_of, driver_present, is_card, resolve_device
+from lowmem.cards.find import driver_present, is_card, resolve_device
 from lowmem.checkpoint.files.home import typed_path
 from lowmem.checkpoint.files.reading import is_hub_id
 from lowmem.errors import ForeignError, InvalidRequestError, SourceError
-from lowmem.kernels.registry import KernelSupport
-from lowmem.kernels.triton.presence import why_not_triton
 from lowmem.models.layer_state import check_checkpoint
 from lowmem.plan import device as machine
 from lowmem.plan.bandwidth import card_bandwidth, host_bandwidth
@@ -161,9 +159,7 @@ def _vram_of_environment() -> int | None:
 def _budget(request: ModelRequest, card: torch.device | None, vram: int | None, measure: bool) -> Budget:
     host = request.ram_bytes or machine.host_memory_available() + machine.host_memory_private()
     rate = host_bandwidth().bytes_per_second if measure else None
-    # The table for a card that is only named is that of a machine where our kernels run.
-    triton = card is None or not why_not_triton(str(card))
-    support = KernelSupport(machine.packs_nf4(), triton, card is None or bool(cards_of(card).triton))
+    support = machine.kernel_support(card)
     if card is None and vram is None:
         return Budget("cpu", host, host_bandwidth=rate, support=support)
     if card is None:
