@@ -85,7 +85,7 @@ def copy_rate(nbytes: int, device: torch.device, seconds: float = SECONDS) -> fl
     def copy() -> None:
         for _ in range(repeats):
             target.copy_(source)
-        wait(device)
+        synchronize(device)
 
     return 2 * half * repeats / best(copy, seconds)
 
@@ -104,15 +104,10 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = SECON
                 left: torch.Tensor = left, right: torch.Tensor = right, product: torch.Tensor = product
             ) -> None:
                 torch.mm(left, right, out=product)
-                wait(device)
+                synchronize(device)
 
             fastest = max(fastest, 2 * size**3 / best(multiply, seconds / 3))
     return fastest
-
-
-def wait(device: torch.device) -> None:
-    """Wait until the device has finished all queued work."""
-    synchronize(device)
 
 
 def best(one_pass: Callable[[], object], seconds: float) -> float:

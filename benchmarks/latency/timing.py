@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lowmem.benchmarks.common.record_file import from_json, to_json
 from lowmem.benchmarks.latency.energy import Meter
-from lowmem.benchmarks.latency.roofline import look, wait
+from lowmem.benchmarks.latency.roofline import look
 from lowmem.benchmarks.latency.tasks import DecodeTime, Lengths, PromptTime, Timings, TimingTask
 
-from lowmem.cards.find import cards_of, is_card
+from lowmem.cards.find import cards_of, is_card, synchronize
 
 if TYPE_CHECKING:
     import torch
@@ -81,12 +81,12 @@ def _time_version(task: TimingTask, found: Timings, tell: Tell) -> Timings:
     on_the_fly: Any = task.method if task.method in ("int8", "nf4") else None
     dtype = getattr(torch, task.dtype)
     loaded = load(task.path, LoadOptions(device=device, dtype=dtype, on_the_fly=on_the_fly, context=context))
-    wait(device)
+    synchronize(device)
     # Without stop tokens, an answer always has the asked number of tokens.
     session = Session(replace(loaded, stop_ids=()), context=context, speculate=False)
     session.engine.repacking.finish()  # else repacking would slow the first answers down
     vocabulary = token_table(loaded.model).vocabulary
-    timer = EngineTimer(session.engine, finish=lambda: wait(device), meter=find_meter(device))
+    timer = EngineTimer(session.engine, finish=lambda: synchronize(device), meter=find_meter(device))
     prompts, decodes = timer.time(task.lengths, token_ids(context, vocabulary), tell)
     return replace(
         found,

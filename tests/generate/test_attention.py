@@ -29,20 +29,26 @@ def logits_of(model: Any, cache: Any, parts: list[int], **options: Any) -> torch
     return torch.cat(logits)
 
 
+def rows_left_to_sdpa(module: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each later call that an attention of ours leaves to transformers. module: where it is."""
+    found: list[int] = []
+    real = module.sdpa_attention_forward
+
+    def sdpa(owner: Any, query: torch.Tensor, *args: Any, **options: Any) -> Any:
+        found.append(query.shape[2])
+        return real(owner, query, *args, **options)
+
+    monkeypatch.setattr(module, "sdpa_attention_forward", sdpa)
+    return found
+
+
 @pytest.mark.parametrize(("kind", "window"), [*((kind, None) for kind in KINDS), ("starcoder2", 12)])
 def test_logits_are_those_of_sdpa(kind: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(kind, vocab=512)
     model.config.sliding_window = window
     parts = [20, 2, 1, 16, 5, 17]
     expected = logits_of(model, DenseKVCache(2, 64).slots[0].view, parts)
-    whole: list[int] = []
-    real = attention.sdpa_attention_forward
-
-    def sdpa(module: Any, query: torch.Tensor, *args: Any, **options: Any) -> Any:
-        whole.append(query.shape[2])
-        return real(module, query, *args, **options)
-
-    monkeypatch.setattr(attention, "sdpa_attention_forward", sdpa)
+    whole = rows_left_to_sdpa(attention, monkeypatch)
     assert use_row_attention(model) and model.config._attn_implementation == NAME
     torch.testing.assert_close(
         logits_of(model, DenseKVCache(2, 64).slots[0].view, parts), expected, rtol=1e-4, atol=1e-4

@@ -13,7 +13,7 @@ from lowmem.generate.decoders.contract import Feed
 from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.graph import GraphDecoder
 from lowmem.generate.grouped_attention import NAME, use_grouped_attention
-from tests.generate.test_attention import logits_of
+from tests.generate.test_attention import logits_of, rows_left_to_sdpa
 from tests.helpers import KINDS, tiny_model
 from tests.kernels.test_contract import peak_bytes
 from tests.pretended_card import OnCard, PretendedCard, RepeatedGraphs
@@ -27,14 +27,7 @@ def test_logits_are_those_of_sdpa(kind: str, window: int | None, monkeypatch: py
     model.config.sliding_window = window
     parts = [20, 2, 1, 16, 5, 17]
     expected = logits_of(model, DenseKVCache(2, 64).slots[0].view, parts)
-    left: list[int] = []
-    real = grouped_attention.sdpa_attention_forward
-
-    def sdpa(module: Any, query: torch.Tensor, *args: Any, **options: Any) -> Any:
-        left.append(query.shape[2])
-        return real(module, query, *args, **options)
-
-    monkeypatch.setattr(grouped_attention, "sdpa_attention_forward", sdpa)
+    left = rows_left_to_sdpa(grouped_attention, monkeypatch)
     assert use_grouped_attention(model) and model.config._attn_implementation == NAME
     torch.testing.assert_close(
         logits_of(model, DenseKVCache(2, 64).slots[0].view, parts), expected, rtol=1e-4, atol=1e-4

@@ -29,7 +29,7 @@ from lowmem.benchmarks.experiments.cards.specs import (
 CONTEXT = 2048
 """Tokens for which a version must fit into a card."""
 LAUNCHED_WARPS = 8
-"""Warps that choice.decode_shape wants on every multiprocessor."""
+"""Warps that choice.in_parts wants on every multiprocessor."""
 _KINDS = 8
 _REGISTERS = 1 << 16
 """Of an NVIDIA multiprocessor, given to warps in pieces of 256."""

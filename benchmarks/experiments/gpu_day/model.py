@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lowmem.cards.find import cards_of, is_card
 from lowmem.config import SamplingParams
 from lowmem.loading.loader import LoadOptions, load
 from lowmem.plan.request import ModelRequest, plan_for
@@ -24,13 +25,14 @@ _NEW_TOKENS = 32
 
 def measure(folder: str, device: str, context: int) -> dict[str, Any]:
     """The fields of record.ModelRun, without layers and context."""
-    on_card = device != "cpu"
+    place = torch.device(device)
+    on_card = is_card(place)
     plan = plan_for(ModelRequest(folder, device=device, context=context))
     option = next(o for o in plan.options if o.device == ("card" if on_card else "cpu"))
     need = option.need
     if on_card:
-        torch.zeros(1, device=device)
-        torch.cuda.reset_peak_memory_stats()
+        torch.zeros(1, device=place)
+        cards_of(place).reset_peak(place)
     form = option.candidate.form
     loaded = load(
         folder, LoadOptions(device, getattr(torch, form.dtype), context=context, head_bits=form.head_bits)
@@ -46,7 +48,7 @@ def measure(folder: str, device: str, context: int) -> dict[str, Any]:
     for _ in engine.generate(ids, SamplingParams(max_new_tokens=1, temperature=0)):
         pass
     prefill = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if on_card else loaded.weight_bytes
+    peak = cards_of(place).peak(place) if on_card else loaded.weight_bytes
     steps = times[len(times) // 2 :]  # the first ones compile and capture
     decode = (len(steps) - 1) / (steps[-1] - steps[0]) if len(steps) > 1 else 0.0
     return {

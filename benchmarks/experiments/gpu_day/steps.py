@@ -19,9 +19,11 @@ from lowmem.benchmarks.experiments.gpu_day.record import GpuDay, ModelRun, Produ
 from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
 from lowmem.benchmarks.experiments.starchat.random_weights import write_packed, write_source
 
+from lowmem.cards.find import cards_of, found_cards, is_timed
 from lowmem.config import BITS
 from lowmem.errors import InvalidRequestError
 from lowmem.plan.bandwidth import card_bandwidth
+from lowmem.plan.device import bfloat16_is_fast
 from lowmem.text.units import format_bytes
 
 _LAST = 2000  # characters of a failed process's output that are kept
@@ -37,12 +39,13 @@ class Day:
         self.only = args.only.split(",") if args.only else None
         self.words = words
         self.work: Path = args.work
-        if not self.tiny and not torch.cuda.is_available():
-            raise InvalidRequestError("torch finds no card", "Use --tiny to run the steps on the CPU")
-        self.device = torch.device("cpu") if self.tiny else torch.device("cuda", 0)
-        self.dtype = torch.bfloat16
-        if not self.tiny and not torch.cuda.is_bf16_supported(including_emulation=False):
-            self.dtype = torch.float16
+        self.device = torch.device("cpu")
+        if not self.tiny:
+            found = next(filter(is_timed, found_cards()), None)
+            if found is None:
+                raise InvalidRequestError("torch finds no card", "Use --tiny to run the steps on the CPU")
+            self.device = found
+        self.dtype = torch.bfloat16 if self.tiny or bfloat16_is_fast(self.device) else torch.float16
         self.steps: list[Step] = []
         self.products: list[Product] = []
         self.models: list[ModelRun] = []
@@ -61,11 +64,10 @@ class Day:
         ):
             if self.only is None or name in self.only:
                 self._step(name, step)
-        name, memory = "CPU, in Triton's interpreter", 0
+        described = "CPU, in Triton's interpreter"
         if not self.tiny:
-            card = torch.cuda.get_device_properties(self.device)
-            name, memory = card.name, card.total_memory
-        described = f"{name}, {format_bytes(memory)}" if memory else name
+            card = cards_of(self.device).properties(self.device)
+            described = f"{card.name}, {format_bytes(card.total)}"
         return GpuDay(origin, described, rate, tuple(self.steps), tuple(self.products), tuple(self.models))
 
     def _step(self, name: str, step: Callable[[], str]) -> None:

@@ -22,6 +22,7 @@ SCRATCH_WEIGHTS = 1 << 24
 MOST_PARTS = 16
 """Programs that share the inputs of an output, at most."""
 UNIT = 32
+"""Inputs that are packed together in every layout."""
 _SCRATCH_BLOCK = 128
 
 

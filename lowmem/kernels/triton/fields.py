@@ -22,9 +22,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-UNIT = 32
-"""Inputs that are packed together in every layout."""
-
 
 @triton.constexpr_function
 def planes_of(bits, planar):

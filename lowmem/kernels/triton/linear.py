@@ -15,8 +15,6 @@ from lowmem.kernels.contract import Unsuitable
 from lowmem.kernels.triton import decode, prefill
 from lowmem.kernels.triton.choice import FEW_ROWS, TILE_ROWS, Choice, PrefillShape, scratch_columns
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-
 
 class TritonLinear(nn.Module):
     """x [..., in] → [..., out] in x's dtype. Holds the packed tensors as they are stored.

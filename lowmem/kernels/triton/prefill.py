@@ -15,12 +15,6 @@ import triton.language as tl
 from lowmem.kernels.triton.fields import planes_of, zero_points
 
 
-@triton.constexpr_function
-def step_of(bits, planar):
-    """The fewest inputs whose integers fill whole words."""
-    return 32 // bits if 32 % bits == 0 else 32
-
-
 @triton.jit
 def _words(qweight_ptr, row, n, rows, N):
     inside = (row < rows)[:, None] & (n < N)
