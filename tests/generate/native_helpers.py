@@ -9,7 +9,8 @@ from torch.nn.functional import layer_norm
 from transformers.activations import ACT2FN
 
 from lowmem.generate.cache.dense import DenseKVCache, DenseSlot
-from lowmem.generate.decoders.native_model import BoundModel, NativeModel
+from lowmem.generate.decoders.contract import Feed
+from lowmem.generate.decoders.native_model import NativeModel
 from lowmem.kernels.quant_linear import QuantLinear
 from tests.helpers import tiny_model
 from tests.kernels.native_oracle import ISAS
@@ -43,9 +44,20 @@ def filled(model: Any, length: int, capacity: int = 700, seed: int = 1) -> Dense
     return slot
 
 
-def bound(model: Any, slot: DenseSlot) -> BoundModel:
+class Bound:
+    """The native forward of one slot."""
+
+    def __init__(self, model: Any, slot: DenseSlot) -> None:
+        self.model, self.slot = NativeModel(model), slot
+
+    def step(self, ids: list[int]) -> torch.Tensor:
+        """Append `ids`; the logits after each."""
+        return self.model.forward([Feed(self.slot, ids)], [len(ids)])
+
+
+def bound(model: Any, slot: DenseSlot) -> Bound:
     """The native step behind what `slot` holds."""
-    return NativeModel(model).bind(slot)
+    return Bound(model, slot)
 
 
 def contents(slot: DenseSlot, last: int) -> list[torch.Tensor]:

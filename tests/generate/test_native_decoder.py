@@ -178,7 +178,7 @@ def test_a_step_checks_ids_room_and_buffers() -> None:
     for layer in range(2):
         other.view.update(*[torch.zeros(1, 1, 1, 16)] * 2, layer)
     with pytest.raises(DecoderRefused, match="bfloat16"):
-        bound(model, other)
+        bound(model, other).step([1])
 
 
 def positions_of_16(model: Any) -> None:

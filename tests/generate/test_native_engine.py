@@ -15,7 +15,7 @@ import torch
 
 from lowmem.config import SamplingParams
 from lowmem.generate.cache.dense import DenseSlot
-from lowmem.generate.decoders.native_model import BoundModel
+from lowmem.generate.decoders.native_model import NativeModel
 from lowmem.generate.decoders.selection import SelectedDecoder
 from lowmem.generate.engine import Engine
 from lowmem.generate.sequence import Token
@@ -111,11 +111,12 @@ def test_a_refused_step_leaves_the_model_itself(monkeypatch: pytest.MonkeyPatch)
     eager, _ = answer(model, GREEDY, draft=False)
     monkeypatch.delenv("LOWMEM_CPU_KERNEL")
 
-    def wrong(self: BoundModel, ids: Any) -> torch.Tensor:
-        self._slot.advance(len(ids))
-        return torch.zeros((len(ids), 512))
+    def wrong(self: NativeModel, feeds: Any, wanted: Any) -> torch.Tensor:
+        for feed in feeds:
+            feed.slot.advance(len(feed.ids))
+        return torch.zeros((sum(wanted), 512))
 
-    monkeypatch.setattr(BoundModel, "step", wrong)
+    monkeypatch.setattr(NativeModel, "forward", wrong)
     tokens, engine = answer(model, GREEDY, draft=False)
     assert tokens == eager
     assert "differ from the eager ones" in why_eager(engine)
@@ -129,13 +130,13 @@ def test_an_interrupted_step_leaves_a_cache_that_goes_on_right(
     expected, _ = answer(model, GREEDY, draft=False)
     engine = Engine(model, context=256, speculate=False)
     steps = [0]
-    real_step, real_advance = BoundModel.step, DenseSlot.advance
+    real_forward, real_advance = NativeModel.forward, DenseSlot.advance
 
-    def step(self: BoundModel, ids: Any) -> torch.Tensor:
+    def forward(self: NativeModel, feeds: Any, wanted: Any) -> torch.Tensor:
         steps[0] += 1
         if steps[0] == 7 and at == "before":
             raise KeyboardInterrupt
-        logits = real_step(self, ids)
+        logits = real_forward(self, feeds, wanted)
         if steps[0] == 7 and at == "behind":
             raise KeyboardInterrupt
         return logits
@@ -146,7 +147,7 @@ def test_an_interrupted_step_leaves_a_cache_that_goes_on_right(
             raise KeyboardInterrupt
         real_advance(self, count)
 
-    monkeypatch.setattr(BoundModel, "step", step)
+    monkeypatch.setattr(NativeModel, "forward", forward)
     monkeypatch.setattr(DenseSlot, "advance", advance)
     part = random_ids(24, vocab=64, seed=3)
     with pytest.raises(KeyboardInterrupt):

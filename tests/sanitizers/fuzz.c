@@ -282,16 +282,27 @@ static lm_norm random_norm(int64_t embd) { return (lm_norm){numbers(embd, LM_BF1
 
 static void step(void)
 {
-    what = "lm_step";
+    what = "lm_forward";
     enum { LAYERS = 2 };
     static lm_packed packed_room[5];
     static lm_dense dense_room[5];
     const int64_t heads = between(1, 4), size = 16 * between(1, 3), embd = heads * size;
     const int multi_query = one_in(2);
     const int64_t kv_heads = multi_query ? 1 : heads, inner = between(1, 9) * (one_in(2) ? 32 : 10), vocab = between(1, 100);
-    const int64_t rows = between(1, 16), length = one_in(3) ? between(240, 300) : between(0, 40);
-    const int64_t capacity = length + rows + (one_in(2) ? 0 : between(0, 9)), width = embd + 2 * kv_heads * size;
-    const size_t cache = (size_t)(kv_heads * capacity * size) * 2;
+    enum { SLOTS = 3 };
+    const int64_t count = between(1, SLOTS), many = one_in(4) ? 40 : 12;
+    lm_feed feeds[SLOTS];
+    int64_t rows = 0, wanted = 0, most = 0;
+    for (int64_t f = 0; f < count; f++) {
+        feeds[f] = (lm_feed){f, one_in(3) ? between(240, 300) : between(0, 40), between(1, many), 0};
+        feeds[f].wanted = between(0, feeds[f].rows);
+        rows += feeds[f].rows;
+        wanted += feeds[f].wanted;
+        most = feeds[f].length + feeds[f].rows > most ? feeds[f].length + feeds[f].rows : most;
+    }
+    const int64_t capacity = most + (one_in(2) ? 0 : between(0, 9)), width = embd + 2 * kv_heads * size;
+    const int64_t stored = count * kv_heads * capacity * size;
+    const size_t cache = (size_t)stored * 2;
     lm_layer layers[LAYERS];
     uint16_t *keys[LAYERS], *values[LAYERS];
     const lm_weight c_attn = random_weight(embd, width, packed_room, dense_room);
@@ -299,8 +310,8 @@ static void step(void)
     const lm_weight c_fc = random_weight(embd, inner, packed_room + 2, dense_room + 2);
     const lm_weight mlp = random_weight(inner, embd, packed_room + 3, dense_room + 3);
     for (int i = 0; i < LAYERS; i++) {
-        keys[i] = numbers(kv_heads * capacity * size, LM_BF16, 1, 0);
-        values[i] = numbers(kv_heads * capacity * size, LM_BF16, 1, 0);
+        keys[i] = numbers(stored, LM_BF16, 1, 0);
+        values[i] = numbers(stored, LM_BF16, 1, 0);
         layers[i] = (lm_layer){random_norm(embd), random_norm(embd), c_attn, proj, c_fc, mlp, NULL, NULL};
     }
     lm_model m = {.layers = between(0, LAYERS), .embd = embd, .heads = heads, .kv_heads = kv_heads, .inner = inner, .vocab = vocab,
@@ -308,7 +319,7 @@ static void step(void)
                   .epsilon = 1e-5f, .scaling = 0.25f, .wte_type = (int16_t)between(1, 2), .wpe_type = (int16_t)between(1, 2),
                   .ln_f = random_norm(embd), .head = random_weight(embd, vocab, packed_room + 4, dense_room + 4)};
     m.wte = numbers(vocab * embd, m.wte_type, 0.2f, 0);
-    m.wpe = numbers((length + rows) * embd, m.wpe_type, 0.2f, 0);
+    m.wpe = numbers(most * embd, m.wpe_type, 0.2f, 0);
     int64_t *ids = exactly((size_t)rows * sizeof *ids, sizeof *ids);
     for (int64_t r = 0; r < rows; r++)
         ids[r] = one_in(2) ? vocab - 1 : between(0, vocab - 1);
@@ -326,10 +337,17 @@ static void step(void)
                 memcpy(fresh[l].values, values[l], cache);
             }
             m.layer = fresh;
-            logits[turn] = exactly((size_t)(rows * vocab) * 4, 4);
-            lm_step(&m, ids, rows, length, logits[turn], exactly(lm_step_workspace(&m, rows), 1));
+            logits[turn] = exactly((size_t)(wanted * vocab) * 4, 4);
+            if (!turn) {
+                lm_forward(&m, feeds, count, ids, logits[turn], exactly(lm_forward_workspace(&m, feeds, count), 1));
+                continue;
+            }
+            const int64_t *from = ids; /* each sequence alone */
+            float *to = logits[turn];
+            for (int64_t f = 0; f < count; f++, from += feeds[f - 1].rows, to += feeds[f - 1].wanted * vocab)
+                lm_forward(&m, feeds + f, 1, from, to, exactly(lm_forward_workspace(&m, feeds + f, 1), 1));
         }
-        expect_same("threads", logits[0], logits[1], rows * vocab, LM_F32);
+        expect_same("threads and company", logits[0], logits[1], wanted * vocab, LM_F32);
     }
 }
 

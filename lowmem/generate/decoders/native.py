@@ -1,9 +1,10 @@
-"""A decode step of transformers' GPTBigCode on the CPU in one call of our C library (csrc/step/step.c).
+"""Forwards of transformers' GPTBigCode on the CPU in one call of our C library (csrc/step/step.c).
 
 An eager step makes hundreds of calls from Python between its kernels, and torch's attention takes five times
-as long at 8192 tokens. Here the threads run all layers on their own: linears packed or bfloat16, embeddings
-and head bfloat16 or float16, keys and values in the slot's buffers, everything between in float32. A row's
-logits, keys and values do not depend on the rows beside it, so a draft leaves what one-row steps leave.
+as long at 8192 tokens. Here the threads run all layers on their own, for all sequences at once: linears
+packed or bfloat16, embeddings and head bfloat16 or float16, keys and values in the slots' buffers, everything
+between in float32. A row's logits, keys and values do not depend on the rows beside it. So a sequence gets
+the same bits alone and beside others, from a step, a draft or a prompt in chunks of any size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 
 import torch
 
-from lowmem.generate.cache.contract import Slot
 from lowmem.generate.decoders.contract import (
     Decoder,
     DecoderRefused,
@@ -23,19 +23,22 @@ from lowmem.generate.decoders.contract import (
     rewind,
 )
 from lowmem.generate.decoders.eager import EagerDecoder
-from lowmem.generate.decoders.native_model import MAX_ROWS, BoundModel, NativeModel, why_not
+from lowmem.generate.decoders.native_model import MAX_ROWS, NativeModel, why_not
 
 # Relative, in the 2-norm of the logits. Eager steps round to bfloat16 after every operation, native ones
 # hardly ever: with random weights in 40 layers the two differ by 0.05, with trained ones in 8 by 0.006. A
 # wrong step differs by about 1.
 _TOLERANCE = 0.2
+_COMPARED = 16  # ids of the first forward whose logits are compared
 
 
 class NativeDecoder(Decoder):
-    """Runs decode steps in C.
+    """Runs prefills and steps in C.
 
-    The first step of each slot is checked against the eager decoder's logits. Raises DecoderRefused if the
-    model is not supported or the logits differ.
+    A prefill of a model with dense linears is eager: torch multiplies many rows faster by 16-bit weights.
+
+    The first forward is checked against the eager decoder's logits. Raises DecoderRefused if the model is not
+    supported or the logits differ.
     """
 
     max_rows = MAX_ROWS
@@ -44,44 +47,58 @@ class NativeDecoder(Decoder):
         if refusal := why_not(eager.model):
             raise DecoderRefused(refusal)
         self.eager = eager
-        self._weights: NativeModel | None = None
-        self._bound: dict[int, BoundModel] = {}  # by the slot's index
+        self._model: NativeModel | None = None  # once it is known to be right
 
     def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
-        """See `Decoder.prefill`."""
-        return self.eager.prefill(feeds)
-
-    def step(self, feeds: Sequence[Feed]) -> StepOutput:
-        """See `Decoder.step`. Also raises ValueError for more than MAX_ROWS ids.
-
-        Raises DecoderRefused if the slot is not supported or the logits of its first step differ.
-        """
-        known = len(self._bound)
+        """See `Decoder.prefill`. Raises DecoderRefused as `step` does."""
         rewind(feeds)
         with torch.inference_mode():
-            logits = tuple([self._step(feed.slot, feed.ids) for feed in feeds])
+            if not self._checked(feeds[0]).packed:
+                return self.eager.prefill(feeds)
+            logits = [self._prefill(feed) for feed in feeds]
         commit(feeds)
-        return StepOutput(logits, timed=known == len(self._bound))
+        return tuple(logits)
 
-    def _step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:
-        bound = self._bound.get(slot.index)
-        if bound is not None:
-            return bound.step(ids)
-        with refusing():
-            return self._first_step(slot, ids)
+    def step(self, feeds: Sequence[Feed]) -> StepOutput:
+        """See `Decoder.step`. Also raises ValueError for more than MAX_ROWS ids in all.
 
-    def _first_step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:
+        Raises DecoderRefused if a slot is not supported or the logits of the first forward differ.
+        """
+        known = self._model is not None
+        rewind(feeds)
+        with torch.inference_mode():
+            rows = [len(feed.ids) for feed in feeds]
+            logits = self._checked(feeds[0]).forward(feeds, rows).split(rows)
+        commit(feeds)
+        return StepOutput(logits, timed=known)
+
+    def _prefill(self, feed: Feed) -> torch.Tensor:
+        """The logits [feed.keep, vocab], MAX_ROWS rows at a time."""
+        model, logits = self._checked(feed), []
+        for start in range(0, len(feed.ids), MAX_ROWS):
+            part = Feed(feed.slot, feed.ids[start : start + MAX_ROWS])
+            wanted = max(0, start + len(part.ids) - max(start, len(feed.ids) - feed.keep))
+            logits.append(model.forward([part], [wanted]))
+        return torch.cat(logits)
+
+    def _checked(self, feed: Feed) -> NativeModel:
+        """The native model; the first time, its logits for the feed's first ids are compared."""
+        if self._model is None:
+            with refusing():
+                self._model = self._compared(Feed(feed.slot, feed.ids[:_COMPARED]))
+        return self._model
+
+    def _compared(self, feed: Feed) -> NativeModel:
+        slot, rows = feed.slot, len(feed.ids)
         length = slot.length
-        expected = self.eager.append(slot, ids, keep=len(ids))
+        expected = self.eager.append(slot, feed.ids, keep=rows)
         slot.cut(length)
-        if self._weights is None:
-            self._weights = NativeModel(self.eager.model)
-        bound = self._weights.bind(slot)
-        logits = bound.step(ids)
+        model = NativeModel(self.eager.model)
+        logits = model.forward([feed], [rows])
+        slot.cut(length)
         error = float(((logits - expected).norm(dim=1) / expected.float().norm(dim=1)).amax())
         if not error <= _TOLERANCE:  # true for NaN
             raise DecoderRefused(
                 f"the native step's logits differ from the eager ones by {error:.2g} of their norm"
             )
-        self._bound[slot.index] = bound
-        return logits
+        return model

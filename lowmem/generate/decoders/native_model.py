@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from lowmem.generate.cache.contract import Layout, Slot
-from lowmem.generate.decoders.contract import DecoderRefused
+from lowmem.generate.decoders.contract import DecoderRefused, Feed
 from lowmem.kernels import dispatch
 from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
-from lowmem.kernels.native.header import LmLayer, LmModel, LmNorm, LmWeight
+from lowmem.kernels.native.header import LmFeed, LmLayer, LmModel, LmNorm, LmWeight
 from lowmem.kernels.native.linear import Packed
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.quantized_tables import QuantizedEmbedding, QuantizedHead, QuantizedTable
 from lowmem.kernels.stored_embeddings import StoredEmbedding, StoredHead
 from lowmem.models.embedding import token_table
 
-MAX_ROWS = header.DECODE_ROWS
-"""The most rows of a step, a token and its draft: with more, a row's bits would depend on the others."""
+MAX_ROWS = 512
+"""The most rows of a forward: they need five float32 rows of n_embd and one of n_inner each."""
 _HEAD_UNIT = 16  # head_dim is a multiple of it
 # By transformers' names. gelu_new and gelu_fast are the same formula.
 _ACTIVATIONS = {
     "gelu": header.GELU,
     **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), header.GELU_TANH),
 }
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A slot that the library reads and writes."""
+
+    number: int
+    """Its distance from the first slot that was bound, in slots."""
+    pointers: list[tuple[int, int]]
 
 
 class NativeModel:
@@ -45,12 +55,16 @@ class NativeModel:
         self.tokens: QuantizedTable | None = None
         """Where token ids are looked up, if the embedding is quantized."""
         self.fed: torch.Tensor | None = None
-        """Then the rows of a step's ids, which the library reads in place of the embedding."""
+        """Then the rows of a forward's ids, which the library reads in place of the embedding."""
+        self.packed = True
+        """Whether every linear before the head is packed, so that many rows are as fast as a prompt needs."""
         body, config = model.transformer, model.config
         attention, inner = body.h[0].attn, body.h[0].mlp.c_fc.out_features
         self.vocabulary, embd = int(body.wte.num_embeddings), int(body.wte.embedding_dim)
         self.positions = int(body.wpe.weight.shape[0])
         self._rows = attention.kv_heads, attention.head_dim
+        self._cache: list[tuple[int, int]] = []  # where the rows of slot 0 are
+        self._bound: dict[int, _Bound] = {}  # by the slot's index
         self._layers = (LmLayer * len(body.h))()
         for layer, block in zip(self._layers, body.h, strict=True):
             width = embd + 2 * attention.kv_heads * attention.head_dim
@@ -59,6 +73,8 @@ class NativeModel:
             layer.attn_proj = self._weight(block.attn.c_proj, embd, embd)
             layer.c_fc = self._weight(block.mlp.c_fc, embd, block.mlp.c_fc.out_features)
             layer.mlp_proj = self._weight(block.mlp.c_proj, block.mlp.c_fc.out_features, embd)
+            linears = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+            self.packed &= all(isinstance(linear, QuantLinear) for linear in linears)
         self._model = LmModel(
             layers=len(body.h),
             embd=embd,
@@ -76,16 +92,75 @@ class NativeModel:
             wpe=self._table(body.wpe, (self.positions, embd)),
             ln_f=self._norm(body.ln_f, embd),
             head=self._weight(model.lm_head, embd, self.vocabulary),
+            layer=self._layers,
         )
 
-    def bind(self, slot: Slot) -> BoundModel:
-        """The model with a slot's buffers. Raises DecoderRefused for rows that the library does not read."""
+    def forward(self, feeds: Sequence[Feed], wanted: Sequence[int]) -> torch.Tensor:
+        """Append the ids of each feed to its slot, in one call for all.
+
+        wanted: of each feed, of how many of its last ids the logits are wanted. Returns float32 logits
+        [sum of wanted, vocab]. Raises DecoderRefused for a slot whose rows the library does not read, and
+        ValueError for no ids or more than MAX_ROWS, ids outside of the vocabulary, and a slot that has no
+        room for them or has new buffers.
+        """
+        ids = [token for feed in feeds for token in feed.ids]
+        if not ids or len(ids) > MAX_ROWS or not all(feed.ids for feed in feeds):
+            raise ValueError(f"a forward takes 1 to {MAX_ROWS} tokens, not {len(ids)}")
+        if min(ids) < 0 or max(ids) >= self.vocabulary:
+            raise ValueError(f"a token id is outside of the vocabulary of {self.vocabulary}")
+        fed = (LmFeed * len(feeds))(
+            *[
+                LmFeed(self._place(feed.slot, len(feed.ids)), feed.slot.length, len(feed.ids), keep)
+                for feed, keep in zip(feeds, wanted, strict=True)
+            ]
+        )
+        logits = torch.empty((sum(wanted), self.vocabulary), dtype=torch.float32)
+        if self.tokens is not None and self.fed is not None:
+            self.fed[: len(ids)] = self.tokens.lookup(torch.tensor(ids))
+            ids = list(range(len(ids)))
+        tokens = (ctypes.c_int64 * len(ids))(*ids)
+        model, parts = ctypes.addressof(self._model), ctypes.addressof(fed)
+        with native.running() as library:
+            space = native.workspace(library.lm_forward_workspace(model, parts, len(feeds)))
+            library.lm_forward(model, parts, len(feeds), tokens, logits.data_ptr(), space)
+        for feed in feeds:
+            feed.slot.advance(len(feed.ids))
+        return logits
+
+    def _place(self, slot: Slot, rows: int) -> int:
+        """The number of the slot for the library, once `rows` more rows are known to fit."""
+        bound = self._bound.get(slot.index)
+        if bound is None:
+            bound = self._bound[slot.index] = self._bind(slot)
+        room = min(slot.capacity, self.positions)
+        if slot.length + rows > room:
+            raise ValueError(f"{slot.length + rows} tokens do not fit in a slot of {room}")
+        if slot.pointers() != bound.pointers:
+            raise ValueError("the KV cache has new buffers")
+        return bound.number
+
+    def _bind(self, slot: Slot) -> _Bound:
         kv_heads, head_dim = self._rows
         needed = Layout((kv_heads, slot.capacity, head_dim), torch.bfloat16, torch.device("cpu"))
         found = slot.layout()
         if found != needed:
             raise DecoderRefused(f"the KV cache must store {needed}, not {found}")
-        return BoundModel(self, slot)
+        pointers = slot.pointers()
+        if not self._cache:
+            self._cache, self._model.capacity = pointers, slot.capacity
+            for layer, (keys, values) in zip(self._layers, pointers, strict=True):
+                layer.keys, layer.values = keys, values
+        if slot.capacity != self._model.capacity:
+            raise DecoderRefused("the slots of the KV cache have different capacities")
+        step = 2 * kv_heads * slot.capacity * head_dim
+        apart = {
+            here - first
+            for both, known in zip(pointers, self._cache, strict=True)
+            for here, first in zip(both, known, strict=True)
+        }
+        if len(apart) != 1 or (distance := apart.pop()) % step:
+            raise DecoderRefused("the slots of the KV cache are not rows of one tensor")
+        return _Bound(distance // step, pointers)
 
     def _tensor(
         self, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16
@@ -147,49 +222,6 @@ class NativeModel:
         )
         self._keep.append(dense)
         return LmWeight(None, ctypes.addressof(dense), 0)
-
-
-class BoundModel:
-    """A `NativeModel` and the slot whose keys and values it reads and writes."""
-
-    def __init__(self, model: NativeModel, slot: Slot) -> None:
-        self._slot, self._vocabulary = slot, model.vocabulary
-        self._room = min(slot.capacity, model.positions)
-        self._pointers = slot.pointers()
-        self._weights = model  # kept alive
-        self._layers = type(model._layers).from_buffer_copy(model._layers)
-        for layer, (keys, values) in zip(self._layers, self._pointers, strict=True):
-            layer.keys, layer.values = keys, values
-        self._model = LmModel.from_buffer_copy(model._model)
-        self._model.capacity, self._model.layer = slot.capacity, self._layers
-
-    def step(self, ids: Sequence[int]) -> torch.Tensor:
-        """Append token ids to the slot; returns float32 logits [rows, vocab] after each.
-
-        Raises ValueError for no ids or more than MAX_ROWS, ids outside of the vocabulary, and a slot that has
-        no room for them or has new buffers.
-        """
-        rows, length = len(ids), self._slot.length
-        if not 1 <= rows <= MAX_ROWS:
-            raise ValueError(f"a step takes 1 to {MAX_ROWS} tokens, not {rows}")
-        if min(ids) < 0 or max(ids) >= self._vocabulary:
-            raise ValueError(f"a token id is outside of the vocabulary of {self._vocabulary}")
-        if length + rows > self._room:
-            raise ValueError(f"{length + rows} tokens do not fit in a slot of {self._room}")
-        if self._slot.pointers() != self._pointers:
-            raise ValueError("the KV cache has new buffers")
-        logits = torch.empty((rows, self._vocabulary), dtype=torch.float32)
-        tokens, looked_up = self._weights.tokens, self._weights.fed
-        if tokens is not None and looked_up is not None:
-            looked_up[:rows] = tokens.lookup(torch.tensor(ids))
-            ids = range(rows)
-        fed = (ctypes.c_int64 * rows)(*ids)
-        model = ctypes.addressof(self._model)
-        with native.running() as library:
-            space = native.workspace(library.lm_step_workspace(model, rows))
-            library.lm_step(model, fed, rows, length, logits.data_ptr(), space)
-        self._slot.advance(rows)
-        return logits
 
 
 def _stored_dtype(module: nn.Module) -> torch.dtype:

@@ -16,9 +16,9 @@ from lowmem.generate.decoders.native import NativeDecoder
 
 
 class SelectedDecoder(Decoder):
-    """Steps run on `fast` while there is one; prefill, larger steps and everything else on `eager`.
+    """Everything runs on `fast` while there is one, but for steps of too many rows.
 
-    A fast step that raises is repeated eagerly, and so are all later ones.
+    What raises there is repeated on `eager`, which then runs everything.
 
     graphs: try CUDA graphs, which need a model that is on one card as a whole. On a CPU launching a kernel
     costs nothing, and fixed shapes make attention read rows that are not filled.
@@ -36,6 +36,11 @@ class SelectedDecoder(Decoder):
 
     def prefill(self, feeds: Sequence[Feed]) -> tuple[torch.Tensor, ...]:
         """See `Decoder.prefill`."""
+        if self.fast is not None:
+            try:
+                return self.fast.prefill(feeds)
+            except Exception as error:
+                self._give_up(error)
         return self.eager.prefill(feeds)
 
     def step(self, feeds: Sequence[Feed]) -> StepOutput:
@@ -43,6 +48,10 @@ class SelectedDecoder(Decoder):
         if self.fast is not None and all(len(feed.ids) <= self.fast.max_rows for feed in feeds):
             try:
                 return self.fast.step(feeds)
-            except Exception as error:  # whatever a kernel, a compiler or a captured graph raises
-                self.fast, self.why_eager = None, one_line(error)
+            except Exception as error:
+                self._give_up(error)
         return self.eager.step(feeds)
+
+    def _give_up(self, error: Exception) -> None:
+        """Decode eagerly from now on, whatever a kernel, a compiler or a captured graph has raised."""
+        self.fast, self.why_eager = None, one_line(error)

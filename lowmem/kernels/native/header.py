@@ -126,6 +126,12 @@ class LmModel(ctypes.Structure):
     )
 
 
+class LmFeed(ctypes.Structure):
+    """The tokens of one sequence that a step appends."""
+
+    _fields_ = _fields("int64 slot length rows wanted")
+
+
 class LmGemm(ctypes.Structure):
     """A matrix product of the converter."""
 
@@ -170,8 +176,8 @@ FUNCTIONS = {
     "lm_tile_planes": "void pointer pointer pointer pointer",
     "lm_prompt_attention_workspace": "size pointer int64",
     "lm_prompt_attention": "void pointer pointer pointer pointer",
-    "lm_step_workspace": "size pointer int64",
-    "lm_step": "void pointer pointer int64 int64 pointer pointer",
+    "lm_forward_workspace": "size pointer pointer int64",
+    "lm_forward": "void pointer pointer int64 pointer pointer pointer",
     "lm_gemm_workspace": "size",
     "lm_gemm_run": "void pointer pointer",
     "lm_gemm_name": "char*",

@@ -1,44 +1,63 @@
-/* Attention of a few rows over the KV cache. No key or value is expanded to the heads that share it.
+/* Attention of a few rows over the KV cache, of several sequences at once. No key or value is expanded to the heads that
+ * share it.
  *
  * Keys are taken in chunks of a fixed length, whose results are merged as in Dao et al. 2022 ("FlashAttention"): each chunk
- * stores the peak and the total of its weights and the weighted sum of its values. Idle threads take chunks; the results
- * are merged in order. All queries of all rows that share a KV head are lanes side by side. The softmax is in powers of
+ * stores the peak and the total of its weights and the weighted sum of its values. Idle threads take chunks, of whichever
+ * sequence; the results are merged in order. All queries of all rows that share a KV head are lanes side by side. The softmax is in powers of
  * two, with log2(e) in the queries' scale.
  */
 #include "isa.h"
 #include "types.h"
 
-/* An attention, and offsets into its workspace, in floats. */
+/* An attention, and offsets into the workspace, in floats. */
 typedef struct {
     const lm_kv *kv;
     const lm_query *query;
-    int64_t lanes, chunks;
+    float *out;
+    int64_t lanes, groups, chunks;
     int64_t limits;                /* [chunks][lanes]: how many of a chunk's keys each lane sees */
     int64_t queries, query_stride; /* [kv_heads][groups of lanes][size][lanes] */
     int64_t parts, part_stride;    /* [kv_heads][chunks][groups of lanes][2 + size][lanes] */
-    int64_t own, own_stride;       /* [threads]: scores and elements */
-    int64_t count;
+    int64_t pieces, bundles; /* of this attention and of all before it: chunks by groups of lanes; bundles */
 } plan;
 
-static plan plan_of(const lm_kv *kv, const lm_query *query)
+/* All attentions of a call. */
+typedef struct {
+    plan each[LM_ATTENTIONS];
+    int64_t count;
+    int64_t own, own_stride; /* [threads]: scores and elements */
+    int64_t floats;
+} plans;
+
+static plans plan_all(const lm_attention *attentions, int64_t count)
 {
-    plan p = {.kv = kv, .query = query};
-    p.lanes = lm_round_up(query->rows * (kv->heads / kv->kv_heads), LM_BUNDLE);
-    p.chunks = (query->length + LM_CHUNK - 1) / LM_CHUNK;
-    p.queries = p.limits + p.chunks * p.lanes;
-    p.query_stride = p.lanes * kv->size;
-    p.parts = p.queries + kv->kv_heads * p.query_stride;
-    p.part_stride = (2 + kv->size) * p.lanes;
-    p.own = p.parts + kv->kv_heads * p.chunks * p.part_stride;
-    p.own_stride = LM_CHUNK * LM_LANES + (LM_CHUNK + 4) * kv->size;
-    p.count = p.own + lm_threads() * p.own_stride;
-    return p;
+    plans all = {.count = count};
+    int64_t at = 0, pieces = 0, bundles = 0;
+    for (int64_t i = 0; i < count; i++) {
+        const lm_kv *kv = &attentions[i].kv;
+        const lm_query *query = &attentions[i].query;
+        plan p = {.kv = kv, .query = query, .out = attentions[i].out, .limits = at};
+        p.lanes = lm_round_up(query->rows * (kv->heads / kv->kv_heads), LM_BUNDLE);
+        p.groups = (p.lanes + LM_LANES - 1) / LM_LANES;
+        p.chunks = (query->length + LM_CHUNK - 1) / LM_CHUNK;
+        p.queries = p.limits + p.chunks * p.lanes;
+        p.query_stride = p.lanes * kv->size;
+        p.parts = p.queries + kv->kv_heads * p.query_stride;
+        p.part_stride = (2 + kv->size) * p.lanes;
+        at = p.parts + kv->kv_heads * p.chunks * p.part_stride;
+        p.pieces = pieces += kv->kv_heads * p.chunks * p.groups;
+        p.bundles = bundles += kv->kv_heads * (p.lanes / LM_BUNDLE) * (kv->size / LM_BUNDLE);
+        all.each[i] = p;
+    }
+    all.own = at;
+    all.own_stride = LM_CHUNK * LM_LANES + (LM_CHUNK + 4) * attentions[0].kv.size;
+    all.floats = at + lm_threads() * all.own_stride;
+    return all;
 }
 
-size_t lm_attention_workspace(const lm_kv *kv, int64_t rows, int64_t length)
+size_t lm_attention_workspace(const lm_attention *attentions, int64_t count)
 {
-    const lm_query query = {.rows = rows, .length = length};
-    return (size_t)plan_of(kv, &query).count * sizeof(float) + LM_ALIGNMENT;
+    return (size_t)plan_all(attentions, count).floats * sizeof(float) + LM_ALIGNMENT;
 }
 
 /* The lanes of the group that begins at `lane`. */
@@ -51,6 +70,8 @@ typedef struct {
 } bundle;
 
 static int64_t bundles(const plan *p) { return p->kv->kv_heads * (p->lanes / LM_BUNDLE) * (p->kv->size / LM_BUNDLE); }
+
+static int64_t pieces(const plan *p) { return p->kv->kv_heads * p->chunks * p->groups; }
 
 static bundle bundle_of(const plan *p, int64_t number)
 {
@@ -93,68 +114,95 @@ static void prepare(const plan *p, int pairs, float *workspace, const lm_team *t
     }
 }
 
-/* The keys of piece `i` of the chunks' work. */
-static int64_t first_key(const plan *p, int64_t i)
+/* A chunk of an attention's keys and a group of its lanes. */
+typedef struct {
+    const plan *p;
+    int64_t head, chunk, group;
+    const uint16_t *keys;
+    int64_t first; /* value of the chunk's first key, and of its first value */
+} piece;
+
+/* Piece `i` of all attentions; p NULL past the end. */
+static piece piece_of(const plans *all, int64_t i)
 {
-    const int64_t groups = (p->lanes + LM_LANES - 1) / LM_LANES;
-    return i / groups / p->chunks * p->kv->capacity + i / groups % p->chunks * LM_CHUNK;
+    for (const plan *p = all->each; p < all->each + all->count; p++) {
+        if (i >= p->pieces)
+            continue;
+        i -= p->pieces - pieces(p);
+        piece found = {.p = p, .head = i / p->groups / p->chunks, .chunk = i / p->groups % p->chunks,
+                       .group = i % p->groups * LM_LANES};
+        found.first = (found.head * p->kv->capacity + found.chunk * LM_CHUNK) * p->kv->size;
+        found.keys = p->kv->keys + found.first;
+        return found;
+    }
+    return (piece){.p = NULL};
 }
 
-static void all_chunks(const plan *p, const lm_attention_kernels *kernels, float *workspace, lm_team *team)
+static void all_chunks(const plans *all, const lm_attention_kernels *kernels, float *workspace, lm_team *team)
 {
-    const lm_kv *kv = p->kv;
-    const int64_t groups = (p->lanes + LM_LANES - 1) / LM_LANES, count = kv->kv_heads * p->chunks * groups;
-    float *const own = workspace + p->own + lm_rank(team) * p->own_stride;
-    for (int64_t i = lm_next(team), next; i < count; i = next) {
-        const int64_t group = i % groups * LM_LANES, chunk = i / groups % p->chunks, head = i / groups / p->chunks;
-        const int64_t key = first_key(p, i);
-        next = lm_next(team); /* taken now, so that its keys can be prefetched */
+    float *const own = workspace + all->own + lm_rank(team) * all->own_stride;
+    for (piece now = piece_of(all, lm_next(team)), next; now.p; now = next) {
+        const plan *p = now.p;
+        const lm_kv *kv = p->kv;
+        next = piece_of(all, lm_next(team)); /* taken now, so that its keys can be prefetched */
         const lm_chunk c = {
-            .keys = kv->keys + key * kv->size,
-            .values = kv->values + key * kv->size,
-            .count = lm_min(p->query->length - chunk * LM_CHUNK, LM_CHUNK),
+            .keys = now.keys,
+            .values = kv->values + now.first,
+            .count = lm_min(p->query->length - now.chunk * LM_CHUNK, LM_CHUNK),
             .size = kv->size,
-            .queries = (const lm_element *)(workspace + p->queries + head * p->query_stride + group * kv->size),
-            .limit = (const int32_t *)(workspace + p->limits) + chunk * p->lanes + group,
-            .lanes = lanes_from(p, group),
-            .part = workspace + p->parts + (head * p->chunks + chunk) * p->part_stride + group * (2 + kv->size),
+            .queries = (const lm_element *)(workspace + p->queries + now.head * p->query_stride + now.group * kv->size),
+            .limit = (const int32_t *)(workspace + p->limits) + now.chunk * p->lanes + now.group,
+            .lanes = lanes_from(p, now.group),
+            .part = workspace + p->parts + (now.head * p->chunks + now.chunk) * p->part_stride + now.group * (2 + kv->size),
             .scores = own,
             .elements = (lm_element *)(own + LM_CHUNK * LM_LANES),
-            .next = kv->keys + (next < count ? first_key(p, next) : key) * kv->size,
+            .next = next.p ? next.keys : now.keys,
         };
         kernels->chunk(&c);
     }
 }
 
-static void merge_all(const plan *p, const lm_attention_kernels *kernels, const float *workspace, float *out, lm_team *team)
+/* Merge the chunks of bundle `i` of one attention. */
+static void merge_bundle(const plan *p, int64_t i, const lm_attention_kernels *kernels, const float *workspace)
 {
     const lm_kv *kv = p->kv;
     const int64_t share = kv->heads / kv->kv_heads, lanes = p->query->rows * share;
-    for (int64_t i; (i = lm_next(team)) < bundles(p);) {
-        const bundle b = bundle_of(p, i);
-        float merged[LM_BUNDLE * LM_BUNDLE];
-        const lm_merge m = {
-            .parts = workspace + p->parts + b.head * p->chunks * p->part_stride + b.group * (2 + kv->size) + b.lane - b.group,
-            .stride = p->part_stride, .chunks = p->chunks, .lanes = b.lanes, .first = b.dimension, .out = merged};
-        kernels->merge(&m);
-        for (int64_t j = 0; j < LM_BUNDLE && b.lane + j < lanes; j++) {
-            const int64_t row = (b.lane + j) / share, head = b.head * share + (b.lane + j) % share;
-            float *to = out + (row * kv->heads + head) * kv->size + b.dimension;
-            for (int64_t d = 0; d < LM_BUNDLE; d++)
-                to[d] = merged[d * LM_BUNDLE + j];
-        }
+    const bundle b = bundle_of(p, i);
+    float merged[LM_BUNDLE * LM_BUNDLE];
+    const lm_merge m = {
+        .parts = workspace + p->parts + b.head * p->chunks * p->part_stride + b.group * (2 + kv->size) + b.lane - b.group,
+        .stride = p->part_stride, .chunks = p->chunks, .lanes = b.lanes, .first = b.dimension, .out = merged};
+    kernels->merge(&m);
+    for (int64_t j = 0; j < LM_BUNDLE && b.lane + j < lanes; j++) {
+        const int64_t row = (b.lane + j) / share, head = b.head * share + (b.lane + j) % share;
+        float *to = p->out + (row * kv->heads + head) * kv->size + b.dimension;
+        for (int64_t d = 0; d < LM_BUNDLE; d++)
+            to[d] = merged[d * LM_BUNDLE + j];
     }
 }
 
-void lm_attention_team(const lm_kv *kv, const lm_query *query, float *out, void *workspace, lm_team *team)
+static void merge_all(const plans *all, const lm_attention_kernels *kernels, const float *workspace, lm_team *team)
+{
+    const plan *p = all->each, *end = p + all->count;
+    for (int64_t i = lm_next(team);; i = lm_next(team)) {
+        while (p < end && i >= p->bundles) /* numbers only grow */
+            p++;
+        if (p == end)
+            return;
+        merge_bundle(p, i - (p->bundles - bundles(p)), kernels, workspace);
+    }
+}
+
+void lm_attention_team(const lm_attention *attentions, int64_t count, void *workspace, lm_team *team)
 {
     const lm_attention_kernels *kernels = lm_isa_selected()->attention;
-    const plan p = plan_of(kv, query);
+    const plans all = plan_all(attentions, count);
     float *memory = (float *)lm_align(workspace);
-    prepare(&p, kernels->pairs, memory, team);
+    for (int64_t i = 0; i < count; i++)
+        prepare(all.each + i, kernels->pairs, memory, team);
     lm_barrier(team);
-    all_chunks(&p, kernels, memory, team);
+    all_chunks(&all, kernels, memory, team);
     lm_barrier(team);
-    merge_all(&p, kernels, memory, out, team);
+    merge_all(&all, kernels, memory, team);
     lm_barrier(team);
 }

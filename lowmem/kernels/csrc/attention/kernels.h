@@ -5,11 +5,20 @@
 #include "attention.h"
 #include "threads.h"
 
-/* Bytes of workspace that lm_attention_team needs for a query with these rows and length. */
-size_t lm_attention_workspace(const lm_kv *kv, int64_t rows, int64_t length);
-/* Attention of a few rows. The query's values are float32; out: float32 [rows, heads * size]. Every thread calls it, and
- * all have finished when it returns. A row's result depends neither on the other rows nor on threads. */
-void lm_attention_team(const lm_kv *kv, const lm_query *query, float *out, void *workspace, lm_team *team);
+/* Attention of a few rows of one sequence. The query's values are float32; out: float32 [rows, heads * size]. */
+typedef struct {
+    lm_kv kv;
+    lm_query query;
+    float *out;
+} lm_attention;
+
+enum { LM_ATTENTIONS = 16 }; /* of one call, at most */
+
+/* Bytes of workspace that lm_attention_team needs for these attentions; values, keys and results may be NULL. */
+size_t lm_attention_workspace(const lm_attention *attentions, int64_t count);
+/* Attentions of several sequences. Every thread calls it, and all have finished when it returns. A row's result depends
+ * neither on the other rows nor on threads. */
+void lm_attention_team(const lm_attention *attentions, int64_t count, void *workspace, lm_team *team);
 
 enum {
     LM_CHUNK = 256, /* keys of a chunk, at most */

@@ -16,7 +16,8 @@ static size_t block_bytes(const lm_kv *kv) { return lm_aligned((size_t)(ROWS * k
 
 size_t lm_prompt_attention_workspace(const lm_kv *kv, int64_t length)
 {
-    return 2 * block_bytes(kv) + lm_attention_workspace(kv, lm_min(ROWS, length), length) + LM_ALIGNMENT;
+    const lm_attention most = {.kv = *kv, .query = {.rows = lm_min(ROWS, length), .length = length}};
+    return 2 * block_bytes(kv) + lm_attention_workspace(&most, 1) + LM_ALIGNMENT;
 }
 
 static void body(void *context, lm_team *team)
@@ -27,7 +28,7 @@ static void body(void *context, lm_team *team)
     const int64_t width = kv->heads * kv->size;
     for (int64_t first = 0; first < all->rows; first += ROWS) {
         const int64_t rows = lm_min(all->rows - first, ROWS), length = all->length - all->rows + first + rows;
-        const lm_query query = {c->queries, width, kv->size, rows, length, all->scaling};
+        const lm_attention attention = {*kv, {c->queries, width, kv->size, rows, length, all->scaling}, c->mixed};
         int64_t begin, end;
         lm_share(team, rows * kv->heads, &begin, &end);
         for (int64_t i = begin; i < end; i++) {
@@ -37,7 +38,7 @@ static void body(void *context, lm_team *team)
                 c->queries[i * kv->size + d] = lm_from_bf16(from[d]);
         }
         lm_barrier(team);
-        lm_attention_team(kv, &query, c->mixed, c->workspace, team);
+        lm_attention_team(&attention, 1, c->workspace, team);
         uint16_t *to = c->out + first * width;
         for (int64_t i = begin * kv->size; i < end * kv->size; i++)
             to[i] = lm_to_bf16(c->mixed[i]);

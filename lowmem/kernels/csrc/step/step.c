@@ -1,15 +1,22 @@
-/* A decode step without Python: every thread walks through all layers, and threads wait for each other where one needs the
+/* A step without Python: every thread walks through all layers, and threads wait for each other where one needs the
  * results of the others. */
 #include "isa.h"
 #include "types.h"
 
-enum { COLUMNS = 16 }; /* floats of a cache line */
+enum { COLUMNS = 16, TOGETHER = 16 }; /* floats of a cache line; rows that attend at a time: their lanes stay in the caches */
+
+/* Where a row's key and value go. */
+typedef struct {
+    int64_t slot, position;
+} place;
 
 typedef struct {
     const lm_model *model;
+    const lm_feed *feeds;
     const int64_t *ids;
-    int64_t rows, length;
+    int64_t count, rows, wanted; /* feeds, and rows of all feeds */
     float *logits;
+    place *places;         /* [rows] */
     float *stream, *other; /* [rows, embd]: the residual stream, and the one that replaces it */
     float *normal, *added; /* [rows, embd]: the stream's norm; the output of attention or MLP */
     float *wide;           /* [rows, outputs of c_attn, or inner] */
@@ -21,10 +28,46 @@ static int64_t head_size(const lm_model *m) { return m->embd / m->heads; }
 
 static int64_t attention_width(const lm_model *m) { return m->embd + 2 * m->kv_heads * head_size(m); }
 
-/* A float32 matrix of the step without gaps between rows. */
-static lm_matrix matrix(const step *s, float *values, int64_t columns)
+/* A float32 matrix without gaps between rows. */
+static lm_matrix matrix(int64_t rows, float *values, int64_t columns) { return (lm_matrix){values, rows, columns, LM_F32}; }
+
+/* ---- attention's calls --------------------------------------------------------------------------------------- */
+
+/* The attentions of one call: up to TOGETHER rows, of one sequence or of several. */
+typedef struct {
+    lm_attention each[LM_ATTENTIONS];
+    int64_t count;
+    int64_t feed, done, row; /* where the next call begins: a feed, its rows that are done, and the row of the step */
+} attentions;
+
+/* The next attentions of this layer (NULL: only sizes are wanted). Returns whether there are any. */
+static int next_attentions(const step *s, const lm_layer *layer, attentions *a)
 {
-    return (lm_matrix){values, s->rows, columns, LM_F32};
+    const lm_model *m = s->model;
+    const int64_t size = head_size(m), width = attention_width(m), slot = m->kv_heads * m->capacity * size;
+    int64_t left = TOGETHER;
+    for (a->count = 0; a->feed < s->count && left && a->count < LM_ATTENTIONS;) {
+        const lm_feed *f = s->feeds + a->feed;
+        const int64_t rows = lm_min(f->rows - a->done, left);
+        lm_attention now = {
+            .kv = {m->heads, m->kv_heads, size, m->capacity, NULL, NULL},
+            .query = {NULL, width, m->multi_query ? size : 3 * size, rows, f->length + a->done + rows, m->scaling}};
+        if (layer) {
+            now.kv.keys = layer->keys + f->slot * slot;
+            now.kv.values = layer->values + f->slot * slot;
+            now.query.values = s->wide + a->row * width;
+            now.out = s->mixed + a->row * m->embd;
+        }
+        a->each[a->count++] = now;
+        left -= rows;
+        a->row += rows;
+        a->done += rows;
+        if (a->done == f->rows) {
+            a->feed++;
+            a->done = 0;
+        }
+    }
+    return a->count > 0;
 }
 
 /* ---- workspace ----------------------------------------------------------------------------------------------- */
@@ -50,8 +93,11 @@ static size_t arrange(step *s, char *workspace)
     const lm_model *m = s->model;
     const int64_t width = attention_width(m) > m->inner ? attention_width(m) : m->inner;
     const size_t narrow = (size_t)(s->rows * m->embd) * sizeof(float);
-    const lm_kv kv = {m->heads, m->kv_heads, head_size(m), m->capacity, NULL, NULL};
-    size_t at = 0, linear = linear_workspace(&m->head, s->rows, 0);
+    size_t at = 0, linear = linear_workspace(&m->head, s->wanted, 0), attention = 0;
+    for (attentions a = {.count = 0}; next_attentions(s, NULL, &a);) {
+        const size_t bytes = lm_attention_workspace(a.each, a.count);
+        attention = bytes > attention ? bytes : attention;
+    }
     for (int64_t i = 0; i < m->layers; i++) {
         const lm_layer *layer = m->layer + i;
         linear = linear_workspace(&layer->c_attn, s->rows, linear);
@@ -59,6 +105,7 @@ static size_t arrange(step *s, char *workspace)
         linear = linear_workspace(&layer->c_fc, s->rows, linear);
         linear = linear_workspace(&layer->mlp_proj, s->rows, linear);
     }
+    s->places = part(workspace, &at, (size_t)s->rows * sizeof(place));
     s->stream = part(workspace, &at, narrow);
     s->other = part(workspace, &at, narrow);
     s->normal = part(workspace, &at, narrow);
@@ -66,13 +113,23 @@ static size_t arrange(step *s, char *workspace)
     s->mixed = part(workspace, &at, narrow);
     s->wide = part(workspace, &at, (size_t)(s->rows * width) * sizeof(float));
     s->linear = part(workspace, &at, linear);
-    s->attention = part(workspace, &at, lm_attention_workspace(&kv, s->rows, s->length + s->rows));
+    s->attention = part(workspace, &at, attention);
     return at;
 }
 
-size_t lm_step_workspace(const lm_model *model, int64_t rows)
+static step step_of(const lm_model *model, const lm_feed *feeds, int64_t count)
 {
-    step s = {.model = model, .rows = rows, .length = model->capacity - rows};
+    step s = {.model = model, .feeds = feeds, .count = count};
+    for (int64_t i = 0; i < count; i++) {
+        s.rows += feeds[i].rows;
+        s.wanted += feeds[i].wanted;
+    }
+    return s;
+}
+
+size_t lm_forward_workspace(const lm_model *model, const lm_feed *feeds, int64_t count)
+{
+    step s = step_of(model, feeds, count);
     return arrange(&s, NULL) + LM_ALIGNMENT;
 }
 
@@ -101,20 +158,24 @@ static void embed(const step *s, lm_team *team)
     int64_t first, last;
     own_columns(team, m->embd, &first, &last);
     for (int64_t r = 0; r < s->rows; r++) {
-        const uint16_t *token = m->wte + s->ids[r] * m->embd, *position = m->wpe + (s->length + r) * m->embd;
+        const uint16_t *token = m->wte + s->ids[r] * m->embd, *position = m->wpe + s->places[r].position * m->embd;
         for (int64_t i = first; i < last; i++)
             s->stream[r * m->embd + i] = lm_from_16(token[i], m->wte_type) + lm_from_16(position[i], m->wpe_type);
     }
     lm_barrier(team);
 }
 
-/* Add `added` (if not NULL) to the stream, and normalize the result. */
+/* Add `added` (if not NULL) to the stream, and normalize the result. Each thread takes columns, whose sums it needs of whole
+ * rows, or rows where there are enough of them. */
 static void add_and_normalize(step *s, const float *added, const lm_norm *norm, lm_team *team)
 {
     const lm_model *m = s->model;
-    int64_t first, last;
-    own_columns(team, m->embd, &first, &last);
-    for (int64_t r = 0; r < s->rows; r++) {
+    int64_t first = 0, last = m->embd, begin = 0, end = s->rows;
+    if (s->rows < 2 * lm_size(team))
+        own_columns(team, m->embd, &first, &last);
+    else
+        lm_share(team, s->rows, &begin, &end);
+    for (int64_t r = begin; r < end; r++) {
         const int64_t row = r * m->embd;
         const lm_residual residual = {s->stream + row, added ? added + row : NULL, m->embd, norm, m->epsilon,
                                       s->other + row, s->normal + row};
@@ -134,12 +195,33 @@ static void append_keys(const step *s, const lm_layer *layer, lm_team *team)
     for (int64_t i = lm_rank(team); i < count; i += lm_size(team)) {
         const int64_t r = i / m->kv_heads, head = i % m->kv_heads;
         const float *key = s->wide + r * width + (m->multi_query ? m->embd : 3 * head * size + size);
-        const int64_t to = (head * m->capacity + s->length + r) * size;
+        const place *at = s->places + r;
+        const int64_t to = ((at->slot * m->kv_heads + head) * m->capacity + at->position) * size;
         for (int64_t d = 0; d < size; d++) {
             layer->keys[to + d] = lm_to_bf16(key[d]);
             layer->values[to + d] = lm_to_bf16(key[size + d]);
         }
     }
+}
+
+static void attend(const step *s, const lm_layer *layer, lm_team *team)
+{
+    for (attentions a = {.count = 0}; next_attentions(s, layer, &a);)
+        lm_attention_team(a.each, a.count, s->attention, team);
+}
+
+/* Bring the wanted rows of `normal` together, in `added`. */
+static void gather_wanted(const step *s, lm_team *team)
+{
+    const int64_t embd = s->model->embd;
+    int64_t first, last, to = 0, end = 0;
+    own_columns(team, embd, &first, &last);
+    for (const lm_feed *f = s->feeds; f < s->feeds + s->count; f++) {
+        end += f->rows;
+        for (int64_t r = end - f->wanted; r < end; r++, to++)
+            memcpy(s->added + to * embd + first, s->normal + r * embd + first, (size_t)(last - first) * sizeof(float));
+    }
+    lm_barrier(team);
 }
 
 static void activate(const step *s, lm_team *team)
@@ -155,20 +237,18 @@ static void walk(void *context, lm_team *team)
 {
     step own = *(const step *)context, *s = &own; /* every thread swaps the streams in its own copy */
     const lm_model *m = s->model;
-    const int64_t size = head_size(m), width = attention_width(m);
+    const lm_matrix normal = matrix(s->rows, s->normal, m->embd), mixed = matrix(s->rows, s->mixed, m->embd);
+    const lm_matrix qkv = matrix(s->rows, s->wide, attention_width(m)), inner = matrix(s->rows, s->wide, m->inner);
+    const lm_matrix sum = matrix(s->rows, s->added, m->embd), wanted = matrix(s->wanted, s->added, m->embd);
     const float *added = NULL;
-    const lm_matrix normal = matrix(s, s->normal, m->embd), sum = matrix(s, s->added, m->embd);
-    const lm_matrix qkv = matrix(s, s->wide, width), inner = matrix(s, s->wide, m->inner);
-    const lm_query query = {s->wide, width, m->multi_query ? size : 3 * size, s->rows, s->length + s->rows, m->scaling};
     embed(s, team);
     for (int64_t i = 0; i < m->layers; i++) {
         const lm_layer *layer = m->layer + i;
-        const lm_kv kv = {m->heads, m->kv_heads, size, m->capacity, layer->keys, layer->values};
         add_and_normalize(s, added, &layer->ln_1, team);
         multiply(s, &layer->c_attn, normal, qkv, team);
         append_keys(s, layer, team);
-        lm_attention_team(&kv, &query, s->mixed, s->attention, team);
-        multiply(s, &layer->attn_proj, matrix(s, s->mixed, m->embd), sum, team);
+        attend(s, layer, team);
+        multiply(s, &layer->attn_proj, mixed, sum, team);
         add_and_normalize(s, s->added, &layer->ln_2, team);
         multiply(s, &layer->c_fc, normal, inner, team);
         activate(s, team);
@@ -176,12 +256,19 @@ static void walk(void *context, lm_team *team)
         added = s->added;
     }
     add_and_normalize(s, added, &m->ln_f, team);
-    multiply(s, &m->head, normal, matrix(s, s->logits, m->vocab), team);
+    gather_wanted(s, team);
+    multiply(s, &m->head, wanted, matrix(s->wanted, s->logits, m->vocab), team);
 }
 
-void lm_step(const lm_model *model, const int64_t *ids, int64_t rows, int64_t length, float *logits, void *workspace)
+void lm_forward(const lm_model *model, const lm_feed *feeds, int64_t count, const int64_t *ids, float *logits, void *workspace)
 {
-    step s = {.model = model, .ids = ids, .rows = rows, .length = length, .logits = logits};
+    step s = step_of(model, feeds, count);
+    s.ids = ids;
+    s.logits = logits;
     arrange(&s, lm_align(workspace));
+    place *to = s.places;
+    for (const lm_feed *f = feeds; f < feeds + count; f++)
+        for (int64_t r = 0; r < f->rows; r++)
+            *to++ = (place){f->slot, f->length + r};
     lm_run(walk, &s);
 }

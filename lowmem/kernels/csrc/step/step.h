@@ -1,4 +1,4 @@
-/* One decode step of transformers' GPTBigCode: token ids in, logits out, in one call. */
+/* One step of transformers' GPTBigCode, for several sequences: token ids in, logits out, in one call. */
 #ifndef LOWMEM_STEP_H
 #define LOWMEM_STEP_H
 
@@ -22,7 +22,7 @@ typedef struct {
 typedef struct {
     lm_norm ln_1, ln_2;
     lm_weight c_attn, attn_proj, c_fc, mlp_proj;
-    uint16_t *keys, *values; /* the KV cache: bfloat16 [kv_heads, capacity, size of a head] */
+    uint16_t *keys, *values; /* the KV cache: bfloat16 [slots, kv_heads, capacity, size of a head] */
 } lm_layer;
 
 typedef struct {
@@ -38,12 +38,21 @@ typedef struct {
     const lm_layer *layer; /* [layers] */
 } lm_model;
 
-/* Bytes of workspace for `rows` rows with the present number of threads. */
-LM_EXPORT size_t lm_step_workspace(const lm_model *model, int64_t rows);
-/* Process the tokens `ids` [rows] at the positions length.. and write their logits [rows, vocab]. Their keys and values are
- * appended to the cache, which holds `length` tokens. rows is 1..LM_DECODE_ROWS; length + rows is within capacity and
- * positions; ids are within the vocabulary. Everything between the linears is float32, and a row's result does not depend
- * on the other rows. */
-LM_EXPORT void lm_step(const lm_model *model, const int64_t *ids, int64_t rows, int64_t length, float *logits, void *workspace);
+/* The tokens of one sequence that a step appends. */
+typedef struct {
+    int64_t slot;   /* of the KV cache */
+    int64_t length; /* tokens that the slot holds */
+    int64_t rows;   /* tokens to append */
+    int64_t wanted; /* of how many of the last ones the logits are wanted */
+} lm_feed;
+
+/* Bytes of workspace that lm_forward needs with the present number of threads. */
+LM_EXPORT size_t lm_forward_workspace(const lm_model *model, const lm_feed *feeds, int64_t count);
+/* Process the tokens `ids`, those of one feed after those of the other, and write the wanted logits, [rows, vocab] in the same
+ * order. Their keys and values are appended to the slots, which differ. length + rows is within capacity and positions; ids
+ * are within the vocabulary. Everything between the linears is float32, and a row's result does not depend on the other rows
+ * of its feed or of others: a prompt's tokens leave the same bits in whatever steps they are processed. */
+LM_EXPORT void lm_forward(const lm_model *model, const lm_feed *feeds, int64_t count, const int64_t *ids, float *logits,
+                       void *workspace);
 
 #endif
