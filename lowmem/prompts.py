@@ -12,6 +12,7 @@ from lowmem.models.dialogue import (
     ROLES,
     Message,
     encode_plain,
+    file_token,
     fim_tokens,
     first_turn,
     share_room,
@@ -32,6 +33,15 @@ class Prompt:
     """Turns at the start of the messages that were left out to fit the context."""
     cut_tokens: int = 0
     """Tokens at the far ends of a prefix and a suffix that were left out to fit the context."""
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A piece of another file, which a hole's prompt begins with."""
+
+    name: str
+    """The file's name; may be empty."""
+    text: str
 
 
 def encode_prompt(
@@ -97,12 +107,13 @@ class PromptFitter:
             )
         return Prompt(ids, dropped_turns=first)
 
-    def fit_hole(self, prefix: str, suffix: str, room: int) -> Prompt:
+    def fit_hole(self, prefix: str, suffix: str, room: int, snippets: Sequence[Snippet] = ()) -> Prompt:
         """Encode a prefix and a suffix with the model's fill-in-the-middle tokens around them.
 
         What does not fit beside `room` tokens for the answer is cut at the far ends; `dialogue.share_room`
-        says how much of each. Raises InvalidRequestError for two empty texts, a context that is too small,
-        or a model without these tokens.
+        says how much of each. snippets: text of other files, the most useful last; the last ones that half of
+        the context holds come first in the prompt. Raises InvalidRequestError for a context that is too
+        small, or a model without these tokens.
         """
         tokenizer = self.loaded.tokenizer
         markers = fim_tokens(tokenizer)
@@ -111,9 +122,8 @@ class PromptFitter:
                 "this model has no fill-in-the-middle tokens",
                 "Use a model trained for it (StarCoder's family is), or ask in words with lowmem run",
             )
-        if not prefix and not suffix:
-            raise InvalidRequestError("prefix and suffix are both empty", "Give at least one of the two")
-        room = self.context - room - len(markers)
+        others = self._fit_snippets(snippets)
+        room = self.context - room - len(markers) - len(others)
         if room < 1:
             raise InvalidRequestError(
                 f"a context of {self.context} tokens has no room for a prefix or suffix",
@@ -123,7 +133,33 @@ class PromptFitter:
         kept_before, kept_after = share_room(len(before), len(after), room)
         cut = len(before) + len(after) - kept_before - kept_after
         before = before[len(before) - kept_before :]
-        return Prompt([markers[0], *before, markers[2], *after[:kept_after], markers[1]], cut_tokens=cut)
+        hole = [markers[0], *before, markers[2], *after[:kept_after], markers[1]]
+        return Prompt([*others, *hole], cut_tokens=cut)
+
+    def _fit_snippets(self, snippets: Sequence[Snippet]) -> list[int]:
+        """The token ids of the last snippets, each as a whole, that half of the context holds.
+
+        The limit does not depend on the hole, so the same snippets give the same beginning of a prompt, which
+        stays in the KV cache. A model without a token for files gets plain text.
+        """
+        tokenizer = self.loaded.tokenizer
+        marker = file_token(tokenizer)
+        found: list[list[int]] = []
+        room = self.context // 2
+        for snippet in reversed(snippets):
+            text = snippet.text if snippet.text.endswith("\n") else snippet.text + "\n"
+            if marker is None:
+                head = f"--- {snippet.name} ---\n" if snippet.name else "---\n"
+                ids = encode_plain(tokenizer, f"{head}{text}\n")
+            else:
+                ids = [marker[0], *encode_plain(tokenizer, f"{snippet.name}\n{text}")]
+            if len(ids) > room:
+                break
+            room -= len(ids)
+            found.append(ids)
+        if found and marker is not None and marker[1]:
+            found.insert(0, [marker[0]])  # before the file with the hole
+        return [token for ids in reversed(found) for token in ids]
 
     def _count(self, messages: Sequence[Message]) -> int:
         return len(_encode_messages(self.loaded, messages))

@@ -16,7 +16,7 @@ from lowmem.generate.sequence import FinishReason, Token
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import Message, fim_tokens
 from lowmem.plan.device import trim_memory
-from lowmem.prompts import Prompt, PromptFitter, as_messages, encode_prompt
+from lowmem.prompts import Prompt, PromptFitter, Snippet, as_messages, encode_prompt
 from lowmem.text.stream import StopStrings, TextStream, token_text
 
 _DEFAULT = SamplingParams()  # the settings of StarChat Alpha's model card
@@ -60,6 +60,8 @@ class Response:
     """Drafted tokens that were right."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """The tokens that begin in this text, if `SamplingParams.logprobs` is set."""
+    stop_text: str = ""
+    """The stop string that ended the answer; empty if something else did."""
 
 
 class Session:
@@ -163,19 +165,23 @@ class Session:
         suffix: str,
         params: SamplingParams = _DEFAULT,
         *,
+        snippets: Sequence[Snippet] | None = None,
         on_prefill: Progress | None = None,
         on_token: Callable[[], None] | None = None,
-    ) -> Iterator[Response]:
+    ) -> Generator[Response, None, None]:
         """Generate the text between two texts, piece by piece, with the model's fill-in-the-middle tokens.
 
         The answer ends at any special token. If the texts and room for an answer exceed the context, they are
         cut at the far ends: the prefix gets three quarters of the context, the suffix a quarter, and each
-        what the other leaves. on_token: see `continue_ids`. Raises InvalidRequestError from this call, also
-        for a model without these tokens.
+        what the other leaves. snippets: see `PromptFitter.fit_hole`; with a list, even an empty one, both
+        texts may be empty. on_token: see `continue_ids`. Raises InvalidRequestError from this call, also for
+        a model without these tokens.
         """
         start = time.perf_counter()
         check_sampling(params)
-        prompt = self._fitter.fit_hole(prefix, suffix, self._room(params))
+        if not prefix and not suffix and snippets is None:
+            raise InvalidRequestError("prefix and suffix are both empty", "Give at least one of the two")
+        prompt = self._fitter.fit_hole(prefix, suffix, self._room(params), snippets or ())
         tokenizer = self.loaded.tokenizer
         # No special token is part of a middle; some models end with a file separator.
         specials = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -240,6 +246,7 @@ class Session:
                     drafted_tokens=sequence.drafted_tokens,
                     accepted_tokens=sequence.accepted_tokens,
                     logprobs=tuple(begun) if params.logprobs is not None else None,
+                    stop_text=stops.text,
                 )
                 if reason:
                     return

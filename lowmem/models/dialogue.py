@@ -36,6 +36,8 @@ FIM_SPELLINGS = (
     ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
     ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
 )
+# What begins a file: StarCoder's token, then those of StarCoder2 and Qwen, also for files without a name.
+FILE_SPELLINGS = (("<filename>", False), ("<file_sep>", True), ("<|file_sep|>", True))
 
 CHAT_TEMPLATE = """\
 {%- set first = messages[0] if messages else none -%}
@@ -218,6 +220,15 @@ def fim_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int] | Non
     for prefix, middle, suffix in FIM_SPELLINGS:
         if prefix in vocabulary and middle in vocabulary and suffix in vocabulary:
             return vocabulary[prefix], vocabulary[middle], vocabulary[suffix]
+    return None
+
+
+def file_token(tokenizer: PreTrainedTokenizerBase) -> tuple[int, bool] | None:
+    """Id of the token that begins a file, and whether files without a name have it too; None without one."""
+    vocabulary = tokenizer.get_vocab()
+    for spelling, unnamed in FILE_SPELLINGS:
+        if spelling in vocabulary:
+            return vocabulary[spelling], unnamed
     return None
 
 

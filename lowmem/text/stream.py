@@ -64,6 +64,8 @@ class StopStrings:
         self._held = ""
         self.found = False
         """Whether a stop string was reached."""
+        self.text = ""
+        """The stop string that was reached."""
 
     def push(self, piece: str) -> str:
         """Add a piece; returns the text that is no longer held back, always empty after a stop string."""
@@ -84,6 +86,7 @@ class StopStrings:
 
     def _end(self, position: int) -> str:
         self.found = True
+        self.text = next(stop for stop in self._stops if self._held.startswith(stop, position))
         text, self._held = self._held[:position], ""
         return text
 
