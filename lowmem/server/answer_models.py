@@ -142,6 +142,23 @@ class Completion(BaseModel):
     usage: Usage
 
 
+class Infilled(BaseModel):
+    """A response of /infill: all of its fields, or those that `response_fields` names."""
+
+    content: str | None = None
+    stop: bool | None = None
+    stop_type: Literal["eos", "word", "limit"] | None = None
+    stopping_word: str | None = None
+    tokens_predicted: int | None = None
+    tokens_evaluated: int | None = None
+    """Tokens of the prompt."""
+    tokens_cached: int | None = None
+    """Tokens of the prompt that were already in the KV cache."""
+    truncated: bool | None = None
+    """The texts or the answer were cut to fit the context."""
+    timings: dict[str, float] | None = None
+
+
 class Health(BaseModel):
     """The state of the server."""
 
@@ -188,7 +205,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def streamed(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+def streamed(model: Any) -> dict[int | str, dict[str, Any]]:
     """The responses of a route that streams if `stream` is true."""
     events = {
         "schema": {

@@ -16,7 +16,9 @@ from lowmem.plan.device import memory_use
 from lowmem.server import answer_models as models
 from lowmem.server.answers import ChatShape, CompletionShape, Shape
 from lowmem.server.api_errors import no_such_model
+from lowmem.server.door_routes import door_routes
 from lowmem.server.error_handlers import add_error_handlers
+from lowmem.server.events import Chunks
 from lowmem.server.exchange import Exchange
 from lowmem.server.guard import Guard, GuardSettings
 from lowmem.server.metrics import Metrics, note_of
@@ -72,10 +74,9 @@ def make_app(
         return await exchange.answer(
             request,
             asked,
-            shape,
+            Chunks(shape, body.include_usage),
             choices=body.n or 1,
             stream=bool(body.stream),
-            include_usage=body.include_usage,
         )
 
     @app.post("/v1/chat/completions", responses=models.streamed(models.ChatCompletion), tags=["api"])
@@ -91,6 +92,8 @@ def make_app(
         shape = CompletionShape(known(body.model), body.include_usage)
         worker.check_room(note_of(request.scope).client)
         return await answer(request, body, shape, await reader.completion(body))
+
+    app.include_router(door_routes(exchange, reader, worker, known), tags=["api"])
 
     def card(name: str) -> dict[str, Any]:
         return {

@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
 from starlette.types import Receive, Scope, Send
 
-from lowmem.server.answers import DONE, Choice, Shape, event, to_json, usage
+from lowmem.server.answers import Choice, to_json, usage
 from lowmem.server.api_errors import ApiError, time_is_up
+from lowmem.server.events import Writer
 from lowmem.server.mailbox import End, Piece
 from lowmem.server.metrics import Metrics, Note, note_of
 from lowmem.server.reading import Asked
@@ -31,7 +32,7 @@ class Exchange:
         self._worker, self._metrics, self._time_limit = worker, metrics, time_limit
 
     async def answer(
-        self, request: Request, asked: Asked, shape: Shape, *, choices: int, stream: bool, include_usage: bool
+        self, request: Request, asked: Asked, writer: Writer, *, choices: int, stream: bool
     ) -> HttpResponse:
         """The response to a request, complete or streamed. choices: answers per prompt.
 
@@ -40,13 +41,13 @@ class Exchange:
         note = note_of(request.scope)
         ticket = self._worker.submit(note.client, asked.works)
         run = _Run(
-            shape, [Choice(at, echo, asked.answer_starts) for at, echo in enumerate(asked.echoes)], choices
+            writer, [Choice(at, echo, asked.answer_starts) for at, echo in enumerate(asked.echoes)], choices
         )
         batches = self._batches(request.receive, ticket, run, note)
         try:
             if stream:
                 first = await anext(batches)  # an error before the first piece still gets its own HTTP status
-                return EventStream(_events(first, batches, run, include_usage), batches.aclose)
+                return EventStream(_events(first, batches, run), batches.aclose)
             async for batch in batches:
                 for piece in batch:
                     text, logprobs = run.choices[piece.part].add(piece.response)
@@ -55,7 +56,7 @@ class Exchange:
         except BaseException:
             await batches.aclose()
             raise
-        return HttpResponse(to_json(shape.whole(run.choices, run.figures)), media_type="application/json")
+        return HttpResponse(to_json(writer.whole(run.choices, run.figures)), media_type="application/json")
 
     async def _batches(
         self, receive: Receive, ticket: Ticket, run: _Run, note: Note
@@ -101,7 +102,7 @@ class Exchange:
 class _Run:
     """The answers of a request during generation."""
 
-    shape: Shape
+    writer: Writer
     choices: list[Choice]
     choices_per_prompt: int
 
@@ -148,7 +149,7 @@ class EventStream(HttpResponse):
 
 
 async def _events(
-    first: list[Piece], rest: AsyncGenerator[list[Piece], None], run: _Run, include_usage: bool
+    first: list[Piece], rest: AsyncGenerator[list[Piece], None], run: _Run
 ) -> AsyncGenerator[bytes, None]:
     """The events of a stream; events that are ready at the same time are joined."""
     yield b"".join(_written(first, run))
@@ -156,14 +157,12 @@ async def _events(
         async for batch in rest:
             yield b"".join(_written(batch, run))
     except ApiError as error:
-        yield event(error.body())  # the status has been sent already
+        yield run.writer.failed(error)  # the status has been sent already
         return
     cut = [choice for choice in run.choices if choice.last is None or not choice.last.finish_reason]
     for choice in cut:
-        yield b"".join([*_opened(choice, run), event(run.shape.closing(choice))])
-    if include_usage:
-        yield event(run.shape.usage(run.figures))
-    yield DONE
+        yield _opened(choice, run) + run.writer.closed(choice)
+    yield run.writer.ended(run.choices, run.figures)
 
 
 def _written(pieces: Sequence[Piece], run: _Run) -> list[bytes]:
@@ -171,19 +170,18 @@ def _written(pieces: Sequence[Piece], run: _Run) -> list[bytes]:
     data: list[bytes] = []
     for piece in pieces:
         choice = run.choices[piece.part]
-        data += _opened(choice, run)
+        data.append(_opened(choice, run))
         text, logprobs = choice.add(piece.response)
         if text or logprobs:
-            data.append(event(run.shape.chunk(choice, text, logprobs)))
+            data.append(run.writer.text(choice, text, logprobs))
         if piece.response.finish_reason:
-            data.append(event(run.shape.closing(choice)))
+            data.append(run.writer.closed(choice))
     return data
 
 
-def _opened(choice: Choice, run: _Run) -> list[bytes]:
-    """The opening event of a choice, if it is still to be sent."""
-    opening = run.shape.opening(choice) if choice.last is None else None
-    return [event(opening)] if opening else []
+def _opened(choice: Choice, run: _Run) -> bytes:
+    """The opening events of a choice, if they are still to be sent."""
+    return run.writer.opened(choice) if choice.last is None else b""
 
 
 async def _until_gone(receive: Receive, then: Callable[[], None]) -> None:

@@ -37,6 +37,12 @@ class Refused:
         """Whether a value changes nothing."""
         return any(_same(value, other) for other in (*_EMPTY, *self.neutral))
 
+    def error(self, name: str) -> ApiError:
+        """The refusal of the field."""
+        return invalid(
+            f"{name} is not supported by this server. {self.advice}", name, "unsupported_parameter"
+        )
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -278,9 +284,7 @@ def check_others(fields: Mapping[str, Any], route: str, ignored: Collection[str]
             if not any(_same(value, other) for other in _EMPTY):
                 raise _unknown(name)
         elif not refused.asks_nothing(value):
-            raise invalid(
-                f"{name} is not supported by this server. {refused.advice}", name, "unsupported_parameter"
-            )
+            raise refused.error(name)
 
 
 def _unknown(name: str) -> ApiError:

@@ -7,13 +7,13 @@ import re
 from starlette.types import Scope
 
 _API = ("chat/completions", "completions", "models")
+_ROOT = re.compile(r"(?:/v1)+/(infill|tokenize|detokenize)")
 _SHORT = re.compile(r"(?:/v1)*/(" + "|".join(_API) + r")(/.*)?", re.DOTALL)
 OTHER_APIS = {
     "/v1/responses": "The responses API is not here. Use /v1/chat/completions",
     "/v1/messages": "Anthropic's API is not here. Use /v1/chat/completions",
     "/v1/embeddings": "This model makes no embeddings. It serves /v1/chat/completions and /v1/completions",
-    "/completion": "llama.cpp's own API is not here. Use /v1/completions",
-    "/infill": "llama.cpp's own API is not here. Use /v1/completions with suffix",
+    "/completion": "llama.cpp's own API is not here. Use /v1/completions or /infill",
     "/api/chat": "Ollama's own API is not here. Use /v1/chat/completions",
     "/api/generate": "Ollama's own API is not here. Use /v1/completions",
     "/api/tags": "Ollama's own API is not here. Use /v1/models",
@@ -34,6 +34,8 @@ def path_meant(path: str) -> str:
     path = re.sub("/{2,}", "/", path)
     if len(path) > 1:
         path = path.removesuffix("/")
+    if root := _ROOT.fullmatch(path):
+        return f"/{root.group(1)}"
     match = _SHORT.fullmatch(path)
     return f"/v1/{match.group(1)}{match.group(2) or ''}" if match else path
 

@@ -17,6 +17,7 @@ from lowmem.models.embedding import token_table
 from lowmem.prompts import encode_prompt
 from lowmem.server.api_errors import invalid, invalid_request, short, too_long
 from lowmem.server.fields import CHAT, TEXT, check_others
+from lowmem.server.infill import InfillRequest
 from lowmem.server.protocol import MOST_ANSWERS, ChatRequest, CompletionRequest, SamplingFields
 from lowmem.server.turns import encode_turns
 from lowmem.server.worker import Continuation, Hole, Work
@@ -70,6 +71,10 @@ class Reader:
         """Read a completion request. Raises ApiError for one that cannot be served."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._completion, request)
 
+    async def infill(self, request: InfillRequest) -> Asked:
+        """Read a request to fill a gap. Raises ApiError for one that cannot be served."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._infill, request)
+
     def _chat(self, request: ChatRequest) -> Asked:
         self._check_fields(request, CHAT)
         if request.top_logprobs and not request.logprobs:
@@ -113,6 +118,22 @@ class Reader:
             echoes += [self._echo(prompt) if request.echo else ""] * choices
         _check_logprobs(works)
         return Asked(tuple(works), tuple(echoes))
+
+    def _infill(self, request: InfillRequest) -> Asked:
+        self._check_fields(request, TEXT)  # the rest of its fields are those of /v1/completions
+        if fim_tokens(self._loaded.tokenizer) is None:
+            raise invalid("this model has no fill-in-the-middle tokens. Use /v1/completions", "input_prefix")
+        limit = self._limit(request, self.context)
+        hole = Hole(
+            request.prefix,
+            request.input_suffix or "",
+            self._params(request, max(1, limit), None),
+            request.snippets,
+            request.limits,
+            answered=limit > 0,
+        )
+        works = tuple(replace(hole, params=each) for each in _seeded(hole.params, request.answers))
+        return Asked(works, ("",) * len(works))
 
     def _ids(self, prompt: str) -> list[int]:
         try:

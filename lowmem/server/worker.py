@@ -18,9 +18,12 @@ from lowmem.errors import InvalidRequestError, LowmemError
 from lowmem.server.api_errors import ApiError, failed, invalid_request, queue_full, shutting_down, too_slow
 from lowmem.server.echo import echo_prompt
 from lowmem.server.fair_queue import FairQueue
+from lowmem.server.holes import fill_hole
+from lowmem.server.lines import NO_LIMITS, LineLimits
 from lowmem.server.mailbox import Mailbox, Piece
 
 if TYPE_CHECKING:
+    from lowmem.prompts import Snippet
     from lowmem.session import Response, Session
 
 MOST_UNREAD_BYTES = 16 << 20
@@ -46,6 +49,12 @@ class Hole:
     prefix: str
     suffix: str
     params: SamplingParams
+    snippets: tuple[Snippet, ...] | None = None
+    """Text of other files; see `Session.fill_in`."""
+    limits: LineLimits = NO_LIMITS
+    """What ends the answer at the end of a line."""
+    answered: bool = True
+    """False: the prompt is read into the KV cache, and the answer is empty."""
 
 
 Work = Continuation | Hole
@@ -296,9 +305,7 @@ def _responses(
 ) -> Iterator[Response]:
     """The pieces of one answer."""
     if isinstance(work, Hole):
-        return session.fill_in(
-            work.prefix, work.suffix, work.params, on_prefill=on_prefill, on_token=on_token
-        )
+        return fill_hole(session, work, on_prefill, on_token)
     if not work.scored and work.answered:
         return session.continue_ids(work.ids, work.params, on_prefill=on_prefill, on_token=on_token)
     return echo_prompt(session, work, on_prefill, on_token)

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 
 from lowmem.server.fields import ACCEPTED, CHAT, REFUSED, TEXT, Refused
-from lowmem.server.protocol import ChatRequest, CompletionRequest
+from lowmem.server.infill import InfillRequest
+from lowmem.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 
 FILE = Path(__file__).parents[2] / "docs" / "serve.md"
 START, END = "<!-- fields: start -->", "<!-- fields: end -->"
@@ -20,7 +21,9 @@ def tables() -> str:
     chat, text = set(ChatRequest.model_fields), set(CompletionRequest.model_fields)
     lines = [
         f"**Used** by both: {_names(chat & text)}. By `{CHAT}` alone: {_names(chat - text)}. "
-        f"By `{TEXT}` alone: {_names(text - chat)}.",
+        f"By `{TEXT}` alone: {_names(text - chat)}. By `/infill`, besides those of both but `logprobs`: "
+        f"{_names(set(InfillRequest.model_fields) - set(SamplingFields.model_fields))}; its other fields are "
+        f"treated as those of `{TEXT}`.",
         "",
         "| accepted, since they change no answer | |",
         "|---|---|",

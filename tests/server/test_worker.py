@@ -159,9 +159,7 @@ class Scripted:
         self.asked.append(ids[0])
         return self._answer(ids[0], on_prefill, on_token)
 
-    def fill_in(
-        self, prefix: str, suffix: str, params: SamplingParams, *, on_prefill: Any, on_token: Any
-    ) -> Iterator[Response]:
+    def fill_in(self, prefix: str, suffix: str, params: SamplingParams, **options: Any) -> Iterator[Response]:
         self.asked.append((prefix, suffix))
         raise InvalidRequestError("there is no text", "Give some")
 
