@@ -159,6 +159,71 @@ class Infilled(BaseModel):
     timings: dict[str, float] | None = None
 
 
+class Piece(BaseModel):
+    """A token in llama.cpp's form."""
+
+    id: int
+    piece: str | list[int]
+    """Its text, or its bytes if they are a part of a character."""
+
+
+class Tokens(BaseModel):
+    """The response of /tokenize to `content`."""
+
+    tokens: list[int] | list[Piece]
+
+
+class TokenCount(BaseModel):
+    """The response of /tokenize to `prompt` or `messages`."""
+
+    count: int
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(BaseModel):
+    """The response of /detokenize: the text under llama.cpp's name and vLLM's."""
+
+    content: str
+    prompt: str
+
+
+class OutputText(BaseModel):
+    """The text of an answer."""
+
+    type: Literal["output_text"]
+    text: str
+    annotations: list[Any]
+    logprobs: list[Any]
+
+
+class OutputMessage(BaseModel):
+    """An answer."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[OutputText]
+
+
+class ModelResponse(BaseModel):
+    """The response of /v1/responses without streaming."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete"]
+    incomplete_details: dict[str, str] | None
+    """The reason of an incomplete answer: max_output_tokens."""
+    model: str
+    output: list[OutputMessage]
+    metadata: dict[str, Any]
+    usage: dict[str, Any]
+
+
 class Health(BaseModel):
     """The state of the server."""
 

@@ -6,11 +6,10 @@ import re
 
 from starlette.types import Scope
 
-_API = ("chat/completions", "completions", "models")
+_API = ("chat/completions", "completions", "models", "responses")
 _ROOT = re.compile(r"(?:/v1)+/(infill|tokenize|detokenize)")
 _SHORT = re.compile(r"(?:/v1)*/(" + "|".join(_API) + r")(/.*)?", re.DOTALL)
 OTHER_APIS = {
-    "/v1/responses": "The responses API is not here. Use /v1/chat/completions",
     "/v1/messages": "Anthropic's API is not here. Use /v1/chat/completions",
     "/v1/embeddings": "This model makes no embeddings. It serves /v1/chat/completions and /v1/completions",
     "/completion": "llama.cpp's own API is not here. Use /v1/completions or /infill",
@@ -43,5 +42,7 @@ def path_meant(path: str) -> str:
 def hint(path: str) -> str:
     """The next step for a path that is not served."""
     path = path_meant(path)
+    if path.startswith("/v1/responses/"):
+        return "Responses are not kept. Send the whole conversation to /v1/responses"
     found = OTHER_APIS.get(path) or OTHER_APIS.get(f"/v1{path}")
     return found or "The API is at /v1: /v1/models, /v1/chat/completions and /v1/completions"

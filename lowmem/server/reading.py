@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lowmem.config import SamplingParams
@@ -15,10 +16,12 @@ from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import fim_tokens
 from lowmem.models.embedding import token_table
 from lowmem.prompts import encode_prompt
-from lowmem.server.api_errors import invalid, invalid_request, short, too_long
+from lowmem.server.api_errors import ApiError, invalid, invalid_request, short, too_long
 from lowmem.server.fields import CHAT, TEXT, check_others
 from lowmem.server.infill import InfillRequest
 from lowmem.server.protocol import MOST_ANSWERS, ChatRequest, CompletionRequest, SamplingFields
+from lowmem.server.responses import ResponsesRequest, as_asked, as_chat
+from lowmem.server.tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
 from lowmem.server.turns import encode_turns
 from lowmem.server.worker import Continuation, Hole, Work
 from lowmem.text.tokenizing import decode
@@ -34,6 +37,7 @@ _SAMPLING = (
 )
 CARD = SamplingParams()
 """Defaults of fields that a request leaves out."""
+TOKENIZE = "/tokenize"
 COMPLETION_TOKENS = 16
 """Default max_tokens of /v1/completions, as in OpenAI's API."""
 MOST_LOGPROBS = 200_000
@@ -71,9 +75,37 @@ class Reader:
         """Read a completion request. Raises ApiError for one that cannot be served."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._completion, request)
 
+    async def response(self, request: ResponsesRequest) -> Asked:
+        """Read a request of /v1/responses. Raises ApiError for one that cannot be served."""
+        chat = as_chat(request, self._ignored)
+        try:
+            return await self.chat(chat)
+        except ApiError as error:
+            raise as_asked(error, request) from error
+
     async def infill(self, request: InfillRequest) -> Asked:
         """Read a request to fill a gap. Raises ApiError for one that cannot be served."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._infill, request)
+
+    async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
+        """The response of /tokenize. Raises ApiError for a request that cannot be served."""
+        check_others(request.model_extra or {}, TOKENIZE, self._ignored)
+        given = "messages" if request.messages else "prompt" if request.content is None else "content"
+        return await self._tokens(partial(tokenized, self._loaded, self.context, request), given)
+
+    async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
+        """The response of /detokenize. Raises ApiError for a request that cannot be served."""
+        check_others(request.model_extra or {}, TOKENIZE, self._ignored)
+        return await self._tokens(
+            partial(detokenized, self._loaded, self._vocabulary, request.tokens), "tokens"
+        )
+
+    async def _tokens(self, work: Callable[[], dict[str, Any]], param: str) -> dict[str, Any]:
+        """Run in the thread that owns the tokenizer. param: the field that holds the text."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except InvalidRequestError as error:
+            raise invalid_request(error, param) from error
 
     def _chat(self, request: ChatRequest) -> Asked:
         self._check_fields(request, CHAT)
