@@ -9,6 +9,7 @@ Each name below is imported on first use, so that `import lowmem` costs nothing.
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Grammar": "config",
     "LowmemError": "errors",
     "ModelRequest": "plan.request",
     "QuantConfig": "config",
@@ -21,7 +22,16 @@ _MODULES = {
 }
 """Public name → the module of lowmem that defines it. `convert` is a subpackage: lowmem.convert.convert."""
 
-__all__ = ["LowmemError", "ModelRequest", "QuantConfig", "SamplingParams", "Session", "__version__", "load"]
+__all__ = [
+    "Grammar",
+    "LowmemError",
+    "ModelRequest",
+    "QuantConfig",
+    "SamplingParams",
+    "Session",
+    "__version__",
+    "load",
+]
 __all__ += ["make_plan", "open_model", "patch_transformers"]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from lowmem.errors import InvalidRequestError, RecipeError
 
@@ -89,6 +92,47 @@ class QuantConfig:
         return (1 << self.bits) - 1
 
 
+GrammarKind = Literal["json_schema", "regex", "choice", "lark", "gbnf"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the text of an answer must match as a whole.
+
+    The class methods make one. Its errors appear where it is first used: see `lowmem.grammars`.
+    """
+
+    kind: GrammarKind
+    text: str
+    """A JSON Schema, a regular expression, a JSON array of texts to choose from, or a grammar in Lark's or
+    llama.cpp's (GBNF) syntax."""
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool | str) -> Grammar:
+        """JSON that is valid under a schema, given as an object or as JSON. `{}` allows any JSON."""
+        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+
+    @classmethod
+    def regex(cls, pattern: str) -> Grammar:
+        """A match of a regular expression in the syntax of Rust's regex; it has no look-around."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> Grammar:
+        """One of some texts."""
+        return cls("choice", json.dumps(list(texts)))
+
+    @classmethod
+    def lark(cls, text: str) -> Grammar:
+        """A text that a grammar derives from `start`, in llguidance's dialect of Lark's syntax."""
+        return cls("lark", text)
+
+    @classmethod
+    def gbnf(cls, text: str) -> Grammar:
+        """A text that a grammar derives from `root`, in llama.cpp's syntax. One in Lark's is taken too."""
+        return cls("gbnf", text)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and what ends an answer. Defaults: those of StarChat Alpha's model card."""
@@ -117,6 +161,10 @@ class SamplingParams:
     """Texts that end an answer. They are not part of it."""
     logprobs: int | None = None
     """Report the log-probability of each token, and those of this many of the most likely ones."""
+    grammar: Grammar | None = None
+    """What the answer must match. Only tokens that can lead to a match are chosen."""
+    shown: tuple[int, ...] = ()
+    """Special tokens whose text is part of the answer's; that of the others is left out."""
 
 
 def check_sampling(params: SamplingParams) -> None:

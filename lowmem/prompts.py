@@ -64,6 +64,14 @@ def encode_prompt(
     return _encode_messages(loaded, as_messages(prompt, system))
 
 
+def opened(loaded: LoadedModel, ids: list[int]) -> list[int]:
+    """A dialogue's prompt, and the line end that the model itself would write before its answer.
+
+    A grammar has no place for it.
+    """
+    return ids if loaded.dialogue is None else [*ids, *encode_plain(loaded.tokenizer, "\n")]
+
+
 def as_messages(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
     """The prompt as messages, behind the system text if there is one."""
     messages = [Message("user", prompt)] if isinstance(prompt, str) else list(prompt)

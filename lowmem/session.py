@@ -13,10 +13,11 @@ from lowmem.config import DEFAULT_CONTEXT, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.engine import Engine, Progress, context_length
 from lowmem.generate.sequence import FinishReason, Token
+from lowmem.grammars import GrammarConstraint, Grammars, MatchedText
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import Message, fim_tokens
 from lowmem.plan.device import trim_memory
-from lowmem.prompts import Prompt, PromptFitter, Snippet, as_messages, encode_prompt
+from lowmem.prompts import Prompt, PromptFitter, Snippet, as_messages, encode_prompt, opened
 from lowmem.text.stream import StopStrings, TextStream, token_text
 
 _DEFAULT = SamplingParams()  # the settings of StarChat Alpha's model card
@@ -93,6 +94,8 @@ class Session:
             speculate=speculate,
             graphs=on_one_card,
         )
+        self.grammars = Grammars(loaded)
+        """Of `SamplingParams.grammar`."""
         self._fitter = PromptFitter(loaded, context)
 
     def encode(
@@ -126,6 +129,8 @@ class Session:
         found = Prompt(self.encode(prompt, system=system, raw=raw))
         if not isinstance(prompt, str) and len(found.ids) + self._room(params) > self.context:
             found = self._fitter.fit_messages(as_messages(prompt, system), self._room(params))
+        if params.grammar is not None and not raw and len(found.ids) < self.context:
+            found = replace(found, ids=opened(self.loaded, found.ids))
         return self._start(_Request(found, params, start), on_prefill)
 
     def complete(
@@ -193,15 +198,21 @@ class Session:
         return min(params.max_new_tokens, self.context // 4)
 
     def _start(self, request: _Request, on_prefill: Progress | None) -> Generator[Response, None, None]:
-        tokens = self.engine.generate(request.prompt.ids, request.params, on_prefill)
+        grammar, tokenizer = request.params.grammar, self.loaded.tokenizer
+        constraint = None if grammar is None else self.grammars.constraint(grammar, tokenizer)
+        tokens = self.engine.generate(request.prompt.ids, request.params, on_prefill, constraint)
         # Special tokens add no text, so a stop string that spells one is looked for among the ids.
-        added = self.loaded.tokenizer.added_tokens_decoder
+        added = tokenizer.added_tokens_decoder
         spelled = {token for token, entry in added.items() if entry.content in request.params.stop}
-        return self._responses(tokens, replace(request, ends=spelled.union(request.ends)))
+        ends = spelled.union(request.ends, self.engine.stop_ids)
+        return self._responses(tokens, replace(request, ends=ends, constraint=constraint))
 
     def _responses(self, tokens: Iterator[Token], request: _Request) -> Generator[Response, None, None]:
         prompt, params = request.prompt, request.params
-        text, stops = TextStream(self.loaded.tokenizer), StopStrings(params.stop)
+        text: TextStream | MatchedText = TextStream(self.loaded.tokenizer, params.shown)
+        if request.constraint is not None:
+            text = request.constraint.text_stream()
+        stops = StopStrings(params.stop)
         waiting: list[tuple[int, TokenLogprob]] = []  # each with the place in the text where it begins
         decoded = released = 0  # characters decoded from tokens, and given to the caller
         first = 0.0
@@ -212,7 +223,7 @@ class Session:
                 if request.on_token is not None:
                     request.on_token()
                 reason = token.finish_reason
-                ends = reason == "stop" or token.id in request.ends
+                ends = token.id in request.ends
                 if token.logprob is not None and (request.end_logprob or not ends):
                     waiting.append((decoded, self._logprob(token, token.logprob)))
                 piece = "" if ends else text.push(token.id)
@@ -271,10 +282,12 @@ class _Request:
     start: float
     """When the caller asked, by time.perf_counter()."""
     ends: Collection[int] = ()
-    """Ids that end the answer, besides the engine's stop ids."""
+    """Ids that end the answer and are not part of its text."""
     on_token: Callable[[], None] | None = None
     end_logprob: bool = False
     """Whether the token that ends the turn has a log-probability too."""
+    constraint: GrammarConstraint | None = None
+    """Of the grammar that the answer must match."""
 
 
 def join(responses: Iterator[Response]) -> Response:

@@ -26,6 +26,7 @@ RANKS = {
     "lowmem.streaming": 6,
     "lowmem.loading": 7,
     "lowmem.prompts": 8,
+    "lowmem.grammars": 8,
     "lowmem.session": 9,
     "lowmem.chat": 10,
     "lowmem.server": 10,

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lowmem.checkpoint.files.home import typed_path
-from lowmem.config import SamplingParams, check_sampling
+from lowmem.config import Grammar, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -56,6 +56,27 @@ def sampling_params(args: argparse.Namespace, defaults: SamplingParams) -> Sampl
     params = replace(defaults, **values)
     check_sampling(params)
     return params
+
+
+def add_grammar_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `given_grammar`."""
+    group = parser.add_argument_group("structured output").add_mutually_exclusive_group()
+    group.add_argument("--schema", metavar="FILE", help="answer in JSON that is valid under this JSON Schema")
+    group.add_argument(
+        "--grammar", metavar="FILE", help="answer with a text of this grammar, in Lark's syntax or in GBNF"
+    )
+
+
+def given_grammar(args: argparse.Namespace) -> Grammar | None:
+    """The grammar of `--schema` or `--grammar`. Raises InvalidRequestError for one that cannot be used."""
+    if args.schema is None and args.grammar is None:
+        return None
+    from lowmem.text.grammar_process import compile_grammar
+
+    text = read_text(args.schema or args.grammar, "Give a shorter one").removeprefix("\ufeff")
+    grammar = Grammar.gbnf(text) if args.schema is None else Grammar.json_schema(text)
+    compile_grammar(grammar.kind, grammar.text)  # before the model is loaded
+    return grammar
 
 
 def argument_text(word: str) -> str:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 from lowmem import __version__
 from lowmem.commands.answering import (
     INTERRUPTED,
+    add_grammar_arguments,
     add_sampling_arguments,
     argument_text,
+    given_grammar,
     load_session,
     model_record,
     note,
@@ -49,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--raw", action="store_true", help="continue the prompt without a dialogue template")
     prompt.add_argument("--load", metavar="FILE", help="resume a conversation saved by /save")
     add_sampling_arguments(parser, SamplingParams())
+    add_grammar_arguments(parser)
     parser.add_argument("--no-speculation", action="store_true", help="decode one token at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     parser.add_argument("--quiet", action="store_true", help="print only errors on standard error")
@@ -107,7 +110,8 @@ def _parsed(args: argparse.Namespace) -> _Run:
     state = load(args.load, SamplingParams()) if args.load else ChatState()
     if args.system is not None:
         state = replace(state, conversation=replace(state.conversation, system=argument_text(args.system)))
-    state = replace(state, params=sampling_params(args, state.params), model=args.model)
+    params = replace(sampling_params(args, state.params), grammar=given_grammar(args))
+    state = replace(state, params=params, model=args.model)
     check_seed(state.params)
     return _Run(
         request_of(args),
@@ -189,7 +193,8 @@ def _answer(run: _Run, plan: Plan, prompt: str) -> int:
     try:
         for response in session.stream(messages, run.state.params, system=conversation.system, raw=run.raw):
             # The model first writes the newline that templates put before an answer; it is not shown.
-            piece = response.text if text or run.raw else response.text.removeprefix("\n")
+            begun = text or run.raw or run.state.params.grammar is not None
+            piece = response.text if begun else response.text.removeprefix("\n")
             if not run.json:
                 sys.stdout.write(shown(piece))
                 sys.stdout.flush()

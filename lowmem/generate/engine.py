@@ -17,6 +17,7 @@ from lowmem.config import PREFILL_CHUNK, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.cache.contract import KVCache, Slot
 from lowmem.generate.cache.dense import DenseKVCache, reused_layers
+from lowmem.generate.constraint import Constraint
 from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput
 from lowmem.generate.decoders.selection import SelectedDecoder
 from lowmem.generate.lookup import Pace
@@ -83,12 +84,17 @@ class Engine:
         self._pace = Pace()
 
     def generate(
-        self, prompt: abc.Sequence[int], params: SamplingParams, on_prefill: Progress | None = None
+        self,
+        prompt: abc.Sequence[int],
+        params: SamplingParams,
+        on_prefill: Progress | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[Token]:
         """Continue `prompt` (token ids) until something ends it; nothing is computed before the first next().
 
         on_prefill(done, total): called after each chunk with the prompt's tokens that are in the cache, those
-        that were there before included. Raises InvalidRequestError, from this call, for an empty prompt, an
+        that were there before included. constraint: which tokens may be chosen; `params.grammar` is not read.
+        Raises InvalidRequestError, from this call, for an empty prompt, an
         id outside of the vocabulary, a prompt longer than the context, or invalid sampling settings. The
         iterator raises LowmemError when the model's output is not finite, and RuntimeError when another
         request has been started since.
@@ -100,7 +106,7 @@ class Engine:
             ids,
             params,
             self.cache.slots[0],
-            Sampler(params, ids, self._vocabulary, self._device),
+            Sampler(params, ids, self._vocabulary, self._device, constraint),
             self.stop_ids,
             drafts=self.speculate,
         )

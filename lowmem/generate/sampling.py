@@ -19,6 +19,7 @@ import torch
 from lowmem.cards.find import widest_float
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
+from lowmem.generate.constraint import Constraint
 from lowmem.generate.transfer import fetch
 
 _BINS, _SPAN = 4096, 32.0  # of `nucleus`: probabilities below e^-32 of the largest one are negligible
@@ -158,12 +159,20 @@ class Sampler:
 
     Holds the tokens so far, for the repetition penalty, and a stream of random numbers. Each token takes one
     number, whatever the device and the number of rows in a forward.
+
+    constraint: which tokens may be chosen. Temperature and filters then see only those, as in vLLM.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt: Sequence[int], vocabulary: int, device: torch.device | str
+        self,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        vocabulary: int,
+        device: torch.device | str,
+        constraint: Constraint | None = None,
     ) -> None:
         self.params = params
+        self._constraint = constraint
         self._random = random.Random(params.seed)  # without a seed it differs from run to run
         self._point = self._random.random()
         self._seen: torch.Tensor | None = None
@@ -178,6 +187,11 @@ class Sampler:
             for token, bias in params.logit_bias:
                 self._bias[token] = bias
             self._bias = self._bias.to(device)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the constraint allows no further token."""
+        return self._constraint is not None and self._constraint.ended
 
     def choose(self, logits: torch.Tensor) -> SampledToken:
         """Choose the next token from logits [vocab]. Raises LowmemError when they are not finite.
@@ -197,6 +211,10 @@ class Sampler:
         distribution; it ignores that a token may just enter or leave the nucleus.)
         """
         scores = self._scores(logits)
+        allowed = None
+        if self._constraint is not None:
+            allowed = self._constraint.allowed().to(scores.device)
+            scores = scores.take(allowed)
         if self.params.temperature == 0:
             chosen, low, high = self._greedy(scores, second=noise > 0)
         else:
@@ -204,6 +222,8 @@ class Sampler:
             point = torch.full((), self._point, dtype=widest_float(likely.device), device=likely.device)
             index, low, high = draw(likely, point)
             chosen = index if ids is None else ids.take(index)
+        if allowed is not None:
+            chosen = allowed.take(chosen)
         # One transfer, so a GPU is waited for once a token. amax propagates NaN.
         plain = self.params.temperature == 0 and scores is logits
         wide = widest_float(logits.device)
@@ -235,7 +255,9 @@ class Sampler:
         return scores
 
     def _saw(self, token: int) -> None:
-        """Count a chosen token for the penalties."""
+        """Count a chosen token for the penalties and the constraint."""
+        if self._constraint is not None:
+            self._constraint.accept(token)
         if self._seen is not None:
             self._seen[token] = True
         if self._bias is not None:
@@ -246,9 +268,13 @@ class Sampler:
     def _greedy(
         self, scores: torch.Tensor, *, second: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(token, the runner-up's score, the token's score)."""
-        best, token = scores.max(dim=-1)
-        return token, scores.topk(2).values[1] if second and scores.shape[-1] > 1 else best, best
+        """(index, the runner-up's score, the best score). Without a runner-up its score is -inf."""
+        best, index = scores.max(dim=-1)
+        if not second:
+            return index, best, best
+        if scores.shape[-1] == 1:
+            return index, torch.full_like(best, -torch.inf), best
+        return index, scores.topk(2).values[1], best
 
     def _clear(self, low: float, high: float, error: float) -> bool:
         """Whether all logits that differ by less than `error` give the same token."""

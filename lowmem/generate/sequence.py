@@ -23,8 +23,8 @@ class Token:
 
     id: int
     finish_reason: FinishReason | None
-    """None if more tokens follow; "stop" (the id is a stop id), "length" (max_new_tokens is reached) or
-    "context" (the context is full)."""
+    """None if more tokens follow; "stop" (a stop id, or a constraint has ended), "length" (max_new_tokens is
+    reached) or "context" (the context is full)."""
     logprob: float | None = None
     """Its log-probability in the model's own distribution; None unless `SamplingParams.logprobs` is set."""
     top: tuple[tuple[int, float], ...] = ()
@@ -119,7 +119,7 @@ class Sequence:
         return right
 
     def _finish_reason(self) -> FinishReason | None:
-        if self._last in self._stop_ids:
+        if self._last in self._stop_ids or self._sampler.ended:
             return "stop"
         if self.new_tokens == self.params.max_new_tokens:
             return "length"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lowmem.text.tokenizing import decode
@@ -16,15 +16,22 @@ class TextStream:
     A token may hold only some of a character's bytes; text is held back until they are complete. Each piece
     is the difference that the last tokens make to the text before them, since some tokenizers decode a token
     differently at the start of a text.
+
+    shown: special tokens whose text is part of it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, shown: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._shown = {token: tokenizer.added_tokens_decoder[token].content for token in shown}
         self._ids: list[int] = []  # the tokens that the next piece depends on
         self._given = 0  # how many of them have been returned as text
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that it completes, which may be empty."""
+        if token in self._shown:
+            piece = self.finish() + self._shown[token]
+            self._ids, self._given = [], 0
+            return piece
         self._ids.append(token)
         piece, whole = self._piece()
         if not piece or whole.endswith(_INCOMPLETE):

@@ -45,7 +45,13 @@ def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list[list[int]]
     """Make engines generate `ids`; returns the list that collects the prompts."""
     heard: list[list[int]] = []
 
-    def generate(self: Engine, prompt: list[int], params: SamplingParams, on_prefill: Any = None) -> Any:
+    def generate(
+        self: Engine,
+        prompt: list[int],
+        params: SamplingParams,
+        on_prefill: Any = None,
+        constraint: Any = None,
+    ) -> Any:
         heard.append(prompt)
         self.sequence = COUNTERS  # type: ignore[assignment]
         return (Token(token, "stop" if token in self.stop_ids else None) for token in ids)

@@ -35,7 +35,9 @@ class ScriptedEngine:
     def __init__(self, model: Any, *, context: int, stop_ids: Any = (), **options: bool) -> None:
         self.context, self.stop_ids = context, stop_ids
 
-    def generate(self, prompt: list[int], params: SamplingParams, on_prefill: Any = None) -> Iterator[Token]:
+    def generate(
+        self, prompt: list[int], params: SamplingParams, on_prefill: Any = None, constraint: Any = None
+    ) -> Iterator[Token]:
         self.heard.append(prompt)
         return self._tokens(params)
 
