@@ -80,12 +80,31 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    """A function that the model calls."""
+
+    name: str
+    arguments: str
+    """JSON."""
+
+
+class AnswerCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(BaseModel):
     """The message of an answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """null if the answer consists of calls."""
     refusal: None
+    tool_calls: list[AnswerCall] = []
+    """Absent without calls."""
 
 
 FinishReason = Literal["stop", "length"]
@@ -97,7 +116,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):

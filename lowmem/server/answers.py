@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lowmem.server.calls import CallDelta, CallParser
+
 if TYPE_CHECKING:
     from lowmem.session import Response, TokenLogprob
 
@@ -33,6 +35,12 @@ class Choice:
     """The time limit ended the answer."""
     written: int = 0
     """Characters of the tokens whose log-probabilities have been sent."""
+    parser: CallParser | None = None
+    """Finds calls of tools in the answer."""
+    calls: list[CallDelta] = field(default_factory=list)
+    """The parts of calls so far."""
+    sent: int = 0
+    """How many of them have been sent."""
 
     def add(self, response: Response) -> tuple[str, tuple[TokenLogprob, ...] | None]:
         """Take the next piece; returns the text and log-probabilities to send for it."""
@@ -46,14 +54,28 @@ class Choice:
         if self.last is None:
             text = self.echo + text
         self.last = response
+        if self.parser is not None:
+            text, calls = self.parser.push(text)
+            self.calls += calls
+            if response.finish_reason:
+                text += self.finish()
         return text, logprobs
+
+    def finish(self) -> str:
+        """The words that were held as the possible start of a call, at the end of the answer."""
+        if self.parser is None:
+            return ""
+        text, calls = self.parser.finish()
+        self.calls += calls
+        return text
 
     @property
     def finish_reason(self) -> str | None:
         """OpenAI's finish_reason; "length" if the time limit ended the answer, None before its end."""
         if self.last is None or self.last.finish_reason is None:
             return "length" if self.cut else None
-        return _REASONS[self.last.finish_reason]
+        reason = _REASONS[self.last.finish_reason]
+        return "tool_calls" if self.calls and reason == "stop" else reason
 
 
 def usage(choices: Sequence[Choice], choices_per_prompt: int) -> dict[str, Any]:
@@ -81,6 +103,9 @@ class Shape(Protocol):
 
     def chunk(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         """A chunk with text."""
+
+    def call(self, choice: Choice, part: CallDelta) -> dict[str, Any]:
+        """A chunk with a part of a call."""
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         """The chunk with the finish_reason."""
@@ -121,10 +146,16 @@ class ChatShape(_Envelope):
         super().__init__("chatcmpl", "chat.completion", model, include_usage)
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
-        return self._delta(choice, {"role": "assistant", "content": ""})
+        return self._delta(choice, {"role": "assistant", "content": "" if choice.parser is None else None})
 
     def chunk(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any]:
         return self._delta(choice, {"content": text}, logprobs)
+
+    def call(self, choice: Choice, part: CallDelta) -> dict[str, Any]:
+        function = {"name": part.name} if part.name is not None else {}
+        begun = {"id": part.id, "type": "function"} if part.id is not None else {}
+        call = {"index": part.index, **begun, "function": {**function, "arguments": part.arguments}}
+        return self._delta(choice, {"tool_calls": [call]})
 
     def closing(self, choice: Choice) -> dict[str, Any]:
         return self._delta(choice, {}, reason=choice.finish_reason)
@@ -136,7 +167,7 @@ class ChatShape(_Envelope):
         entries = [
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": "".join(choice.pieces), "refusal": None},
+                "message": _message(choice),
                 "logprobs": _chat_logprobs(_logged(choice)),
                 "finish_reason": choice.finish_reason,
             }
@@ -147,7 +178,7 @@ class ChatShape(_Envelope):
     def _delta(
         self,
         choice: Choice,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: Sequence[TokenLogprob] | None = None,
         reason: str | None = None,
     ) -> dict[str, Any]:
@@ -174,6 +205,9 @@ class CompletionShape(_Envelope):
         choice.written += sum(len(token.text) for token in logprobs or ())
         return self._chunk("text_completion", [entry])
 
+    def call(self, choice: Choice, part: CallDelta) -> dict[str, Any]:
+        raise AssertionError("calls of tools belong to chats")
+
     def closing(self, choice: Choice) -> dict[str, Any]:
         return self._chunk("text_completion", [self._entry(choice, "", None, choice.finish_reason)])
 
@@ -193,6 +227,21 @@ class CompletionShape(_Envelope):
         self, choice: Choice, text: str, logprobs: dict[str, Any] | None, reason: str | None
     ) -> dict[str, Any]:
         return {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    """The message of an answer, with the calls in it."""
+    text = "".join(choice.pieces)
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    calls: list[dict[str, Any]] = []
+    for part in choice.calls:
+        if part.name is not None:
+            function = {"name": part.name, "arguments": ""}
+            calls.append({"id": part.id, "type": "function", "function": function})
+        calls[part.index]["function"]["arguments"] += part.arguments
+    if calls:
+        message |= {"content": text or None, "tool_calls": calls}
+    return message
 
 
 def event(data: dict[str, Any]) -> bytes:

@@ -50,7 +50,7 @@ def make_app(
     loaded, context, created = worker.session.loaded, worker.session.context, int(time.time())
     memory = partial(memory_use, loaded.device)
     metrics = Metrics(worker, memory)
-    reader = Reader(loaded, context, ignored)
+    reader = Reader(loaded, context, worker.session.grammars, ignored)
     exchange = Exchange(worker, metrics, time_limit)
     app = FastAPI(
         title="lowmem",

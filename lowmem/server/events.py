@@ -19,7 +19,7 @@ class Writer(Protocol):
         """The events that precede an answer's text."""
 
     def text(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
-        """The events with text; `choice` has the figures so far."""
+        """The events with text and new parts of calls; `choice` has the figures so far."""
 
     def closed(self, choice: Choice) -> bytes:
         """The events that end an answer."""
@@ -45,7 +45,10 @@ class Chunks:
         return event(opening) if opening else b""
 
     def text(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
-        return event(self._shape.chunk(choice, text, logprobs))
+        parts = choice.calls[choice.sent :]
+        choice.sent = len(choice.calls)
+        words = event(self._shape.chunk(choice, text, logprobs)) if text or logprobs else b""
+        return words + b"".join(event(self._shape.call(choice, part)) for part in parts)
 
     def closed(self, choice: Choice) -> bytes:
         return event(self._shape.closing(choice))

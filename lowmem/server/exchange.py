@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response as HttpResponse
@@ -19,6 +19,9 @@ from lowmem.server.mailbox import End, Piece
 from lowmem.server.metrics import Metrics, Note, note_of
 from lowmem.server.reading import Asked
 from lowmem.server.worker import Ticket, Worker
+
+if TYPE_CHECKING:
+    from lowmem.session import TokenLogprob
 
 CLIENT_LEFT = 499
 """The status in log and metrics if the client has disconnected."""
@@ -40,9 +43,11 @@ class Exchange:
         """
         note = note_of(request.scope)
         ticket = self._worker.submit(note.client, asked.works)
-        run = _Run(
-            writer, [Choice(at, echo, asked.answer_starts) for at, echo in enumerate(asked.echoes)], choices
-        )
+        answers = [
+            Choice(at, echo, asked.answer_starts, parser=asked.parser())
+            for at, echo in enumerate(asked.echoes)
+        ]
+        run = _Run(writer, answers, choices)
         batches = self._batches(request.receive, ticket, run, note)
         try:
             if stream:
@@ -56,6 +61,8 @@ class Exchange:
         except BaseException:
             await batches.aclose()
             raise
+        for choice in run.unfinished():
+            choice.pieces.append(choice.finish())
         return HttpResponse(to_json(writer.whole(run.choices, run.figures)), media_type="application/json")
 
     async def _batches(
@@ -116,6 +123,10 @@ class _Run:
         """The finish_reasons of the answers, each once."""
         return ",".join(sorted({choice.finish_reason or "" for choice in self.choices}))
 
+    def unfinished(self) -> list[Choice]:
+        """The answers that the time limit has cut."""
+        return [choice for choice in self.choices if choice.last is None or not choice.last.finish_reason]
+
     def fill(self, note: Note) -> None:
         """Write the token counts into the note."""
         figures = self.figures
@@ -159,9 +170,8 @@ async def _events(
     except ApiError as error:
         yield run.writer.failed(error)  # the status has been sent already
         return
-    cut = [choice for choice in run.choices if choice.last is None or not choice.last.finish_reason]
-    for choice in cut:
-        yield _opened(choice, run) + run.writer.closed(choice)
+    for choice in run.unfinished():
+        yield _opened(choice, run) + _more(choice, choice.finish(), None, run) + run.writer.closed(choice)
     yield run.writer.ended(run.choices, run.figures)
 
 
@@ -172,11 +182,17 @@ def _written(pieces: Sequence[Piece], run: _Run) -> list[bytes]:
         choice = run.choices[piece.part]
         data.append(_opened(choice, run))
         text, logprobs = choice.add(piece.response)
-        if text or logprobs:
-            data.append(run.writer.text(choice, text, logprobs))
+        data.append(_more(choice, text, logprobs, run))
         if piece.response.finish_reason:
             data.append(run.writer.closed(choice))
     return data
+
+
+def _more(choice: Choice, text: str, logprobs: Sequence[TokenLogprob] | None, run: _Run) -> bytes:
+    """The events of words, and of calls that have not been sent."""
+    if not text and not logprobs and choice.sent == len(choice.calls):
+        return b""
+    return run.writer.text(choice, text, logprobs)
 
 
 def _opened(choice: Choice, run: _Run) -> bytes:

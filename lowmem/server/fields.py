@@ -53,24 +53,15 @@ class Accepted:
     routes: tuple[str, ...] = _BOTH
 
 
-_STRUCTURED = "Ask for the format in the prompt"
+_STRUCTURED = "Use response_format or structured_outputs"
 _TEMPLATE = "Use chat_template_kwargs if the model's chat template has such an argument"
 
 REFUSED = (
-    Refused(("response_format",), "structured output", _STRUCTURED, ({"type": "text"},)),
     Refused(
         (
-            "structured_outputs",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
-            "guided_decoding_backend",
             "guided_whitespace_pattern",
             "structural_tag",
-            "grammar",
             "grammar_triggers",
-            "json_schema",
             "regex",
             "ebnf",
             "format",
@@ -79,13 +70,14 @@ REFUSED = (
         _STRUCTURED,
     ),
     Refused(
-        ("tool_choice", "function_call"),
+        ("function_call",),
         "a forced tool",
-        'Use "auto" or "none"; the model answers in words',
+        "Use tools and tool_choice",
         ("auto", "none"),
         (CHAT,),
     ),
-    Refused(("parse_tool_calls",), "tool calls as objects", neutral=(False,)),
+    Refused(("parse_tool_calls",), "tool calls as text", 'Use tool_choice: "none"', (True,)),
+    Refused(("grammar_lazy",), "a grammar for a part of the answer", neutral=(False,)),
     Refused(
         ("custom_token_bans", "banned_tokens", "banned_strings"),
         "forbidden tokens",
@@ -240,7 +232,7 @@ ACCEPTED = (
         ("timings_per_token", "return_progress", "usage", "stream_interval", "response_fields", "verbose"),
         "figures and chunks; `usage` is always there",
     ),
-    Accepted(("parallel_tool_calls",), "limits calls of `tools`", (CHAT,)),
+    Accepted(("guided_decoding_backend",), "llguidance follows grammars"),
     Accepted(("spaces_between_special_tokens",), "special tokens are not in the answer"),
     Accepted(("truncation_side",), "belongs to `truncate_prompt_tokens`"),
     Accepted(("repeat_last_n", "xtc_threshold", "dynatemp_exponent"), "belong to fields that are refused"),
@@ -259,7 +251,7 @@ ACCEPTED = (
         ),
         "belong to samplers that are refused",
     ),
-    Accepted(("grammar_lazy", "preserved_tokens", "chat_format"), "belong to `grammar`"),
+    Accepted(("preserved_tokens", "chat_format"), "belong to `grammar`"),
 )
 
 

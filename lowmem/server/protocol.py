@@ -16,6 +16,7 @@ from lowmem.server.variants import (
     FlagIsCount,
     MinusOneIsNoLimit,
     MinusOneIsUnset,
+    NothingIsUnset,
     Number,
     Whole,
 )
@@ -138,6 +139,19 @@ class SamplingFields(_Strict):
     """-1 is no limit but the context."""
     n_predict: Limit | None = None
     """llama.cpp's name of `max_tokens`."""
+    response_format: Annotated[dict[str, Any] | None, NothingIsUnset] = None
+    """`{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema": {…}}}`."""
+    structured_outputs: Annotated[dict[str, Any] | None, NothingIsUnset] = None
+    """vLLM's: one of `json`, `regex`, `choice`, `grammar` and `json_object`."""
+    guided_json: Annotated[dict[str, Any] | Text | None, NothingIsUnset] = None
+    guided_regex: Annotated[Text | None, NothingIsUnset] = None
+    guided_choice: Annotated[list[Text] | None, NothingIsUnset] = None
+    guided_grammar: Annotated[Text | None, NothingIsUnset] = None
+    """In Lark's syntax or in GBNF."""
+    json_schema: Annotated[dict[str, Any] | Text | None, NothingIsUnset] = None
+    """llama.cpp's."""
+    grammar: Annotated[Text | None, NothingIsUnset] = None
+    """llama.cpp's: GBNF, or Lark's syntax."""
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -158,7 +172,11 @@ class ChatRequest(SamplingFields):
     logprobs: Flag | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS), Whole] | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=MOST_MESSAGES)] | None = None
-    """Given to a chat template that knows tools; otherwise without effect: the model answers in words."""
+    """Given to a chat template that shows tools; other models see them if a call is forced."""
+    tool_choice: Annotated[Text | dict[str, Any] | None, NothingIsUnset] = None
+    """"auto", "none", "required" or `{"type": "function", "function": {"name": "…"}}`."""
+    parallel_tool_calls: Flag | None = None
+    """false: at most one call in an answer."""
     functions: Annotated[list[dict[str, Any]], Field(max_length=MOST_MESSAGES)] | None = None
     """An older form of `tools`."""
     chat_template_kwargs: dict[str, Any] | None = None

@@ -10,21 +10,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from lowmem.config import SamplingParams
+from lowmem.config import Grammar, SamplingParams
 from lowmem.errors import InvalidRequestError
+from lowmem.grammars import Grammars
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import fim_tokens
 from lowmem.models.embedding import token_table
-from lowmem.prompts import encode_prompt
+from lowmem.prompts import encode_prompt, opened
 from lowmem.server.api_errors import ApiError, invalid, invalid_request, short, too_long
+from lowmem.server.calls import CallParser
 from lowmem.server.fields import CHAT, TEXT, check_others
+from lowmem.server.formats import requested_grammar
 from lowmem.server.infill import InfillRequest
 from lowmem.server.protocol import MOST_ANSWERS, ChatRequest, CompletionRequest, SamplingFields
 from lowmem.server.responses import ResponsesRequest, as_asked, as_chat
 from lowmem.server.tokens import DetokenizeRequest, TokenizeRequest, detokenized, tokenized
+from lowmem.server.tools import ToolUse, tools_of
 from lowmem.server.turns import encode_turns
 from lowmem.server.worker import Continuation, Hole, Work
-from lowmem.text.tokenizing import decode
+from lowmem.text.tokenizing import decode, encode
 
 _SAMPLING = (
     "temperature",
@@ -54,14 +58,19 @@ class Asked:
     """The text to put before each answer."""
     answer_starts: bool = False
     """The dialogue template puts a line end before an answer, which must be dropped."""
+    parser: Callable[[], CallParser | None] = lambda: None
+    """Makes what finds calls of tools in an answer."""
 
 
 class Reader:
     """Reads requests in its own thread with its own tokenizer, since threads cannot share a tokenizer."""
 
-    def __init__(self, loaded: LoadedModel, context: int, ignored: Collection[str] = ()) -> None:
-        """ignored: request fields to pass over, besides those that change no answer."""
-        self.context = context
+    def __init__(
+        self, loaded: LoadedModel, context: int, grammars: Grammars, ignored: Collection[str] = ()
+    ) -> None:
+        """grammars: those of the session that answers. ignored: request fields to pass over, besides those
+        that change no answer."""
+        self.context, self._grammars = context, grammars
         self._ignored = frozenset(ignored)
         self._vocabulary = token_table(loaded.model).vocabulary
         self._loaded = replace(loaded, tokenizer=copy.deepcopy(loaded.tokenizer))
@@ -115,10 +124,35 @@ class Reader:
         limit = self._limit(request, self.context)
         if limit == 0:
             raise invalid("max_tokens is 0. Ask for at least one token", "max_tokens")
-        params = self._params(request, limit, logprobs)
-        ids = encode_turns(self._loaded, request)
+        use = tools_of(self._loaded, request)
+        params = self._with_tools(self._params(request, limit, logprobs), use)
+        ids = encode_turns(self._loaded, request, use.described)
+        if params.grammar is not None:
+            ids = opened(self._loaded, ids)
+        if use.opening:
+            ids = [*ids, *encode(self._loaded.tokenizer, use.opening, add_special_tokens=False)]
         works = self._choices(ids, params, request.n or 1, "messages")
-        return Asked(works, ("",) * len(works), answer_starts=self._loaded.dialogue is not None)
+        starts = self._loaded.dialogue is not None and params.grammar is None
+        return Asked(works, ("",) * len(works), answer_starts=starts, parser=use.parser)
+
+    def _with_tools(self, params: SamplingParams, use: ToolUse) -> SamplingParams:
+        """The parameters for an answer that may call tools, or must."""
+        if use.forced and params.grammar is not None:
+            raise invalid("tool_choice cannot be combined with a format of the answer", "tool_choice")
+        if (grammar := use.grammar) is not None:
+            self._check_grammar(grammar, "tools")
+            return replace(params, grammar=grammar)
+        if use.format is None:
+            return params
+        added = self._loaded.tokenizer.added_tokens_decoder
+        shown = [token for token, entry in added.items() if entry.content in use.format.markers]
+        return replace(params, shown=tuple(shown), stop=(*params.stop, *use.stops))
+
+    def _check_grammar(self, grammar: Grammar, param: str) -> None:
+        try:
+            self._grammars.check(grammar, self._loaded.tokenizer)
+        except InvalidRequestError as error:
+            raise invalid_request(error, param) from error
 
     def _completion(self, request: CompletionRequest) -> Asked:
         self._check_fields(request, TEXT)
@@ -233,6 +267,9 @@ class Reader:
             given |= {"top_p": 1.0, "top_k": 1}
         given["logit_bias"] = self._biases(request.logit_bias or {})
         seed = None if request.seed is None else request.seed % (1 << 64)
+        if (asked := requested_grammar(request)) is not None:
+            self._check_grammar(*asked)
+            given["grammar"] = asked[0]
         return replace(CARD, **given, max_new_tokens=limit, seed=seed, stop=request.stops, logprobs=logprobs)
 
 

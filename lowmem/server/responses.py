@@ -37,7 +37,7 @@ REFUSED = (
     Refused(
         ("text",),
         "structured output",
-        "Ask for the format in input",
+        "Use /v1/chat/completions",
         ({"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
         _HERE,
     ),

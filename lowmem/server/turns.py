@@ -59,12 +59,13 @@ def read_turns(messages: Sequence[ChatMessage]) -> list[Turn]:
     return turns
 
 
-def encode_turns(loaded: LoadedModel, request: ChatRequest) -> list[int]:
+def encode_turns(loaded: LoadedModel, request: ChatRequest, system: str = "") -> list[int]:
     """The token ids of a request's messages, up to where the answer begins.
 
-    Raises ApiError for messages that the model's template refuses, and arguments that it does not use.
+    system: goes behind the system text. Raises ApiError for messages that the model's template refuses, and
+    arguments that it does not use.
     """
-    turns = read_turns(request.messages)
+    turns = _with_system(read_turns(request.messages), system)
     template = None if loaded.dialogue is not None else loaded.tokenizer.chat_template
     options = _template_arguments(request, template)
     if (tools := _tools(request)) is not None:
@@ -77,6 +78,15 @@ def encode_turns(loaded: LoadedModel, request: ChatRequest) -> list[int]:
         return encode_prompt(loaded, plain(turns))
     except InvalidRequestError as error:
         raise invalid_request(error, "messages") from error
+
+
+def _with_system(turns: list[Turn], text: str) -> list[Turn]:
+    """The turns with a text at the end of the system message, which is added where there is none."""
+    if not text:
+        return turns
+    if turns[0].role != "system":
+        return [Turn("system", text), *turns]
+    return [replace(turns[0], content=f"{turns[0].content}\n\n{text}"), *turns[1:]]
 
 
 def _by_template(loaded: LoadedModel, turns: Sequence[Turn], options: dict[str, Any]) -> list[int]:
@@ -191,7 +201,7 @@ def _content(message: ChatMessage, at: int) -> str:
 
 def _tools(request: ChatRequest) -> list[dict[str, Any]] | None:
     """The tools that the template may show to the model."""
-    if (request.model_extra or {}).get("tool_choice") == "none":
+    if request.tool_choice == "none":
         return None
     older = [{"type": "function", "function": function} for function in request.functions or ()]
     return [*(request.tools or ()), *older] or None

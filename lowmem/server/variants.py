@@ -53,6 +53,11 @@ def _empty(value: Any) -> Any:
     return None if value == [] else value
 
 
+def _nothing(value: Any) -> Any:
+    """An empty text, list or object becomes null."""
+    return None if value in ("", [], {}) else value
+
+
 def _texts(value: Any) -> Any:
     """An empty text becomes null, and goes out of a list."""
     if isinstance(value, list):
@@ -68,3 +73,4 @@ MinusOneIsNoLimit = BeforeValidator(_limit)
 FlagIsCount = BeforeValidator(_count)
 EmptyTextIsUnset = BeforeValidator(_texts)
 EmptyIsUnset = BeforeValidator(_empty)
+NothingIsUnset = BeforeValidator(_nothing)

@@ -22,7 +22,9 @@ class TextStream:
 
     def __init__(self, tokenizer: Any, shown: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._shown = {token: tokenizer.added_tokens_decoder[token].content for token in shown}
+        self._shown: dict[int, str] = {
+            token: tokenizer.added_tokens_decoder[token].content for token in shown
+        }
         self._ids: list[int] = []  # the tokens that the next piece depends on
         self._given = 0  # how many of them have been returned as text
 
