@@ -1,48 +1,56 @@
-"""Token ids in, token ids out: prefill, then decode. Knows nothing of text.
+"""Token ids in, token ids out: prefill, then decode, for several sequences at once. Knows nothing of text.
 
-`Engine.generate` is a generator: its first next() runs the prefill and gives the first token (TTFT), each
-further one decodes: one token in a step or, where the text repeats itself, a draft of several.
+`Engine.advance` is one piece of work: a part of one prompt, or a step of all sequences that wait for one.
+Each sequence gets one token of a step or, where its text repeats itself, a draft of several.
+`Engine.generate` is a generator for one request: its first next() runs the prefill and gives the first token
+(TTFT).
 """
 
 from __future__ import annotations
 
 import time
-from collections import abc
+from collections import abc, defaultdict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-import torch
-
 from lowmem.config import PREFILL_CHUNK, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
-from lowmem.generate.cache.contract import KVCache, Slot
+from lowmem.generate.cache.contract import KVCache
 from lowmem.generate.cache.dense import DenseKVCache, reused_layers
 from lowmem.generate.constraint import Constraint
-from lowmem.generate.decoders.contract import Decoder, Feed, StepOutput
+from lowmem.generate.decoders.contract import Decoder, Feed
 from lowmem.generate.decoders.selection import SelectedDecoder
-from lowmem.generate.lookup import Pace
+from lowmem.generate.lookup import Beside, Pace
 from lowmem.generate.onednn_cache import limit_primitive_caches
-from lowmem.generate.position_scaling import rows_at_scale
-from lowmem.generate.prefix_store import MIN_TOKENS, PrefixStore, common_prefix
+from lowmem.generate.prefix_store import PrefixStore
 from lowmem.generate.repacking import Repacking
 from lowmem.generate.sampling import Sampler
+from lowmem.generate.scoring import SCORED_ROWS, PromptScores
 from lowmem.generate.sequence import Sequence, Token
+from lowmem.generate.slots import Slots
 from lowmem.models.embedding import token_table
 from lowmem.models.positions import longest_sequence
 
 Progress = Callable[[int, int], None]
 
 
+READ_SECONDS = 1.0
+"""How long the others wait for a part of a prompt, if it has more than LEAST_READ tokens."""
+LEAST_READ = 16
+"""Fewer tokens in a part take much longer each: half of them take almost as long."""
+
+
 class Engine:
-    """Answers token ids with a transformers causal LM, one request at a time, and keeps its KV cache.
+    """Answers token ids with a transformers causal LM, and keeps its KV cache.
 
     A request computes only what differs from what the cache holds. However a request ends (normally, by a
     closed iterator, by an exception anywhere in a forward), the next one starts from rows known to be right.
+    What a sequence gets does not depend on the others, as far as the decoder says so.
 
-    context: the tokens that prompt and answer share. speculate: draft tokens from the text so far where that
-    is measured to be faster; no token changes. chunk: tokens of a prompt in one forward. graphs: decode with
-    CUDA graphs, for a model that is on one card as a whole. Raises InvalidRequestError for a context longer
-    than the model's positions.
+    context: the tokens that prompt and answer share. slots: sequences at once, at most. speculate: draft
+    tokens from the text so far where that is measured to be faster; no token changes. chunk: tokens of a
+    prompt in one forward. graphs: decode with CUDA graphs, for a model that is on one card as a whole. Raises
+    InvalidRequestError for a context longer than the model's positions.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class Engine:
         model: Any,
         *,
         context: int,
+        slots: int = 1,
         stop_ids: Collection[int] = (),
         speculate: bool = True,
         chunk: int = PREFILL_CHUNK,
@@ -71,49 +80,171 @@ class Engine:
         self.chunk = chunk
         config = model.config.get_text_config()
         layers = int(config.num_hidden_layers)
-        self.cache: KVCache = DenseKVCache(layers, context, reused=reused_layers(config))
+        self.cache: KVCache = DenseKVCache(layers, context, slots, reused=reused_layers(config))
         decoder = SelectedDecoder(model, self.cache, graphs=graphs)
         self.decoder: Decoder = decoder
-        self._scaling = decoder.eager.scaling
-        self.store: PrefixStore | None = None
-        """Keeps the rows of earlier prompts that the next one overwrites; None: they are lost."""
+        self._slots = Slots(self.cache, decoder.eager.scaling)
         self.sequence: Sequence | None = None
         """The latest request, with its counters."""
         self.repacking = Repacking(model)
         """Moves weights into the tiled layout; goes on between tokens until all are moved."""
-        self._pace = Pace()
+        self._active: list[Sequence] = []  # in the order in which they started
+        self._turns = 0  # parts of prompts that were read
+        self._read_last = False
+        self._read_rate = 0.0  # tokens/s, of the latest part
+        self._step_seconds = 0.0  # of the latest step
+        self._paces: defaultdict[int, Pace] = defaultdict(Pace)  # by the sequences of a step
 
-    def generate(
+    def start(
         self,
         prompt: abc.Sequence[int],
         params: SamplingParams,
-        on_prefill: Progress | None = None,
+        *,
+        scores: PromptScores | None = None,
         constraint: Constraint | None = None,
-    ) -> Iterator[Token]:
-        """Continue `prompt` (token ids) until something ends it; nothing is computed before the first next().
+    ) -> Sequence:
+        """Begin to continue `prompt` (token ids); `advance` then computes, and `end` must follow.
 
-        on_prefill(done, total): called after each chunk with the prompt's tokens that are in the cache, those
-        that were there before included. constraint: which tokens may be chosen; `params.grammar` is not read.
-        Raises InvalidRequestError, from this call, for an empty prompt, an
-        id outside of the vocabulary, a prompt longer than the context, or invalid sampling settings. The
-        iterator raises LowmemError when the model's output is not finite, and RuntimeError when another
-        request has been started since.
+        If no slot is free, the sequence that started first fails. scores: receives the log-probabilities of
+        the prompt's own tokens. constraint: which tokens may be chosen; `params.grammar` is not read. Raises
+        InvalidRequestError for an empty prompt, an id outside of the
+        vocabulary, a prompt longer than the context, or invalid sampling settings.
         """
         check_sampling(params)
         self.check_prompt(prompt)
         ids = list(prompt)
-        self.sequence = Sequence(
+        sequence = Sequence(
             ids,
             params,
-            self.cache.slots[0],
             Sampler(params, ids, self._vocabulary, self._device, constraint),
             self.stop_ids,
             drafts=self.speculate,
+            scores=scores,
         )
-        return self._tokens(self.sequence, on_prefill)
+        while not self.free:
+            oldest = self._active[0]
+            oldest.fail(RuntimeError("another request has been started on this engine"))
+            self.end(oldest)
+        self._active.append(sequence)
+        self.sequence = sequence
+        return sequence
+
+    def advance(self) -> None:
+        """Read a part of one prompt, or decode a step of all sequences that wait for a token.
+
+        Prompts take turns, and so do prompts and steps. An error of one sequence is kept in its `error`.
+        """
+        reading = [sequence for sequence in self._active if sequence.reads]
+        waiting = [sequence for sequence in self._active if sequence.waits]
+        self._read_last = bool(reading) and not (waiting and self._read_last)
+        if self._read_last:
+            self._read(reading)
+        elif waiting:
+            self._step(waiting)
+
+    def end(self, sequence: Sequence) -> None:
+        """Free the sequence's slot; the rows stay for prompts that begin like it."""
+        self._slots.release(sequence)
+        if sequence in self._active:
+            self._active.remove(sequence)
+        sequence.release()
+
+    @property
+    def free(self) -> int:
+        """How many more sequences can start now."""
+        return len(self.cache.slots) - len(self._active)
+
+    @property
+    def store(self) -> PrefixStore | None:
+        """Keeps the rows of earlier prompts that the next one overwrites; None: they are lost."""
+        return self._slots.store
+
+    @store.setter
+    def store(self, store: PrefixStore | None) -> None:
+        self._slots.store = store
+
+    def generate(
+        self, prompt: abc.Sequence[int], params: SamplingParams, on_prefill: Progress | None = None
+    ) -> Iterator[Token]:
+        """Continue `prompt` (token ids) until something ends it; nothing is computed before the first next().
+
+        on_prefill(done, total): called after each chunk with the prompt's tokens that are in the cache, those
+        that were there before included. Raises as `start` does, from this call. The iterator raises
+        LowmemError when the model's output is not finite, and RuntimeError when its slot was needed for
+        another request.
+        """
+        return self._tokens(self.start(prompt, params), on_prefill)
+
+    def _tokens(self, sequence: Sequence, on_prefill: Progress | None) -> Iterator[Token]:
+        try:
+            while True:
+                token = sequence.take()
+                if token is not None:
+                    yield token
+                    if token.finish_reason:
+                        return
+                    continue
+                read = sequence.read if sequence.slot is not None else -1
+                self.advance()
+                if on_prefill is not None and sequence.slot is not None and sequence.read != read:
+                    on_prefill(sequence.read, len(sequence.prompt))
+        finally:
+            self.end(sequence)
+
+    def _read(self, reading: list[Sequence]) -> None:
+        """Read a part of the prompt that has waited longest, of those that can go on."""
+        for sequence in sorted(reading, key=lambda one: one.turn):
+            try:
+                if sequence.slot is None and not self._slots.take(sequence, reading):
+                    continue
+                self._turns += 1
+                sequence.turn = self._turns
+                started = time.perf_counter()
+                feed = sequence.part(self._part_rows(sequence))
+                (logits,) = self.decoder.prefill([feed])
+                sequence.has_read(feed, logits)
+                self._read_rate = len(feed.ids) / max(time.perf_counter() - started, 1e-9)
+            except Exception as error:
+                sequence.fail(error)
+            return
+
+    def _part_rows(self, sequence: Sequence) -> int:
+        """How many tokens of a prompt to read at once."""
+        most = min(self.chunk, SCORED_ROWS) if sequence.scores is not None else self.chunk
+        if len(self.cache.slots) == 1:
+            return most
+        return min(most, max(LEAST_READ, int(self._read_rate * READ_SECONDS) // LEAST_READ * LEAST_READ))
+
+    def _step(self, waiting: list[Sequence]) -> None:
+        """One step of these sequences, each with its draft."""
+        if self.repacking:
+            self.repacking.run(self._step_seconds)
+        pace = self._paces[len(waiting)]
+        feeds: list[Feed] = []
+        drafted, expected = 0, 0.0
+        for sequence in waiting:
+            feeds.append(sequence.next_feed(pace, Beside(len(waiting), drafted, expected)))
+            drafted, expected = drafted + len(feeds[-1].ids) - 1, expected + sequence.expected
+        started = time.perf_counter()
+        try:
+            output = self.decoder.step(feeds)
+        except Exception as error:
+            for sequence in waiting:
+                sequence.fail(error)
+            return
+        for sequence, logits in zip(waiting, output.logits, strict=True):
+            try:
+                sequence.choose(logits, output.rounding)  # waits for the device
+            except Exception as error:
+                sequence.fail(error)
+        self._step_seconds = time.perf_counter() - started
+        if output.timed:
+            pace.took(drafted, self._step_seconds)
 
     def reset(self) -> None:
         """Empty the cache and the prefix store; the cache's memory stays."""
+        for sequence in list(self._active):
+            self.end(sequence)
         self.cache.reset()
         if self.store is not None:
             self.store.clear()
@@ -137,68 +268,6 @@ class Engine:
                 f"the prompt has a token id outside of the model's vocabulary of {self._vocabulary}",
                 "Use the tokenizer of the model's checkpoint",
             )
-
-    def _tokens(self, sequence: Sequence, on_prefill: Progress | None) -> Iterator[Token]:
-        try:
-            output = StepOutput((self._prefill(sequence, on_prefill),), timed=False)
-            rows, started, seconds = 1, 0.0, 0.0
-            while True:
-                tokens = sequence.choose(output)
-                token = next(tokens, None)  # waits for the device
-                if started:
-                    seconds = time.perf_counter() - started
-                    if output.timed:
-                        self._pace.took(rows, seconds)
-                while token is not None:
-                    yield token
-                    if token.finish_reason:
-                        return
-                    self._check_latest(sequence)
-                    token = next(tokens, None)
-                feed = sequence.next_feed(self._pace)
-                if self.repacking:
-                    self.repacking.run(seconds)
-                rows, started = len(feed.ids), time.perf_counter()
-                output = self.decoder.step([feed])
-        finally:
-            sequence.release()
-
-    def _prefill(self, sequence: Sequence, on_prefill: Progress | None) -> torch.Tensor:
-        """Bring the slot to the prompt, a chunk at a time; returns the logits [1, vocab] after its end."""
-        self._check_latest(sequence)
-        prompt, slot = sequence.prompt, sequence.slot
-        # The last token is always fed: its logits are not kept.
-        common = common_prefix(slot.tokens, prompt[:-1])
-        common = min(common, rows_at_scale(slot.scales, self._scaling.scale(len(prompt))))
-        if self.store is not None:
-            common = self._exchange(self.store, slot, prompt, common)
-        slot.cut(common)
-        sequence.cached_tokens = done = common
-        while True:
-            part = prompt[done : done + self.chunk]
-            (logits,) = self.decoder.prefill([Feed(slot, part, len(prompt))])
-            done += len(part)
-            if on_prefill is not None:
-                on_prefill(done, len(prompt))
-                self._check_latest(sequence)
-            if done == len(prompt):
-                return logits
-
-    def _exchange(self, store: PrefixStore, slot: Slot, prompt: list[int], common: int) -> int:
-        """Save the rows that are about to be cut, and restore those of the prompt if the store has more.
-
-        Returns the number of the prompt's tokens that the slot then holds.
-        """
-        if len(slot.tokens) - common >= MIN_TOKENS and slot.length >= len(slot.tokens):
-            store.save(slot.tokens, slot)
-        kept, scale = prompt[:-1], self._scaling.scale(len(prompt))
-        if store.longest(kept, scale) < common + MIN_TOKENS:
-            return common
-        return store.restore(kept, slot, scale)
-
-    def _check_latest(self, sequence: Sequence) -> None:
-        if sequence is not self.sequence:
-            raise RuntimeError("another request has been started on this engine")
 
 
 def context_length(model: Any) -> int:

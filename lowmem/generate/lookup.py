@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 NGRAMS = (3, 2)  # the longest match counts
@@ -63,11 +64,26 @@ class Acceptance:
         self.rate += self.MEMORY * (accepted - self.rate)
 
 
-class Pace:
-    """How many tokens to draft, from the measured times of steps.
+@dataclass(frozen=True)
+class Beside:
+    """What a draft would share its step with."""
 
-    A draft of k tokens, each right with probability a if those before it are, gives 1 + a + … + aᵏ tokens in
-    one step. It pays if that is more than the step's cost in one-row steps.
+    sequences: int
+    """Sequences in the step, its own included; each has one row without a draft."""
+    drafted: int = 0
+    """Tokens that the others draft."""
+    expected: float = 0.0
+    """How many of those are expected to be right."""
+
+
+ALONE = Beside(1)
+
+
+class Pace:
+    """How many tokens to draft, from the measured times of steps of as many sequences.
+
+    A draft of k tokens, each right with probability a if those before it are, adds a + … + aᵏ tokens to a
+    step. It pays if the step's tokens grow by more than its cost, in steps without drafts.
     """
 
     GAIN = 1.05  # smaller expected gains are within the noise
@@ -77,12 +93,13 @@ class Pace:
         self._single: deque[float] = deque(maxlen=9)
         self._costs: dict[int, deque[float]] = {length: deque(maxlen=5) for length in LENGTHS}
 
-    def length(self, available: int, acceptance: float) -> int:
+    def length(self, available: int, acceptance: float, beside: Beside = ALONE) -> int:
         """How many of `available` drafted tokens to feed at this acceptance rate; 0 if none pays."""
+        available = min(available, LENGTHS[-1] - beside.drafted)
         if available < 1 or len(self._single) < 2:
             return 0
         options = {min(length, available) for length in LENGTHS}
-        gains = {length: self._gain(length, acceptance) for length in sorted(options)}
+        gains = {length: self._gain(length, acceptance, beside) for length in sorted(options)}
         best = max(gains, key=lambda length: gains[length])
         if gains[best] > self.GAIN:
             return best
@@ -91,19 +108,22 @@ class Pace:
                 costs[index] = max(1.0, cost * self.FORGET)
         return 0
 
-    def took(self, rows: int, seconds: float) -> None:
-        """Record the duration of a step of `rows` rows (1 + drafted)."""
-        if rows == 1:
+    def took(self, drafted: int, seconds: float) -> None:
+        """Record the duration of a step in which so many tokens were drafted."""
+        if drafted == 0:
             self._single.append(seconds)
         elif self._single:
-            self._costs[_timed_as(rows - 1)].append(seconds / max(median(self._single), 1e-9))
+            self._costs[_timed_as(drafted)].append(seconds / max(median(self._single), 1e-9))
 
-    def _gain(self, length: int, acceptance: float) -> float:
-        """Expected tokens per one-row step's time for a draft of `length` tokens."""
-        return sum(acceptance**i for i in range(length + 1)) / self._cost(length)
+    def _gain(self, length: int, acceptance: float, beside: Beside) -> float:
+        """Tokens for a step's time with a draft of `length` tokens, by those without it."""
+        before = beside.sequences + beside.expected
+        added = sum(acceptance**i for i in range(1, length + 1))
+        paid = 1.0 if beside.drafted == 0 else self._cost(beside.drafted)
+        return (before + added) / before * paid / self._cost(beside.drafted + length)
 
     def _cost(self, length: int) -> float:
-        """Cost of a step of 1 + length rows in one-row steps; of the nearest measured length if unknown."""
+        """Cost of a step with `length` drafted tokens; of the nearest measured length if unknown."""
         timed = _timed_as(length)
         for near in sorted(LENGTHS, key=lambda other: (abs(other - timed), other)):
             if self._costs[near]:

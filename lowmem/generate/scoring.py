@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lowmem.errors import LowmemError
-from lowmem.generate.decoders.contract import Feed
-from lowmem.generate.engine import Engine, Progress
 
-ROWS = 128
+SCORED_ROWS = 128
 """Tokens in one forward: every row has logits of the whole vocabulary, in float32 as well."""
 
 
@@ -27,37 +26,30 @@ class ScoredToken:
     """Ids and log-probabilities of the most likely tokens at its place, best first."""
 
 
-def score(
-    engine: Engine, prompt: Sequence[int], top: int, on_prefill: Progress | None = None
-) -> Iterator[list[ScoredToken]]:
-    """Score a prompt, ROWS tokens at a time; the engine's cache then holds it, so that it can be continued.
+class PromptScores:
+    """The scores of a prompt that a sequence reads, part by part.
 
-    top: how many of the most likely tokens to report. on_prefill(done, total): called after each forward.
-    Raises InvalidRequestError as `Engine.generate` does, and LowmemError when the model's output is not
-    finite.
+    top: how many of the most likely tokens to report at each place.
     """
-    engine.check_prompt(prompt)
-    return _score(engine, prompt, top, on_prefill)
 
+    def __init__(self, top: int) -> None:
+        self.tokens: deque[list[ScoredToken]] = deque()
+        """The parts that are scored and not yet taken."""
+        self._top = top
+        self._last: torch.Tensor | None = None  # log-probabilities [1, vocab] after the previous part
 
-def _score(
-    engine: Engine, prompt: Sequence[int], top: int, on_prefill: Progress | None
-) -> Iterator[list[ScoredToken]]:
-    engine.sequence = None  # a request that has not ended may not continue
-    slot = engine.cache.slots[0]
-    slot.cut(0)
-    last: torch.Tensor | None = None  # log-probabilities [1, vocab] after the previous part
-    for at in range(0, len(prompt), ROWS):
-        part = list(prompt[at : at + ROWS])
-        (logits,) = engine.decoder.prefill([Feed(slot, part, len(prompt), keep=len(part))])
+    def add(self, part: list[int], logits: torch.Tensor) -> None:
+        """Score the next tokens of the prompt. Raises LowmemError when the model's output is not finite.
+
+        logits: [len(part), vocab], after each of them.
+        """
         with torch.inference_mode():
             after = logits.to(torch.float32).log_softmax(dim=-1)
-            rows = after[:-1] if last is None else torch.cat((last, after[:-1]))
-            scored = _scored(part[1:] if last is None else part, rows, top)
-            last = after[-1:].clone()
-        if on_prefill is not None:
-            on_prefill(at + len(part), len(prompt))
-        yield [ScoredToken(part[0], None), *scored] if at == 0 else scored
+            first = self._last is None
+            rows = after[:-1] if self._last is None else torch.cat((self._last, after[:-1]))
+            scored = _scored(part[1:] if first else part, rows, self._top)
+            self._last = after[-1:].clone()
+        self.tokens.append([ScoredToken(part[0], None), *scored] if first else scored)
 
 
 def _scored(ids: Sequence[int], logprobs: torch.Tensor, top: int) -> list[ScoredToken]:

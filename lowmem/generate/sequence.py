@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +11,10 @@ import torch
 
 from lowmem.config import SamplingParams
 from lowmem.generate.cache.contract import Slot
-from lowmem.generate.decoders.contract import Feed, StepOutput
-from lowmem.generate.lookup import Acceptance, Lookup, Pace
+from lowmem.generate.decoders.contract import Feed
+from lowmem.generate.lookup import ALONE, Acceptance, Beside, Lookup, Pace
 from lowmem.generate.sampling import SampledToken, Sampler
+from lowmem.generate.scoring import PromptScores
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -34,23 +36,35 @@ class Token:
 class Sequence:
     """Prompt and answer of one request.
 
-    drafts: look for drafts in the tokens so far. They change no token.
+    drafts: look for drafts in the tokens so far. They change no token. scores: receives the
+    log-probabilities of the prompt, which is then read as a whole.
     """
 
     def __init__(
         self,
         prompt: list[int],
         params: SamplingParams,
-        slot: Slot,
         sampler: Sampler,
         stop_ids: Collection[int] = (),
         *,
         drafts: bool = False,
+        scores: PromptScores | None = None,
     ) -> None:
         self.prompt = prompt
         self.params = params
-        self.slot = slot
-        """Where its keys and values are."""
+        self.scores = scores
+        self.slot: Slot | None = None
+        """Where its keys and values are, once reading has begun."""
+        self.read = 0
+        """Tokens of the prompt that the slot holds."""
+        self.turn = 0
+        """When a part of the prompt was read last, by the engine's count."""
+        self.tokens: deque[Token] = deque()
+        """Tokens that are chosen and not yet taken."""
+        self.error: Exception | None = None
+        """What ended it, other than a token."""
+        self.ended = False
+        """No further token is wanted."""
         self.new_tokens = 0
         """Tokens chosen so far."""
         self.cached_tokens = 0
@@ -67,17 +81,52 @@ class Sequence:
         self._guess: int | None = None  # the first token of the draft that was found, fed or not
         self._unclear = False  # rounding could change the choice that comes next
 
-    def choose(self, output: StepOutput, index: int = 0) -> Iterator[Token]:
-        """Choose a token from each row of the sequence's logits in `output`, as long as its draft is right.
+    @property
+    def reads(self) -> bool:
+        """Whether tokens of the prompt are still to be read."""
+        return not self.ended and self.read < len(self.prompt)
 
-        Gives no token if the rows' rounding could change the first choice: then the next feed has no draft.
+    @property
+    def waits(self) -> bool:
+        """Whether it needs a decode step: its prompt is read, and all its tokens are taken."""
+        return not self.ended and not self.reads and not self.tokens
+
+    def part(self, rows: int) -> Feed:
+        """The next `rows` tokens of the prompt, or as many as there are."""
+        assert self.slot is not None
+        ids = self.prompt[self.read : self.read + rows]
+        return Feed(self.slot, ids, len(self.prompt), keep=1 if self.scores is None else len(ids))
+
+    def has_read(self, feed: Feed, logits: torch.Tensor) -> None:
+        """A part of the prompt has been read. logits: [feed.keep, vocab]; the last one gives a token."""
+        self.read += len(feed.ids)
+        if self.scores is not None:
+            self.scores.add(list(feed.ids), logits)
+        if not self.reads:
+            self.choose(logits[-1:])
+
+    def fail(self, error: Exception) -> None:
+        """End the sequence with an error."""
+        self.error, self.ended = error, True
+
+    def take(self) -> Token | None:
+        """Remove the next chosen token; None if there is none. Raises the error that ended the sequence."""
+        if self.tokens:
+            return self.tokens.popleft()
+        if self.error is not None:
+            raise self.error
+        return None
+
+    def choose(self, rows: torch.Tensor, rounding: float = 0.0) -> None:
+        """Choose a token from each row of the logits [1 + draft, vocab] as long as its draft is right.
+
+        Chooses none if the rows' rounding could change the first choice: then the next feed has no draft.
         """
-        # A step without a draft is what its logits are defined by.
-        rounding = output.rounding if self._draft else 0.0
+        if not self._draft:  # a step without a draft is what its logits are defined by
+            rounding = 0.0
         self._unclear = False
-        rows = output.logits[index]
         for row in range(len(self._draft) + 1):
-            with torch.inference_mode():  # not around the yield
+            with torch.inference_mode():
                 chosen = self._sampler.choose_clear(rows[row], rounding)
             right = self._compare(row, chosen)
             if chosen is None:
@@ -86,12 +135,15 @@ class Sequence:
             self._last, self.new_tokens = chosen.id, self.new_tokens + 1
             if self._lookup is not None:
                 self._lookup.append(chosen.id)
-            yield Token(chosen.id, self._finish_reason(), chosen.logprob, chosen.top)
-            if not right:
+            reason = self._finish_reason()
+            self.tokens.append(Token(chosen.id, reason, chosen.logprob, chosen.top))
+            self.ended = reason is not None
+            if self.ended or not right:
                 return
 
-    def next_feed(self, pace: Pace) -> Feed:
+    def next_feed(self, pace: Pace, beside: Beside = ALONE) -> Feed:
         """The last chosen token and the draft behind it; the slot is cut to the tokens before them."""
+        assert self.slot is not None
         length = len(self.prompt) + self.new_tokens
         self.slot.cut(length - 1)
         self._draft, self._guess = [], None
@@ -99,14 +151,19 @@ class Sequence:
             # Drafting beyond the last token that may come is useless.
             available = min(self.params.max_new_tokens - self.new_tokens, self.slot.capacity + 1 - length)
             found = self._lookup.draft(available - 1)
-            self._draft = found[: pace.length(len(found), self._acceptance.rate)]
+            self._draft = found[: pace.length(len(found), self._acceptance.rate, beside)]
             self._guess = found[0] if found else None
         self.drafted_tokens += len(self._draft)
         return Feed(self.slot, [self._last, *self._draft])
 
+    @property
+    def expected(self) -> float:
+        """Tokens that the draft of the latest feed is expected to add."""
+        return sum(self._acceptance.rate**place for place in range(1, len(self._draft) + 1))
+
     def release(self) -> None:
-        """Free what only further choices need; the counters stay."""
-        self._lookup = None
+        """End it, and free what only further choices need; the counters stay."""
+        self.ended, self._lookup = True, None
 
     def _compare(self, row: int, chosen: SampledToken | None) -> bool:
         """Whether the draft, if there is one, has the chosen token at this row; counts it."""
@@ -123,6 +180,7 @@ class Sequence:
             return "stop"
         if self.new_tokens == self.params.max_new_tokens:
             return "length"
+        assert self.slot is not None
         if len(self.prompt) + self.new_tokens > self.slot.capacity:  # the token has no position left
             return "context"
         return None

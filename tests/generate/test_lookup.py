@@ -14,7 +14,7 @@ from lowmem.config import SamplingParams
 from lowmem.generate.engine import Engine
 from lowmem.generate.lookup import LENGTHS, Acceptance, Lookup, Pace
 from lowmem.generate.sequence import Token
-from tests.generate.decoding import Always, kept_rows
+from tests.generate.decoding import drafting, kept_rows
 from tests.helpers import KINDS, TINY_STARCHAT, tiny_model
 
 
@@ -42,9 +42,9 @@ def test_drafts_are_those_of_a_naive_search(ids: list[int], length: int, split: 
 def paced(single: float, several: float) -> Pace:
     pace = Pace()
     for _ in range(9):
-        pace.took(1, single)
+        pace.took(0, single)
         for length in LENGTHS:
-            pace.took(1 + length, several)
+            pace.took(length, several)
     return pace
 
 
@@ -69,9 +69,9 @@ def test_pace_takes_the_length_that_is_best() -> None:
     """Long drafts are seldom right to their end: if rows are expensive the short ones are the best."""
     pace = Pace()
     for _ in range(9):
-        pace.took(1, 1.0)
+        pace.took(0, 1.0)
         for length in LENGTHS:
-            pace.took(1 + length, 0.9 + 0.2 * length)
+            pace.took(length, 0.9 + 0.2 * length)
     assert pace.length(20, 0.66) == 2
 
 
@@ -94,7 +94,7 @@ def answer(
     model: Any, prompt: list[int], params: SamplingParams, *, draft: bool, **options: Any
 ) -> tuple[list[Token], Engine]:
     engine = Engine(model, speculate=draft, **{"context": 256, **options})
-    engine._pace = Always()
+    engine._paces = drafting()
     return list(engine.generate(prompt, params)), engine
 
 
@@ -159,7 +159,7 @@ def test_closed_in_the_middle_of_a_draft() -> None:
     params = SamplingParams(temperature=0, max_new_tokens=30)
     expected = [token.id for token in answer(model, prompt, params, draft=False)[0]]
     engine = Engine(model, context=256)
-    engine._pace = Always()
+    engine._paces = drafting()
     for steps in range(1, 30):
         tokens = engine.generate(prompt, params)
         assert [next(tokens).id for _ in range(steps)] == expected[:steps]

@@ -22,7 +22,7 @@ from lowmem.generate.sequence import Token
 from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadOptions, load
-from tests.generate.decoding import Always, kept_rows
+from tests.generate.decoding import drafting, kept_rows
 from tests.generate.native_helpers import bigcode, random_ids
 from tests.helpers import tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -52,7 +52,7 @@ def why_eager(engine: Engine) -> str:
 def answer(model: Any, params: SamplingParams, *, draft: bool) -> tuple[list[Token], Engine]:
     part = random_ids(24, vocab=64, seed=3)
     engine = Engine(model, context=256, speculate=draft)
-    engine._pace = Always()
+    engine._paces = drafting()
     return list(engine.generate([*part, *part[:12]], params)), engine
 
 

@@ -19,7 +19,7 @@ from lowmem.generate.engine import Engine, context_length
 from lowmem.generate.position_scaling import PositionScaling
 from lowmem.generate.prefix_store import PrefixStore
 from lowmem.models.architecture import inspect
-from tests.generate.decoding import Always
+from tests.generate.decoding import drafting
 
 POSITIONS, SWITCH, VOCABULARY = 64, 24, 61
 _LONGROPE = {
@@ -119,7 +119,7 @@ def _expected(model: Any, prompt: Sequence[int], count: int) -> list[int]:
 
 def _engine(model: Any, chunk: int) -> Engine:
     engine = Engine(copy.deepcopy(model), context=POSITIONS, chunk=chunk, speculate=True)
-    engine._pace = Always()
+    engine._paces = drafting()
     engine.store = PrefixStore(1 << 20)
     return engine
 

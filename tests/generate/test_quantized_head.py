@@ -13,10 +13,10 @@ from lowmem.generate.decoders.contract import Feed
 from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.native import NativeDecoder
 from lowmem.generate.engine import Engine
-from lowmem.generate.scoring import score
 from lowmem.kernels.native import library as native
 from lowmem.kernels.quantized_tables import QuantizedEmbedding, QuantizedHead
 from lowmem.loading.loader import LoadOptions, load
+from tests.generate.decoding import score
 from tests.generate.native_helpers import bound, error, filled, oracle, random_ids
 from tests.helpers import TINY_STARCHAT, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
@@ -118,7 +118,7 @@ def test_scores_are_those_of_the_same_head(folder: Path) -> None:
     model = loaded(folder, torch.float32)
     ids = random_ids(300, vocab=4100)
     engine = Engine(model, context=512)
-    found = [t.logprob for part in score(engine, ids, 0) for t in part][1:]
+    found = [t.logprob for t in score(engine, ids, 0)][1:]
     logits = in_float32(loaded(folder, torch.float32))(torch.tensor([ids])).logits[0]
     expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]
     assert torch.allclose(torch.tensor(found), expected, atol=1e-3)

@@ -152,7 +152,9 @@ def test_distribution_is_transformers(
             for p in {min(1.0, top_p * 1.00001), top_p * 0.99999}
             for m in {min(1.0, min_p * 1.00001), min_p * 0.99999}
         ]
-        assert any(torch.equal(got > 0, other > 0) for other in loose)
+        differs = (got > 0) != (expected > 0)  # less than float32's rounding of their sum
+        negligible = float(torch.maximum(got, expected)[differs].sum()) < 1e-7
+        assert negligible or any(torch.equal(got > 0, other > 0) for other in loose)
         return
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 

@@ -11,10 +11,10 @@ import torch
 
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError
-from lowmem.generate import scoring
+from lowmem.generate import engine as engine_module
 from lowmem.generate.engine import Engine
-from lowmem.generate.scoring import score
 from tests.generate import test_position_scaling as scaled
+from tests.generate.decoding import score
 
 model = scaled.model  # the fixture
 
@@ -31,7 +31,7 @@ def prompt_of(length: int) -> list[int]:
 def test_every_token_is_scored_as_in_one_forward(
     model: Any, length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "ROWS", 7)
+    monkeypatch.setattr(engine_module, "SCORED_ROWS", 7)
     prompt = prompt_of(length)
     with torch.inference_mode():
         logits = copy.deepcopy(model)(input_ids=torch.tensor([prompt])).logits[0]
@@ -39,7 +39,7 @@ def test_every_token_is_scored_as_in_one_forward(
     engine = engine_of(model)
     list(engine.generate(prompt_of(9), SamplingParams(temperature=0, max_new_tokens=3)))  # rows to replace
     seen: list[tuple[int, int]] = []
-    tokens = [token for part in score(engine, prompt, 3, lambda *at: seen.append(at)) for token in part]
+    tokens = score(engine, prompt, 3, lambda *at: seen.append(at))
     assert [token.id for token in tokens] == prompt
     assert tokens[0].logprob is None and tokens[0].top == ()
     for token, row in zip(tokens[1:], expected, strict=True):
@@ -54,7 +54,7 @@ def test_a_scored_prompt_is_continued_as_any_other(model: Any) -> None:
     engine = engine_of(model)
     for length in (5, scaled.SWITCH + 3, scaled.SWITCH - 2):
         prompt = prompt_of(length)
-        list(score(engine, prompt, 0))
+        score(engine, prompt, 0)
         params = SamplingParams(temperature=0, max_new_tokens=12)
         answer = [token.id for token in engine.generate(prompt, params)]
         assert answer == scaled._expected(model, prompt, 12)
@@ -73,13 +73,13 @@ def test_output_that_is_not_finite_is_an_error(model: Any) -> None:
     with torch.no_grad():
         engine.model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(LowmemError, match="not finite"):
-        list(score(engine, [1, 2, 3], 1))
+        score(engine, [1, 2, 3], 1)
 
 
 def test_an_older_request_may_not_go_on(model: Any) -> None:
     engine = engine_of(model)
     tokens = engine.generate([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=9))
     next(tokens)
-    list(score(engine, [4, 5], 0))
+    score(engine, [4, 5], 0)
     with pytest.raises(RuntimeError, match="another request"):
         list(tokens)

@@ -13,7 +13,7 @@ from lowmem.generate.decoders.graph import GraphDecoder
 from lowmem.generate.decoders.selection import SelectedDecoder
 from lowmem.generate.engine import Engine
 from lowmem.generate.sequence import Token
-from tests.generate.decoding import Always
+from tests.generate.decoding import drafting
 from tests.helpers import KINDS, tiny_model
 from tests.pretended_card import CARD, OnCard, PretendedCard, RepeatedGraphs
 
@@ -114,9 +114,11 @@ def test_a_step_with_a_draft_waits_once_a_token(settings: str) -> None:
     expected = on_cpu("gpt_bigcode_mqa", params)
     with PretendedCard() as card:
         engine = Engine(card.move(tiny_model("gpt_bigcode_mqa")), context=64)
-        engine._pace = Always()
+        engine._paces = drafting()
         found = waits_of(card, engine.generate(PROMPT, params))
-    check(found, expected)
+    assert [token.id for token, _ in found] == [token.id for token in expected]
+    waits = [wait for _, several in found for wait in several]
+    assert waits == ["to to the host"] * len(waits) and len(waits) == len(expected)
     assert engine.sequence is not None and engine.sequence.drafted_tokens
 
 

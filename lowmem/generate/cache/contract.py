@@ -92,6 +92,10 @@ class Slot(ABC):
         """
 
     @abstractmethod
+    def copy(self, other: Slot, count: int) -> None:
+        """Replace the contents with the first `count` tokens of another slot of the same cache."""
+
+    @abstractmethod
     def saved_bytes(self, count: int) -> int:
         """Bytes that `save(count)` takes; 0 before the buffers exist."""
 

@@ -199,6 +199,19 @@ class DenseSlot(Slot):
         self.advance(count)
         self.commit(ids, [scale] * count)
 
+    @torch.inference_mode()
+    def copy(self, other: Slot, count: int) -> None:
+        if not isinstance(other, DenseSlot) or count > len(other.tokens):
+            raise ValueError(f"{count} tokens of a slot that holds {len(other.tokens)}")
+        self.cut(0)
+        for own, layer in zip(self.layers, other.layers, strict=True):
+            if not own.is_initialized:
+                own.lazy_initialization(layer.keys, layer.values)
+            for to, rows in zip(_rows(own), _rows(layer), strict=True):
+                to[:, :, :count] = rows[:, :, :count]
+        self.advance(count)
+        self.commit(other.tokens[:count], other.scales[:count])
+
     def saved_bytes(self, count: int) -> int:
         buffers = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
         return sum(buffer.nbytes for buffer in buffers) * count // self.capacity
