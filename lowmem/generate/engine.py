@@ -49,8 +49,7 @@ class Engine:
 
     context: the tokens that prompt and answer share. slots: sequences at once, at most. speculate: draft
     tokens from the text so far where that is measured to be faster; no token changes. chunk: tokens of a
-    prompt in one forward. graphs: decode with CUDA graphs, for a model that is on one card as a whole. Raises
-    InvalidRequestError for a context longer than the model's positions.
+    prompt in one forward. Raises InvalidRequestError for a context longer than the model's positions.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class Engine:
         stop_ids: Collection[int] = (),
         speculate: bool = True,
         chunk: int = PREFILL_CHUNK,
-        graphs: bool = False,
     ) -> None:
         self._positions = context_length(model)
         if context > self._positions:
@@ -81,7 +79,7 @@ class Engine:
         config = model.config.get_text_config()
         layers = int(config.num_hidden_layers)
         self.cache: KVCache = DenseKVCache(layers, context, slots, reused=reused_layers(config))
-        decoder = SelectedDecoder(model, self.cache, graphs=graphs)
+        decoder = SelectedDecoder(model, self.cache)
         self.decoder: Decoder = decoder
         self._slots = Slots(self.cache, decoder.eager.scaling)
         self.sequence: Sequence | None = None
@@ -94,6 +92,10 @@ class Engine:
         self._read_rate = 0.0  # tokens/s, of the latest part
         self._step_seconds = 0.0  # of the latest step
         self._paces: defaultdict[int, Pace] = defaultdict(Pace)  # by the sequences of a step
+
+    def use_graphs(self) -> None:
+        """Decode with graphs of the card from now on, for a model that is on one card as a whole."""
+        self.decoder = SelectedDecoder(self.model, self.cache, graphs=True)
 
     def start(
         self,

@@ -33,7 +33,8 @@ class Slots:
         them will soon have more rows to share. There must be a free slot.
         """
         prompt = sequence.prompt
-        kept, scale = prompt[:-1], self._scaling.scale(len(prompt))  # the last token is always fed
+        # The last token is always fed, since its logits are not kept; for scores all are.
+        kept, scale = prompt[: 0 if sequence.scores else -1], self._scaling.scale(len(prompt))
         known = {slot.index: self._common(slot, kept, scale) for slot in self.cache.slots}
         most = max(known.values())
         for other in reading:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from lowmem.session import Response
+    from lowmem.answer import Response
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,11 @@ class Lines:
         return end
 
 
-def limited(pieces: Generator[Response, None, None], limits: LineLimits) -> Generator[Response, None, None]:
-    """The pieces of an answer, up to the line end at which the limits end it."""
-    lines = Lines(limits)
-    with closing(pieces):
-        for response in pieces:
-            text = lines.push(response.text)
-            if lines.over:
-                yield replace(response, text=text, finish_reason="length", stop_text="")
-                return
-            if response.finish_reason:
-                text += lines.finish()
-            if text or response.finish_reason:
-                yield replace(response, text=text)
+def limited(response: Response, lines: Lines) -> Response | None:
+    """The next piece of an answer, up to the line end at which the limits end it; None if it is held back."""
+    text = lines.push(response.text)
+    if lines.over:
+        return replace(response, text=text, finish_reason="length", stop_text="")
+    if response.finish_reason:
+        text += lines.finish()
+    return replace(response, text=text) if text or response.finish_reason else None

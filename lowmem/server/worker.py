@@ -1,30 +1,29 @@
-"""The thread that owns the model: it loads it and answers one request after the other.
+"""The thread that owns the model: it loads it and answers several requests at once.
 
 The event loop submits a request and reads its results from the ticket's mailbox. Requests wait in a bounded
-queue in which clients take turns; a request for several answers takes one turn for each.
+queue in which clients take turns; a request for several answers takes one turn for each. An answer takes a
+slot of the engine and leaves it at its end, between two pieces of the engine's work.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError
 from lowmem.server.api_errors import ApiError, failed, invalid_request, queue_full, shutting_down, too_slow
-from lowmem.server.echo import echo_prompt
 from lowmem.server.fair_queue import FairQueue
-from lowmem.server.holes import fill_hole
-from lowmem.server.lines import NO_LIMITS, LineLimits
+from lowmem.server.lines import NO_LIMITS, LineLimits, Lines, limited
 from lowmem.server.mailbox import Mailbox, Piece
 
 if TYPE_CHECKING:
+    from lowmem.answer import Answer, Response
     from lowmem.prompts import Snippet
-    from lowmem.session import Response, Session
+    from lowmem.session import Session
 
 MOST_UNREAD_BYTES = 16 << 20
 """A client that leaves more than this unread is dropped."""
@@ -72,6 +71,8 @@ class Ticket:
     arrived: float = field(default_factory=time.monotonic)
     next_part: int = 0
     """Number of the next answer."""
+    running: int = 0
+    """Answers that are being generated."""
     stopped: bool = False
     """The remaining answers are no longer needed."""
 
@@ -92,6 +93,20 @@ class Counts:
 
 class _Unwanted(Exception):
     """The answer is no longer needed."""
+
+
+@dataclass(eq=False)
+class _Running:
+    """An answer that is being generated."""
+
+    ticket: Ticket
+    part: int
+    """Its number in the ticket."""
+    start: float
+    answer: Answer | None = None
+    """None before it has begun."""
+    lines: Lines | None = None
+    """Where its lines end it."""
 
 
 class Worker:
@@ -117,7 +132,7 @@ class Worker:
         self._opened = threading.Event()
         self._changed = threading.Condition()
         self._queue: FairQueue[Ticket] = FairQueue()
-        self._serving: Ticket | None = None
+        self._running: list[_Running] = []
         self._closed = False
         self._seconds_per_answer = 1.0  # a running mean
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -143,9 +158,19 @@ class Worker:
             return len(self._queue)
 
     @property
+    def running(self) -> int:
+        """Number of answers that are being generated."""
+        return len(self._running)
+
+    @property
     def busy(self) -> bool:
         """Whether an answer is being generated."""
-        return self._serving is not None
+        return bool(self._running)
+
+    @property
+    def slots(self) -> int:
+        """Answers at once, at most."""
+        return len(self.session.engine.cache.slots)
 
     @property
     def closed(self) -> bool:
@@ -206,7 +231,7 @@ class Worker:
         """Close, and cancel the requests that have started."""
         self.close()
         with self._changed:
-            begun = [*self._queue.clear(), *([self._serving] if self._serving else [])]
+            begun = {*self._queue.clear(), *(running.ticket for running in self._running)}
             self._changed.notify()
         for ticket in begun:
             self.stop(ticket, shutting_down())
@@ -224,72 +249,116 @@ class Worker:
             return
         finally:
             self._opened.set()
-        while (ticket := self._next()) is not None:
-            self._serve(self._session, ticket)
+        while self._admit():
+            try:
+                self._session.engine.advance()
+            except Exception as error:
+                for running in list(self._running):
+                    self._end(running, error)
+            for running in list(self._running):
+                self._deliver(running)
 
-    def _next(self) -> Ticket | None:
-        """Wait for the next request; None once the worker is closed and the queue is empty."""
+    def _admit(self) -> bool:
+        """Begin answers while slots are free; waits for one if none runs. False: closed, and all is done."""
         engine = self.session.engine
         while True:
+            begun: list[_Running] = []
             with self._changed:
-                self._serving = None
-                if not self._queue and not self._closed and not engine.repacking:
-                    self._changed.wait()
-                if self._queue:
-                    self._serving = self._queue.pop()
-                    return self._serving
-                if self._closed:
-                    return None
-            try:
-                engine.repacking.run_one()  # while no request is waiting
-            except Exception as error:
-                self._report(error)
+                while len(self._running) < self.slots and self._queue:
+                    ticket = self._queue.pop()
+                    running = _Running(ticket, ticket.next_part, time.monotonic())
+                    ticket.next_part, ticket.running = ticket.next_part + 1, ticket.running + 1
+                    if ticket.next_part < len(ticket.works):
+                        self._queue.push_front(ticket.client, ticket)
+                    self._running.append(running)
+                    begun.append(running)
+                if not self._running:
+                    if self._closed and not self._queue:
+                        return False
+                    if not engine.repacking:
+                        self._changed.wait()
+            for running in begun:
+                self._begin(running)
+            if self._running:
+                return True
+            if not begun and engine.repacking:
+                try:
+                    engine.repacking.run_one()  # while no request is waiting
+                except Exception as error:
+                    self._report(error)
 
-    def _serve(self, session: Session, ticket: Ticket) -> None:
-        """Generate the next answer of a ticket. An error ends this ticket only."""
-        start = time.monotonic()
-        part, ticket.next_part = ticket.next_part, ticket.next_part + 1
-        tokens = 0
+    def _begin(self, running: _Running) -> None:
+        work, session = running.ticket.works[running.part], self.session
+        try:
+            if running.ticket.stopped:
+                raise _Unwanted
+            if isinstance(work, Continuation):
+                running.answer = session.begin(
+                    work.ids, work.params, scored=work.scored, answered=work.answered
+                )
+                return
+            running.lines = Lines(work.limits) if work.limits else None
+            running.answer = session.begin_hole(
+                work.prefix, work.suffix, work.params, snippets=work.snippets, answered=work.answered
+            )
+        except Exception as error:
+            self._end(running, error)
 
-        def goes_on(*_: int) -> None:
+    def _deliver(self, running: _Running) -> None:
+        """Pass on what there is of an answer; its last piece ends it, and an error ends its ticket."""
+        ticket, answer = running.ticket, running.answer
+        assert answer is not None
+        try:
             if ticket.stopped:
                 raise _Unwanted
+            for piece in answer.ready():
+                response = piece if running.lines is None else limited(piece, running.lines)
+                if response is None:
+                    continue
+                self.current = response
+                if not ticket.mailbox.put(Piece(running.part, response)):
+                    raise _Unwanted
+                if response.finish_reason:
+                    self._end(running, None)
+                    return
+        except Exception as error:
+            self._end(running, error)
 
-        def count() -> None:
-            nonlocal tokens
-            tokens += 1
-            goes_on()
-
-        error: ApiError | None = None
-        counted = {"answers": 0, "cancelled": 0, "failed": 0}
-        try:
-            goes_on()
-            with _closing(_responses(session, ticket.works[part], goes_on, count)) as pieces:
-                for response in pieces:
-                    self.current = response
-                    if not ticket.mailbox.put(Piece(part, response)):
-                        raise _Unwanted
-            counted["answers"] = 1
-        except _Unwanted:
-            counted["cancelled"] = 1
-            error = too_slow()  # ignored if the mailbox has ended for another reason
-        except InvalidRequestError as caught:
-            error = invalid_request(caught)
-        except Exception as caught:
-            counted["failed"] = 1
-            error = self._explained(caught)
+    def _end(self, running: _Running, error: Exception | None) -> None:
+        """Free an answer's slot, count it, and end its ticket with the last answer or with an error."""
+        ticket, answer, told = running.ticket, running.answer, self._told(error)
+        tokens = 0
+        if answer is not None:
+            tokens = answer.sequence.new_tokens
+            answer.close()
+        unwanted = isinstance(error, _Unwanted)
+        broken = told is not None and not unwanted and not isinstance(error, InvalidRequestError)
         with self._changed:
+            self._running.remove(running)
+            ticket.running -= 1
+            counts = self.counts
             self.counts = Counts(
-                **{name: getattr(self.counts, name) + value for name, value in counted.items()},
-                tokens=self.counts.tokens + tokens,
+                answers=counts.answers + (error is None),
+                cancelled=counts.cancelled + unwanted,
+                failed=counts.failed + broken,
+                tokens=counts.tokens + tokens,
             )
-            self._seconds_per_answer += 0.2 * (time.monotonic() - start - self._seconds_per_answer)
-            if error is None and not ticket.stopped and ticket.next_part < len(ticket.works):
-                self._queue.push_front(ticket.client, ticket)
+            self._seconds_per_answer += 0.2 * (time.monotonic() - running.start - self._seconds_per_answer)
+            if error is not None:
+                ticket.stopped = True
+                self._queue.remove(ticket.client, ticket)
+            elif ticket.running or ticket.next_part < len(ticket.works):
                 return
-        ticket.mailbox.end(error)
+        ticket.mailbox.end(told)
 
-    def _explained(self, error: Exception) -> ApiError:
+    def _told(self, error: Exception | None) -> ApiError | None:
+        """What the client is told; internal errors are reported."""
+        if error is None:
+            return None
+        if isinstance(error, _Unwanted):
+            return too_slow()  # ignored if the mailbox has ended for another reason
+        if isinstance(error, InvalidRequestError):
+            return invalid_request(error)
         self._report(error)
         if isinstance(error, LowmemError):  # for example, output that is not finite
             return ApiError(500, str(error), kind="server_error", code="model_error")
@@ -297,25 +366,4 @@ class Worker:
 
     def _wait(self) -> int:
         """Seconds after which a client should try again."""
-        return max(1, min(60, round(self._seconds_per_answer)))
-
-
-def _responses(
-    session: Session, work: Work, on_prefill: Callable[[int, int], None], on_token: Callable[[], None]
-) -> Iterator[Response]:
-    """The pieces of one answer."""
-    if isinstance(work, Hole):
-        return fill_hole(session, work, on_prefill, on_token)
-    if not work.scored and work.answered:
-        return session.continue_ids(work.ids, work.params, on_prefill=on_prefill, on_token=on_token)
-    return echo_prompt(session, work, on_prefill, on_token)
-
-
-@contextmanager
-def _closing(pieces: Iterator[Response]) -> Iterator[Iterator[Response]]:
-    """Close the generator when the loop over it ends, so that the engine is free at once."""
-    try:
-        yield pieces
-    finally:
-        if isinstance(pieces, Generator):
-            pieces.close()
+        return max(1, min(60, round(self._seconds_per_answer / self.slots)))

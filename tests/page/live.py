@@ -6,16 +6,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
 
+from lowmem.answer import Answer, Response
 from lowmem.api import open_model
 from lowmem.config import SamplingParams
 from lowmem.server.app import make_app
 from lowmem.server.guard import GuardSettings
 from lowmem.server.worker import Worker
-from lowmem.session import Response, Session
+from lowmem.session import Session
 from tests.helpers import TINY_STARCHAT
 
 HOLD = object()
@@ -34,14 +36,9 @@ class ScriptedSession(Session):
         """The model's input for each request."""
         self.params: list[SamplingParams] = []
 
-    def continue_ids(
-        self,
-        ids: Sequence[int],
-        params: SamplingParams | None = None,
-        *,
-        on_prefill: Callable[[int, int], None] | None = None,
-        on_token: Callable[[], None] | None = None,
-    ) -> Iterator[Response]:
+    def begin(
+        self, ids: Sequence[int], params: SamplingParams | None = None, **options: Any
+    ) -> Answer | ScriptedAnswer:
         params = params or SamplingParams()
         prompt = self.loaded.tokenizer.decode(list(ids))
         self.prompts.append(prompt)
@@ -49,23 +46,30 @@ class ScriptedSession(Session):
         question = prompt.rsplit("<|user|>", 1)[-1]
         for key, pieces in self.scripts.items():
             if key in question:
-                return self._play(pieces, len(ids), params, on_prefill, on_token)
-        return super().continue_ids(ids, params, on_prefill=on_prefill, on_token=on_token)
+                return ScriptedAnswer(self, pieces, len(ids), params.max_new_tokens)
+        return super().begin(ids, params, **options)
 
-    def _play(self, pieces, prompt_tokens, params, on_prefill, on_token) -> Iterator[Response]:
-        texts = [piece for piece in pieces if piece is not HOLD]
-        said = 0
-        for piece in pieces:
-            if piece is HOLD:
-                while not self.go.acquire(timeout=0.02):
-                    on_prefill(0, 1)  # raises if the request was cancelled
-                continue
-            on_token()
-            said += 1
-            reason = "stop" if said == len(texts) else "length" if said == params.max_new_tokens else None
-            yield Response(piece, reason, prompt_tokens, 0, said, 0.01, 100.0)
-            if reason:
-                return
+
+class ScriptedAnswer:
+    """An answer of a script's pieces, one at a time."""
+
+    def __init__(self, session: ScriptedSession, pieces: Sequence[object], prompt: int, most: int) -> None:
+        self._session, self._pieces, self._prompt, self._most = session, list(pieces), prompt, most
+        self.sequence = SimpleNamespace(new_tokens=0)
+
+    def ready(self) -> Iterator[Response]:
+        if self._pieces[0] is HOLD:
+            if self._session.go.acquire(timeout=0.02):
+                del self._pieces[0]
+            return
+        text, said = self._pieces.pop(0), self.sequence.new_tokens + 1
+        self.sequence.new_tokens = said
+        over = all(piece is HOLD for piece in self._pieces)
+        reason: Any = "stop" if over else "length" if said == self._most else None
+        yield Response(str(text), reason, self._prompt, 0, said, 0.01, 100.0)
+
+    def close(self) -> None:
+        """Nothing to free."""
 
 
 class LiveServer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,14 +12,16 @@ from typing import Any
 import openai
 import torch
 
+from lowmem.answer import Answer, Response
 from lowmem.config import SamplingParams
 from lowmem.generate.prefix_store import PrefixStore
+from lowmem.generate.sequence import Token
 from lowmem.loading.loader import LoadedModel, LoadOptions, load
 from lowmem.server.app import TIME_LIMIT, make_app
 from lowmem.server.guard import GuardSettings
 from lowmem.server.running import Server, bind, url_of
 from lowmem.server.worker import Worker
-from lowmem.session import Response, Session
+from lowmem.session import Session
 from tests.helpers import TINY_STARCHAT
 
 MODEL = "tiny-starchat"
@@ -95,29 +97,23 @@ class GatedSession(Session):
 
     gate: Gate
 
-    def continue_ids(
+    def begin(
         self,
         ids: Sequence[int],
         params: SamplingParams = SamplingParams(),  # noqa: B008
-        *,
-        on_prefill: Any = None,
-        on_token: Callable[[], None] | None = None,
-        end_logprob: bool = False,
-    ) -> Generator[Response, None, None]:
-        def gated() -> None:
-            self.gate.pass_through()
-            if on_token is not None:
-                on_token()
-
-        def prefilled(done: int, total: int) -> None:
-            if on_prefill is not None:
-                on_prefill(done, total)
-
+        **options: Any,
+    ) -> Answer:
         self.gate.start()
         self.gate.pass_through()
-        return super().continue_ids(
-            ids, params, on_prefill=prefilled, on_token=gated, end_logprob=end_logprob
-        )
+        answer = super().begin(ids, params, **options)
+        push = answer._push
+
+        def gated(token: Token) -> Response | None:
+            self.gate.pass_through()
+            return push(token)
+
+        answer._push = gated  # type: ignore[method-assign]
+        return answer
 
 
 @dataclass
@@ -148,6 +144,7 @@ def live_server(
     names: tuple[str, ...] = (MODEL,),
     ignored: tuple[str, ...] = (),
     loaded: LoadedModel | None = None,
+    slots: int = 1,
 ) -> Iterator[Live]:
     """Run a server in a thread of this process, and stop it at the end of the context.
 
@@ -157,7 +154,7 @@ def live_server(
     GatedSession.gate = gate
 
     def open_session() -> Session:
-        session = GatedSession(loaded or tiny(), context=context)
+        session = GatedSession(loaded or tiny(), context=context, slots=slots)
         session.gate = gate
         session.engine.store = PrefixStore(16 << 20)
         return session

@@ -10,8 +10,9 @@ import httpx
 import pytest
 import torch
 
-from lowmem.generate.scoring import ROWS, score
+from lowmem.generate.scoring import SCORED_ROWS
 from lowmem.session import Session
+from tests.generate.decoding import score
 from tests.server.server_fixture import MODEL, PATIENCE, Live, live_server, oracle
 
 PROMPT = "def add(a, b):\n    return a"
@@ -112,11 +113,10 @@ def test_a_stream_has_the_same_entries(live: Live) -> None:
 
 def test_parts_of_a_long_prompt_join(live: Live) -> None:
     ids = oracle().encode(PROMPT * 30, raw=True)
-    assert len(ids) > 2 * ROWS
-    session = Session(oracle().loaded)
-    parts = list(score(session.engine, ids, 2))
-    assert [len(part) for part in parts[:2]] == [ROWS, ROWS]
-    tokens = [token for part in parts for token in part]
+    assert len(ids) > 2 * SCORED_ROWS
+    session, ends = Session(oracle().loaded), list[int]()
+    tokens = score(session.engine, ids, 2, lambda done, total: ends.append(done))
+    assert ends[:2] == [SCORED_ROWS, 2 * SCORED_ROWS]
     assert [token.id for token in tokens] == ids and tokens[0].logprob is None
     assert [token.logprob for token in tokens[1:]] == pytest.approx(expected(ids)[0], abs=1e-4)
     assert all(len(token.top) == 2 for token in tokens[1:])

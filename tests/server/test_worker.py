@@ -142,38 +142,47 @@ class Repacking:
             self.before()
 
 
-class Scripted:
-    """A session that answers with one word of `answer` per token, and records requests and closed streams."""
+class ScriptedAnswer:
+    """Gives one word each time that the engine has advanced."""
 
-    def __init__(self, answer: str = "one two three") -> None:
+    def __init__(self, session: Scripted) -> None:
+        self.session, self.sequence = session, SimpleNamespace(new_tokens=0)
+
+    def ready(self) -> Iterator[Response]:
+        self.sequence.new_tokens += 1
+        if self.session.fault is not None:
+            raise self.session.fault
+        words, count = self.session.words, self.sequence.new_tokens
+        yield response(words[count - 1], count, "stop" if count == len(words) else None)
+
+    def close(self) -> None:
+        self.session.closed += 1
+
+
+class Scripted:
+    """A session that answers with one word of `answer` per token, and records requests and closed answers."""
+
+    def __init__(self, answer: str = "one two three", slots: int = 1) -> None:
         self.words = answer.split()
         self.asked: list[Any] = []
         self.closed = 0
         self.fault: Exception | None = None
         self.before: Callable[[int], None] = lambda ident: None
-        self.engine = SimpleNamespace(repacking=Repacking(0))
+        self.advanced = 0
+        cache = SimpleNamespace(slots=(None,) * slots)
+        self.engine = SimpleNamespace(repacking=Repacking(0), cache=cache, advance=self._advance)
 
-    def continue_ids(
-        self, ids: Sequence[int], params: SamplingParams, *, on_prefill: Any, on_token: Any
-    ) -> Iterator[Response]:
+    def begin(self, ids: Sequence[int], params: SamplingParams, **options: bool) -> ScriptedAnswer:
         self.asked.append(ids[0])
-        return self._answer(ids[0], on_prefill, on_token)
+        self.before(ids[0])
+        return ScriptedAnswer(self)
 
-    def fill_in(self, prefix: str, suffix: str, params: SamplingParams, **options: Any) -> Iterator[Response]:
+    def begin_hole(self, prefix: str, suffix: str, params: SamplingParams, **options: Any) -> ScriptedAnswer:
         self.asked.append((prefix, suffix))
         raise InvalidRequestError("there is no text", "Give some")
 
-    def _answer(self, ident: int, on_prefill: Any, on_token: Any) -> Iterator[Response]:
-        try:
-            self.before(ident)
-            on_prefill(1, 1)
-            for count, word in enumerate(self.words, 1):
-                on_token()
-                if self.fault is not None:
-                    raise self.fault
-                yield response(word, count, "stop" if count == len(self.words) else None)
-        finally:
-            self.closed += 1
+    def _advance(self) -> None:
+        self.advanced += 1
 
 
 def works(*idents: int) -> list[Continuation]:
@@ -394,3 +403,51 @@ def test_a_repacking_error_is_reported_and_the_worker_continues() -> None:
 
     with_worker(session, story, report=reported.append)
     assert [str(error) for error in reported] == ["no such panel"] * 2
+
+
+def test_answers_in_other_slots_go_on_together() -> None:
+    """Three words of four answers in two slots: the engine advances six times."""
+    session = Scripted(slots=2)
+    gate = threading.Event()
+    session.before = lambda ident: gate.wait(60) and None  # type: ignore[func-returns-value]
+
+    async def story(worker: Worker) -> None:
+        tickets = [
+            worker.submit("a", works(1, 2)),
+            worker.submit("b", works(3)),
+            worker.submit("c", works(4)),
+        ]
+        gate.set()
+        for ticket in tickets:
+            assert (await drained(ticket))[1] is None
+        assert session.asked == [1, 3, 4, 2] and session.advanced == 6
+        assert worker.counts.answers == 4 and worker.running == 0
+
+    with_worker(session, story)
+
+
+def test_an_error_in_one_answer_ends_its_request_alone() -> None:
+    session = Scripted("word " * 1000, slots=3)
+    faulty = threading.Event()
+
+    class Faulty(ScriptedAnswer):
+        def ready(self) -> Iterator[Response]:
+            if faulty.is_set():
+                raise LowmemError("the model's output is not finite", "Check it")
+            return super().ready()
+
+    begin = session.begin
+    session.begin = lambda ids, params, **options: (  # type: ignore[method-assign]
+        Faulty(session) if ids[0] == 2 else begin(ids, params, **options)
+    )
+
+    async def story(worker: Worker) -> None:
+        bad, good = worker.submit("a", works(1, 2)), worker.submit("b", works(3))
+        while worker.running < 3:
+            await asyncio.sleep(0)
+        faulty.set()
+        assert (await drained(bad))[1] is not None
+        assert (await drained(good))[1] is None
+        assert worker.counts.failed == 1 and worker.counts.answers == 1 and worker.counts.cancelled == 1
+
+    with_worker(session, story)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
-from lowmem.generate.sequence import FinishReason, Token
+from lowmem.generate.sampling import Sampler
+from lowmem.generate.sequence import FinishReason, Sequence, Token
 from lowmem.loading.loader import LoadedModel, load
 from lowmem.models.dialogue import Message, encode_plain
 from lowmem.session import Session
@@ -28,32 +28,33 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
 
 
 class ScriptedEngine:
-    """An engine that generates scripted tokens and records its prompts."""
+    """An engine that generates scripted tokens, one each time that it advances, and records its prompts."""
 
-    sequence = SimpleNamespace(cached_tokens=0, drafted_tokens=0, accepted_tokens=0)
-
-    def __init__(self, model: Any, *, context: int, stop_ids: Any = (), **options: bool) -> None:
+    def __init__(self, model: Any, *, context: int, stop_ids: Any = (), **options: Any) -> None:
         self.context, self.stop_ids = context, stop_ids
 
-    def generate(
-        self, prompt: list[int], params: SamplingParams, on_prefill: Any = None, constraint: Any = None
-    ) -> Iterator[Token]:
+    def start(self, prompt: list[int], params: SamplingParams, **options: Any) -> Sequence:
         self.heard.append(prompt)
-        return self._tokens(params)
+        self.sequence = Sequence(prompt, params, Sampler(params, prompt, 4096, "cpu"))
+        self.left = self._tokens(params)
+        return self.sequence
+
+    def advance(self) -> None:
+        token = next(self.left, None)
+        if token is not None:
+            self.sequence.tokens.append(token)
+
+    def end(self, sequence: Sequence) -> None:
+        self.closed.append(True)
 
     def _tokens(self, params: SamplingParams) -> Iterator[Token]:
-        try:
-            for count, token in enumerate(self.script, 1):
-                reason: FinishReason | None = "stop" if token in self.stop_ids else None
-                if reason is None and count == params.max_new_tokens:
-                    reason = "length"
-                logged = params.logprobs is not None
-                top = ((token, -0.5), (7, -1.5))[: params.logprobs or 0]
-                yield Token(token, reason, -0.5 if logged else None, top)
-                if reason:
-                    return
-        finally:
-            self.closed.append(True)
+        for count, token in enumerate(self.script, 1):
+            reason: FinishReason | None = "stop" if token in self.stop_ids else None
+            if reason is None and count == params.max_new_tokens:
+                reason = "length"
+            logged = params.logprobs is not None
+            top = ((token, -0.5), (7, -1.5))[: params.logprobs or 0]
+            yield Token(token, reason, -0.5 if logged else None, top)
 
     script: list[int]
     heard: list[list[int]]
