@@ -7,7 +7,6 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from lowmem.commands.fim import MARKER, split_at
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError
 from lowmem.generate.engine import Engine
-from lowmem.generate.sequence import Token
+from lowmem.generate.sequence import Sequence, Token
 from lowmem.loading.loader import LoadedModel, load
 from lowmem.session import Session, join
 from tests.helpers import save_source, tiny_model
@@ -38,25 +37,18 @@ def loaded(folder: Path) -> LoadedModel:
     return load(folder)
 
 
-COUNTERS = SimpleNamespace(cached_tokens=0, drafted_tokens=0, accepted_tokens=0)
-
-
 def scripted(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list[list[int]]:
     """Make engines generate `ids`; returns the list that collects the prompts."""
     heard: list[list[int]] = []
+    start = Engine.start
 
-    def generate(
-        self: Engine,
-        prompt: list[int],
-        params: SamplingParams,
-        on_prefill: Any = None,
-        constraint: Any = None,
-    ) -> Any:
+    def scripted_start(self: Engine, prompt: list[int], params: SamplingParams, **options: Any) -> Sequence:
         heard.append(prompt)
-        self.sequence = COUNTERS  # type: ignore[assignment]
-        return (Token(token, "stop" if token in self.stop_ids else None) for token in ids)
+        sequence = start(self, prompt, params, **options)
+        sequence.tokens += [Token(token, "stop" if token in self.stop_ids else None) for token in ids]
+        return sequence
 
-    monkeypatch.setattr(Engine, "generate", generate)
+    monkeypatch.setattr(Engine, "start", scripted_start)
     return heard
 
 
@@ -253,13 +245,14 @@ def test_whole_and_json_exclude_each_other(capsys: pytest.CaptureFixture[str]) -
 def test_ctrl_c_leaves_no_half_file(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Engine, *rest: Any) -> Any:
-        self.sequence = COUNTERS  # type: ignore[assignment]
-        yield Token(50, None)
-        yield Token(51, None)
-        raise KeyboardInterrupt
+    def interrupted(self: Engine) -> None:
+        assert self.sequence is not None
+        self.sequence.tokens += [Token(50, None), Token(51, None)] if self.sequence.reads else []
+        if not self.sequence.tokens:
+            raise KeyboardInterrupt
+        self.sequence.read = len(self.sequence.prompt)
 
-    monkeypatch.setattr(Engine, "generate", interrupted)
+    monkeypatch.setattr(Engine, "advance", interrupted)
     (tmp_path / "file").write_text(f"a{MARKER}b")
     assert main(["fim", str(folder), str(tmp_path / "file"), *OPTIONS, "--whole"]) == 130
     out, err = capsys.readouterr()
