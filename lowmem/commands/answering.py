@@ -119,16 +119,17 @@ def load_session(
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
     *,
+    slots: int = 1,
     speculate: bool = True,
 ) -> Session:
-    """Load a planned model; imports torch and what else this model needs."""
+    """Load a planned model; imports torch and what else this model needs. slots: see `Session`."""
     from lowmem.loading.garbage import paused_collection
 
     with paused_collection():
         from lowmem.loading.opening import load_plan
         from lowmem.session import Session
 
-    return Session(load_plan(plan, request, say, progress), speculate=speculate)
+    return Session(load_plan(plan, request, say, progress), slots=slots, speculate=speculate)
 
 
 def notifier(quiet: bool) -> Callable[[str], None]:

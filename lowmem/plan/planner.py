@@ -97,6 +97,16 @@ class Plan:
     """One or two sentences for the user."""
 
 
+def room_for_slots(plan: Plan) -> int:
+    """Sequences whose KV caches fit in the plan's memory at once, beside the chosen version."""
+    option, budget = plan.chosen, plan.budget
+    sides = [(option.need, budget.host if option.device == "cpu" else budget.card or 0)]
+    if option.host is not None:
+        sides.append((option.host, budget.host))
+    more = [(have - need.total) // need.kv_cache for need, have in sides if need.kv_cache]
+    return 1 + max(0, min(more, default=0))
+
+
 def default_context(candidates: Sequence[Candidate]) -> int:
     """The model's longest context, DEFAULT_CONTEXT at most."""
     return min(candidates[0].shape.positions or DEFAULT_CONTEXT, DEFAULT_CONTEXT)

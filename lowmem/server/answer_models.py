@@ -278,6 +278,10 @@ class Status(BaseModel):
     tokens_per_second: float
     """Of the current answer, or else of the last one."""
     busy: bool
+    running: int
+    """Answers that are being generated."""
+    slots: int
+    """Answers at once, at most."""
     queue: int
     """Waiting requests."""
     memory: Memory

@@ -150,6 +150,8 @@ def make_app(
             "need_bytes": option.need.total if option else 0,
             "tokens_per_second": last.tokens_per_second if last else 0.0,
             "busy": worker.busy,
+            "running": worker.running,
+            "slots": worker.slots,
             "queue": worker.waiting,
             "memory": asdict(memory()),
         }

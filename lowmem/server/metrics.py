@@ -129,6 +129,8 @@ class _Gauges(Collector):
         counts, memory = self._worker.counts, self._memory()
         yield GaugeMetricFamily("lowmem_queue_length", "Waiting requests", self._worker.waiting)
         yield GaugeMetricFamily("lowmem_busy", "1 while an answer is generated", int(self._worker.busy))
+        yield GaugeMetricFamily("lowmem_running", "Answers that are being generated", self._worker.running)
+        yield GaugeMetricFamily("lowmem_slots", "Answers at once, at most", self._worker.slots)
         yield GaugeMetricFamily("lowmem_resident_memory_bytes", "Resident memory of the process", memory.host)
         yield GaugeMetricFamily("lowmem_card_memory_bytes", "Memory allocated on the card", memory.card)
         yield CounterMetricFamily("lowmem_answers", "Completed answers", counts.answers)

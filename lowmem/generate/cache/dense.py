@@ -63,6 +63,11 @@ class _Layer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    def join(self) -> None:
+        """Take this slot's part of the buffers if another slot has made them."""
+        if not self.is_initialized and self._buffers.keys is not None and self._buffers.values is not None:
+            self.lazy_initialization(self._buffers.keys, self._buffers.values)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +170,8 @@ class DenseSlot(Slot):
         return _DenseFixedView(self.layers, self._reused, size)
 
     def layout(self) -> Layout:
+        for layer in self.layers:
+            layer.join()
         found = {
             Layout(tuple(tensor.shape[1:]), tensor.dtype, tensor.device)  # type: ignore[arg-type]
             for layer in self.layers
@@ -205,8 +212,7 @@ class DenseSlot(Slot):
             raise ValueError(f"{count} tokens of a slot that holds {len(other.tokens)}")
         self.cut(0)
         for own, layer in zip(self.layers, other.layers, strict=True):
-            if not own.is_initialized:
-                own.lazy_initialization(layer.keys, layer.values)
+            own.join()
             for to, rows in zip(_rows(own), _rows(layer), strict=True):
                 to[:, :, :count] = rows[:, :, :count]
         self.advance(count)
