@@ -324,3 +324,20 @@ def test_health_reports_shutdown() -> None:
         with pytest.raises(openai.InternalServerError) as caught:
             chat(live.client())
         assert caught.value.code == "shutting_down"
+
+
+def test_answers_at_once_are_those_of_one_after_the_other() -> None:
+    """Eight clients on three slots, with several answers each, cached prefixes and seeds."""
+    questions = [f"{name} = [1, 2, 3]\nprint(" for name in ("a", "b", "total", "names")] * 2
+
+    def ask(live: Live, number: int) -> list[str]:
+        answer = live.client().completions.create(
+            model=MODEL, prompt=questions[number], max_tokens=12, n=2, seed=number, temperature=number % 2
+        )
+        return [choice.text for choice in answer.choices]
+
+    with live_server() as live:
+        expected = [ask(live, number) for number in range(8)]
+    with live_server(slots=3) as live, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda number: ask(live, number), range(8))) == expected
+        assert live.worker.slots == 3 and live.worker.counts.answers == 16
