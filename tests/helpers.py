@@ -39,24 +39,30 @@ def tiny_model(
     seed: int = 0,
     tied: bool | None = None,
 ) -> Any:
-    """A random transformers model of `kind` (one of KINDS), in eval mode, on the CPU.
+    """A random transformers model of `kind` (see `tiny_config`), in eval mode, on the CPU.
 
     If `hidden` is a multiple of 32, so is the input of every linear. llama and qwen2 use grouped-query
     attention (heads // 2 KV heads) and an untied head unless `tied` is given; the others tie the head.
+    Token 0 is bos and eos.
+    """
+    config = tiny_config(
+        kind, layers=layers, hidden=hidden, heads=heads, vocab=vocab, positions=positions, tied=tied
+    )
+    return random_model(config, dtype=dtype, seed=seed)
+
+
+def random_model(config: Any, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A random transformers model, in eval mode, on the CPU.
+
     All parameters are random, biases and norms included, and the logits spread over a few nats, so a
-    swapped, transposed or missing tensor changes the output. Token 0 is bos and eos.
+    swapped, transposed or missing tensor changes the output.
     """
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(seed)
     with torch.device("cpu"):
         auto: Any = AutoModelForCausalLM
-        model = auto.from_config(
-            tiny_config(
-                kind, layers=layers, hidden=hidden, heads=heads, vocab=vocab, positions=positions, tied=tied
-            ),
-            dtype=torch.float32,
-        )
+        model = auto.from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 2:
@@ -78,7 +84,7 @@ def tiny_config(
     positions: int = 256,
     tied: bool | None = None,
 ) -> Any:
-    """The transformers config of `tiny_model`."""
+    """The transformers config of `tiny_model`: one of KINDS, or mistral, qwen3 or granite."""
     import transformers
 
     ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0}
@@ -115,7 +121,18 @@ def tiny_config(
     if kind == "starcoder2":
         tied = True if tied is None else tied
         return transformers.Starcoder2Config(tie_word_embeddings=tied, sliding_window=None, **shared)
-    raise ValueError(f"unknown kind {kind!r}, one of {KINDS}")
+    if kind == "mistral":
+        return transformers.MistralConfig(tie_word_embeddings=bool(tied), **shared)
+    if kind == "qwen3":
+        return transformers.Qwen3Config(
+            tie_word_embeddings=bool(tied), head_dim=2 * hidden // heads, **shared
+        )
+    if kind == "granite":
+        scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
+        return transformers.GraniteConfig(
+            tie_word_embeddings=bool(tied), attention_multiplier=0.4, **scales, **shared
+        )
+    raise ValueError(f"unknown kind {kind!r}")
 
 
 def save_source(

@@ -1,21 +1,22 @@
-"""A tiny GPTBigCode, a slot that is filled, and float64's step over it: the oracle of the native step."""
+"""Tiny models, a slot that is filled, and float64's step over it: the oracle of the native step."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch.nn.functional import layer_norm
-from transformers.activations import ACT2FN
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lowmem.generate.cache.dense import DenseKVCache, DenseSlot
 from lowmem.generate.decoders.contract import Feed
 from lowmem.generate.decoders.native_model import NativeModel
 from lowmem.kernels.quant_linear import QuantLinear
-from tests.helpers import tiny_model
+from tests.helpers import random_model, tiny_config, tiny_model
 from tests.kernels.native_oracle import ISAS
 
 BIGCODE = ["gpt_bigcode_mqa", "gpt_bigcode_mha"]
+LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "granite", "starcoder2"]
 # Of attention, which rounds queries and weights to bfloat16 with AVX-512 BF16 only.
 ERRORS = {isa: 0.01 if "BF16" in isa else 2e-5 for isa in ISAS}
 
@@ -29,6 +30,15 @@ def bigcode(kind: str = "gpt_bigcode_mqa", *, heads: int = 4, sharp: float = 1.0
     return model.to(torch.bfloat16)
 
 
+def llama_like(kind: str, **settings: Any) -> Any:
+    """A tiny model of one of LLAMA_LIKE in bfloat16, with these settings in its config."""
+    config = tiny_config(kind, vocab=512, positions=1024)
+    for name, value in settings.items():
+        assert hasattr(config, name), name
+        setattr(config, name, value)
+    return random_model(config, dtype=torch.bfloat16)
+
+
 def random_ids(count: int, vocab: int = 512, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return [int(i) for i in torch.randint(0, vocab, (count,), generator=generator)]
@@ -37,7 +47,7 @@ def random_ids(count: int, vocab: int = 512, seed: int = 0) -> list[int]:
 @torch.inference_mode()
 def filled(model: Any, length: int, capacity: int = 700, seed: int = 1) -> DenseSlot:
     """A slot of `length` random tokens, from the model's own eager forward."""
-    slot = DenseKVCache(model.config.n_layer, capacity).slots[0]
+    slot = DenseKVCache(model.config.num_hidden_layers, capacity).slots[0]
     ids = random_ids(length, seed=seed)
     model(input_ids=torch.tensor([ids]), past_key_values=slot.view, use_cache=True)
     slot.commit(ids)
@@ -48,7 +58,7 @@ class Bound:
     """The native forward of one slot."""
 
     def __init__(self, model: Any, slot: DenseSlot) -> None:
-        self.model, self.slot = NativeModel(model), slot
+        self.model, self.slot = NativeModel(model, slot.capacity), slot
 
     def step(self, ids: list[int]) -> torch.Tensor:
         """Append `ids`; the logits after each."""
@@ -65,45 +75,66 @@ def contents(slot: DenseSlot, last: int) -> list[torch.Tensor]:
     return [rows[:, :, -last:] for rows in slot.save(slot.length)]
 
 
+class _Stored(CacheLayerMixin):
+    """A slot's layer as float64's cache: the slot's rows are attended to, appended ones are kept aside."""
+
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.length = keys, values, length
+        self.appended: list[torch.Tensor] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        self.appended = [key_states, value_states]
+        total = self.length + key_states.shape[-2]
+        return self.keys[:, :, :total].double(), self.values[:, :, :total].double()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def exact(model: Any) -> Any:
+    """transformers' own model in float64, with packed linears dequantized."""
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    twin = type(model)(model.config).eval()
+    for name, linear in packed.items():
+        plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        plain.weight.data = linear.dequantize().clone()
+        if linear.bias is not None:
+            plain.bias.data = linear.bias.clone()
+        twin.set_submodule(name, plain)
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not any(name.startswith(f"{part}.") for part in packed)
+    }
+    twin.double().load_state_dict(state, strict=False)
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name:
+            twin.get_buffer(name).data = buffer.clone()
+    return twin
+
+
 def oracle(model: Any, slot: DenseSlot, ids: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """float64 logits of the last tokens, `ids`, and the keys and values that they should have left.
 
     The layers attend to the values in the slot, so its rounding causes no difference.
     """
-    body, config = model.transformer, model.config
-    rows, total = len(ids), slot.length
-    size = config.n_embd // config.n_head
-    activation = ACT2FN[config.activation_function]
-
-    def linear(module: Any, x: torch.Tensor) -> torch.Tensor:
-        weight = module.dequantize() if isinstance(module, QuantLinear) else module.weight
-        y = x @ weight.double().T
-        return y if module.bias is None else y + module.bias.double()
-
-    def norm(module: Any, x: torch.Tensor) -> torch.Tensor:
-        return layer_norm(x, x.shape[-1:], module.weight.double(), module.bias.double(), module.eps)
-
-    positions = torch.arange(total - rows, total)
-    x = body.wte.weight[torch.tensor(ids)].double() + body.wpe.weight[positions].double()
-    left = []
-    for block, layer in zip(body.h, slot.layers, strict=True):
-        both = linear(block.attn.c_attn, norm(block.ln_1, x))
-        if config.multi_query:
-            query, key, value = both.split((config.n_embd, size, size), dim=1)
-            query, key, value = query.view(rows, -1, size), key[:, None], value[:, None]
-        else:
-            query, key, value = both.view(rows, config.n_head, 3 * size).split(size, dim=2)
-        left += [key.transpose(0, 1)[None], value.transpose(0, 1)[None]]  # [1, kv_heads, rows, size]
-        keys, values = (t[0, :, :total].double() for t in (layer.keys, layer.values))  # type: ignore[index]
-        keys, values = (t.expand(config.n_head, -1, -1) for t in (keys, values))
-        scores = torch.einsum("rhd,htd->hrt", query, keys) * size**-0.5
-        hidden = torch.arange(total)[None] > positions[:, None]
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        mixed = torch.einsum("hrt,htd->rhd", weights, values).reshape(rows, -1)
-        x = x + linear(block.attn.c_proj, mixed)
-        wide = activation(linear(block.mlp.c_fc, norm(block.ln_2, x)))
-        x = x + linear(block.mlp.c_proj, wide)
-    return linear(model.lm_head, norm(body.ln_f, x)), left
+    before = slot.length - len(ids)
+    layers = [_Stored(layer.keys, layer.values, before) for layer in slot.layers]  # type: ignore[arg-type]
+    logits = exact(model)(input_ids=torch.tensor([ids]), past_key_values=Cache(layers=layers)).logits[0]
+    return logits, [part for layer in layers for part in layer.appended]
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -15,7 +15,8 @@ from lowmem.generate.cache.dense import DenseKVCache
 from lowmem.generate.decoders.contract import DecoderRefused, Feed
 from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.native import NativeDecoder
-from lowmem.generate.decoders.native_model import MAX_ROWS, why_not
+from lowmem.generate.decoders.native_families import why_not
+from lowmem.generate.decoders.native_weights import MAX_ROWS
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native.header import WIDTHS
 from lowmem.loading.loader import LoadOptions, load
@@ -250,12 +251,11 @@ def test_what_the_step_does_not_know_is_refused(change: Callable[[Any], None], r
 
 
 def test_other_models_and_dtypes_keep_the_eager_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "GPTBigCode only" in why_not(tiny_model("llama", dtype=torch.bfloat16))
-    assert "float32" in why_not(tiny_model("gpt_bigcode_mqa"))
-    assert "multiple of 16" in why_not(tiny_model("gpt_bigcode_mqa", heads=8, dtype=torch.bfloat16))
-    assert why_not(bigcode()) == ""
+    assert "float32" in why_not(tiny_model("gpt_bigcode_mqa"), 64)
+    assert "multiple of 16" in why_not(tiny_model("gpt_bigcode_mqa", heads=8, dtype=torch.bfloat16), 64)
+    assert why_not(bigcode(), 64) == ""
     monkeypatch.setenv("LOWMEM_CPU_KERNEL", "reference")
-    assert why_not(bigcode()) == "LOWMEM_CPU_KERNEL=reference"
+    assert why_not(bigcode(), 64) == "LOWMEM_CPU_KERNEL=reference"
 
 
 @torch.inference_mode()
@@ -277,7 +277,8 @@ def test_a_packed_linear_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch
 def test_a_step_that_differs_from_the_model_is_refused_and_leaves_nothing() -> None:
     """A model of this name whose forward is another one."""
     model = bigcode()
-    slot, decoder = filled(model, 10), NativeDecoder(EagerDecoder(model))
+    slot = filled(model, 10)
+    decoder = NativeDecoder(EagerDecoder(model), slot.capacity)
     model.transformer.h[0].mlp.c_proj.forward = lambda x: torch.zeros((*x.shape[:-1], 64), dtype=x.dtype)
     with pytest.raises(DecoderRefused, match="differ from the eager ones"):
         decoder.step([Feed(slot, [1, 2])])

@@ -15,7 +15,7 @@ from lowmem.config import SamplingParams
 from lowmem.generate.decoders.contract import Feed
 from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.native import NativeDecoder
-from lowmem.generate.decoders.native_model import why_not
+from lowmem.generate.decoders.native_families import why_not
 from lowmem.generate.engine import Engine
 from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
@@ -177,13 +177,14 @@ def test_decode_reads_the_stored_tables(tmp_path: Path, monkeypatch: pytest.Monk
     """A native step equals one with float32 tables in all but float32 rounding; a cast's does not."""
     folder = checkpoint(tmp_path)
     model, cast = load(folder, LoadOptions(dtype=BF16)).model, cast_as_before(folder, monkeypatch)
-    assert why_not(model) == ""
+    assert why_not(model, 64) == ""
     engine = Engine(model, context=64)
     tokens = [t.id for t in engine.generate([1, 2, 3], SamplingParams(temperature=0, max_new_tokens=5))]
     assert isinstance(engine.decoder.fast, NativeDecoder) and len(tokens) == 5
 
     def stepped(some: Any) -> torch.Tensor:
-        return NativeDecoder(EagerDecoder(some)).step([Feed(filled(model, 20), [5, 6])]).logits[0]
+        slot = filled(model, 20)
+        return NativeDecoder(EagerDecoder(some), slot.capacity).step([Feed(slot, [5, 6])]).logits[0]
 
     rounded = load(folder, LoadOptions(dtype=BF16)).model  # float16 tables that hold what bfloat16 does
     for table in (rounded.transformer.wte, rounded.transformer.wpe, rounded.lm_head):

@@ -278,18 +278,57 @@ static lm_weight random_weight(int64_t in, int64_t out, lm_packed *packed_room, 
     return (lm_weight){NULL, dense_room, 0};
 }
 
-static lm_norm random_norm(int64_t embd) { return (lm_norm){numbers(embd, LM_BF16, 1, 0), numbers(embd, LM_BF16, 1, 0)}; }
+static lm_norm random_norm(int64_t size)
+{
+    return (lm_norm){numbers(size, LM_BF16, 1, 0), one_in(2) ? numbers(size, LM_BF16, 1, 0) : NULL, 1e-5f, one_in(2)};
+}
+
+/* The linears and norms of a layer: merged or separate queries, keys and values, with or without a gate. */
+static lm_layer random_layer(const lm_model *m)
+{
+    static lm_packed packed_room[7];
+    static lm_dense dense_room[7];
+    const int64_t queries = m->heads * m->size, keys = m->kv_heads * m->size;
+    const int split = !m->interleaved && one_in(2);
+    lm_layer layer = {.ln_1 = random_norm(m->embd), .ln_2 = random_norm(m->embd)};
+    layer.q = random_weight(m->embd, queries + (split ? 0 : 2 * keys), packed_room, dense_room);
+    if (split) {
+        layer.k = random_weight(m->embd, keys, packed_room + 1, dense_room + 1);
+        layer.v = random_weight(m->embd, keys, packed_room + 2, dense_room + 2);
+    }
+    if (split && one_in(2)) {
+        layer.q_norm = random_norm(m->size);
+        layer.k_norm = random_norm(m->size);
+    }
+    layer.attn_proj = random_weight(queries, m->embd, packed_room + 3, dense_room + 3);
+    if (one_in(2))
+        layer.gate = random_weight(m->embd, m->inner, packed_room + 4, dense_room + 4);
+    layer.up = random_weight(m->embd, m->inner, packed_room + 5, dense_room + 5);
+    layer.mlp_proj = random_weight(m->inner, m->embd, packed_room + 6, dense_room + 6);
+    return layer;
+}
+
+/* Of random dimensions and settings, without its layers and its tables. */
+static lm_model random_model(void)
+{
+    const int64_t kv_heads = between(1, 3), heads = kv_heads * between(1, 3), size = 16 * between(1, 3);
+    lm_model m = {.layers = between(0, 2), .embd = one_in(2) ? heads * size : 16 * between(1, 9), .heads = heads, .kv_heads = kv_heads,
+                  .size = size, .inner = between(1, 9) * (one_in(2) ? 32 : 10), .vocab = between(1, 100),
+                  .rotary = one_in(3) ? 0 : 16 * between(1, size / 16), .interleaved = heads == kv_heads && one_in(2),
+                  .activation = (int32_t)between(LM_GELU, LM_SILU), .scaling = 0.25f, .embedding_scale = normal(),
+                  .residual_scale = normal(), .head_scale = normal(), .wte_type = (int16_t)between(1, 2),
+                  .wpe_type = (int16_t)between(1, 2)};
+    return m;
+}
 
 static void step(void)
 {
     what = "lm_forward";
-    enum { LAYERS = 2 };
-    static lm_packed packed_room[5];
-    static lm_dense dense_room[5];
-    const int64_t heads = between(1, 4), size = 16 * between(1, 3), embd = heads * size;
-    const int multi_query = one_in(2);
-    const int64_t kv_heads = multi_query ? 1 : heads, inner = between(1, 9) * (one_in(2) ? 32 : 10), vocab = between(1, 100);
-    enum { SLOTS = 3 };
+    enum { LAYERS = 2, SLOTS = 3 };
+    static lm_packed packed_room;
+    static lm_dense dense_room;
+    lm_model m = random_model();
+    const int64_t vocab = m.vocab;
     const int64_t count = between(1, SLOTS), many = one_in(4) ? 40 : 12;
     lm_feed feeds[SLOTS];
     int64_t rows = 0, wanted = 0, most = 0;
@@ -300,26 +339,24 @@ static void step(void)
         wanted += feeds[f].wanted;
         most = feeds[f].length + feeds[f].rows > most ? feeds[f].length + feeds[f].rows : most;
     }
-    const int64_t capacity = most + (one_in(2) ? 0 : between(0, 9)), width = embd + 2 * kv_heads * size;
-    const int64_t stored = count * kv_heads * capacity * size;
+    m.capacity = most + (one_in(2) ? 0 : between(0, 9));
+    const int64_t stored = count * m.kv_heads * m.capacity * m.size;
     const size_t cache = (size_t)stored * 2;
     lm_layer layers[LAYERS];
     uint16_t *keys[LAYERS], *values[LAYERS];
-    const lm_weight c_attn = random_weight(embd, width, packed_room, dense_room);
-    const lm_weight proj = random_weight(embd, embd, packed_room + 1, dense_room + 1);
-    const lm_weight c_fc = random_weight(embd, inner, packed_room + 2, dense_room + 2);
-    const lm_weight mlp = random_weight(inner, embd, packed_room + 3, dense_room + 3);
+    const lm_layer layer = random_layer(&m);
     for (int i = 0; i < LAYERS; i++) {
         keys[i] = numbers(stored, LM_BF16, 1, 0);
         values[i] = numbers(stored, LM_BF16, 1, 0);
-        layers[i] = (lm_layer){random_norm(embd), random_norm(embd), c_attn, proj, c_fc, mlp, NULL, NULL};
+        layers[i] = layer;
+        layers[i].ln_1 = random_norm(m.embd);
     }
-    lm_model m = {.layers = between(0, LAYERS), .embd = embd, .heads = heads, .kv_heads = kv_heads, .inner = inner, .vocab = vocab,
-                  .capacity = capacity, .multi_query = multi_query, .activation = one_in(2) ? LM_GELU : LM_GELU_TANH,
-                  .epsilon = 1e-5f, .scaling = 0.25f, .wte_type = (int16_t)between(1, 2), .wpe_type = (int16_t)between(1, 2),
-                  .ln_f = random_norm(embd), .head = random_weight(embd, vocab, packed_room + 4, dense_room + 4)};
-    m.wte = numbers(vocab * embd, m.wte_type, 0.2f, 0);
-    m.wpe = numbers(most * embd, m.wpe_type, 0.2f, 0);
+    m.ln_f = random_norm(m.embd);
+    m.head = random_weight(m.embd, vocab, &packed_room, &dense_room);
+    m.wte = numbers(vocab * m.embd, m.wte_type, 0.2f, 0);
+    m.wpe = one_in(2) ? numbers(most * m.embd, m.wpe_type, 0.2f, 0) : NULL;
+    m.cosines = m.rotary ? numbers(most * m.rotary / 2, LM_F32, 1, 0) : NULL;
+    m.sines = m.rotary ? numbers(most * m.rotary / 2, LM_F32, 1, 0) : NULL;
     int64_t *ids = exactly((size_t)rows * sizeof *ids, sizeof *ids);
     for (int64_t r = 0; r < rows; r++)
         ids[r] = one_in(2) ? vocab - 1 : between(0, vocab - 1);

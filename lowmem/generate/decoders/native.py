@@ -1,4 +1,4 @@
-"""Forwards of transformers' GPTBigCode on the CPU in one call of our C library (csrc/step/step.c).
+"""Forwards of GPTBigCode, Llama and relatives on the CPU in one call of our C library (csrc/step/step.c).
 
 An eager step makes hundreds of calls from Python between its kernels, and torch's attention takes five times
 as long at 8192 tokens. Here the threads run all layers on their own, for all sequences at once: linears
@@ -23,7 +23,9 @@ from lowmem.generate.decoders.contract import (
     rewind,
 )
 from lowmem.generate.decoders.eager import EagerDecoder
-from lowmem.generate.decoders.native_model import MAX_ROWS, NativeModel, why_not
+from lowmem.generate.decoders.native_families import why_not
+from lowmem.generate.decoders.native_model import NativeModel
+from lowmem.generate.decoders.native_weights import MAX_ROWS
 
 # Relative, in the 2-norm of the logits. Eager steps round to bfloat16 after every operation, native ones
 # hardly ever: with random weights in 40 layers the two differ by 0.05, with trained ones in 8 by 0.006. A
@@ -43,8 +45,9 @@ class NativeDecoder(Decoder):
 
     max_rows = MAX_ROWS
 
-    def __init__(self, eager: EagerDecoder) -> None:
-        if refusal := why_not(eager.model):
+    def __init__(self, eager: EagerDecoder, capacity: int) -> None:
+        """capacity: tokens of the KV cache's slots."""
+        if refusal := why_not(eager.model, capacity):
             raise DecoderRefused(refusal)
         self.eager = eager
         self._model: NativeModel | None = None  # once it is known to be right
@@ -93,7 +96,7 @@ class NativeDecoder(Decoder):
         length = slot.length
         expected = self.eager.append(slot, feed.ids, keep=rows)
         slot.cut(length)
-        model = NativeModel(self.eager.model)
+        model = NativeModel(self.eager.model, slot.capacity)
         logits = model.forward([feed], [rows])
         slot.cut(length)
         error = float(((logits - expected).norm(dim=1) / expected.float().norm(dim=1)).amax())

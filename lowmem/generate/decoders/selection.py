@@ -30,7 +30,10 @@ class SelectedDecoder(Decoder):
         self.why_eager = ""
         """Why steps are eager; "" while they are not."""
         try:
-            self.fast = GraphDecoder(self.eager, cache) if graphs else NativeDecoder(self.eager)
+            if graphs:
+                self.fast = GraphDecoder(self.eager, cache)
+            else:
+                self.fast = NativeDecoder(self.eager, cache.capacity)
         except DecoderRefused as refused:
             self.why_eager = refused.reason
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-CONTRACT = 6
+CONTRACT = 7
 
 F32, F16, BF16 = 0, 1, 2
 
@@ -22,7 +22,7 @@ DECODE_ROWS = 16
 """Rows of a decode step, at most."""
 PAIRED = 4
 """As `planes`: one plane and a half."""
-GELU, GELU_TANH = 0, 1
+GELU, GELU_TANH, SILU = 0, 1, 2
 ROUND_MOST = 256
 """Columns of a block that is rounded, at most."""
 RANGES_MOST = 16
@@ -96,17 +96,17 @@ class LmWeight(ctypes.Structure):
 
 
 class LmNorm(ctypes.Structure):
-    """A LayerNorm of a decode step."""
+    """A norm of a decode step, or none."""
 
-    _fields_ = _fields("pointer weight bias")
+    _fields_ = _fields("pointer weight bias", "float epsilon", "int32 centred")
 
 
 class LmLayer(ctypes.Structure):
     """A decoder layer of a decode step."""
 
     _fields_ = _fields(
-        *((name, LmNorm) for name in ("ln_1", "ln_2")),
-        *((name, LmWeight) for name in ("c_attn", "attn_proj", "c_fc", "mlp_proj")),
+        *((name, LmNorm) for name in ("ln_1", "ln_2", "q_norm", "k_norm")),
+        *((name, LmWeight) for name in ("q", "k", "v", "attn_proj", "gate", "up", "mlp_proj")),
         "pointer keys values",
     )
 
@@ -115,11 +115,11 @@ class LmModel(ctypes.Structure):
     """A model of a decode step."""
 
     _fields_ = _fields(
-        "int64 layers embd heads kv_heads inner vocab capacity",
-        "int32 multi_query activation",
-        "float epsilon scaling",
+        "int64 layers embd heads kv_heads size inner vocab capacity rotary",
+        "int32 interleaved activation",
+        "float scaling embedding_scale residual_scale head_scale",
         "int16 wte_type wpe_type",
-        "pointer wte wpe",
+        "pointer wte wpe cosines sines",
         ("ln_f", LmNorm),
         ("head", LmWeight),
         ("layer", ctypes.POINTER(LmLayer)),

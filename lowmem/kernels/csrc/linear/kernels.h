@@ -5,9 +5,16 @@
 #include "linear.h"
 #include "threads.h"
 
-/* lm_linear inside a team: every thread calls it, and all have finished when it returns. */
-void lm_linear_team(const lm_packed *w, const lm_matrix *x, int planes, const lm_matrix *y, void *workspace, lm_team *team);
-/* The same for a dense weight, without a workspace. x and y are float32, and x has no gaps between rows. */
+/* A packed linear and where its outputs go. */
+typedef struct {
+    const lm_packed *w;
+    lm_matrix y;
+} lm_product;
+
+/* lm_linear inside a team, for `count` linears of one input: every thread calls it, and all have finished when it returns.
+ * Their weights have the same inputs, lm_kernel_group and bits, so that the input is quantized once. */
+void lm_linears_team(const lm_product *products, int64_t count, const lm_matrix *x, int planes, void *workspace, lm_team *team);
+/* One dense linear, without a workspace. x and y are float32, and x has no gaps between rows. */
 void lm_dense_team(const lm_dense *w, const lm_matrix *x, const lm_matrix *y, lm_team *team);
 
 /* Rows of activations as integers, in a byte order of the instruction set's own. */

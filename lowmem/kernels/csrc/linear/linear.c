@@ -79,8 +79,36 @@ static void store(const lm_piece *p, const lm_matrix *y)
     }
 }
 
-/* One thread's part in a linear on at most PREFILL_ROWS rows. */
-static void multiply(const plan *p, const lm_matrix *x, const lm_matrix *y, char *workspace, lm_team *team)
+static lm_matrix rows_from(const lm_matrix *m, int64_t first, int64_t rows)
+{
+    return (lm_matrix){(char *)m->values + (size_t)(first * m->stride) * lm_width(m->type), rows, m->stride, m->type};
+}
+
+/* The linears of a call. */
+typedef struct {
+    const lm_product *each;
+    int64_t count, outputs; /* linears, and outputs of all */
+    int64_t columns;        /* of a piece */
+} products;
+
+/* Set the outputs of piece `number` and return its linear; NULL past the last piece. */
+static const lm_product *piece_of(const products *all, int64_t number, lm_piece *piece)
+{
+    for (const lm_product *p = all->each; p < all->each + all->count; p++) {
+        const int64_t pieces = (p->w->outputs + all->columns - 1) / all->columns;
+        if (number < pieces) {
+            piece->w = p->w;
+            piece->first = number * all->columns;
+            piece->last = lm_min(piece->first + all->columns, p->w->outputs);
+            return p;
+        }
+        number -= pieces;
+    }
+    return NULL;
+}
+
+/* One thread's part in linears on at most PREFILL_ROWS rows, which begin at row `begin` of their results. */
+static void multiply(const plan *p, products all, const lm_matrix *x, int64_t begin, char *workspace, lm_team *team)
 {
     const lm_packed *w = p->w;
     const lm_linear_kernels *kernels = lm_isa_selected()->linear;
@@ -94,36 +122,34 @@ static void multiply(const plan *p, const lm_matrix *x, const lm_matrix *y, char
     char *own = workspace + p->threads + (size_t)lm_rank(team) * p->thread_bytes;
     const int decode = x->rows <= DECODE_KERNEL_ROWS;
     /* Wide pieces read memory in long streams; four pieces a thread keep the wait for the last thread short. */
-    const int64_t fair = lm_round_up(w->outputs / (4 * lm_size(team)), LM_TILE_OUTPUTS);
-    int64_t columns = decode ? lm_min(fair, DECODE_COLUMNS) : LM_PREFILL_COLUMNS;
-    if (columns < LM_TILE_OUTPUTS)
-        columns = LM_TILE_OUTPUTS;
-    lm_piece piece = {.w = w, .input = &input, .y = (float *)(decode ? own : own + SCRATCH), .stride = columns, .scratch = own};
-    while ((piece.first = lm_next(team) * columns) < w->outputs) {
-        piece.last = lm_min(piece.first + columns, w->outputs);
+    const int64_t fair = lm_round_up(all.outputs / (4 * lm_size(team)), LM_TILE_OUTPUTS);
+    all.columns = decode ? lm_min(fair, DECODE_COLUMNS) : LM_PREFILL_COLUMNS;
+    if (all.columns < LM_TILE_OUTPUTS)
+        all.columns = LM_TILE_OUTPUTS;
+    lm_piece piece = {.input = &input, .y = (float *)(decode ? own : own + SCRATCH), .stride = all.columns, .scratch = own};
+    for (const lm_product *now; (now = piece_of(&all, lm_next(team), &piece));) {
         for (int64_t r = 0; r < x->rows; r++)
-            memset(piece.y + r * columns, 0, (size_t)(piece.last - piece.first) * sizeof(float));
+            memset(piece.y + r * piece.stride, 0, (size_t)(piece.last - piece.first) * sizeof(float));
         if (decode)
             kernels->decode(&piece);
         else
             kernels->prefill(&piece);
-        store(&piece, y);
+        const lm_matrix to = rows_from(&now->y, begin, x->rows);
+        store(&piece, &to);
     }
     lm_barrier(team);
 }
 
-static lm_matrix rows_from(const lm_matrix *m, int64_t first, int64_t rows)
+void lm_linears_team(const lm_product *all, int64_t count, const lm_matrix *x, int planes, void *workspace, lm_team *team)
 {
-    return (lm_matrix){(char *)m->values + (size_t)(first * m->stride) * lm_width(m->type), rows, m->stride, m->type};
-}
-
-void lm_linear_team(const lm_packed *w, const lm_matrix *x, int planes, const lm_matrix *y, void *workspace, lm_team *team)
-{
+    products found = {.each = all, .count = count};
+    for (int64_t i = 0; i < count; i++)
+        found.outputs += all[i].w->outputs;
     for (int64_t r = 0; r < x->rows; r += PREFILL_ROWS) {
         const int64_t rows = lm_min(x->rows - r, PREFILL_ROWS);
-        const plan p = plan_of(w, planes, rows);
-        const lm_matrix from = rows_from(x, r, rows), to = rows_from(y, r, rows);
-        multiply(&p, &from, &to, lm_align(workspace), team);
+        const plan p = plan_of(all->w, planes, rows);
+        const lm_matrix from = rows_from(x, r, rows);
+        multiply(&p, found, &from, r, lm_align(workspace), team);
     }
 }
 
@@ -137,7 +163,7 @@ typedef struct {
 static void body(void *context, lm_team *team)
 {
     const call *c = context;
-    lm_linear_team(c->w, c->x, c->planes, c->y, c->workspace, team);
+    lm_linears_team(&(lm_product){c->w, *c->y}, 1, c->x, c->planes, c->workspace, team);
 }
 
 void lm_linear(const lm_packed *w, const lm_matrix *x, int planes, const lm_matrix *y, void *workspace)

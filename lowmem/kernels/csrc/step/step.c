@@ -1,74 +1,15 @@
 /* A step without Python: every thread walks through all layers, and threads wait for each other where one needs the
  * results of the others. */
-#include "isa.h"
 #include "types.h"
+#include "walk.h"
 
-enum { COLUMNS = 16, TOGETHER = 16 }; /* floats of a cache line; rows that attend at a time: their lanes stay in the caches */
-
-/* Where a row's key and value go. */
-typedef struct {
-    int64_t slot, position;
-} place;
-
-typedef struct {
-    const lm_model *model;
-    const lm_feed *feeds;
-    const int64_t *ids;
-    int64_t count, rows, wanted; /* feeds, and rows of all feeds */
-    float *logits;
-    place *places;         /* [rows] */
-    float *stream, *other; /* [rows, embd]: the residual stream, and the one that replaces it */
-    float *normal, *added; /* [rows, embd]: the stream's norm; the output of attention or MLP */
-    float *wide;           /* [rows, outputs of c_attn, or inner] */
-    float *mixed;          /* [rows, embd]: attention's output before its projection */
-    void *linear, *attention; /* workspaces */
-} step;
-
-static int64_t head_size(const lm_model *m) { return m->embd / m->heads; }
-
-static int64_t attention_width(const lm_model *m) { return m->embd + 2 * m->kv_heads * head_size(m); }
+enum { COLUMNS = 16, TOGETHER = 3 }; /* floats of a cache line; linears of one input */
 
 /* A float32 matrix without gaps between rows. */
 static lm_matrix matrix(int64_t rows, float *values, int64_t columns) { return (lm_matrix){values, rows, columns, LM_F32}; }
 
-/* ---- attention's calls --------------------------------------------------------------------------------------- */
-
-/* The attentions of one call: up to TOGETHER rows, of one sequence or of several. */
-typedef struct {
-    lm_attention each[LM_ATTENTIONS];
-    int64_t count;
-    int64_t feed, done, row; /* where the next call begins: a feed, its rows that are done, and the row of the step */
-} attentions;
-
-/* The next attentions of this layer (NULL: only sizes are wanted). Returns whether there are any. */
-static int next_attentions(const step *s, const lm_layer *layer, attentions *a)
-{
-    const lm_model *m = s->model;
-    const int64_t size = head_size(m), width = attention_width(m), slot = m->kv_heads * m->capacity * size;
-    int64_t left = TOGETHER;
-    for (a->count = 0; a->feed < s->count && left && a->count < LM_ATTENTIONS;) {
-        const lm_feed *f = s->feeds + a->feed;
-        const int64_t rows = lm_min(f->rows - a->done, left);
-        lm_attention now = {
-            .kv = {m->heads, m->kv_heads, size, m->capacity, NULL, NULL},
-            .query = {NULL, width, m->multi_query ? size : 3 * size, rows, f->length + a->done + rows, m->scaling}};
-        if (layer) {
-            now.kv.keys = layer->keys + f->slot * slot;
-            now.kv.values = layer->values + f->slot * slot;
-            now.query.values = s->wide + a->row * width;
-            now.out = s->mixed + a->row * m->embd;
-        }
-        a->each[a->count++] = now;
-        left -= rows;
-        a->row += rows;
-        a->done += rows;
-        if (a->done == f->rows) {
-            a->feed++;
-            a->done = 0;
-        }
-    }
-    return a->count > 0;
-}
+/* Whether a layer has this linear. */
+static int has(const lm_weight *w) { return w->packed || w->dense; }
 
 /* ---- workspace ----------------------------------------------------------------------------------------------- */
 
@@ -88,38 +29,35 @@ static void *part(char *workspace, size_t *at, size_t bytes)
 }
 
 /* Assign the parts of the workspace. Returns the bytes of all of them. */
-static size_t arrange(step *s, char *workspace)
+static size_t arrange(lm_step *s, char *workspace)
 {
     const lm_model *m = s->model;
-    const int64_t width = attention_width(m) > m->inner ? attention_width(m) : m->inner;
-    const size_t narrow = (size_t)(s->rows * m->embd) * sizeof(float);
-    size_t at = 0, linear = linear_workspace(&m->head, s->wanted, 0), attention = 0;
-    for (attentions a = {.count = 0}; next_attentions(s, NULL, &a);) {
-        const size_t bytes = lm_attention_workspace(a.each, a.count);
-        attention = bytes > attention ? bytes : attention;
+    const int64_t width = lm_qkv_width(m) > m->inner ? lm_qkv_width(m) : m->inner;
+    const size_t row = (size_t)s->rows * sizeof(float), narrow = row * (size_t)m->embd;
+    size_t at = 0, linear = linear_workspace(&m->head, s->wanted, 0), gate = 0;
+    for (const lm_layer *layer = m->layer; layer < m->layer + m->layers; layer++) {
+        const lm_weight *all[] = {&layer->q, &layer->k, &layer->v, &layer->attn_proj, &layer->gate, &layer->up, &layer->mlp_proj};
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+            linear = linear_workspace(all[i], s->rows, linear);
+        if (has(&layer->gate))
+            gate = row * (size_t)m->inner;
     }
-    for (int64_t i = 0; i < m->layers; i++) {
-        const lm_layer *layer = m->layer + i;
-        linear = linear_workspace(&layer->c_attn, s->rows, linear);
-        linear = linear_workspace(&layer->attn_proj, s->rows, linear);
-        linear = linear_workspace(&layer->c_fc, s->rows, linear);
-        linear = linear_workspace(&layer->mlp_proj, s->rows, linear);
-    }
-    s->places = part(workspace, &at, (size_t)s->rows * sizeof(place));
+    s->places = part(workspace, &at, (size_t)s->rows * sizeof(lm_place));
     s->stream = part(workspace, &at, narrow);
     s->other = part(workspace, &at, narrow);
     s->normal = part(workspace, &at, narrow);
     s->added = part(workspace, &at, narrow);
-    s->mixed = part(workspace, &at, narrow);
-    s->wide = part(workspace, &at, (size_t)(s->rows * width) * sizeof(float));
+    s->mixed = part(workspace, &at, row * (size_t)(m->heads * m->size));
+    s->wide = part(workspace, &at, row * (size_t)width);
+    s->gate = part(workspace, &at, gate);
     s->linear = part(workspace, &at, linear);
-    s->attention = part(workspace, &at, attention);
+    s->attention = part(workspace, &at, lm_heads_workspace(s));
     return at;
 }
 
-static step step_of(const lm_model *model, const lm_feed *feeds, int64_t count)
+static lm_step step_of(const lm_model *model, const lm_feed *feeds, int64_t count)
 {
-    step s = {.model = model, .feeds = feeds, .count = count};
+    lm_step s = {.model = model, .feeds = feeds, .count = count};
     for (int64_t i = 0; i < count; i++) {
         s.rows += feeds[i].rows;
         s.wanted += feeds[i].wanted;
@@ -129,7 +67,7 @@ static step step_of(const lm_model *model, const lm_feed *feeds, int64_t count)
 
 size_t lm_forward_workspace(const lm_model *model, const lm_feed *feeds, int64_t count)
 {
-    step s = step_of(model, feeds, count);
+    lm_step s = step_of(model, feeds, count);
     return arrange(&s, NULL) + LM_ALIGNMENT;
 }
 
@@ -143,31 +81,63 @@ static void own_columns(const lm_team *team, int64_t count, int64_t *first, int6
     *last = lm_min(*last * COLUMNS, count);
 }
 
-static void multiply(const step *s, const lm_weight *w, lm_matrix x, lm_matrix y, lm_team *team)
+static void multiply(const lm_step *s, const lm_weight *w, lm_matrix x, lm_matrix y, lm_team *team)
 {
     if (w->packed)
-        lm_linear_team(w->packed, &x, (int)w->planes, &y, s->linear, team);
+        lm_linears_team(&(lm_product){w->packed, y}, 1, &x, (int)w->planes, s->linear, team);
     else
         lm_dense_team(w->dense, &x, &y, team);
 }
 
+/* Whether the input is quantized alike for both. */
+static int alike(const lm_weight *a, const lm_weight *b)
+{
+    return a->packed && b->packed && a->planes == b->planes && a->packed->bits == b->packed->bits
+        && lm_kernel_group(a->packed->group) == lm_kernel_group(b->packed->group);
+}
+
+/* A linear and where its outputs go. */
+typedef struct {
+    const lm_weight *weight;
+    lm_matrix y;
+} output;
+
+static void multiply_all(const lm_step *s, const output *outputs, int64_t count, lm_matrix x, lm_team *team)
+{
+    lm_product products[TOGETHER];
+    for (int64_t i = 0, together; i < count; i += together) {
+        const lm_weight *first = outputs[i].weight;
+        for (together = 0; i + together < count && alike(first, outputs[i + together].weight); together++)
+            products[together] = (lm_product){outputs[i + together].weight->packed, outputs[i + together].y};
+        if (together > 1) {
+            lm_linears_team(products, together, &x, (int)first->planes, s->linear, team);
+        } else {
+            together = 1;
+            multiply(s, first, x, outputs[i].y, team);
+        }
+    }
+}
+
 /* The embeddings of tokens and positions into the stream. */
-static void embed(const step *s, lm_team *team)
+static void embed(const lm_step *s, lm_team *team)
 {
     const lm_model *m = s->model;
     int64_t first, last;
     own_columns(team, m->embd, &first, &last);
     for (int64_t r = 0; r < s->rows; r++) {
-        const uint16_t *token = m->wte + s->ids[r] * m->embd, *position = m->wpe + s->places[r].position * m->embd;
+        const uint16_t *token = m->wte + s->ids[r] * m->embd, *position = m->wpe + (m->wpe ? s->places[r].position * m->embd : 0);
+        float *to = s->stream + r * m->embd;
         for (int64_t i = first; i < last; i++)
-            s->stream[r * m->embd + i] = lm_from_16(token[i], m->wte_type) + lm_from_16(position[i], m->wpe_type);
+            to[i] = lm_from_16(token[i], m->wte_type) * m->embedding_scale;
+        for (int64_t i = first; m->wpe && i < last; i++)
+            to[i] += lm_from_16(position[i], m->wpe_type);
     }
     lm_barrier(team);
 }
 
 /* Add `added` (if not NULL) to the stream, and normalize the result. Each thread takes columns, whose sums it needs of whole
  * rows, or rows where there are enough of them. */
-static void add_and_normalize(step *s, const float *added, const lm_norm *norm, lm_team *team)
+static void add_and_normalize(lm_step *s, const float *added, const lm_norm *norm, lm_team *team)
 {
     const lm_model *m = s->model;
     int64_t first = 0, last = m->embd, begin = 0, end = s->rows;
@@ -177,7 +147,7 @@ static void add_and_normalize(step *s, const float *added, const lm_norm *norm, 
         lm_share(team, s->rows, &begin, &end);
     for (int64_t r = begin; r < end; r++) {
         const int64_t row = r * m->embd;
-        const lm_residual residual = {s->stream + row, added ? added + row : NULL, m->embd, norm, m->epsilon,
+        const lm_residual residual = {s->stream + row, added ? added + row : NULL, m->residual_scale, m->embd, norm,
                                       s->other + row, s->normal + row};
         lm_isa_selected()->elementwise->add_norm(&residual, first, last);
     }
@@ -187,31 +157,37 @@ static void add_and_normalize(step *s, const float *added, const lm_norm *norm, 
     lm_barrier(team);
 }
 
-/* Append the keys and values among c_attn's outputs to the cache. */
-static void append_keys(const step *s, const lm_layer *layer, lm_team *team)
+/* The layer's queries, keys and values into `wide`. */
+static void project(const lm_step *s, const lm_layer *layer, lm_matrix x, lm_team *team)
 {
     const lm_model *m = s->model;
-    const int64_t size = head_size(m), width = attention_width(m), count = s->rows * m->kv_heads;
-    for (int64_t i = lm_rank(team); i < count; i += lm_size(team)) {
-        const int64_t r = i / m->kv_heads, head = i % m->kv_heads;
-        const float *key = s->wide + r * width + (m->multi_query ? m->embd : 3 * head * size + size);
-        const place *at = s->places + r;
-        const int64_t to = ((at->slot * m->kv_heads + head) * m->capacity + at->position) * size;
-        for (int64_t d = 0; d < size; d++) {
-            layer->keys[to + d] = lm_to_bf16(key[d]);
-            layer->values[to + d] = lm_to_bf16(key[size + d]);
-        }
-    }
+    const lm_matrix all = matrix(s->rows, s->wide, lm_qkv_width(m));
+    output outputs[] = {{&layer->q, all}, {&layer->k, all}, {&layer->v, all}};
+    outputs[1].y.values = s->wide + lm_head_at(m, 1, 0);
+    outputs[2].y.values = s->wide + lm_head_at(m, 2, 0);
+    multiply_all(s, outputs, has(&layer->k) ? 3 : 1, x, team);
 }
 
-static void attend(const step *s, const lm_layer *layer, lm_team *team)
+/* The inputs of the MLP's last linear into `wide`. */
+static void expand(const lm_step *s, const lm_layer *layer, lm_matrix x, lm_team *team)
 {
-    for (attentions a = {.count = 0}; next_attentions(s, layer, &a);)
-        lm_attention_team(a.each, a.count, s->attention, team);
+    const int64_t inner = s->model->inner;
+    const int gated = has(&layer->gate);
+    /* The activated ones in `wide`, so that both kinds end there. */
+    const output outputs[] = {{gated ? &layer->gate : &layer->up, matrix(s->rows, s->wide, inner)},
+                              {&layer->up, matrix(s->rows, s->gate, inner)}};
+    multiply_all(s, outputs, gated ? 2 : 1, x, team);
+    int64_t first, last;
+    own_columns(team, inner, &first, &last);
+    for (int64_t r = 0; r < s->rows; r++) {
+        const int64_t at = r * inner + first;
+        lm_isa_selected()->elementwise->activate(s->model->activation, s->wide + at, gated ? s->gate + at : NULL, last - first);
+    }
+    lm_barrier(team);
 }
 
-/* Bring the wanted rows of `normal` together, in `added`. */
-static void gather_wanted(const step *s, lm_team *team)
+/* Bring the wanted rows of `normal` together, in `added`, as the head takes them. */
+static void gather_wanted(const lm_step *s, lm_team *team)
 {
     const int64_t embd = s->model->embd;
     int64_t first, last, to = 0, end = 0;
@@ -219,56 +195,44 @@ static void gather_wanted(const step *s, lm_team *team)
     for (const lm_feed *f = s->feeds; f < s->feeds + s->count; f++) {
         end += f->rows;
         for (int64_t r = end - f->wanted; r < end; r++, to++)
-            memcpy(s->added + to * embd + first, s->normal + r * embd + first, (size_t)(last - first) * sizeof(float));
+            for (int64_t i = first; i < last; i++)
+                s->added[to * embd + i] = s->normal[r * embd + i] * s->model->head_scale;
     }
-    lm_barrier(team);
-}
-
-static void activate(const step *s, lm_team *team)
-{
-    int64_t first, last;
-    own_columns(team, s->model->inner, &first, &last);
-    for (int64_t r = 0; r < s->rows; r++)
-        lm_isa_selected()->elementwise->activate(s->model->activation, s->wide + r * s->model->inner + first, last - first);
     lm_barrier(team);
 }
 
 static void walk(void *context, lm_team *team)
 {
-    step own = *(const step *)context, *s = &own; /* every thread swaps the streams in its own copy */
+    lm_step own = *(const lm_step *)context, *s = &own; /* every thread swaps the streams in its own copy */
     const lm_model *m = s->model;
-    const lm_matrix normal = matrix(s->rows, s->normal, m->embd), mixed = matrix(s->rows, s->mixed, m->embd);
-    const lm_matrix qkv = matrix(s->rows, s->wide, attention_width(m)), inner = matrix(s->rows, s->wide, m->inner);
-    const lm_matrix sum = matrix(s->rows, s->added, m->embd), wanted = matrix(s->wanted, s->added, m->embd);
+    const lm_matrix normal = matrix(s->rows, s->normal, m->embd), mixed = matrix(s->rows, s->mixed, m->heads * m->size);
+    const lm_matrix inner = matrix(s->rows, s->wide, m->inner), sum = matrix(s->rows, s->added, m->embd);
     const float *added = NULL;
     embed(s, team);
-    for (int64_t i = 0; i < m->layers; i++) {
-        const lm_layer *layer = m->layer + i;
+    for (const lm_layer *layer = m->layer; layer < m->layer + m->layers; layer++) {
         add_and_normalize(s, added, &layer->ln_1, team);
-        multiply(s, &layer->c_attn, normal, qkv, team);
-        append_keys(s, layer, team);
-        attend(s, layer, team);
+        project(s, layer, normal, team);
+        lm_heads_team(s, layer, team);
         multiply(s, &layer->attn_proj, mixed, sum, team);
         add_and_normalize(s, s->added, &layer->ln_2, team);
-        multiply(s, &layer->c_fc, normal, inner, team);
-        activate(s, team);
+        expand(s, layer, normal, team);
         multiply(s, &layer->mlp_proj, inner, sum, team);
         added = s->added;
     }
     add_and_normalize(s, added, &m->ln_f, team);
     gather_wanted(s, team);
-    multiply(s, &m->head, wanted, matrix(s->wanted, s->logits, m->vocab), team);
+    multiply(s, &m->head, matrix(s->wanted, s->added, m->embd), matrix(s->wanted, s->logits, m->vocab), team);
 }
 
 void lm_forward(const lm_model *model, const lm_feed *feeds, int64_t count, const int64_t *ids, float *logits, void *workspace)
 {
-    step s = step_of(model, feeds, count);
+    lm_step s = step_of(model, feeds, count);
     s.ids = ids;
     s.logits = logits;
     arrange(&s, lm_align(workspace));
-    place *to = s.places;
+    lm_place *to = s.places;
     for (const lm_feed *f = feeds; f < feeds + count; f++)
         for (int64_t r = 0; r < f->rows; r++)
-            *to++ = (place){f->slot, f->length + r};
+            *to++ = (lm_place){f->slot, f->length + r};
     lm_run(walk, &s);
 }

@@ -1,38 +1,49 @@
-/* One step of transformers' GPTBigCode, for several sequences: token ids in, logits out, in one call. */
+/* One step of transformers' GPTBigCode, Llama and their relatives, for several sequences: token ids in, logits out, in one
+ * call. */
 #ifndef LOWMEM_STEP_H
 #define LOWMEM_STEP_H
 
 #include "linear/linear.h"
 
 /* `activation` of a model. */
-enum { LM_GELU = 0, LM_GELU_TANH = 1 };
+enum { LM_GELU = 0, LM_GELU_TANH = 1, LM_SILU = 2 };
 
-/* A linear: one of the two is NULL. */
+/* A linear: one of the two is NULL; both are where a model has none. */
 typedef struct {
     const lm_packed *packed;
     const lm_dense *dense;
     int64_t planes; /* of the packed linear's activations */
 } lm_weight;
 
-/* A LayerNorm: bfloat16 [embd] each. */
+/* A norm of rows: bfloat16 [size of a row] each. weight NULL: no norm. bias: NULL for none. */
 typedef struct {
     const uint16_t *weight, *bias;
+    float epsilon;
+    int32_t centred; /* 1: LayerNorm, which subtracts the mean. 0: RMSNorm */
 } lm_norm;
 
 typedef struct {
-    lm_norm ln_1, ln_2;
-    lm_weight c_attn, attn_proj, c_fc, mlp_proj;
-    uint16_t *keys, *values; /* the KV cache: bfloat16 [slots, kv_heads, capacity, size of a head] */
+    lm_norm ln_1, ln_2;     /* before attention, and before the MLP */
+    lm_norm q_norm, k_norm; /* of each head's query and key, or none */
+    lm_weight q, k, v;      /* without k and v, the outputs of q are all of them */
+    lm_weight attn_proj;
+    lm_weight gate;         /* if any, its activation multiplies up's outputs; otherwise they are activated */
+    lm_weight up, mlp_proj;
+    uint16_t *keys, *values; /* the KV cache: bfloat16 [slots, kv_heads, capacity, size] */
 } lm_layer;
 
 typedef struct {
-    int64_t layers, embd, heads, kv_heads, inner, vocab, capacity;
-    /* 1: c_attn's outputs are all queries, one key and one value. 0: for each head its query, key and value. */
-    int32_t multi_query;
-    int32_t activation; /* LM_GELU or LM_GELU_TANH */
-    float epsilon, scaling;
+    int64_t layers, embd, heads, kv_heads, size, inner, vocab, capacity; /* size: of a head, a multiple of 16, as embd is */
+    /* Of each head, the dimensions that turn with the position: i < rotary / 2 with i + rotary / 2. 0: none */
+    int64_t rotary;
+    /* Outputs of q, k and v: 0: all queries, all keys, all values. 1: for each head its query, key and value. */
+    int32_t interleaved;
+    int32_t activation;         /* LM_GELU, LM_GELU_TANH or LM_SILU */
+    float scaling;              /* of the product of query and key */
+    float embedding_scale, residual_scale, head_scale; /* of tokens; of what a layer adds; of the head's inputs */
     int16_t wte_type, wpe_type; /* LM_BF16 or LM_F16 */
-    const uint16_t *wte, *wpe;  /* [vocab, embd], [positions, embd] */
+    const uint16_t *wte, *wpe;  /* [vocab, embd], [positions, embd]; wpe may be NULL */
+    const float *cosines, *sines; /* [positions, rotary / 2] */
     lm_norm ln_f;
     lm_weight head;
     const lm_layer *layer; /* [layers] */
