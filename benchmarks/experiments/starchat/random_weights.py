@@ -23,19 +23,28 @@ from lowmem.config import QuantConfig
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 Tensors = dict[str, torch.Tensor]
+Weight = Callable[[str, int, int], Tensors]
+"""(name, inputs, outputs) → the tensors of a linear."""
 
 
 def write_source(folder: Path, dimensions: Dimensions) -> Path:
     """A float16 checkpoint, one shard per layer; returns `folder`."""
-
-    def weight(name: str, inputs: int, outputs: int) -> Tensors:
-        return {f"{name}.weight": (torch.randn(outputs, inputs) * inputs**-0.5).half()}
-
-    return _write(folder, dimensions, weight, {})
+    return _write(folder, dimensions, dense_weight, {})
 
 
 def write_packed(folder: Path, dimensions: Dimensions, bits: int, group_size: int) -> Path:
     """A GPTQ checkpoint of random integers, one shard per layer; returns `folder`."""
+    weight, config = packed_weights(bits, group_size)
+    return _write(folder, dimensions, weight, config)
+
+
+def dense_weight(name: str, inputs: int, outputs: int) -> Tensors:
+    """The tensor of a random linear in float16."""
+    return {f"{name}.weight": (torch.randn(outputs, inputs) * inputs**-0.5).half()}
+
+
+def packed_weights(bits: int, group_size: int) -> tuple[Weight, dict[str, Any]]:
+    """What gives the tensors of a linear of random integers, and the config that names their format."""
 
     def weight(name: str, inputs: int, outputs: int) -> Tensors:
         shapes = stored_shapes(inputs, outputs, bits, group_size)
@@ -48,8 +57,7 @@ def write_packed(folder: Path, dimensions: Dimensions, bits: int, group_size: in
         }
 
     quant = QuantConfig(bits=bits, group_size=group_size)
-    config: dict[str, object] = {"quantization_config": quantization_config_dict(quant, version="0")}
-    return _write(folder, dimensions, weight, config)
+    return weight, {"quantization_config": quantization_config_dict(quant, version="0")}
 
 
 def write_with_vocabulary(folder: Path, out: Path, dimensions: Dimensions) -> Path:
@@ -87,7 +95,7 @@ def _norm(name: str, n_embd: int) -> Tensors:
 def _write(
     folder: Path,
     dimensions: Dimensions,
-    weight: Callable[[str, int, int], Tensors],
+    weight: Weight,
     quantization: dict[str, Any],
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +114,15 @@ def _write(
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
     _write_rest(folder, dimensions.config() | quantization, weight_map)
+    return folder
+
+
+def write_plain(folder: Path, tensors: Tensors, config: dict[str, Any]) -> Path:
+    """A checkpoint of these tensors in one file; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = "model-00001-of-00001.safetensors"
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    _write_rest(folder, config, dict.fromkeys(tensors, file))
     return folder
 
 

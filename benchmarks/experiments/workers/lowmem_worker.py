@@ -2,7 +2,8 @@
 
     python -m lowmem.benchmarks.experiments.workers.lowmem_worker METHOD PATH CONTEXT THREADS
 
-METHOD: dense, gptq (lowmem's kernels), gptqmodel (GPTQModel's kernels), int8 or nf4 (bitsandbytes).
+METHOD: dense, gptq (lowmem's kernels), gptq-head8 (and embedding and head in 8 bits), gptqmodel (GPTQModel's
+kernels), int8 or nf4 (bitsandbytes).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from lowmem.kernels.native.linear import Packed
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.kernels.registry import gptqmodel_kernels
 from lowmem.loading.loader import LoadedModel, LoadOptions, load
+from lowmem.models.embedding import token_table
 from lowmem.session import Session
 
 _LARGE = 1 << 20  # bytes; smaller tensors are left out of the reads
@@ -57,7 +59,7 @@ class Runtime:
         self.engine: Engine = Session(loaded, context=context, speculate=False).engine
         self.engine.stop_ids = frozenset()  # no token ends an answer
         self.engine.repacking.finish()  # repack all weights now, not between tokens; load.py times that
-        self.vocabulary = int(loaded.model.get_input_embeddings().weight.shape[0])
+        self.vocabulary = token_table(loaded.model).vocabulary
 
     def prefill(self, tokens: int) -> dict[str, Any]:
         """Seconds from a prompt of `tokens` to its first new token, from an empty KV cache."""
@@ -161,7 +163,8 @@ def open_runtime(method: str, path: Path, context: int, threads: int) -> Runtime
     """Load a model for `serve`. Raises LowmemError where that cannot be done."""
     torch.set_num_threads(threads)
     on_the_fly: Any = method if method in ("int8", "nf4") else None
-    loaded = load(path, LoadOptions(on_the_fly=on_the_fly, context=context))
+    head_bits = 8 if method == "gptq-head8" else 16
+    loaded = load(path, LoadOptions(on_the_fly=on_the_fly, context=context, head_bits=head_bits))
     kernel = ""
     if method == "gptqmodel":
         if loaded.format is None:
