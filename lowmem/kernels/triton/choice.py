@@ -41,6 +41,12 @@ class DecodeShape:
     """Of 32 threads. Each takes a unit of 32 inputs at a time."""
     parts: int = 1
     """Programs that share the inputs of an output."""
+    several: int = 0
+    """Outputs of a program for 2 to FEW_ROWS rows, which take more registers; 0: `block`."""
+
+    def outputs(self, rows: int) -> int:
+        """Outputs of a program for so many rows. No row's bits depend on it."""
+        return self.several if rows > 1 and self.several else self.block
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ def tuned(spec: LinearSpec, multiprocessors: int, seconds: Callable[[Choice, int
     best = fastest([replace(best, decode=shape) for shape in shapes], 1)
     parts = [p for p in (1, 2, 4, 8, MOST_PARTS) if spec.in_features >= p * best.decode.warps * UNIT]
     best = fastest([replace(best, decode=replace(best.decode, parts=p)) for p in parts or [1]], 1)
+    half = replace(best.decode, several=best.decode.block // 2)
+    best = fastest([best, replace(best, decode=half)], FEW_ROWS)
     tiled = replace(best, dense_rows=_NEVER)
     tiled = fastest([replace(tiled, tile=shape) for shape in _TILES], TILE_ROWS)
     tiled = fastest([replace(tiled, prefill=shape) for shape in _PREFILLS], 64)

@@ -7,7 +7,7 @@ For each unit and output it adds up x v over the 32 inputs and x alone, and once
 
 so the inner loop is, for each weight, one logical operation (fields.py says why no more), one multiplication
 with addition, and a share of the shifts. Sums are float32. A row's bits depend neither on the other rows nor
-on how many there are: every sum has one order, given by the shape, BLOCK, UNITS and the number of parts.
+on how many there are: every sum has one order, given by the shape, UNITS and the number of parts.
 
 In several parts, the inputs are divided among several programs, each of which writes its sums; `add_parts`
 adds them up in order.
@@ -54,6 +54,20 @@ def _activation(read, VALUE: tl.constexpr, FLOAT: tl.constexpr):
         else:
             half = (pair >> (16 if VALUE % 2 else 0)).to(tl.uint16)
             return half.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.constexpr_function
+def halvings(units):
+    """How often a power of two can be halved."""
+    return units.bit_length() - 1
+
+
+@triton.jit
+def _sum_of_units(totals, BLOCK: tl.constexpr):
+    """[units, BLOCK] → [BLOCK], two halves at a time: one order, in whichever threads the units are."""
+    for _ in tl.static_range(halvings(totals.shape[0])):
+        totals = tl.sum(tl.reshape(totals, [2, totals.shape[0] // 2, BLOCK]), axis=0)
+    return tl.reshape(totals, [BLOCK])
 
 
 @triton.jit
@@ -128,7 +142,7 @@ def few_rows(
             totals = new_totals
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     for row in tl.static_range(ROWS):
-        y = tl.sum(totals[row], axis=0) * 2.0**69
+        y = _sum_of_units(totals[row], BLOCK) * 2.0**69
         if BIAS and not SPLIT:
             y += tl.load(bias_ptr + columns, mask=columns < N, other=0).to(tl.float32)
         place = (tl.program_id(1) * ROWS + row) * N + columns

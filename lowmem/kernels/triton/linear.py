@@ -102,18 +102,19 @@ class TritonLinear(nn.Module):
         units = -(-K // 32)
         per_part = -(-units // (shape.parts * shape.warps)) * shape.warps
         parts = -(-units // per_part)
+        block = shape.outputs(count)
         target = y if parts == 1 else rows.new_empty((parts, count, N), dtype=torch.float32)
-        decode.few_rows[(-(-N // shape.block), parts)](
+        decode.few_rows[(-(-N // block), parts)](
             rows, self.qweight, self.qzeros, self.scales, self._bias(y), target, K, N, per_part,
             **self._constants(),
             SHARED=math.gcd(self.group, 32),
             ROWS=count,
             FLOAT=str(y.dtype).removeprefix("torch."),
             BIAS=self.bias is not None,
-            WHOLE=K % (32 * per_part) == 0 and N % shape.block == 0,
+            WHOLE=K % (32 * per_part) == 0 and N % block == 0,
             SPLIT=parts > 1,
             UNITS=shape.warps,
-            BLOCK=shape.block,
+            BLOCK=block,
             num_warps=shape.warps,
         )  # fmt: skip
         if parts > 1:

@@ -15,6 +15,7 @@ from lowmem.checkpoint.formats import LinearFormat
 from lowmem.kernels.contract import LinearSpec
 from lowmem.kernels.triton.choice import (
     DENSE_ROWS,
+    FEW_ROWS,
     MOST_PARTS,
     SCRATCH_WEIGHTS,
     Choice,
@@ -44,6 +45,15 @@ def test_the_fastest_launches_are_chosen_and_failing_ones_never() -> None:
         return rows / 6.3 if choice.prefill == best.prefill else rows
 
     assert tuned(SPEC, 28, seconds) == best
+
+
+def test_half_the_outputs_are_chosen_where_several_rows_are_faster_with_them() -> None:
+    def seconds(choice: Choice, rows: int) -> float:
+        return 1 + (rows == FEW_ROWS and choice.decode.several != 128)
+
+    shape = tuned(SPEC, 28, seconds).decode
+    assert (shape.outputs(1), shape.outputs(2), shape.outputs(FEW_ROWS)) == (256, 128, 128)
+    assert DecodeShape().outputs(FEW_ROWS) == DecodeShape().block
 
 
 def test_where_nothing_can_be_timed_the_choice_is_still_one() -> None:

@@ -79,14 +79,28 @@ def test_each_format(layout: str, bits: int, rows: int) -> None:
     assert error(linear, x) < TOLERANCES[torch.bfloat16]
 
 
-@pytest.mark.parametrize(("dtype", "parts"), [(torch.float32, 2), (torch.bfloat16, 1)])
-def test_a_few_rows_have_the_bits_of_one(dtype: torch.dtype, parts: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "parts", "several"), [(torch.float32, 2, 0), (torch.bfloat16, 1, 0), (torch.bfloat16, 2, 32)]
+)
+def test_a_few_rows_have_the_bits_of_one(dtype: torch.dtype, parts: int, several: int) -> None:
     linear = sample_linear(LinearSpec(160, 96, True, LinearFormat(4, 32, sym=False)), CPU, dtype)
-    module = TritonLinear(linear, replace(SMALL, decode=replace(SMALL.decode, parts=parts)))
+    shape = replace(SMALL.decode, parts=parts, several=several)
+    module = TritonLinear(linear, replace(SMALL, decode=shape))
     x = torch.randn(FEW_ROWS, 160).to(dtype)
     whole = module(x)
     assert torch.equal(module(x[:1]), whole[:1])
     assert torch.equal(module(x[1:]), whole[1:])
+
+
+def test_units_are_added_two_halves_at_a_time() -> None:
+    """(unit 0 + unit 2) + (unit 1 + unit 3): one order, whatever a compiler makes of a sum."""
+    linear = sample_linear(LinearSpec(128, 32, False, LinearFormat(4, 128)), CPU, torch.float32)
+    linear.qweight.fill_(int.from_bytes(b"\x99" * 4, "little", signed=True))  # 9 - 8 = 1
+    linear.scales.fill_(1)
+    x = torch.zeros(1, 128)
+    x[0, ::32] = torch.tensor([2.0**30, 1, -(2.0**30), 1])
+    module = TritonLinear(linear, replace(SMALL, decode=DecodeShape(32, 4)))
+    assert torch.equal(module(x), torch.full((1, 32), 2.0))
 
 
 def test_activations_of_every_size() -> None:
