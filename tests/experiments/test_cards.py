@@ -31,7 +31,6 @@ from lowmem.benchmarks.experiments.cards.record import (
     Loop,
     Pace,
     missed,
-    spills,
 )
 
 pytest.importorskip("triton")
@@ -218,13 +217,18 @@ def test_launches_are_those_of_the_product():
 
 
 def test_each_family_s_launches_are_timed_on_cards():
-    tried: list[Choice] = []
-    tuned(LinearSpec(6144, 24576, True, FORMATS[FOUR]), 28, lambda choice, rows: tried.append(choice) or 1.0)
-    decodes = {(choice.decode.block, choice.decode.warps) for choice in tried}
+    spec = LinearSpec(6144, 24576, True, FORMATS[FOUR])
     for choice in (*CHOICES.values(), Choice()):
-        assert (choice.decode.block, choice.decode.warps) in decodes
-        assert choice.tile in {other.tile for other in tried}
-        assert choice.prefill in {other.prefill for other in tried}
+
+        def seconds(other: Choice, rows: int, choice: Choice = choice) -> float:
+            """Least where everything but the number of parts and of dense rows is as in `choice`."""
+            same = dataclasses.replace(other.decode, parts=1) == choice.decode
+            near = (other.decode.block, other.decode.warps) == (choice.decode.block, choice.decode.warps)
+            return 5.0 - same - near - (other.tile == choice.tile) - (other.prefill == choice.prefill)
+
+        found = tuned(spec, 28, seconds)
+        assert dataclasses.replace(found.decode, parts=1) == choice.decode
+        assert (found.tile, found.prefill) == (choice.tile, choice.prefill)
 
 
 def test_every_kernel_is_built_in_both_dtypes_and_with_both_zero_points():
@@ -246,17 +250,12 @@ def test_faults_are_named():
         "sm_86", "decode, 1 row", "bfloat16", "middle", formats, (48, 0), (0, 0), (4, 0), (0.02, 0.0),
         (("2-bit gptq g32", "ValueError: no"),),
     )  # fmt: skip
-    four = dataclasses.replace(
-        built, launch="decode, 4 rows", spilled=(8, 129), moved=(0.02, 0.05), problems=()
-    )
     loops = (a_loop(per_weight=5.1, flushes=1, narrow=2), a_loop(zeros="stored", narrow=8))
-    record = a_record((built, four), loops)
-    lines = list(missed(record))
-    assert len(lines) == 6
-    assert "ValueError: no" in lines[0] and "4 bytes spilled" in lines[1] and "129 bytes" in lines[2]
-    assert "5.10 instructions per weight, more than 5.0" in lines[3]
-    assert "subnormal" in lines[4] and "narrower" in lines[5]
-    assert [line.split(": ")[1] for line in spills(record)] == ["8 bytes, 2.0% of the loop"]
+    lines = list(missed(a_record((built,), loops)))
+    assert len(lines) == 5
+    assert "ValueError: no" in lines[0] and "4 bytes spilled, 2.0% of the loop" in lines[1]
+    assert "5.10 instructions per weight, more than 5.0" in lines[2]
+    assert "subnormal" in lines[3] and "narrower" in lines[4]
 
 
 def test_a_record_survives_its_file(tmp_path, capsys):
@@ -281,9 +280,10 @@ def test_the_interpreter_s_setting_is_refused(monkeypatch, capsys, tmp_path):
 
 
 def test_the_committed_record():
-    """What docs/measurements.md says: everything is built, every limit is kept."""
+    """What docs/measurements.md says: everything is built, nothing spills, every limit is kept."""
     record = command.CARDS.read()
     assert list(missed(record)) == []
+    assert {spilled for one in record.built for spilled in one.spilled} == {0}
     assert {one.target for one in record.built} == set(FAMILIES)
     assert {loop.format for loop in record.loops if loop.target == "sm_86"} == set(FORMATS)
     assert {pace.card for pace in record.paces} == {card.name for card in CARDS}
@@ -318,11 +318,14 @@ def in_a_process(words: list[str], folder: Path) -> str:
 
 
 def test_the_inner_loop_is_not_worse_than_the_committed_one(tmp_path):
-    """Every width for one NVIDIA family, one for AMD's, and a prefill: limits, spills, loads, subnormals."""
+    """Limits, spills, loads and subnormals: every width for one family, and what spills most easily."""
     todo = [
         ["sm_86", "decode, 1 row", "bfloat16", "middle", list(FORMATS)],
         ["gfx1100", "decode, 1 row", "bfloat16", "middle", [FOUR]],
         ["sm_86", "5 to 16 rows", "bfloat16", "stored", [FOUR]],
+        ["sm_86", "decode, 4 rows", "bfloat16", "stored", ["7-bit gptq_p g128"]],
+        ["sm_90", "5 to 16 rows", "bfloat16", "stored", ["8-bit gptq g128"]],
+        ["gfx1100", "decode, 4 rows", "bfloat16", "stored", [FOUR]],
     ]
     lines = in_a_process(["-c", COMPILE, json.dumps(todo)], tmp_path).splitlines()
     found = [json.loads(line) for line in lines]

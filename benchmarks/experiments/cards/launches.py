@@ -34,8 +34,15 @@ ZEROS = ("middle", "stored")
 _WHOLE, _EDGES, _FEW_OUTPUTS = (1024, 512), (1056, 544), (4096, 256)
 _MULTIPROCESSORS = 28
 _STEP_32 = Choice(tile=PrefillShape(16, 32, warps=8), prefill=PrefillShape(64, 32, warps=8))
-_RDNA = replace(_STEP_32, decode=DecodeShape(128, 8))
-CHOICES = {"sm_75": _STEP_32, "gfx90a": _STEP_32, "gfx1100": _RDNA, "gfx1201": _RDNA}
+_RDNA = replace(_STEP_32, decode=DecodeShape(128, 8, several=64))
+CHOICES = {
+    "sm_75": _STEP_32,
+    "sm_90": Choice(tile=PrefillShape(16, stages=3)),
+    "sm_100": Choice(decode=DecodeShape(128, 4)),
+    "gfx90a": _STEP_32,
+    "gfx1100": _RDNA,
+    "gfx1201": _RDNA,
+}
 """Launches of the families where the usual ones run out of registers; all are among those timed on cards."""
 
 

@@ -129,26 +129,13 @@ class CardsRecord:
         )
 
 
-MOVED = 0.01
-"""Share of a loop's instructions that may move spilled registers: compilers spill to hold more warps."""
-MOVED_BY_FOUR = 0.04
-"""The same when 4 rows are decoded."""
-
-
-def spills(record: CardsRecord) -> Iterator[str]:
-    """The launches that spill, within what they may: one line each."""
-    for built, format, spilled, moved in _spills(record):
-        if moved <= _may_move(built):
-            yield f"{_case(built)}, {format}: {spilled} bytes, {moved:.1%} of the loop"
-
-
 def missed(record: CardsRecord) -> Iterator[str]:
     """What a record does not keep: one line for each fault."""
     for built in record.built:
         yield from (f"{_case(built)}, {format}: {why}" for format, why in built.problems)
-    for built, format, spilled, moved in _spills(record):
-        if moved > _may_move(built):
-            yield f"{_case(built)}, {format}: {spilled} bytes spilled, {moved:.1%} of the loop moves them"
+        for format, spilled, moved in zip(built.formats, built.spilled, built.moved, strict=True):
+            if spilled:
+                yield f"{_case(built)}, {format}: {spilled} bytes spilled, {moved:.1%} of the loop moves them"
     for loop in record.loops:
         case = f"{_case(loop)}, {loop.format}"
         limit = LIMITS.get(loop.format.split()[0])
@@ -159,17 +146,6 @@ def missed(record: CardsRecord) -> Iterator[str]:
             yield f"{case}: subnormal numbers are treated as zero"
         if loop.launch.startswith("decode") and loop.zeros == "middle" and loop.narrow:
             yield f"{case}: {loop.narrow} loads are narrower than 128 bits"
-
-
-def _spills(record: CardsRecord) -> Iterator[tuple[Built, str, int, float]]:
-    for built in record.built:
-        for format, spilled, moved in zip(built.formats, built.spilled, built.moved, strict=True):
-            if spilled:
-                yield built, format, spilled, moved
-
-
-def _may_move(built: Built) -> float:
-    return MOVED_BY_FOUR if built.launch.startswith("decode, 4 rows") else MOVED
 
 
 def _case(found: Built | Loop) -> str:

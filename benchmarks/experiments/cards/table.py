@@ -11,7 +11,6 @@ from lowmem.benchmarks.experiments.cards.record import (
     CardsRecord,
     Loop,
     missed,
-    spills,
 )
 from lowmem.benchmarks.experiments.cards.specs import CARDS, LATENCY_CLOCKS, REACHABLE
 from lowmem.benchmarks.experiments.common import cell, made_with, table
@@ -37,15 +36,13 @@ def _built(record: CardsRecord) -> str:
         kernels = sum(len(one.formats) for one in of_target)
         failed = sum(len(one.problems) for one in of_target)
         spilled = max(max(one.spilled) for one in of_target)
-        moved = max(max(one.moved) for one in of_target)
         cells = [_range(one for one in of_target if one.launch == name) for name in shown]
-        rows.append([target, f"{kernels - failed} of {kernels}", *cells, str(spilled), f"{moved:.1%}"])
+        rows.append([target, f"{kernels - failed} of {kernels}", *cells, str(spilled)])
     heads = [
         "family",
         "built",
         *(f"registers: {name}" for name in shown),
         "bytes spilled, at most",
-        "of a loop",
     ]
     return table(heads, rows) if rows else ""
 
@@ -136,7 +133,6 @@ def _notes(record: CardsRecord) -> str:
         f"Needed in flight: bandwidth times {LATENCY_CLOCKS} clocks. Tokens/s: StarChat Alpha with a 16-bit "
         f"head at {REACHABLE:.0%} of the nominal bandwidth, without the time of launches, attention and "
         "sampling. –: does not fit. *: limited by instructions.",
-        *(f"Spilled: {line}." for line in spills(record)),
         *(f"Missed: {cell(fault)}." for fault in faults),
     ]
     return "\n".join(lines)
