@@ -12,11 +12,10 @@ from lowmem.benchmarks.common.currency import is_current, made_with, outdated, r
 from lowmem.benchmarks.common.record_file import from_json, read_record, to_json, write_record
 from lowmem.benchmarks.common.records import LatencyRecord, MadeWith
 
-from lowmem.kernels.native import header as native
 from tests.benchmarks.bench_records import FLOOR, FORMS, a_subject_latency, latency_record
 
 KERNEL = "lowmem AVX2"
-NOW = MadeWith(KERNEL, native.CONTRACT, currency.RECIPE_VERSION)
+NOW = MadeWith(KERNEL, currency.KERNELS, currency.RECIPE_VERSION)
 
 
 def record_of(*made: MadeWith | None) -> LatencyRecord:
@@ -38,7 +37,7 @@ def test_a_record_of_the_current_code_is_current(tmp_path):
     [
         (None, "does not say"),
         (replace(NOW, recipe=currency.RECIPE_VERSION - 1), "converted by recipe"),
-        (replace(NOW, kernel_contract=native.CONTRACT - 1), "ran kernels"),
+        (replace(NOW, kernel_contract=currency.KERNELS - 1), "ran kernels"),
     ],
 )
 def test_a_record_of_other_kernels_or_another_recipe_is_outdated(made, says):
@@ -57,7 +56,7 @@ def test_the_code_recorded_for_a_folder(tmp_path: Path):
     assert made_with(tmp_path) == MadeWith("", 0, 0)
     report = tmp_path / "lowmem-report.json"
     report.write_text(json.dumps({"recipe": {"recipe version": 7}}))
-    assert made_with(tmp_path, KERNEL) == MadeWith(KERNEL, native.CONTRACT, 7)
+    assert made_with(tmp_path, KERNEL) == MadeWith(KERNEL, currency.KERNELS, 7)
     assert made_with(tmp_path, "reference").kernel_contract == 0
     for damage in ("[", "[]", '{"recipe": 3}', '{"recipe": {"recipe version": "x"}}'):
         report.write_text(damage)
@@ -70,4 +69,4 @@ def test_a_page_names_recipe_and_kernel():
     from lowmem.benchmarks.report.markdown import to_markdown
 
     page = to_markdown(make_report(Records(latency=record_of(NOW)), "lowmem bench report"))
-    assert f"recipe {NOW.recipe}; {KERNEL}, contract {native.CONTRACT}" in page
+    assert f"recipe {NOW.recipe}; {KERNEL}, contract {currency.KERNELS}" in page

@@ -165,7 +165,7 @@ def test_the_workspace_is_what_a_kernel_takes(kind: str, rows: int, spec: Linear
         library.loaded().space = torch.empty(0, dtype=torch.uint8)
         allowed += library.library().lm_threads() * (320 << 10)  # each thread's own
     if kind == "triton":
-        allowed += 256 << 10  # the CPU's dense product, which repacks
+        allowed += 1 << 20  # not ours: the CPU's dense product repacks, 0.25 MiB with AVX-512, 0.94 with AMX
     peak, module = peak_bytes(lambda: kernel.prepare(linear, dtype))
     held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     assert peak <= held + allowed
