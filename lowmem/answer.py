@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -112,7 +112,7 @@ class Answer:
         """
         scores = self.sequence.scores
         while scores is not None and scores.tokens:
-            yield self._response("", None, tuple(map(self._scored, scores.tokens.popleft())))
+            yield self._response("", None, tuple(map(self._named, scores.tokens.popleft())))
         if not self._request.answered and self.sequence.error is None:
             if not self.sequence.reads:
                 self._first = time.perf_counter()
@@ -137,7 +137,7 @@ class Answer:
         reason = token.finish_reason
         ends = token.id in self._request.ends
         if token.logprob is not None and (self._request.scored or not ends):
-            self._waiting.append((self._decoded, self._logprob(token, token.logprob)))
+            self._waiting.append((self._decoded, self._named(token)))
         piece = "" if ends else self._text.push(token.id)
         reason = "stop" if ends else reason
         if reason:
@@ -177,14 +177,10 @@ class Answer:
             stop_text=self._stops.text,
         )
 
-    def _logprob(self, token: Token, logprob: float) -> TokenLogprob:
-        return TokenLogprob(token_text(self._tokenizer, token.id), logprob, self._named(token.top))
-
-    def _scored(self, token: ScoredToken) -> TokenLogprob:
-        return TokenLogprob(token_text(self._tokenizer, token.id), token.logprob, self._named(token.top))
-
-    def _named(self, top: Sequence[tuple[int, float]]) -> tuple[tuple[str, float], ...]:
-        return tuple((token_text(self._tokenizer, token), value) for token, value in top)
+    def _named(self, token: Token | ScoredToken) -> TokenLogprob:
+        """A token's log-probabilities with the texts of the tokens."""
+        top = tuple((token_text(self._tokenizer, other), value) for other, value in token.top)
+        return TokenLogprob(token_text(self._tokenizer, token.id), token.logprob, top)
 
 
 def join(responses: Iterator[Response]) -> Response:

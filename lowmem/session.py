@@ -26,11 +26,10 @@ class Session:
 
     One engine serves the whole session, so the next turn of a chat computes only what is new.
 
-    slots: answers at once, at most; with one, an answer ends when the next begins.
-
-    context: the tokens that prompt and answer share. Defaults to the planned context, or else to the model's
-    positions up to DEFAULT_CONTEXT. speculate: see `Engine`. Raises InvalidRequestError for a context longer
-    than the model's positions.
+    slots: answers at once, at most; with one, an answer ends when the next begins. context: the tokens that
+    prompt and answer share. Defaults to the planned context, or else to the model's positions up to
+    DEFAULT_CONTEXT. speculate: see `Engine`. Raises InvalidRequestError for a context longer than the model's
+    positions.
     """
 
     def __init__(

@@ -34,9 +34,6 @@ def decode_rate(engine: Engine, count: int) -> float:
     choice = random.Random(count)
     running = [engine.start(choice.choices(range(1, SMALL_VOCAB), k=PROMPT), greedy) for _ in range(count)]
     while any(sequence.new_tokens < 1 for sequence in running):
-        for sequence in running:
-            if sequence.new_tokens == 1 and all(other.new_tokens for other in running):
-                sequence.tokens.clear()
         engine.advance()
     for sequence in running:
         sequence.tokens.clear()

@@ -109,7 +109,7 @@ class Pace:
         return 0
 
     def took(self, drafted: int, seconds: float) -> None:
-        """Record the duration of a step in which so many tokens were drafted."""
+        """Record how long a step with `drafted` drafted tokens took."""
         if drafted == 0:
             self._single.append(seconds)
         elif self._single:

@@ -110,7 +110,7 @@ class Sequence:
         self.error, self.ended = error, True
 
     def take(self) -> Token | None:
-        """Remove the next chosen token; None if there is none. Raises the error that ended the sequence."""
+        """Remove and return the next chosen token, or None. Raises the error that ended the sequence."""
         if self.tokens:
             return self.tokens.popleft()
         if self.error is not None:

@@ -62,7 +62,7 @@ class Slots:
         return min(common_prefix(slot.tokens, prompt), rows_at_scale(slot.scales, scale))
 
     def _target(self, known: dict[int, int]) -> Slot:
-        """The free slot that the prompt continues; if there is none, the one that was used longest ago."""
+        """The free slot that the prompt continues, or else the free slot that was used longest ago."""
         free = [slot for slot in self.cache.slots if slot.index not in self._users]
         best = max(free, key=lambda slot: known[slot.index])
         if 4 * known[best.index] >= 3 * len(best.tokens) > 0:

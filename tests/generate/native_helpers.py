@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -11,10 +12,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from lowmem.generate.cache.dense import DenseKVCache, DenseSlot
 from lowmem.generate.decoders.contract import Feed
 from lowmem.generate.decoders.native_model import NativeModel
+from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
 from tests.helpers import random_model, tiny_config, tiny_model
 from tests.kernels.native_oracle import ISAS
 
+NATIVE = [
+    pytest.mark.skipif(not native.available(), reason="the library is not compiled"),
+    pytest.mark.usefixtures("threads_as_they_were"),
+]
+"""The marks of a file whose tests run the library."""
 BIGCODE = ["gpt_bigcode_mqa", "gpt_bigcode_mha"]
 LLAMA_LIKE = ["llama", "mistral", "qwen2", "qwen3", "granite", "starcoder2"]
 # Of attention, which rounds queries and weights to bfloat16 with AVX-512 BF16 only.

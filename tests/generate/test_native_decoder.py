@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.native import NativeDecoder
 from lowmem.generate.decoders.native_families import why_not
 from lowmem.generate.decoders.native_weights import MAX_ROWS
-from lowmem.kernels.native import library as native
 from lowmem.kernels.native.header import WIDTHS
 from lowmem.loading.loader import LoadOptions, load
 from tests.generate.native_helpers import (
     BIGCODE,
     ERRORS,
+    NATIVE,
     bigcode,
     bound,
     contents,
@@ -35,15 +35,7 @@ from tests.helpers import TINY_STARCHAT, tiny_model
 from tests.kernels.native_oracle import ISAS, using
 from tests.rtn_helpers import write_rtn_checkpoint
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the library is not compiled")
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    native.set_threads()
+pytestmark = NATIVE
 
 
 # ---- the step ---------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,11 @@ from lowmem.kernels.native import library as native
 from lowmem.kernels.quant_linear import QuantLinear
 from lowmem.loading.loader import LoadOptions, load
 from tests.generate.decoding import drafting, kept_rows
-from tests.generate.native_helpers import bigcode, random_ids
+from tests.generate.native_helpers import NATIVE, bigcode, random_ids
 from tests.helpers import tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the library is not compiled")
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    native.set_threads()
+pytestmark = NATIVE
 
 
 # ---- in the engine ----------------------------------------------------------------------------------------

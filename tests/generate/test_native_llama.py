@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from lowmem.generate.decoders.native import NativeDecoder
 from lowmem.generate.decoders.native_families import FAMILIES, why_not
 from lowmem.generate.decoders.native_model import NativeModel
 from lowmem.generate.engine import Engine
-from lowmem.kernels.native import library as native
 from lowmem.loading.loader import LoadOptions, load
 from tests.generate.native_helpers import (
     ERRORS,
     LLAMA_LIKE,
+    NATIVE,
     bound,
     contents,
     error,
@@ -34,15 +34,7 @@ from tests.helpers import tiny_model
 from tests.kernels.native_oracle import ISAS, using
 from tests.rtn_helpers import write_rtn_checkpoint
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the library is not compiled")
-
-
-@pytest.fixture(autouse=True)
-def as_it_was() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    native.set_threads()
+pytestmark = NATIVE
 
 
 def packed(kind: str, folder: Path, **options: Any) -> Any:

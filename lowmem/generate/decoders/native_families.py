@@ -152,11 +152,11 @@ class _Classes:
         self._start = FAMILIES[model_type]
 
     def get(self, end: str) -> Any:
-        """The class whose name ends so; None if there is none."""
+        """The family's class with this end of its name, or None."""
         return getattr(self._module, self._start + end, None)
 
     def foreign(self, model: Any) -> str:
-        """The name of the first module's class that is not the family's own; "" if there is none."""
+        """The first class of a module that is not the family's own, by name, or ""."""
 
         def parts() -> Iterator[tuple[Any, str]]:
             yield model, "ForCausalLM"

@@ -45,7 +45,7 @@ class DecodeShape:
     """Outputs of a program for 2 to FEW_ROWS rows, which take more registers; 0: `block`."""
 
     def outputs(self, rows: int) -> int:
-        """Outputs of a program for so many rows. No row's bits depend on it."""
+        """Outputs of a program for `rows` rows. No row's bits depend on them."""
         return self.several if rows > 1 and self.several else self.block
 
 
