@@ -196,13 +196,13 @@ def fill(loaded: LoadedModel, context: int, prefix: str, suffix: str) -> Any:
 
 def test_a_long_file_is_cut_at_its_far_ends(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[list[int]] = []
-    real = Engine.generate
+    real = Engine.start
 
-    def hear(self: Engine, prompt: list[int], *rest: Any) -> Any:
+    def hear(self: Engine, prompt: list[int], *rest: Any, **options: Any) -> Any:
         heard.append(prompt)
-        return real(self, prompt, *rest)
+        return real(self, prompt, *rest, **options)
 
-    monkeypatch.setattr(Engine, "generate", hear)
+    monkeypatch.setattr(Engine, "start", hear)
     prefix, suffix = (first + "".join(f" {n % 10}" for n in range(49)) for first in ("a", "b"))
     before, after = (loaded.tokenizer(text).input_ids for text in (prefix, suffix))
     assert len(before) == len(after) == 99

@@ -41,8 +41,8 @@ class ScriptedEngine:
 
     def advance(self) -> None:
         token = next(self.left, None)
-        if token is not None:
-            self.sequence.tokens.append(token)
+        assert token is not None, "the script ends before the answer does"
+        self.sequence.tokens.append(token)
 
     def end(self, sequence: Sequence) -> None:
         self.closed.append(True)
@@ -185,7 +185,7 @@ def test_log_probabilities_come_with_their_text(loaded: LoadedModel, monkeypatch
         texts = [entry.text for entry in part.logprobs or ()]
         assert "\ufffd" in "".join(texts) or "".join(texts) == part.text
     # Tokens after the start of a stop string are left out with it.
-    engine.script = tokens_of(loaded, "ab") + tokens_of(loaded, "c;") + tokens_of(loaded, "de")
+    engine.script = [*tokens_of(loaded, "ab"), *tokens_of(loaded, "c;"), *tokens_of(loaded, "de"), 4095]
     stopped = session.complete("x", replace(params, stop=("c;d",)))
     assert stopped.text == "ab"
     assert "".join(entry.text for entry in stopped.logprobs or ()) == "ab"
