@@ -142,6 +142,19 @@ def test_the_fastest_product_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert matmul_rate(torch.bfloat16, CPU) == 2 * 64**3
 
 
+def test_after_a_slow_product_no_larger_one_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch multiplies bfloat16 at less than 1 GFLOP/s on a CPU that has no instructions for it."""
+    tried: list[int] = []
+
+    def slow(one_pass: object, seconds: float) -> float:
+        tried.append(1)
+        return 0.5 if len(tried) < 2 else 4.0
+
+    monkeypatch.setattr(roofline, "best", slow)
+    assert matmul_rate(torch.bfloat16, CPU, 0.01) == 2 * 512**3 / 0.5
+    assert len(tried) == 2
+
+
 def test_the_shortest_pass_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of passes with 5, 3 and 4 seconds the result is 3; the very first pass is a warm-up."""
     now, lengths = [0.0], iter([1.0, 5.0, 3.0, 4.0, 9.0])

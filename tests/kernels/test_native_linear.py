@@ -393,7 +393,10 @@ assert threads() == before, (before, threads())
 @needs_native
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_plan_counts_the_workspace(dtype: torch.dtype) -> None:
-    """Of a whole chunk: what the library takes is what the kernel states, besides the threads' own."""
+    """Of a whole chunk: the library takes no more than the kernel states, besides the threads' own.
+
+    It takes as much with one of the instruction sets: half of that is the least.
+    """
     linear = quant_linear(2048, 128, 4, 64)
     linear.use_native()
     assert linear.packed is not None
@@ -402,7 +405,7 @@ def test_the_plan_counts_the_workspace(dtype: torch.dtype) -> None:
     )
     stated = Native().workspace(spec_of(linear), PREFILL_CHUNK, dtype.itemsize)
     threads = native.library().lm_threads()
-    assert stated <= taken <= stated + threads * (320 << 10) + (64 << 10)
+    assert stated / 2 < taken <= stated + threads * (320 << 10) + (64 << 10)
 
 
 # The doctor.
