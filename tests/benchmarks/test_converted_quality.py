@@ -82,6 +82,7 @@ def test_the_unquantized_model_has_no_divergence(comparison):
     assert quality.ppl == pytest.approx(25.312, abs=0.001)
 
 
+@pytest.mark.slow
 def test_four_bits_with_an_eighth_of_the_calibration(comparison, tmp_path):
     """Much better than round to nearest (0.014), and close to the result with all the calibration text."""
     quality = comparison.of(converted(tmp_path / "out", 4, 128, 16))

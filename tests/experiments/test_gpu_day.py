@@ -45,7 +45,11 @@ def test_without_a_card_it_says_what_to_do(
 
 
 @pytest.mark.parametrize(
-    "steps", ["models", pytest.param("tests,doctor,kernels,conversion", marks=pytest.mark.slow)]
+    "steps",
+    [
+        pytest.param("models", marks=pytest.mark.slow),
+        pytest.param("tests,doctor,kernels,conversion", marks=pytest.mark.slow),
+    ],
 )
 def test_the_day_on_the_cpu(steps: str, tmp_path: Path) -> None:
     """Nothing fails: a model with memory and pace; kernels at every width, a conversion."""

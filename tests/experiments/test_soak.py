@@ -188,6 +188,7 @@ class _Script:
         raise line
 
 
+@pytest.mark.slow
 def test_turns_and_resets_of_a_chat_leave_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
     """Drawn as at a terminal, stopped in the middle, taken back, saved, loaded, refused and left out."""
     session, file = Session(loaded), tmp_path / "talk.json"

@@ -99,6 +99,7 @@ def test_the_tokenizer_has_starchats_ids(tmp_path: Path) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_activations_stay_finite_and_columns_stand_out(shaped: Path) -> None:
     """Through all 40 layers, also in float16's range, and no layer drowns the others."""
     loaded = load(shaped, LoadOptions(dtype=torch.float32))

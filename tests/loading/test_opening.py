@@ -117,6 +117,7 @@ print("LOADED", loaded.label)
 """
 
 
+@pytest.mark.slow
 def test_a_real_failing_allocation(tmp_path: Path) -> None:
     """The process may take 470 MiB more: not the 500 MiB that 16 bits need here, which the plan cannot know.
 

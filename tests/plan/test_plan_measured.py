@@ -39,6 +39,7 @@ def check(model: Path, labels: set[str]) -> None:
         assert row.peak > 0.9 * (row.weights + row.kv_cache), row
 
 
+@pytest.mark.slow
 def test_predicted_memory_is_what_a_process_takes(shaped: Path) -> None:
     check(shaped, {"bfloat16", "4-bit g128", "NF4 bnb"})
 
