@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from lowmem.errors import InvalidRequestError
 from lowmem.loading.loader import LoadedModel
 from lowmem.loading.opening import open_model as _open_model
 from lowmem.plan.planner import Plan
@@ -42,6 +43,11 @@ def load(request: ModelRequest) -> tuple[Any, Any]:
     own from_pretrained; generation also stops at the end of a turn. Raises LowmemError for every mistake or
     limit that the caller can act on.
     """
+    if request.draft is not None:
+        raise InvalidRequestError(
+            "load gives transformers' model, which drafts in its own way",
+            "Use lowmem.open_model and lowmem.Session, or generate(assistant_model=...)",
+        )
     loaded = _open(request)
     return loaded.model, loaded.tokenizer
 

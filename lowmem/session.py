@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from lowmem.answer import Answer, Request, Response, TokenLogprob, join
 from lowmem.cards.find import is_card
 from lowmem.config import DEFAULT_CONTEXT, SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError
-from lowmem.generate.engine import Engine, Progress, context_length
+from lowmem.generate.engine import Engine, Progress
 from lowmem.grammars import Grammars
 from lowmem.loading.loader import LoadedModel
 from lowmem.models.dialogue import Message, fim_tokens
+from lowmem.models.positions import context_length
+from lowmem.models.vocabulary import stand_in
 from lowmem.prompts import Prompt, PromptFitter, Snippet, as_messages, encode_prompt, opened
 
 __all__ = ["Response", "Session", "TokenLogprob", "join"]
@@ -52,6 +54,8 @@ class Session:
             stop_ids=loaded.stop_ids,
             speculate=speculate,
         )
+        if loaded.draft is not None and speculate:
+            self.engine.use_draft(loaded.draft.model, stand_in(loaded.draft.tokenizer))
         if is_card(loaded.device) and not loaded.cpu_layers:
             self.engine.use_graphs()
         self.grammars = Grammars(loaded)
@@ -111,6 +115,33 @@ class Session:
         Raises InvalidRequestError from this call, also for ids that exceed the context.
         """
         return self._responses(self.begin(ids, params), None)
+
+    def complete_each(
+        self, requests: Iterable[tuple[Sequence[int], SamplingParams]]
+    ) -> Iterator[tuple[int, Response]]:
+        """Answer many requests, as many at once as there are slots.
+
+        requests: (token ids, settings), as of `continue_ids`; one is taken whenever a slot is free. Yields
+        (the request's number, its whole answer) in the order in which answers end. Raises as `begin` does,
+        and what ended an answer; then the others end too.
+        """
+        waiting, running = enumerate(requests), dict[int, tuple[Answer, list[Response]]]()
+        try:
+            while True:
+                while self.engine.free and (entry := next(waiting, None)) is not None:
+                    running[entry[0]] = self.begin(*entry[1]), []
+                if not running:
+                    return
+                self.engine.advance()
+                for number, (answer, pieces) in list(running.items()):
+                    pieces += answer.ready()
+                    if pieces and pieces[-1].finish_reason:
+                        del running[number]
+                        answer.close()
+                        yield number, join(iter(pieces))
+        finally:
+            for answer, _ in running.values():
+                answer.close()
 
     def begin(
         self,

@@ -150,6 +150,7 @@ class _Version:
     def open_session(self) -> Session:
         """Plan and load the version. Raises MemoryBudgetError if it does not fit in memory."""
         from lowmem.loading.opening import open_model
+        from lowmem.plan.planner import usual_slots
         from lowmem.plan.request import ModelRequest
         from lowmem.session import Session
 
@@ -168,4 +169,4 @@ class _Version:
 
         loaded = open_model(request, progress=loading)
         self.kernel = loaded.kernel
-        return Session(loaded)
+        return Session(loaded, slots=usual_slots(loaded.plan) if loaded.plan else 1)

@@ -20,7 +20,7 @@ import math
 import re
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -147,15 +147,26 @@ def is_chat(session: Session, prompting: Prompting) -> bool:
     return able if prompting == "auto" else prompting == "chat"
 
 
-def ask(session: Session, problem: Problem, sample: int, settings: Settings) -> str:
-    """Generate the model's answer; "" if the problem does not fit its context."""
+def ask(
+    session: Session, wanted: Sequence[tuple[Problem, int]], settings: Settings
+) -> Iterator[tuple[Problem, int, str]]:
+    """Generate answers, several at once: (problem, number of the sample, answer), in the order in which they
+    end. A problem that does not fit the context has the answer "".
+    """
     chat = is_chat(session, settings.prompting)
-    prompt = problem.prompt.rstrip()
-    params = settings.params(seed_of(settings.seed, problem.task, sample), () if chat else STOPS)
-    text = INSTRUCTION.format(prompt=prompt) if chat else prompt
-    if session.count(text, raw=not chat) > session.context:
-        return ""
-    return session.complete(text, params, raw=not chat).text
+    fitting: list[tuple[Problem, int]] = []
+    requests: list[tuple[list[int], SamplingParams]] = []
+    for problem, sample in wanted:
+        prompt = problem.prompt.rstrip()
+        params = settings.params(seed_of(settings.seed, problem.task, sample), () if chat else STOPS)
+        ids = session.encode(INSTRUCTION.format(prompt=prompt) if chat else prompt, raw=not chat)
+        if len(ids) > session.context:
+            yield problem, sample, ""
+        else:
+            fitting.append((problem, sample))
+            requests.append((ids, params))
+    for number, answer in session.complete_each(requests):
+        yield *fitting[number], answer.text
 
 
 def seed_of(seed: int, task: str, sample: int) -> int:
@@ -246,11 +257,12 @@ class Evaluation:
         if missing:
             session = open_session()
             chat = is_chat(session, self.settings.prompting)
-            for problem, sample in missing:
-                start = time.perf_counter()
-                answer = ask(session, problem, sample, self.settings)
+            start = time.perf_counter()
+            for problem, sample, answer in ask(session, missing, self.settings):
                 attempt = attempt_of(problem, sample, answer, chat=chat, limits=self.limits)
+                # Answers overlap, so an attempt's time is that since the one before.
                 kept[problem.task, sample] = attempt, time.perf_counter() - start
+                start = time.perf_counter()
                 work.add((problem.task, sample), *kept[problem.task, sample])
                 passed = sum(one.passed for one, _ in kept.values())
                 line = f"{subject.label} {len(kept)}/{len(wanted)} {attempt.task} {attempt.outcome}"

@@ -173,6 +173,8 @@ def _stats(chat: Chat, argument: str) -> None:
                 f"{last.drafted_tokens:,} tokens drafted, {last.accepted_tokens:,} accepted ({share:.0%})"
             )
             lines.append(f"{'speculation':<14}{drafted}")
+    if chat.session.engine.drafting.why_not:
+        lines.append(f"{'no drafts':<14}{chat.session.engine.drafting.why_not}")
     chat.say(*lines)
 
 

@@ -25,6 +25,8 @@ def describe(loaded: LoadedModel, context: int | None = None) -> str:
         parts.append(f"kernel {loaded.kernel}")
     if context:
         parts.append(f"context of {context:,} tokens")
+    if loaded.draft is not None:
+        parts.append(f"drafts by a model of {format_bytes(loaded.draft.weight_bytes)}")
     return ", ".join(parts) + f"; loaded in {loaded.load_seconds:.1f} s"
 
 

@@ -6,6 +6,7 @@ import argparse
 
 from lowmem.cards.find import DEVICES
 from lowmem.config import BITS
+from lowmem.errors import InvalidRequestError
 from lowmem.plan.request import ModelRequest
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -55,6 +56,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 16 with weights of 5 to 8 bits, 12 with 4, 8 with 3 and 2)",
     )
     group.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="a small model whose vocabulary begins like MODEL's drafts tokens, which MODEL checks several "
+        "at a time: faster, with the same answers",
+    )
+    group.add_argument(
         "--head-bits",
         choices=("auto", "16", "8"),
         default="auto",
@@ -73,7 +80,15 @@ def add_check_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def request_of(args: argparse.Namespace) -> ModelRequest:
-    """The parsed arguments as a ModelRequest. Raises RecipeError for an invalid size."""
+    """The parsed arguments as a ModelRequest.
+
+    Raises RecipeError for an invalid size, InvalidRequestError for options that contradict each other.
+    """
+    draft = getattr(args, "draft", None)
+    if draft is not None and getattr(args, "no_speculation", False):
+        raise InvalidRequestError(
+            "--draft and --no-speculation contradict each other", "Leave one of them out"
+        )
     return ModelRequest(
         model=args.model,
         context=args.context,
@@ -85,5 +100,6 @@ def request_of(args: argparse.Namespace) -> ModelRequest:
         dtype=None if args.dtype == "auto" else args.dtype,
         activation_bits=args.activation_bits,
         head_bits=None if args.head_bits == "auto" else int(args.head_bits),
+        draft=draft,
         check=getattr(args, "check", False),
     )

@@ -24,8 +24,6 @@ KEYS = "LOWMEM_API_KEY"
 _SHORTEST_KEY = 8
 OWN_BYTES = 256 << 20
 """Host memory set aside for requests and unread answers, beside the model's plan."""
-PARALLEL = 4
-"""Answers at once on a CPU by default: its kernels take four rows in little more than the time of one."""
 _OFF = ("0", "none", "off")
 
 
@@ -89,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         type=_count,
         metavar="N",
-        help=f"answers at once, each with a KV cache of its own (default: on a CPU up to {PARALLEL}, as many "
+        help="answers at once, each with a KV cache of its own (default: on a CPU up to 4, as many "
         "as fit; on a card 1)",
     )
     limits.add_argument(
@@ -207,11 +205,11 @@ def run(args: argparse.Namespace) -> int:
 
 def slots_of(plan: Plan, parallel: int | None) -> int:
     """Answers at once. Raises InvalidRequestError for more than the plan's memory has room for."""
-    from lowmem.plan.planner import room_for_slots
+    from lowmem.plan.planner import room_for_slots, usual_slots
 
-    room = room_for_slots(plan)
     if parallel is None:
-        return min(PARALLEL, room) if plan.chosen.device == "cpu" else 1
+        return usual_slots(plan)
+    room = room_for_slots(plan)
     if parallel > room:
         each = format_bytes(
             plan.chosen.need.kv_cache + (plan.chosen.host.kv_cache if plan.chosen.host else 0)

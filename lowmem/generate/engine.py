@@ -9,7 +9,7 @@ Each sequence gets one token of a step or, where its text repeats itself, a draf
 from __future__ import annotations
 
 import time
-from collections import abc, defaultdict
+from collections import abc
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -18,9 +18,10 @@ from lowmem.errors import InvalidRequestError
 from lowmem.generate.cache.contract import KVCache
 from lowmem.generate.cache.dense import DenseKVCache, reused_layers
 from lowmem.generate.constraint import Constraint
-from lowmem.generate.decoders.contract import Decoder, Feed
+from lowmem.generate.decoders.contract import Decoder
 from lowmem.generate.decoders.selection import SelectedDecoder
-from lowmem.generate.lookup import Beside, Pace
+from lowmem.generate.draft_model import DraftModel
+from lowmem.generate.drafting import Drafting
 from lowmem.generate.onednn_cache import limit_primitive_caches
 from lowmem.generate.prefix_store import PrefixStore
 from lowmem.generate.repacking import Repacking
@@ -29,7 +30,7 @@ from lowmem.generate.scoring import SCORED_ROWS, PromptScores
 from lowmem.generate.sequence import Sequence, Token
 from lowmem.generate.slots import Slots
 from lowmem.models.embedding import token_table
-from lowmem.models.positions import longest_sequence
+from lowmem.models.positions import context_length
 
 Progress = Callable[[int, int], None]
 
@@ -91,11 +92,25 @@ class Engine:
         self._read_last = False
         self._read_rate = 0.0  # tokens/s, of the latest part
         self._step_seconds = 0.0  # of the latest step
-        self._paces: defaultdict[int, Pace] = defaultdict(Pace)  # by the sequences of a step
+        self.drafting = Drafting()
+        """Drafts for the steps, of a draft model too if there is one."""
 
     def use_graphs(self) -> None:
         """Decode with graphs of the card from now on, for a model that is on one card as a whole."""
         self.decoder = SelectedDecoder(self.model, self.cache, graphs=True)
+        if self.drafting.model is not None:
+            self.drafting.model.use_graphs()
+
+    def use_draft(self, model: Any, stand_in: int = 0) -> DraftModel:
+        """Let a small model draft, where the text itself gives nothing; see `DraftModel`."""
+        self.drafting.model = DraftModel(
+            model,
+            context=self.context,
+            slots=len(self.cache.slots),
+            vocabulary=self._vocabulary,
+            stand_in=stand_in,
+        )
+        return self.drafting.model
 
     def start(
         self,
@@ -127,6 +142,7 @@ class Engine:
             oldest = self._active[0]
             oldest.fail(RuntimeError("another request has been started on this engine"))
             self.end(oldest)
+        sequence.proposed.rate = self.drafting.rate
         self._active.append(sequence)
         self.sequence = sequence
         return sequence
@@ -221,12 +237,7 @@ class Engine:
         """One step of these sequences, each with its draft."""
         if self.repacking:
             self.repacking.run(self._step_seconds)
-        pace = self._paces[len(waiting)]
-        feeds: list[Feed] = []
-        drafted, expected = 0, 0.0
-        for sequence in waiting:
-            feeds.append(sequence.next_feed(pace, Beside(len(waiting), drafted, expected)))
-            drafted, expected = drafted + len(feeds[-1].ids) - 1, expected + sequence.expected
+        feeds = self.drafting.feeds(waiting)
         started = time.perf_counter()
         try:
             output = self.decoder.step(feeds)
@@ -240,8 +251,7 @@ class Engine:
             except Exception as error:
                 sequence.fail(error)
         self._step_seconds = time.perf_counter() - started
-        if output.timed:
-            pace.took(drafted, self._step_seconds)
+        self.drafting.took(len(waiting), self._step_seconds, timed=output.timed)
 
     def reset(self) -> None:
         """Empty the cache and the prefix store; the cache's memory stays."""
@@ -270,10 +280,3 @@ class Engine:
                 f"the prompt has a token id outside of the model's vocabulary of {self._vocabulary}",
                 "Use the tokenizer of the model's checkpoint",
             )
-
-
-def context_length(model: Any) -> int:
-    """The number of positions that prompt and answer share; 2^31 - 1 for a model without a limit."""
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "rope_parameters")
-    return longest_sequence({name: getattr(config, name, None) for name in names}) or 2**31 - 1

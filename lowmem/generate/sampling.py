@@ -20,6 +20,7 @@ from lowmem.cards.find import widest_float
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
 from lowmem.generate.constraint import Constraint
+from lowmem.generate.noise import gumbel
 from lowmem.generate.transfer import fetch
 
 _BINS, _SPAN = 4096, 32.0  # of `nucleus`: probabilities below e^-32 of the largest one are negligible
@@ -96,8 +97,7 @@ def distribution(
     The temperature must not be 0. ids None: the probabilities are of the whole vocabulary. With top_k they
     are of the k most likely tokens (more if some tie with the k-th), with top_p alone of the nucleus, so the
     vocabulary is seldom sorted.
-    They are in the vocabulary's order: if two tokens of almost equal probability swap ranks, a random number
-    still draws the same token. seen: bool [vocab], the tokens that the repetition penalty applies to.
+    seen: bool [vocab], the tokens that the repetition penalty applies to.
     """
     scores = logits.to(torch.float32)
     if seen is not None and params.repetition_penalty != 1:
@@ -120,27 +120,7 @@ def distribution(
     else:
         scores = keep_top_p(scores, params.top_p, ordered=ids is not None)
     scores = keep_min_p(scores, params.min_p)
-    likely = scores.softmax(dim=-1)
-    if ids is None:
-        return likely, None
-    ids, order = ids.sort()
-    return likely[order], ids
-
-
-def draw(
-    probabilities: torch.Tensor, points: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw indices [...] from probabilities [n] with uniform numbers [...] in [0, 1).
-
-    Returns (indices, the mass before each, the mass up to and including it). The distribution is inverted,
-    so one number decides a token. No probability, not even NaN, raises, so a GPU is not waited for.
-    """
-    mass = probabilities.to(widest_float(probabilities.device)).cumsum(dim=-1)
-    mass = mass / mass[-1]
-    index = torch.searchsorted(mass, points.to(mass), right=True).clamp(max=mass.shape[-1] - 1)
-    # take, since indexing with a tensor of one number reads it on the host.
-    before = torch.where(index > 0, mass.take((index - 1).clamp(min=0)), 0.0)
-    return index, before, mass.take(index)
+    return scores.softmax(dim=-1), ids
 
 
 @dataclass(frozen=True)
@@ -157,8 +137,8 @@ class SampledToken:
 class Sampler:
     """Chooses the tokens of one answer, one after the other.
 
-    Holds the tokens so far, for the repetition penalty, and a stream of random numbers. Each token takes one
-    number, whatever the device and the number of rows in a forward.
+    Holds the tokens so far, for the repetition penalty, and the key of the noise that decides (`gumbel`).
+    A token depends on its logits, the key and its place in the answer, not on the rows of a forward.
 
     constraint: which tokens may be chosen. Temperature and filters then see only those, as in vLLM.
     """
@@ -173,8 +153,9 @@ class Sampler:
     ) -> None:
         self.params = params
         self._constraint = constraint
-        self._random = random.Random(params.seed)  # without a seed it differs from run to run
-        self._point = self._random.random()
+        self._key = random.Random(params.seed).getrandbits(64)  # without a seed it differs from run to run
+        self._place = 0  # in the answer, of the token that comes next
+        self._ids = torch.arange(vocabulary, device=device)
         self._seen: torch.Tensor | None = None
         if params.repetition_penalty != 1:
             self._seen = torch.zeros(vocabulary, dtype=torch.bool)
@@ -207,25 +188,18 @@ class Sampler:
         """As `choose`, on logits that may be off by `noise`, a share of the largest logit.
 
         Returns None if that error could change the token. The state is then unchanged, and the choice can be
-        repeated on better logits. (Sampling compares with the borders of the chosen token's share of the
-        distribution; it ignores that a token may just enter or leave the nucleus.)
+        repeated on better logits. (It is ignored that a token may just enter or leave the nucleus.)
         """
-        scores = self._scores(logits)
-        allowed = None
+        scores, ids = self._scores(logits), None
         if self._constraint is not None:
-            allowed = self._constraint.allowed().to(scores.device)
-            scores = scores.take(allowed)
-        if self.params.temperature == 0:
-            chosen, low, high = self._greedy(scores, second=noise > 0)
-        else:
-            likely, ids = distribution(scores, self.params)
-            point = torch.full((), self._point, dtype=widest_float(likely.device), device=likely.device)
-            index, low, high = draw(likely, point)
-            chosen = index if ids is None else ids.take(index)
-        if allowed is not None:
-            chosen = allowed.take(chosen)
+            ids = self._constraint.allowed().to(scores.device)
+            scores = scores.take(ids)
+        scores, ids = self._decisive(scores, ids, self._place)
+        chosen, low, high = _best(scores, second=noise > 0)
+        if ids is not None:
+            chosen = ids.take(chosen)
         # One transfer, so a GPU is waited for once a token. amax propagates NaN.
-        plain = self.params.temperature == 0 and scores is logits
+        plain = scores is logits
         wide = widest_float(logits.device)
         numbers = torch.stack(
             [part.to(wide) for part in (chosen, high if plain else logits.amax(), low, high)]
@@ -236,23 +210,50 @@ class Sampler:
                 "the model's output is not finite",
                 "Check the checkpoint with `lowmem verify`, or use bfloat16 if it ran in float16",
             )
-        if noise > 0 and not self._clear(below, above, noise * abs(peak)):
+        # Of sampling, the gap of two logits is divided by the temperature.
+        if noise > 0 and above - below <= noise * abs(peak) / (self.params.temperature or 1):
             return None
-        self._point = self._random.random()
+        self._place += 1
         self._saw(int(token))
         if not own:
             return SampledToken(int(token))
         (logprob,), names, values = own
         return SampledToken(int(token), logprob, tuple(zip(map(int, names), values, strict=True)))
 
+    def guess(self, logits: torch.Tensor, ahead: int) -> int:
+        """The token that would be chosen `ahead` tokens after the next one, if these were its logits.
+
+        logits: [n] of a draft model, for the first n ids of the vocabulary. Changes nothing; a constraint,
+        and the penalties of tokens that are not chosen yet, are passed over.
+        """
+        scores, ids = self._decisive(self._scores(logits), None, self._place + ahead)
+        chosen = scores.argmax(dim=-1)
+        return int(chosen if ids is None else ids.take(chosen))
+
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits with penalties and bias; `logits` itself without any."""
-        scores = logits
+        scores, count = logits, logits.shape[-1]
         if self._seen is not None:
-            scores = penalize(scores.to(torch.float32), self._seen, self.params.repetition_penalty)
+            scores = penalize(scores.to(torch.float32), self._seen[:count], self.params.repetition_penalty)
         if self._bias is not None:
-            scores = scores.to(torch.float32) + self._bias
+            scores = scores.to(torch.float32) + self._bias[:count]
         return scores
+
+    def _decisive(
+        self, scores: torch.Tensor, ids: torch.Tensor | None, place: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(what the chosen token has the largest of, the ids of its entries; None: the vocabulary's).
+
+        scores: [n], of these ids. The scores themselves are decisive without a temperature; else
+        log-probabilities, with the noise of the place.
+        """
+        if self.params.temperature == 0:
+            return scores, ids
+        likely, kept = distribution(scores, self.params)
+        if kept is not None:
+            ids = kept if ids is None else ids.take(kept)
+        names = self._ids[: likely.shape[-1]] if ids is None else ids
+        return likely.to(widest_float(likely.device)).log() + gumbel(self._key, place, names), ids
 
     def _saw(self, token: int) -> None:
         """Count a chosen token for the penalties and the constraint."""
@@ -265,26 +266,6 @@ class Sampler:
             self._chosen.add(token)
             self._bias[token] -= self.params.frequency_penalty + first * self.params.presence_penalty
 
-    def _greedy(
-        self, scores: torch.Tensor, *, second: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(index, the runner-up's score, the best score). Without a runner-up its score is -inf."""
-        best, index = scores.max(dim=-1)
-        if not second:
-            return index, best, best
-        if scores.shape[-1] == 1:
-            return index, torch.full_like(best, -torch.inf), best
-        return index, scores.topk(2).values[1], best
-
-    def _clear(self, low: float, high: float, error: float) -> bool:
-        """Whether all logits that differ by less than `error` give the same token."""
-        if self.params.temperature == 0:
-            return high - low > error
-        # d(mass)/d(logits): a border at mass c moves by at most 2 c (1 - c) error / temperature.
-        shift = 2 * error / self.params.temperature
-        point = self._point
-        return point - low >= shift * low * (1 - low) and high - point >= shift * high * (1 - high)
-
     def _logprobs(self, logits: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """(the chosen token's, ids of the most likely tokens, theirs); empty if none are asked for."""
         if self.params.logprobs is None:
@@ -292,3 +273,16 @@ class Sampler:
         logprobs = logits.to(torch.float32).log_softmax(dim=-1)
         best = logprobs.topk(min(self.params.logprobs, logprobs.shape[-1]))
         return logprobs.take(chosen), best.indices, best.values
+
+
+def _best(scores: torch.Tensor, *, second: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(index of the best, the runner-up's score, the best score); without `second` the best score twice.
+
+    Without a runner-up its score is -inf.
+    """
+    best, index = scores.max(dim=-1)
+    if not second:
+        return index, best, best
+    if scores.shape[-1] == 1:
+        return index, torch.full_like(best, -torch.inf), best
+    return index, scores.topk(2).values[1], best

@@ -12,7 +12,9 @@ import torch
 from lowmem.config import SamplingParams
 from lowmem.generate.cache.contract import Slot
 from lowmem.generate.decoders.contract import Feed
-from lowmem.generate.lookup import ALONE, Acceptance, Beside, Lookup, Pace
+from lowmem.generate.draft_model import Ask
+from lowmem.generate.lookup import Lookup
+from lowmem.generate.pace import Acceptance
 from lowmem.generate.sampling import SampledToken, Sampler
 from lowmem.generate.scoring import PromptScores
 
@@ -36,8 +38,8 @@ class Token:
 class Sequence:
     """Prompt and answer of one request.
 
-    drafts: look for drafts in the tokens so far. They change no token. scores: receives the
-    log-probabilities of the prompt, which is then read as a whole.
+    drafts: may have drafts, which change no token. scores: receives the log-probabilities of the prompt,
+    which is then read as a whole.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class Sequence:
         scores: PromptScores | None = None,
     ) -> None:
         self.prompt = prompt
+        self.ids = list(prompt)
+        """The tokens of prompt and answer."""
         self.params = params
         self.scores = scores
         self.slot: Slot | None = None
@@ -73,12 +77,15 @@ class Sequence:
         """Tokens fed as drafts."""
         self.accepted_tokens = 0
         """Drafted tokens that were right."""
+        self.found, self.proposed = Acceptance(), Acceptance(settled=1)
+        """How often drafts from the text itself and those of a draft model were right."""
+        self.accepted = 0
+        """Drafted tokens of the latest step that were right."""
         self._sampler, self._stop_ids = sampler, stop_ids
-        self._acceptance = Acceptance()
         self._lookup = Lookup(prompt) if drafts else None
-        self._last = -1
         self._draft: list[int] = []  # fed behind the last chosen token
-        self._guess: int | None = None  # the first token of the draft that was found, fed or not
+        self._by_model = False  # the draft is a draft model's
+        self._guess: int | None = None  # the first token of the draft that the text has, if that was not fed
         self._unclear = False  # rounding could change the choice that comes next
 
     @property
@@ -124,7 +131,7 @@ class Sequence:
         """
         if not self._draft:  # a step without a draft is what its logits are defined by
             rounding = 0.0
-        self._unclear = False
+        self._unclear, self.accepted = False, 0
         for row in range(len(self._draft) + 1):
             with torch.inference_mode():
                 chosen = self._sampler.choose_clear(rows[row], rounding)
@@ -132,7 +139,8 @@ class Sequence:
             if chosen is None:
                 self._unclear = True
                 return
-            self._last, self.new_tokens = chosen.id, self.new_tokens + 1
+            self.ids.append(chosen.id)
+            self.new_tokens += 1
             if self._lookup is not None:
                 self._lookup.append(chosen.id)
             reason = self._finish_reason()
@@ -141,46 +149,56 @@ class Sequence:
             if self.ended or not right:
                 return
 
-    def next_feed(self, pace: Pace, beside: Beside = ALONE) -> Feed:
-        """The last chosen token and the draft behind it; the slot is cut to the tokens before them."""
-        assert self.slot is not None
-        length = len(self.prompt) + self.new_tokens
-        self.slot.cut(length - 1)
-        self._draft, self._guess = [], None
-        if self._lookup is not None and not self._unclear:
-            # Drafting beyond the last token that may come is useless.
-            available = min(self.params.max_new_tokens - self.new_tokens, self.slot.capacity + 1 - length)
-            found = self._lookup.draft(available - 1)
-            self._draft = found[: pace.length(len(found), self._acceptance.rate, beside)]
-            self._guess = found[0] if found else None
-        self.drafted_tokens += len(self._draft)
-        return Feed(self.slot, [self._last, *self._draft])
-
     @property
-    def expected(self) -> float:
-        """Tokens that the draft of the latest feed is expected to add."""
-        return sum(self._acceptance.rate**place for place in range(1, len(self._draft) + 1))
+    def room(self) -> int:
+        """Tokens that a draft may have: none beyond the last that may come, or after an unclear choice."""
+        if self._lookup is None or self._unclear:
+            return 0
+        assert self.slot is not None
+        return min(self.params.max_new_tokens - self.new_tokens, self.slot.capacity + 1 - len(self.ids)) - 1
+
+    def look_up(self) -> list[int]:
+        """The longest draft that the text so far has, [] if none."""
+        found = self._lookup.draft(self.room) if self._lookup is not None else []
+        self._guess = found[0] if found else None
+        return found
+
+    def ask(self, length: int) -> Ask:
+        """What to ask a draft model for: a draft of this length, or of `room` if that is less."""
+        assert self.slot is not None
+        return Ask(self.slot.index, self.ids, min(length, self.room), self._sampler.guess)
+
+    def feed(self, draft: list[int], by_model: bool = False) -> Feed:
+        """The last chosen token and a draft behind it; the slot is cut to the tokens before them."""
+        assert self.slot is not None
+        self.slot.cut(len(self.ids) - 1)
+        self._draft, self._by_model = draft, by_model
+        self.drafted_tokens += len(draft)
+        return Feed(self.slot, [self.ids[-1], *draft])
 
     def release(self) -> None:
         """End it, and free what only further choices need; the counters stay."""
         self.ended, self._lookup = True, None
 
     def _compare(self, row: int, chosen: SampledToken | None) -> bool:
-        """Whether the draft, if there is one, has the chosen token at this row; counts it."""
-        drafted = row < len(self._draft)
-        guess = self._draft[row] if drafted else self._guess if row == 0 else None
-        right = chosen is not None and chosen.id == guess
-        if guess is not None:
-            self._acceptance.saw(right)
-            self.accepted_tokens += right and drafted
+        """Whether the draft goes on with the chosen token at this row; counts it, and a draft not fed."""
+        token = None if chosen is None else chosen.id
+        if row == 0 and self._guess is not None and (self._by_model or not self._draft):
+            self.found.saw(token == self._guess)
+        if row == len(self._draft):
+            return False
+        right = token == self._draft[row]
+        (self.proposed if self._by_model else self.found).saw(right)
+        self.accepted += right
+        self.accepted_tokens += right
         return right
 
     def _finish_reason(self) -> FinishReason | None:
-        if self._last in self._stop_ids or self._sampler.ended:
+        if self.ids[-1] in self._stop_ids or self._sampler.ended:
             return "stop"
         if self.new_tokens == self.params.max_new_tokens:
             return "length"
         assert self.slot is not None
-        if len(self.prompt) + self.new_tokens > self.slot.capacity:  # the token has no position left
+        if len(self.ids) > self.slot.capacity:  # the token has no position left
             return "context"
         return None

@@ -73,6 +73,8 @@ class LoadedModel:
     """The plan that chose this version."""
     option: Option | None = None
     """The option of the plan that was loaded."""
+    draft: LoadedModel | None = None
+    """The small model that drafts for this one."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from lowmem.checkpoint import cache
 from lowmem.checkpoint.verify.digests import check_all
 from lowmem.errors import MemoryBudgetError
 from lowmem.loading.loader import LoadedModel, LoadOptions, load
+from lowmem.models.vocabulary import check_draft
 from lowmem.plan.device import is_out_of_memory
+from lowmem.plan.drafts import Draft
 from lowmem.plan.planner import Option, Plan
 from lowmem.plan.request import ModelRequest, find_card, plan_or_download
 
@@ -39,7 +41,12 @@ def load_plan(
     failure: Exception | None = None
     for option in (plan.chosen, *plan.fallbacks):
         try:
-            return load_option(option, plan, request, progress, notify)
+            loaded = load_option(option, plan, request, progress, notify)
+            return (
+                loaded
+                if plan.draft is None
+                else replace(loaded, draft=load_draft(plan.draft, loaded, notify))
+            )
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -88,6 +95,23 @@ def load_option(
     )
     cache.mark_used(candidate.path)
     return replace(loaded, plan=plan, option=option)
+
+
+def load_draft(draft: Draft, large: LoadedModel, notify: Notify = lambda line: None) -> LoadedModel:
+    """Load a draft model where the large model's first layers are.
+
+    Raises SourceError if its vocabulary is another one, torch's own errors when memory is short.
+    """
+    import torch
+
+    form = draft.candidate.form
+    # On a CPU that the plan fell back to, float16 is slow: see `default_dtype`.
+    name = "bfloat16" if large.device.type == "cpu" and form.dtype == "float16" else form.dtype
+    options = LoadOptions(device=large.device, dtype=getattr(torch, name), context=large.context)
+    loaded = load(draft.candidate.path, options, notify=notify)
+    check_draft(large.tokenizer, loaded.tokenizer)
+    cache.mark_used(draft.candidate.path)
+    return loaded
 
 
 def _free() -> None:

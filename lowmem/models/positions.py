@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 _NAMES = ("max_position_embeddings", "n_positions", "max_seq_len")
 
@@ -21,6 +22,13 @@ def longest_sequence(config: Mapping[str, object]) -> int | None:
     # Models with several kinds of layers have settings for each.
     by_kind = [part for part in rope.values() if isinstance(part, Mapping)]
     return int(positions * max([_dynamic_factor(part) for part in [rope, *by_kind]]))
+
+
+def context_length(model: Any) -> int:
+    """The number of positions that prompt and answer share; 2^31 - 1 for a model without a limit."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "rope_parameters")
+    return longest_sequence({name: getattr(config, name, None) for name in names}) or 2**31 - 1
 
 
 def _dynamic_factor(rope: Mapping[str, object]) -> float:

@@ -46,3 +46,27 @@ def check_vocabulary(
         notify(f"the model of {rows} tokens does not have the tokenizer's {min(beyond)!r}{more}")
     elif len(vocabulary) < rows * _FEWEST:
         notify(f"the tokenizer has {len(vocabulary)} tokens, and the model {rows}: it may be another model's")
+
+
+def check_draft(tokenizer: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> None:
+    """Compare the tokenizer of a draft model with that of the model that it drafts for.
+
+    Raises SourceError unless every id that both have is the same token.
+    """
+    own, other = ({number: token for token, number in one.get_vocab().items()} for one in (tokenizer, draft))
+    both = own.keys() & other.keys()
+    different = min((number for number in both if own[number] != other[number]), default=None)
+    if different is not None or not both:
+        what = (
+            f"token {different} is {own[different]!r} here and {other[different]!r} there" if both else "none"
+        )
+        raise SourceError(
+            f"the draft model has another vocabulary: {what}",
+            "Use a small model of the same family, one whose vocabulary begins like the model's",
+        )
+
+
+def stand_in(draft: PreTrainedTokenizerBase) -> int:
+    """The token that a draft model reads for those that it lacks: a newline, or the end of text."""
+    newline = draft("\n", add_special_tokens=False).input_ids
+    return int(newline[0]) if len(newline) == 1 else int(draft.eos_token_id or 0)

@@ -19,6 +19,7 @@ from lowmem.config import DEFAULT_CONTEXT
 from lowmem.errors import MemoryBudgetError
 from lowmem.kernels.registry import USUAL_SUPPORT, KernelSupport
 from lowmem.plan.candidates import Candidate, by_bits
+from lowmem.plan.drafts import Draft
 from lowmem.plan.memory import (
     HOST_CONTEXT,
     Form,
@@ -95,6 +96,8 @@ class Plan:
     """Versions that a conversion would make."""
     reason: str
     """One or two sentences for the user."""
+    draft: Draft | None = None
+    """The model that drafts for the chosen version. Its memory is not part of `budget`."""
 
 
 def room_for_slots(plan: Plan) -> int:
@@ -103,8 +106,24 @@ def room_for_slots(plan: Plan) -> int:
     sides = [(option.need, budget.host if option.device == "cpu" else budget.card or 0)]
     if option.host is not None:
         sides.append((option.host, budget.host))
-    more = [(have - need.total) // need.kv_cache for need, have in sides if need.kv_cache]
+    draft = plan.draft.need.kv_cache if plan.draft else 0
+    more = [(have - need.total) // (need.kv_cache + draft) for need, have in sides if need.kv_cache]
     return 1 + max(0, min(more, default=0))
+
+
+def planned_bytes(plan: Plan, option: Option, slots: int) -> int:
+    """Bytes on the device of `option` with so many sequences at once, those of a draft model included."""
+    needs = [option.need, *([plan.draft.need] if plan.draft else [])]
+    return sum(need.total + (slots - 1) * need.kv_cache for need in needs)
+
+
+PARALLEL = 4
+"""Answers at once on a CPU by default: its kernels take four rows in little more than the time of one."""
+
+
+def usual_slots(plan: Plan) -> int:
+    """Answers at once: on a CPU up to PARALLEL, as many as there is room for; with a card 1."""
+    return min(PARALLEL, room_for_slots(plan)) if plan.chosen.device == "cpu" else 1
 
 
 def default_context(candidates: Sequence[Candidate]) -> int:

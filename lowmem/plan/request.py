@@ -22,6 +22,7 @@ from lowmem.plan.candidates import (
     with_8bit_head,
     with_spare_heads,
 )
+from lowmem.plan.drafts import Draft, draft_of, find_draft, suggestion
 from lowmem.plan.fit.candidate import made_to_fit
 from lowmem.plan.memory import CUDA_CONTEXT, HEAD_BITS
 from lowmem.plan.planner import Budget, Plan, default_context, make_plan
@@ -63,6 +64,8 @@ class ModelRequest:
     head_bits: int | None = None
     """8 holds the head and the token embedding in 8 bits, 16 never does; None: where a better version then
     fits the card."""
+    draft: str | os.PathLike[str] | None = None
+    """A small model that drafts tokens, named as `model` is: its vocabulary begins like the model's."""
     check: bool = False
     """Compare all files with their digests before loading."""
     verbose: bool = False
@@ -108,10 +111,14 @@ def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool =
     if request.bits is not None:
         possible = [c for c in possible if c.has_bits(request.bits)]
     budget = _budget(request, card, vram if on_card else None, measure)
+    draft = _draft(request, context, budget)
+    if draft is not None:
+        budget = _beside(budget, draft)
     if possible and request.bits is None and (mixed := made_to_fit(model, candidates, budget, context)):
         possible = sorted([*possible, mixed], key=by_bits)
     matching = _with_heads(_matching(candidates, request), request, on_card)
-    return make_plan(matching, budget, context, _with_heads(possible, request, on_card))
+    plan = make_plan(matching, budget, context, _with_heads(possible, request, on_card))
+    return _with_draft(plan, draft)
 
 
 def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Plan:
@@ -119,21 +126,37 @@ def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Pl
 
     notify: receives the progress of the download, a line at a time.
     """
+    if request.draft is not None:
+        request = replace(request, draft=_draft_or_download(os.fspath(request.draft), notify))
     model = os.fspath(request.model)
     try:
         return plan_for(request)
     except SourceError:
         if typed_path(model).exists() or not is_hub_id(model):
             raise
+    return plan_for(replace(request, model=_download(model, notify)))
+
+
+def _draft_or_download(name: str, notify: Callable[[str], None]) -> str | os.PathLike[str]:
+    """The name of a draft model, or the folder to which it was downloaded."""
+    try:
+        find_draft(name, cuda=False, dtype=None)
+    except SourceError:
+        if typed_path(name).exists() or not is_hub_id(name):
+            raise
+        return _download(name, notify)
+    return name
+
+
+def _download(model: str, notify: Callable[[str], None]) -> os.PathLike[str]:
     from lowmem.checkpoint.source.hub import download
 
     try:
-        folder = download(model, progress=notify, check=check_checkpoint)
+        return download(model, progress=notify, check=check_checkpoint)
     except ForeignError:
         raise
     except SourceError as error:
         raise SourceError(f"no version of {model} is on this machine: {error.message}", error.hint) from error
-    return plan_for(replace(request, model=folder))
 
 
 def find_card(device: str) -> torch.device | None:
@@ -171,6 +194,33 @@ def _budget(request: ModelRequest, card: torch.device | None, vram: int | None, 
     if machine.shares_memory(card):
         host = max(0, host - free)
     return Budget(str(card), host, free, own, rate, rate_on_card, support)
+
+
+def _draft(request: ModelRequest, context: int, budget: Budget) -> Draft | None:
+    """The draft model that is asked for."""
+    if request.draft is None:
+        return None
+    name, cuda = os.fspath(request.draft), budget.card is not None
+    candidate = find_draft(name, cuda=cuda, dtype=request.dtype)
+    return draft_of(name, candidate, context, cuda=cuda, support=budget.support)
+
+
+def _beside(budget: Budget, draft: Draft) -> Budget:
+    """The memory that a draft leaves. With a card, the host's shrinks too: the draft may end up there."""
+    card = None if budget.card is None else max(0, budget.card - draft.need.total)
+    return replace(budget, host=max(0, budget.host - draft.need.total), card=card)
+
+
+def _with_draft(plan: Plan, draft: Draft | None) -> Plan:
+    """The plan with its draft, or with a sentence on a draft that would fit."""
+    option, budget = plan.chosen, plan.budget
+    if draft is not None:
+        name, size = draft.candidate.path.name, format_bytes(draft.need.total)
+        text = f" The draft model {name} ({draft.candidate.label}) takes {size} beside it."
+        return replace(plan, draft=draft, reason=plan.reason + text)
+    have = budget.host if option.device == "cpu" else budget.card or 0
+    text = suggestion(option.candidate.shape, plan.context, have - option.need.total)
+    return replace(plan, reason=plan.reason + text)
 
 
 def _with_heads(candidates: list[Candidate], request: ModelRequest, on_card: bool) -> list[Candidate]:

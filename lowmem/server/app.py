@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 
 from lowmem import __version__
 from lowmem.plan.device import memory_use
+from lowmem.plan.planner import planned_bytes
 from lowmem.server import answer_models as models
 from lowmem.server.answers import ChatShape, CompletionShape, Shape
 from lowmem.server.api_errors import no_such_model
@@ -147,7 +148,7 @@ def make_app(
             "kernel": loaded.kernel,
             "context": context,
             "weight_bytes": loaded.weight_bytes,
-            "need_bytes": option.need.total if option else 0,
+            "need_bytes": planned_bytes(plan, option, worker.slots) if plan and option else 0,
             "tokens_per_second": last.tokens_per_second if last else 0.0,
             "busy": worker.busy,
             "running": worker.running,

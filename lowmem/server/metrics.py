@@ -141,3 +141,5 @@ class _Gauges(Collector):
         )
         yield CounterMetricFamily("lowmem_failed", "Answers that ended in an internal error", counts.failed)
         yield CounterMetricFamily("lowmem_generated_tokens", "Generated tokens, sent or not", counts.tokens)
+        yield CounterMetricFamily("lowmem_drafted_tokens", "Tokens that were drafted", counts.drafted)
+        yield CounterMetricFamily("lowmem_accepted_tokens", "Drafted tokens that were right", counts.accepted)

@@ -89,6 +89,10 @@ class Counts:
     """Answers that ended in an internal error."""
     tokens: int = 0
     """Generated tokens, including those of cancelled answers."""
+    drafted: int = 0
+    """Tokens that were drafted for them."""
+    accepted: int = 0
+    """Drafted tokens that were right."""
 
 
 class _Unwanted(Exception):
@@ -327,9 +331,10 @@ class Worker:
     def _end(self, running: _Running, error: Exception | None) -> None:
         """Free an answer's slot, count it, and end its ticket with the last answer or with an error."""
         ticket, answer, told = running.ticket, running.answer, self._told(error)
-        tokens = 0
+        tokens = drafted = accepted = 0
         if answer is not None:
-            tokens = answer.sequence.new_tokens
+            sequence = answer.sequence
+            tokens, drafted, accepted = sequence.new_tokens, sequence.drafted_tokens, sequence.accepted_tokens
             answer.close()
         unwanted = isinstance(error, _Unwanted)
         broken = told is not None and not unwanted and not isinstance(error, InvalidRequestError)
@@ -342,6 +347,8 @@ class Worker:
                 cancelled=counts.cancelled + unwanted,
                 failed=counts.failed + broken,
                 tokens=counts.tokens + tokens,
+                drafted=counts.drafted + drafted,
+                accepted=counts.accepted + accepted,
             )
             self._seconds_per_answer += 0.2 * (time.monotonic() - running.start - self._seconds_per_answer)
             if error is not None:

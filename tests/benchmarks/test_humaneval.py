@@ -139,14 +139,16 @@ class ByHeart:
         self.context, self.answers, self.interrupt_at = 1000, answers, interrupt_at
         self.asked: list[tuple[str, Any, bool]] = []
 
-    def count(self, text: str, raw: bool) -> int:
-        return len(text.split())
+    def encode(self, text: str, raw: bool) -> list[Any]:
+        return [text, raw, *text.split()]
 
-    def complete(self, text: str, params: Any, raw: bool) -> Any:
-        if len(self.asked) == self.interrupt_at:
-            raise KeyboardInterrupt
-        self.asked.append((text, params, raw))
-        return SimpleNamespace(text=next(a for entry, a in self.answers.items() if f"def {entry}(" in text))
+    def complete_each(self, requests: Any) -> Any:
+        for number, ((text, raw, *_), params) in enumerate(requests):
+            if len(self.asked) == self.interrupt_at:
+                raise KeyboardInterrupt
+            self.asked.append((text, params, raw))
+            answer = next(a for entry, a in self.answers.items() if f"def {entry}(" in text)
+            yield number, SimpleNamespace(text=answer)
 
 
 PROBLEMS = [
@@ -263,11 +265,12 @@ def test_prompt_formats():
     assert not is_chat(ByHeart(ANSWERS), "plain")
     with pytest.raises(InvalidRequestError, match="no dialogue template"):
         is_chat(base, "chat")
-    assert ask(base, PROBLEMS[0], 0, Settings()) == ANSWERS["right"]
+    wanted = [(PROBLEMS[0], 0)]
+    assert list(ask(base, wanted, Settings())) == [(*wanted[0], ANSWERS["right"])]
     text, params, raw = base.asked[0]
     assert (text, raw, params.stop) == (PROBLEMS[0].prompt.rstrip(), True, STOPS)
     base.context = 3
-    assert ask(base, PROBLEMS[0], 0, Settings()) == "" and len(base.asked) == 1
+    assert list(ask(base, wanted, Settings())) == [(*wanted[0], "")] and len(base.asked) == 1
 
 
 # --- the command -------------------------------------------------------------------------------------------
@@ -325,10 +328,9 @@ def test_a_real_model_is_measured(tmp_path, capsys, monkeypatch):
 
     real = humaneval.ask
 
-    def interrupted(session, problem, sample, settings):
-        if problem.task == "HumanEval/3":
-            raise KeyboardInterrupt
-        return real(session, problem, sample, settings)
+    def interrupted(session, wanted, settings):
+        yield next(real(session, wanted, settings))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(humaneval, "ask", interrupted)
     (tmp_path / "humaneval.json").unlink()

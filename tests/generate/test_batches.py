@@ -69,7 +69,7 @@ def test_every_sequence_gets_the_tokens_that_it_gets_alone(model: Any, seed: int
     common = choice.choices(range(1, VOCAB), k=60)
     requests = [random_request(choice, common) for _ in range(14)]
     engine = Engine(model, context=CONTEXT, slots=3, chunk=choice.choice([5, 16, 64]))
-    engine._paces = drafting()
+    engine.drafting.paces = drafting()
     engine.store = PrefixStore(1 << 20) if seed % 2 else None
     waiting, running, answers = list(enumerate(requests)), dict[int, Sequence](), dict[int, list[int]]()
     left: set[int] = set()

@@ -24,9 +24,10 @@ from lowmem.generate.decoders import eager as eager_module
 from lowmem.generate.decoders import selection
 from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.selection import SelectedDecoder
-from lowmem.generate.engine import Engine, context_length
+from lowmem.generate.engine import Engine
 from lowmem.generate.sequence import Token
 from lowmem.loading.loader import LoadOptions, load
+from lowmem.models.positions import context_length
 from tests.helpers import KINDS, TINY_STARCHAT, tiny_model
 from tests.rtn_helpers import write_rtn_checkpoint
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowmem.config import SamplingParams
 from lowmem.generate.engine import Engine
-from lowmem.generate.lookup import LENGTHS, Acceptance, Lookup, Pace
+from lowmem.generate.lookup import Lookup
+from lowmem.generate.pace import LENGTHS, Acceptance, Pace
 from lowmem.generate.sequence import Token
 from tests.generate.decoding import drafting, kept_rows
 from tests.helpers import KINDS, TINY_STARCHAT, tiny_model
@@ -94,7 +95,7 @@ def answer(
     model: Any, prompt: list[int], params: SamplingParams, *, draft: bool, **options: Any
 ) -> tuple[list[Token], Engine]:
     engine = Engine(model, speculate=draft, **{"context": 256, **options})
-    engine._paces = drafting()
+    engine.drafting.paces = drafting()
     return list(engine.generate(prompt, params)), engine
 
 
@@ -159,7 +160,7 @@ def test_closed_in_the_middle_of_a_draft() -> None:
     params = SamplingParams(temperature=0, max_new_tokens=30)
     expected = [token.id for token in answer(model, prompt, params, draft=False)[0]]
     engine = Engine(model, context=256)
-    engine._paces = drafting()
+    engine.drafting.paces = drafting()
     for steps in range(1, 30):
         tokens = engine.generate(prompt, params)
         assert [next(tokens).id for _ in range(steps)] == expected[:steps]

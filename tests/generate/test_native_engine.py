@@ -43,7 +43,7 @@ def why_eager(engine: Engine) -> str:
 def answer(model: Any, params: SamplingParams, *, draft: bool) -> tuple[list[Token], Engine]:
     part = random_ids(24, vocab=64, seed=3)
     engine = Engine(model, context=256, speculate=draft)
-    engine._paces = drafting()
+    engine.drafting.paces = drafting()
     return list(engine.generate([*part, *part[:12]], params)), engine
 
 

@@ -15,10 +15,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.config import SamplingParams
-from lowmem.generate.engine import Engine, context_length
+from lowmem.generate.engine import Engine
 from lowmem.generate.position_scaling import PositionScaling
 from lowmem.generate.prefix_store import PrefixStore
 from lowmem.models.architecture import inspect
+from lowmem.models.positions import context_length
 from tests.generate.decoding import drafting
 
 POSITIONS, SWITCH, VOCABULARY = 64, 24, 61
@@ -119,7 +120,7 @@ def _expected(model: Any, prompt: Sequence[int], count: int) -> list[int]:
 
 def _engine(model: Any, chunk: int) -> Engine:
     engine = Engine(copy.deepcopy(model), context=POSITIONS, chunk=chunk, speculate=True)
-    engine._paces = drafting()
+    engine.drafting.paces = drafting()
     engine.store = PrefixStore(1 << 20)
     return engine
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from dataclasses import replace
 
 import numpy as np
@@ -9,13 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import kstest
 
 from lowmem.config import SamplingParams, check_sampling
 from lowmem.errors import InvalidRequestError, LowmemError
+from lowmem.generate.noise import gumbel
 from lowmem.generate.sampling import (
     Sampler,
     distribution,
-    draw,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -265,18 +268,74 @@ def test_log_probabilities_are_the_models_own() -> None:
 def test_frequencies_follow_the_distribution() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
     params = SamplingParams(temperature=0.8, top_k=4, top_p=0.97)
-    points = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    frequencies = np.bincount(draw(probabilities(logits, params), points)[0].numpy(), minlength=5) / 40_000
-    np.testing.assert_allclose(frequencies, numpy_distribution(logits.numpy(), 0.8, 4, 0.97), atol=0.01)
     sampler = Sampler(SamplingParams(**{**vars(params), "seed": 1}), [], 5, "cpu")
     chosen = np.bincount([sampler.choose(logits).id for _ in range(3000)], minlength=5) / 3000
     np.testing.assert_allclose(chosen, numpy_distribution(logits.numpy(), 0.8, 4, 0.97), atol=0.03)
 
 
+def test_noise_is_gumbels() -> None:
+    """By its distribution function, over ids, places and keys, and without correlation between neighbours."""
+    ids = torch.arange(50_000)
+    for noise in (gumbel(5, 0, ids), torch.stack([gumbel(9, n, ids[:1])[0] for n in range(5000)])):
+        uniform = (-(-noise).exp()).exp()
+        assert noise.dtype is torch.float64 and noise.isfinite().all()
+        assert kstest(uniform.numpy(), "uniform").pvalue > 1e-3
+        assert abs(np.corrcoef(uniform[1:], uniform[:-1])[0, 1]) < 0.05
+    keys = torch.stack([gumbel(random.Random(seed).getrandbits(64), 3, ids[:1])[0] for seed in range(5000)])
+    assert kstest((-(-keys).exp()).exp().numpy(), "uniform").pvalue > 1e-3
+    assert torch.equal(gumbel(5, 2, ids)[:100], gumbel(5, 2, ids[:100]))
+
+
+def splitmix(key: int, place: int, token: int) -> float:
+    """`gumbel` for one token, in Python's integers."""
+    mask = 2**64 - 1
+    mixed = token * 0x9E3779B97F4A7C15 + key + (place + 1) * 0xD1B54A32D192ED03 & mask
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & mask
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & mask
+    mixed ^= mixed >> 31
+    return -math.log(-math.log1p(-((mixed >> 11) + 0.5) / 2**53))
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**20), st.integers(0, 2**20))
+def test_noise_is_that_of_python_integers(key: int, place: int, token: int) -> None:
+    found = float(gumbel(key, place, torch.tensor([token]))[0])
+    assert found == pytest.approx(splitmix(key, place, token), rel=1e-12, abs=1e-12)
+
+
 def test_a_token_without_probability_is_never_drawn() -> None:
-    likely = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
-    points = torch.tensor([0.0, 0.25 - 2**-50, 0.25, 1 - 2**-53], dtype=torch.float64)
-    assert draw(likely, points)[0].tolist() == [1, 1, 3, 3]
+    logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf])
+    params = SamplingParams(temperature=1, top_k=0, top_p=1, seed=1)
+    sampler = Sampler(params, [], 5, "cpu")
+    assert {sampler.choose(logits).id for _ in range(300)} == {1, 3}
+
+
+@pytest.mark.parametrize("noise", [0.3, 1.0, 2.0])
+def test_a_draft_with_the_same_noise_is_as_often_right_as_theory_says(noise: float) -> None:
+    """Of two distributions p and q: the sum over i of 1 / sum over j of max(p_j / p_i, q_j / q_i)."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(40, generator=generator) * 3
+    others = logits + torch.randn(40, generator=generator) * noise
+    params = SamplingParams(temperature=0.9, top_k=0, top_p=1, seed=2)
+    p, q = probabilities(logits, params).double(), probabilities(others, params).double()
+    expected = float((1 / torch.maximum(p / p[:, None], q / q[:, None]).sum(1)).sum())
+    distance = float((p - q).abs().sum()) / 2
+    assert (1 - distance) / (1 + distance) <= expected <= 1 - distance
+    sampler, right = Sampler(params, [], 40, "cpu"), 0
+    for _ in range(1000):
+        draft = [sampler.guess(others, ahead) for ahead in range(2)]
+        right += sum(sampler.choose(logits).id == token for token in draft)
+    assert right / 2000 == pytest.approx(expected, abs=0.04)
+
+
+def test_a_guess_has_penalties_and_filters_and_changes_nothing() -> None:
+    logits = torch.tensor([1.0, 5.0, 4.0, 3.0])
+    params = greedy(repetition_penalty=2, logit_bias=((3, 1.6),))  # type: ignore[arg-type]
+    sampler = Sampler(params, [1], 6, "cpu")
+    assert sampler.guess(logits, 0) == sampler.guess(logits, 5) == 3
+    assert sampler.guess(logits[:3], 0) == 2  # a draft's vocabulary may be the smaller one
+    warm = Sampler(SamplingParams(temperature=1, top_k=2, top_p=1, seed=3), [], 4, "cpu")
+    assert {warm.guess(logits, n) for n in range(99)} == {1, 2}
+    assert [warm.guess(logits, n) for n in range(9)] == [warm.choose(logits).id for _ in range(9)]
 
 
 def test_a_seed_repeats_and_no_seed_does_not() -> None:

@@ -114,7 +114,7 @@ def test_a_step_with_a_draft_waits_once_a_token(settings: str) -> None:
     expected = on_cpu("gpt_bigcode_mqa", params)
     with PretendedCard() as card:
         engine = Engine(card.move(tiny_model("gpt_bigcode_mqa")), context=64)
-        engine._paces = drafting()
+        engine.drafting.paces = drafting()
         found = waits_of(card, engine.generate(PROMPT, params))
     assert [token.id for token, _ in found] == [token.id for token in expected]
     waits = [wait for _, several in found for wait in several]

@@ -123,6 +123,7 @@ def test_plan_speed_and_memory_are_shown(chat):
     dialog = chat.page.get_by_role("dialog", name="About this server")
     assert "bfloat16 is the best version here" in dialog.text_content()
     assert "1,024 tokens" in dialog.text_content()
+    assert "one at a time" in dialog.text_content()
 
 
 def test_static_files_are_cached_and_revalidated(browser, server):

@@ -441,6 +441,7 @@ def test_metrics_in_prometheus_format(client: openai.OpenAI, live: Live) -> None
     assert after["lowmem_time_to_first_token_seconds_count"] == (
         before["lowmem_time_to_first_token_seconds_count"] + 1
     )
+    assert after["lowmem_accepted_tokens_total"] <= after["lowmem_drafted_tokens_total"]
     assert after["lowmem_resident_memory_bytes"] > 50 << 20
 
 

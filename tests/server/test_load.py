@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from lowmem.generate.lookup import LENGTHS
+from lowmem.generate.pace import LENGTHS
 from lowmem.server import running
 from lowmem.server.guard import GuardSettings
 from tests.server.server_fixture import MODEL, PATIENCE, Live, eventually, live_server

@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     from lowmem.config import SamplingParams
-    from lowmem.generate.engine import Engine, context_length
+    from lowmem.generate.engine import Engine
     from lowmem.loading.loader import LoadOptions, load
+    from lowmem.models.positions import context_length
 
     loaded = load(args.model, LoadOptions(dtype=getattr(torch, args.dtype) if args.dtype else None))
     code = (embedded_model() / "heldout.txt").read_text(encoding="utf-8")

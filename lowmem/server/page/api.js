@@ -5,7 +5,8 @@ import { readKey } from "./store.js";
 /**
  * @typedef {{
  *   model: string, label: string, plan: string, device: string, kernel: string, context: number,
- *   weight_bytes: number, need_bytes: number, tokens_per_second: number, busy: boolean, queue: number,
+ *   weight_bytes: number, need_bytes: number, tokens_per_second: number, busy: boolean, running: number,
+ *   slots: number, queue: number,
  *   memory: {host: number, host_peak: number, card: number, card_peak: number}
  * }} Status need_bytes: planned memory, 0 without a plan
  * @typedef {{prompt_tokens: number, completion_tokens: number,

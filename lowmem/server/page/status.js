@@ -94,6 +94,7 @@ export class StatusView {
       ["Context", `${status.context.toLocaleString("en")} tokens of questions and answers together`],
       ["Memory held", `${formatBytes(bytes)}${share}${where}`],
       ["Speed", status.tokens_per_second ? `${status.tokens_per_second.toFixed(1)} tokens/s` : "no answer yet"],
+      ["Answers", status.slots > 1 ? `${status.running} of up to ${status.slots} at once` : "one at a time"],
       ["Waiting", status.queue ? `${status.queue} in the queue` : "none"],
     ];
     facts.replaceChildren(...rows.flatMap(([name, text]) => [element("dt", { text: name }), element("dd", { text })]));
@@ -112,6 +113,7 @@ function figuresOf(status) {
     ["speed", status.tokens_per_second ? `${status.tokens_per_second.toFixed(1)} tokens/s` : ""],
     ["memory", `${formatBytes(bytes)}${where}`],
     ["planned", status.need_bytes ? `${formatBytes(status.need_bytes)} planned` : ""],
+    ["running", status.running > 1 ? `${status.running} answers at once` : ""],
     ["queue", status.queue ? `${status.queue} waiting` : ""],
   ].filter(([, text]) => text);
 }
