@@ -119,9 +119,25 @@ def record(plan: Plan) -> dict[str, object]:
         "host": plan.budget.host,
         "context": plan.context,
         "reason": plan.reason,
+        "draft": _draft(plan),
         "chosen": _option(plan.chosen),
         "options": [_option(option) for option in plan.options],
         "possible": [_option(option) for option in plan.possible],
+    }
+
+
+def _draft(plan: Plan) -> dict[str, object] | None:
+    if plan.draft is None:
+        return None
+    candidate, need = plan.draft.candidate, plan.draft.need
+    return {
+        "label": candidate.label,
+        "dtype": candidate.form.dtype,
+        "path": str(candidate.path),
+        "weights": need.weights,
+        "kv_cache": need.kv_cache,
+        "workspace": need.workspace,
+        "need": need.total,
     }
 
 

@@ -34,7 +34,7 @@ from lowmem.doctor.examination import card_paces
 from lowmem.doctor.facts import facts
 from lowmem.doctor.report import Check
 from lowmem.errors import InvalidRequestError
-from lowmem.generate import sampling, transfer
+from lowmem.generate import noise, sampling, transfer
 from lowmem.generate.decoders.contract import DecoderRefused
 from lowmem.generate.decoders.graph import CardGraphs
 from lowmem.generate.sampling import Sampler
@@ -381,7 +381,7 @@ def test_sampling_without_64_bit_floats(monkeypatch: pytest.MonkeyPatch) -> None
         return [sampler.choose(logits) for _ in range(40)]
 
     wide = tokens()
-    for module in (sampling, transfer):
+    for module in (noise, sampling, transfer):
         monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
     real = torch.Tensor.to
 

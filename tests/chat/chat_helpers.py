@@ -162,7 +162,9 @@ class FakeSession:
     templated: bool = True
     asked: list[dict[str, Any]] = field(default_factory=list)
     closed: int = 0
-    engine: Any = field(default_factory=lambda: SimpleNamespace(repacking=REPACKING))
+    engine: Any = field(
+        default_factory=lambda: SimpleNamespace(repacking=REPACKING, drafting=SimpleNamespace(why_not=""))
+    )
 
     @property
     def loaded(self) -> Any:

@@ -55,7 +55,7 @@ class ScriptedAnswer:
 
     def __init__(self, session: ScriptedSession, pieces: Sequence[object], prompt: int, most: int) -> None:
         self._session, self._pieces, self._prompt, self._most = session, list(pieces), prompt, most
-        self.sequence = SimpleNamespace(new_tokens=0)
+        self.sequence = SimpleNamespace(new_tokens=0, drafted_tokens=0, accepted_tokens=0)
 
     def ready(self) -> Iterator[Response]:
         if self._pieces[0] is HOLD:

@@ -146,7 +146,10 @@ class ScriptedAnswer:
     """Gives one word each time that the engine has advanced."""
 
     def __init__(self, session: Scripted) -> None:
-        self.session, self.sequence = session, SimpleNamespace(new_tokens=0)
+        self.session, self.sequence = (
+            session,
+            SimpleNamespace(new_tokens=0, drafted_tokens=0, accepted_tokens=0),
+        )
 
     def ready(self) -> Iterator[Response]:
         self.sequence.new_tokens += 1
