@@ -13,6 +13,7 @@ from lowmem.checkpoint.files.home import typed_path
 from lowmem.commands.answering import INTERRUPTED, load_session, note, notifier, read_text
 from lowmem.commands.plan_options import add_check_argument, add_plan_arguments, request_of
 from lowmem.errors import InvalidRequestError
+from lowmem.plan.planner import PARALLEL
 from lowmem.text.units import format_bytes
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         type=_count,
         metavar="N",
-        help="answers at once, each with a KV cache of its own (default: on a CPU up to 4, as many "
+        help=f"answers at once, each with a KV cache of its own (default: on a CPU up to {PARALLEL}, as many "
         "as fit; on a card 1)",
     )
     limits.add_argument(

@@ -31,9 +31,9 @@ class Drafting:
         self.paces: defaultdict[int, Pace] = defaultdict(Pace)
         """By the number of sequences in a step."""
         self.model: DraftModel | None = None
-        """Drafts where the texts give nothing; None: there is none, or it has failed."""
+        """Drafts where the texts give nothing. None without a draft model, and after it has failed."""
         self.why_not = ""
-        """Why a draft model is no longer asked; "" while it is, or if there never was one."""
+        """The error that ended the draft model's work; "" without one."""
         self.rate = Acceptance.START
         """Of the model's drafts lately, which a new sequence begins with."""
         self._drafted = 0  # tokens of the step that comes next
@@ -84,13 +84,13 @@ class Drafting:
         best: list[Ask] = []
         best_gain = price = 0.0
         reading = self.model.reading_seconds([sequences[i].ask(1) for i in places])
+        rates = [sequences[i].proposed for i in places]
         tokens = min(SPREAD, max((sequences[i].room for i in places), default=1))
         for length in range(1, most + 1):
             asks = [sequences[i].ask(length) for i in places]
             if not asks or all(ask.length < length for ask in asks):
                 break
             drafted, seconds = sum(ask.length for ask in asks), length * self.model.step_seconds
-            rates = [sequences[i].proposed for i in places]
             expected = sum(rate.expected(ask.length) for rate, ask in zip(rates, asks, strict=True))
             gain = pace.gain(drafted, expected, seconds + reading / tokens, beside)
             if gain > best_gain:

@@ -112,7 +112,7 @@ class Pace:
         return (before + expected) / before * paid / full
 
     def cost(self, drafted: int) -> float:
-        """Of a step with so many drafted tokens, in steps without.
+        """Time of a step with this many drafted tokens, divided by that of a step without drafts.
 
         Where that was not measured, a row costs as much as in the nearest measured step.
         """

@@ -54,7 +54,7 @@ KNOWN = (
 def find_draft(name: str, *, cuda: bool, dtype: str | None) -> Candidate:
     """The version of a draft model that is used: the best one on this machine of at most 16 bits.
 
-    name: as of `find_candidates`. Raises SourceError if there is none.
+    name: a folder, a weight file, a hub id or a name from `lowmem list`. Raises SourceError if there is none.
     """
     found = find_candidates(name, cuda=cuda, dtype=dtype)
     usable = [c for c in found if c.bits <= 16 and c.form.method not in ON_THE_FLY] or found

@@ -53,6 +53,10 @@ class Budget:
     """Bytes a second; None where unknown."""
     support: KernelSupport = USUAL_SUPPORT
 
+    def memory(self, device: str) -> int:
+        """Bytes for what is on this device of an `Option`; of "split", the card's part."""
+        return self.host if device == "cpu" else self.card or 0
+
 
 @dataclass(frozen=True)
 class Option:
@@ -103,7 +107,7 @@ class Plan:
 def room_for_slots(plan: Plan) -> int:
     """Sequences whose KV caches fit in the plan's memory at once, beside the chosen version."""
     option, budget = plan.chosen, plan.budget
-    sides = [(option.need, budget.host if option.device == "cpu" else budget.card or 0)]
+    sides = [(option.need, budget.memory(option.device))]
     if option.host is not None:
         sides.append((option.host, budget.host))
     draft = plan.draft.need.kv_cache if plan.draft else 0
@@ -112,7 +116,7 @@ def room_for_slots(plan: Plan) -> int:
 
 
 def planned_bytes(plan: Plan, option: Option, slots: int) -> int:
-    """Bytes on the device of `option` with so many sequences at once, those of a draft model included."""
+    """Bytes that an option and its draft model take on the option's device, for `slots` sequences at once."""
     needs = [option.need, *([plan.draft.need] if plan.draft else [])]
     return sum(need.total + (slots - 1) * need.kv_cache for need in needs)
 
@@ -274,7 +278,7 @@ def _weights(option: Option) -> int:
 def _reason(chosen: Option, options: Sequence[Option], budget: Budget, context: int) -> str:
     """One sentence for the user."""
     candidate, need = chosen.candidate, chosen.need
-    have = budget.host if chosen.device == "cpu" else budget.card or 0
+    have = budget.memory(chosen.device)
     size = f"needs {format_bytes(need.total)} of {format_bytes(have)} free"
     if chosen.device == "split":
         layers, host = candidate.shape.layers, chosen.host

@@ -218,8 +218,8 @@ def _with_draft(plan: Plan, draft: Draft | None) -> Plan:
         name, size = draft.candidate.path.name, format_bytes(draft.need.total)
         text = f" The draft model {name} ({draft.candidate.label}) takes {size} beside it."
         return replace(plan, draft=draft, reason=plan.reason + text)
-    have = budget.host if option.device == "cpu" else budget.card or 0
-    text = suggestion(option.candidate.shape, plan.context, have - option.need.total)
+    room = budget.memory(option.device) - option.need.total
+    text = suggestion(option.candidate.shape, plan.context, room)
     return replace(plan, reason=plan.reason + text)
 
 
