@@ -88,8 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         type=_count,
         metavar="N",
-        help=f"answers at once, each with a KV cache of its own (default: on a CPU up to {PARALLEL}, as many "
-        "as fit; on a card 1)",
+        help=f"answers at once, each with a KV cache of its own (default: up to {PARALLEL}, as many as fit; "
+        "1 for layers on card and CPU)",
     )
     limits.add_argument(
         "--time-limit",
@@ -206,15 +206,14 @@ def run(args: argparse.Namespace) -> int:
 
 def slots_of(plan: Plan, parallel: int | None) -> int:
     """Answers at once. Raises InvalidRequestError for more than the plan's memory has room for."""
-    from lowmem.plan.planner import room_for_slots, usual_slots
+    from lowmem.plan.planner import room_for_slots, slot_bytes, usual_slots
 
     if parallel is None:
         return usual_slots(plan)
     room = room_for_slots(plan)
     if parallel > room:
-        each = format_bytes(
-            plan.chosen.need.kv_cache + (plan.chosen.host.kv_cache if plan.chosen.host else 0)
-        )
+        places = [need for need in (plan.chosen.need, plan.chosen.host) if need is not None]
+        each = format_bytes(sum(slot_bytes(plan, need) for need in places))
         raise InvalidRequestError(
             f"--parallel {parallel} needs {each} of KV cache for each answer; there is room for {room}",
             f"Use --parallel {room}, or a --context below {plan.context}",

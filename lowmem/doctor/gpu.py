@@ -19,9 +19,10 @@ from lowmem.checkpoint.packing import pack_rows, pack_zeros
 from lowmem.config import BITS, SamplingParams
 from lowmem.doctor.report import Check, Checks, guarded
 from lowmem.generate.cache.dense import DenseKVCache
+from lowmem.generate.decoders.capture import CARD_GRAPH
 from lowmem.generate.decoders.contract import DecoderRefused, Feed
 from lowmem.generate.decoders.eager import EagerDecoder
-from lowmem.generate.decoders.graph import CARD_GRAPH, GraphDecoder
+from lowmem.generate.decoders.graph import GraphDecoder
 from lowmem.generate.engine import Engine
 from lowmem.kernels import bitsandbytes as bnb
 from lowmem.kernels import dispatch

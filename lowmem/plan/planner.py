@@ -104,30 +104,34 @@ class Plan:
     """The model that drafts for the chosen version. Its memory is not part of `budget`."""
 
 
+def slot_bytes(plan: Plan, need: Need) -> int:
+    """Bytes of each sequence's keys and values in one place of an option, the draft model's included."""
+    return need.kv_cache + (plan.draft.need.kv_cache if plan.draft else 0)
+
+
 def room_for_slots(plan: Plan) -> int:
     """Sequences whose KV caches fit in the plan's memory at once, beside the chosen version."""
     option, budget = plan.chosen, plan.budget
     sides = [(option.need, budget.memory(option.device))]
     if option.host is not None:
         sides.append((option.host, budget.host))
-    draft = plan.draft.need.kv_cache if plan.draft else 0
-    more = [(have - need.total) // (need.kv_cache + draft) for need, have in sides if need.kv_cache]
+    more = [(have - need.total) // slot_bytes(plan, need) for need, have in sides if need.kv_cache]
     return 1 + max(0, min(more, default=0))
 
 
 def planned_bytes(plan: Plan, option: Option, slots: int) -> int:
     """Bytes that an option and its draft model take on the option's device, for `slots` sequences at once."""
-    needs = [option.need, *([plan.draft.need] if plan.draft else [])]
-    return sum(need.total + (slots - 1) * need.kv_cache for need in needs)
+    draft = plan.draft.need.total if plan.draft else 0
+    return option.need.total + draft + (slots - 1) * slot_bytes(plan, option.need)
 
 
 PARALLEL = 4
-"""Answers at once on a CPU by default: its kernels take four rows in little more than the time of one."""
+"""Answers at once by default: four rows take little more than the time of one."""
 
 
 def usual_slots(plan: Plan) -> int:
-    """Answers at once: on a CPU up to PARALLEL, as many as there is room for; with a card 1."""
-    return min(PARALLEL, room_for_slots(plan)) if plan.chosen.device == "cpu" else 1
+    """Answers at once: up to PARALLEL, as many as there is room for; 1 for layers on card and CPU."""
+    return 1 if plan.chosen.device == "split" else min(PARALLEL, room_for_slots(plan))
 
 
 def default_context(candidates: Sequence[Candidate]) -> int:

@@ -11,7 +11,7 @@ import torch
 from lowmem.generate.cache import dense
 from lowmem.generate.cache.contract import KVCache, Slot
 from lowmem.generate.cache.dense import DenseKVCache
-from lowmem.generate.decoders import graph
+from lowmem.generate.decoders import capture
 from lowmem.generate.decoders.contract import Decoder, Feed
 from lowmem.generate.decoders.eager import EagerDecoder
 from lowmem.generate.decoders.graph import GraphDecoder
@@ -83,7 +83,7 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     name, kind = request.param
     if name == "native" and not native.available():
         pytest.skip("the library is not compiled")
-    monkeypatch.setattr(graph, "FIRST_WINDOW", 16)
+    monkeypatch.setattr(capture, "FIRST_WINDOW", 16)
     yield Case(name, kind)
 
 
@@ -148,11 +148,15 @@ def test_a_draft_gives_the_logits_after_each_token(case: Case) -> None:
 
 @torch.inference_mode()
 def test_a_sequence_does_not_depend_on_what_shares_its_step(case: Case) -> None:
-    """The same bits, of logits and of rows, alone and beside others of any length and in any order."""
+    """The same bits, of logits and of rows, alone and beside others of any length and in any order.
+
+    Graphs say that a batch rounds, and give them within that.
+    """
     slots, alone = case.cache.slots, Case.__new__(Case)
     alone.__dict__.update(case.__dict__)
     prompts = [prompt_of(length, seed=length) for length in (5, 14, 23)]
     rows = [1, 3, 2] if case.decoder.max_rows >= 3 else [1, 1, 1]
+    rounds = isinstance(case.decoder, GraphDecoder)
     turns = [[prompt_of(count, seed=10 * turn + count) for count in rows] for turn in range(3)]
 
     def run(groups: list[tuple[int, ...]]) -> tuple[list[list[torch.Tensor]], list[tuple[torch.Tensor, ...]]]:
@@ -165,6 +169,7 @@ def test_a_sequence_does_not_depend_on_what_shares_its_step(case: Case) -> None:
         for turn in turns:
             for group in groups:
                 output = case.decoder.step([Feed(slots[i], turn[i]) for i in group])
+                assert not rounds or bool(output.rounding) == (len(group) > 1)
                 for i, part in zip(group, output.logits, strict=True):
                     assert part.shape == (rows[i], 512)
                     found[i].append(part)
@@ -175,7 +180,10 @@ def test_a_sequence_does_not_depend_on_what_shares_its_step(case: Case) -> None:
     for groups in ([(0, 1, 2)], [(2, 0), (1,)], [(2, 1, 0)]):
         found, saved = run(groups)
         for one, other in zip([*found, *saved], [*expected, *kept], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+            if rounds:
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            else:
+                assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -10,10 +10,11 @@ import torch
 
 from lowmem.config import SamplingParams
 from lowmem.generate.cache.dense import DenseKVCache, DenseSlot
-from lowmem.generate.decoders import graph
+from lowmem.generate.decoders import capture
+from lowmem.generate.decoders.capture import difference
 from lowmem.generate.decoders.contract import Decoder, DecoderRefused, Feed
 from lowmem.generate.decoders.eager import EagerDecoder
-from lowmem.generate.decoders.graph import GraphDecoder, difference
+from lowmem.generate.decoders.graph import GraphDecoder
 from lowmem.generate.decoders.selection import SelectedDecoder
 from lowmem.generate.engine import Engine
 from tests.generate.recorded_graphs import RecordedGraphs
@@ -63,7 +64,7 @@ def eager_tokens(model: Any, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_captured_step_gives_the_eager_tokens(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over three windows, behind a prompt that comes after the capture, and in a second conversation."""
-    monkeypatch.setattr(graph, "FIRST_WINDOW", 16)
+    monkeypatch.setattr(capture, "FIRST_WINDOW", 16)
     model = tiny_model(kind)
     cache, graphs = cache_for(model), RecordedGraphs()
     decoder, (slot,) = graphs_for(model, cache, graphs), cache.slots
@@ -244,7 +245,7 @@ def test_a_step_that_ignores_the_mask_is_found_out(monkeypatch: pytest.MonkeyPat
 
 def test_a_later_window_that_fails_leaves_the_answer_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of an answer the next window cannot be captured: the answer goes on eagerly."""
-    monkeypatch.setattr(graph, "FIRST_WINDOW", 16)
+    monkeypatch.setattr(capture, "FIRST_WINDOW", 16)
     model = tiny_model("llama")
     cache = cache_for(model)
     (slot,) = cache.slots

@@ -58,16 +58,16 @@ def test_other_attention_is_left_as_it_is() -> None:
     assert not use_grouped_attention(torch.nn.Linear(1, 1))
 
 
-def filled(model: Any, capacity: int) -> DenseKVCache:
-    """A cache that is full but for 64 tokens, as after a long prompt."""
-    cache = DenseKVCache(model.config.num_hidden_layers, capacity)
-    (slot,) = cache.slots
-    EagerDecoder(model).prefill([Feed(slot, [1])])
-    rows = [
-        OnCard(torch.randn(1, *slot.layout().shape, generator=torch.Generator().manual_seed(7)))
-        for _ in range(2 * len(slot.layers))
-    ]
-    slot.load(rows, [1] * (capacity - 64))
+def filled(model: Any, capacity: int, slots: int = 1) -> DenseKVCache:
+    """A cache that is full but for 64 tokens of each slot, as after a long prompt."""
+    cache = DenseKVCache(model.config.num_hidden_layers, capacity, slots)
+    EagerDecoder(model).prefill([Feed(slot, [1]) for slot in cache.slots])
+    for slot in cache.slots:
+        rows = [
+            OnCard(torch.randn(1, *slot.layout().shape, generator=torch.Generator().manual_seed(7)))
+            for _ in range(2 * len(slot.layers))
+        ]
+        slot.load(rows, [1] * (capacity - 64))
     return cache
 
 
@@ -94,3 +94,15 @@ def test_a_step_copies_no_keys_for_every_head(kind: str) -> None:
             peak, _ = peak_bytes(step)
             assert peak < 2 << 20
     assert len(slot.tokens) == LENGTH - 64 + 26
+
+
+@pytest.mark.parametrize("kind", ["gpt_bigcode_mqa", "llama"])
+def test_a_step_of_several_sequences_copies_none(kind: str) -> None:
+    model = tiny_model(kind, layers=1, hidden=HEADS * 16, heads=HEADS, vocab=512, positions=LENGTH)
+    with PretendedCard() as card:
+        cache = filled(card.move(model), LENGTH, slots=2)
+        captured = GraphDecoder(EagerDecoder(model), cache, graphs=RepeatedGraphs(card))
+        feeds = [Feed(slot, [5]) for slot in cache.slots]
+        captured.step(feeds)  # makes the graph
+        peak, _ = peak_bytes(lambda: captured.step(feeds))
+    assert not captured.batches.why_not and peak < 2 << 20

@@ -7,7 +7,7 @@ To add a way of storing rows (8-bit, say), write one file with a `KVCache` and a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +37,26 @@ class FixedView(Cache, ABC):
     @abstractmethod
     def seek(self, length: int) -> None:
         """Set the position on the device at which the next step writes. Call it before each step."""
+
+
+class BatchView(Cache, ABC):
+    """The first `size` rows of a cache's first `count` slots, as a transformers cache with fixed shapes.
+
+    A forward of ids [count, 1] appends one row to each slot that is in the step, at its own position. It
+    computes a row for every other slot too, and leaves what those hold.
+    """
+
+    @abstractmethod
+    def seek(self, lengths: Mapping[int, int]) -> None:
+        """Set the positions at which the next step writes, by slot index. Call it before each step."""
+
+    @abstractmethod
+    def position_ids(self) -> torch.Tensor:
+        """The next step's positions [count, 1], 0 for a slot that is not in it; computed on the device."""
+
+    @abstractmethod
+    def mask(self) -> torch.Tensor:
+        """Which rows the next step sees: bool [count, 1, 1, size], computed on the device."""
 
 
 class Slot(ABC):
@@ -126,6 +146,10 @@ class KVCache(ABC):
 
     slots: tuple[Slot, ...]
     capacity: int
+
+    @abstractmethod
+    def batch_view(self, count: int, size: int) -> BatchView:
+        """The first `size` rows of the first `count` slots. Raises ValueError before the buffers exist."""
 
     @property
     @abstractmethod

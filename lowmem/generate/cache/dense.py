@@ -11,9 +11,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lowmem.generate.cache.contract import UNSCALED, FixedView, KVCache, Layout, Slot
+from lowmem.generate.cache.contract import UNSCALED, BatchView, FixedView, KVCache, Layout, Slot
+from lowmem.generate.cache.fixed import DenseBatchView, DenseFixedView, with_reused
 
 
 class _Buffers:
@@ -99,56 +100,6 @@ class _Layer(CacheLayerMixin):
         return -1
 
 
-class _FixedLayer(CacheLayerMixin):
-    """The first rows of a slot's layer, written at a position that the device holds."""
-
-    is_sliding = False
-    is_compileable = True
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.position = keys, values, position
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the rows exist."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write rows [1, kv_heads, rows, head_dim] at the position; returns all rows of the view."""
-        assert self.keys is not None and self.values is not None
-        rows = torch.arange(key_states.shape[-2], device=self.keys.device) + self.position
-        self.keys.index_copy_(2, rows, key_states)
-        self.values.index_copy_(2, rows, value_states)
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(number of keys, offset of the first) for transformers' mask."""
-        return self.get_max_length(), 0
-
-    def get_seq_length(self) -> Any:
-        """The position before the step, as a tensor: the host does not wait for it."""
-        return self.position
-
-    def get_max_length(self) -> int:
-        """Rows of the view."""
-        assert self.keys is not None
-        return int(self.keys.shape[2])
-
-
-class _DenseFixedView(FixedView):
-    def __init__(self, layers: Sequence[_Layer], reused: Collection[int], size: int) -> None:
-        self._position = torch.zeros((), dtype=torch.long, device=layers[0].device)
-        rows = [_rows(layer) for layer in layers]
-        fixed = [_FixedLayer(keys[:, :, :size], values[:, :, :size], self._position) for keys, values in rows]
-        super().__init__(layers=_with_reused(fixed, reused))
-
-    def seek(self, length: int) -> None:
-        """See `FixedView.seek`; nothing waits for the device."""
-        self._position.fill_(length)
-
-
 class DenseSlot(Slot):
     """One sequence's part of a `DenseKVCache`; see `Slot` for the methods."""
 
@@ -156,7 +107,7 @@ class DenseSlot(Slot):
         super().__init__(index, buffers[0].capacity)
         self.layers = [_Layer(part, index) for part in buffers]
         self._reused = reused
-        self._view = Cache(layers=_with_reused(self.layers, reused))
+        self._view = Cache(layers=with_reused(self.layers, reused))
 
     @property
     def length(self) -> int:
@@ -167,7 +118,8 @@ class DenseSlot(Slot):
         return self._view
 
     def fixed_view(self, size: int) -> FixedView:
-        return _DenseFixedView(self.layers, self._reused, size)
+        rows = [_rows(layer) for layer in self.layers]
+        return DenseFixedView(rows, self._reused, size)
 
     def layout(self) -> Layout:
         for layer in self.layers:
@@ -238,7 +190,11 @@ class DenseKVCache(KVCache):
             raise ValueError(f"a KV cache of {layers} layers, {capacity} tokens and {slots} slots")
         self.capacity = capacity
         self._buffers = [_Buffers(slots, capacity) for _ in range(layers - len(reused))]
+        self._reused = reused
         self.slots = tuple(DenseSlot(index, self._buffers, reused) for index in range(slots))
+
+    def batch_view(self, count: int, size: int) -> BatchView:
+        return DenseBatchView([_rows(buffers) for buffers in self._buffers], self._reused, count, size)
 
     @property
     def nbytes(self) -> int:
@@ -254,13 +210,7 @@ def reused_layers(config: Any) -> tuple[int, ...]:
     return tuple(index for index, mode in enumerate(modes) if mode == "reuse")
 
 
-def _with_reused(layers: Sequence[CacheLayerMixin], reused: Collection[int]) -> list[Any]:
-    """The layers that keep rows, and at the indices `reused` layers that keep none."""
-    kept = iter(layers)
-    return [DummyLayer() if i in reused else next(kept) for i in range(len(layers) + len(reused))]
-
-
-def _rows(layer: _Layer) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(layer: _Layer | _Buffers) -> tuple[torch.Tensor, torch.Tensor]:
     if layer.keys is None or layer.values is None:
         raise ValueError("the KV cache has no buffers yet")
     return layer.keys, layer.values

@@ -56,7 +56,8 @@ class Decoder(ABC):
     """Appends tokens to sequences and returns logits.
 
     Both methods first drop rows that an interrupted call has left in the slots, and commit the ids to the
-    slots after the whole call has succeeded. A sequence's logits and rows do not depend on the other feeds.
+    slots after the whole call has succeeded. A sequence's logits and rows do not depend on the other feeds,
+    or only by `StepOutput.rounding`.
     Both raise ValueError for a feed without ids, or with more than its slot has room for.
     """
 

@@ -22,7 +22,7 @@ from lowmem.models.embedding import token_table
 # A product of several rows may round differently from a product of one row. The gap between the two largest
 # logits moved by at most this share of the largest logit, rounded up: 1.4 eps in bfloat16, 10 eps in float32
 # (600 rows of tiny-starchat).
-_ROUNDING = {
+ROUNDING = {
     torch.float32: 16 * torch.finfo(torch.float32).eps,
     torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
     torch.float16: 2 * torch.finfo(torch.float16).eps,
@@ -73,7 +73,7 @@ class EagerDecoder(Decoder):
         for feed, (_, scales) in zip(feeds, steps, strict=True):
             feed.slot.commit(feed.ids, scales)
         logits = tuple([logits for logits, _ in steps])
-        return StepOutput(logits, _ROUNDING.get(logits[0].dtype, 0.0))
+        return StepOutput(logits, ROUNDING.get(logits[0].dtype, 0.0))
 
     def append(self, slot: Slot, ids: Sequence[int], keep: int) -> torch.Tensor:
         """One forward without rewinding or committing; returns the last `keep` logits [keep, vocab]."""

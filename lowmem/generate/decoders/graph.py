@@ -8,7 +8,7 @@ instead.
 
 With fixed shapes attention also reads rows that are not filled yet. So there is one graph for each window of
 a slot, 512 tokens and each power of two above, made when the sequence first reaches it. Each is compared with
-the eager step before it is used.
+the eager step before it is used. `batch_graphs` has the graphs of several sequences.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
-from lowmem.cards.find import cards_of, is_card
 from lowmem.generate.cache.contract import FixedView, KVCache, Slot
+from lowmem.generate.decoders.batch_graphs import BatchGraphs
+from lowmem.generate.decoders.capture import (
+    CARD_GRAPH,
+    Capture,
+    CardGraphs,
+    Graphs,
+    difference,
+    window_of,
+)
 from lowmem.generate.decoders.contract import (
     Decoder,
     DecoderRefused,
@@ -31,43 +38,9 @@ from lowmem.generate.decoders.contract import (
     refusing,
     rewind,
 )
-from lowmem.generate.decoders.eager import EagerDecoder
+from lowmem.generate.decoders.eager import ROUNDING, EagerDecoder
 
-CARD_GRAPH = "graph"
-FIRST_WINDOW = 512
-# Relative, in the 2-norm of the logits: a mask, or another kernel for it, sums in another order.
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
-_WARM_UPS = 2  # the first calls load kernels and allocate workspaces, which a capture cannot do
 _DUMMY_TOKENS = 8
-
-
-class Graphs(Protocol):
-    """Captures a step. Tests replace it with a recorder that runs on the CPU."""
-
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-        """Returns the tensor that every replay fills, and the replay."""
-
-
-class CardGraphs:
-    """torch's graphs of a card, all in one memory pool: the only code here that a CPU cannot run.
-
-    Raises DecoderRefused if torch has none for the device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        if not is_card(device):
-            raise DecoderRefused(f"a graph needs a card; the model is on {device}")
-        self.device, self._cards = device, cards_of(device)
-        self._pool: Any = None
-        if problem := self._cards.why_no_graph():
-            raise DecoderRefused(problem)
-
-    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
-        """See `Graphs`. Nothing runs while it is captured; an operation that waits for the host raises."""
-        with self._cards.capturing(self.device, self._pool) as graph:
-            output = run()
-        self._pool = graph.pool()
-        return output, graph.replay
 
 
 @dataclass(frozen=True)
@@ -82,7 +55,9 @@ class _Window:
 
 
 class GraphDecoder(Decoder):
-    """Decodes one token of each sequence at a time by replaying graphs of the eager step.
+    """Decodes one token of each sequence by replaying graphs of the eager step.
+
+    Several sequences are one graph where `batches` takes them, else one after the other.
 
     cache: its contents are kept. backend: CARD_GRAPH, or a backend of torch.compile. Raises DecoderRefused
     if the first slot's step cannot be captured or differs from the eager one.
@@ -106,7 +81,8 @@ class GraphDecoder(Decoder):
         self._windows: dict[tuple[int, int], _Window] = {}  # by slot and size
         if graphs is None and backend == CARD_GRAPH:
             graphs = CardGraphs(eager.device)
-        self._graphs = graphs
+        self._capture = Capture(graphs, backend)
+        self.batches = BatchGraphs(eager, cache, self._capture)
         self._input = torch.zeros((1, 1), dtype=torch.long, device=eager.device)
         slot = cache.slots[0]
         if slot.length == slot.capacity:
@@ -123,12 +99,14 @@ class GraphDecoder(Decoder):
 
     def step(self, feeds: Sequence[Feed]) -> StepOutput:
         """See `Decoder.step`. Raises DecoderRefused, and ValueError for several ids of a feed."""
-        known = len(self._windows)
+        made = self._capture.made
         rewind(feeds)
         with torch.inference_mode():
-            logits = tuple([self._step(feed.slot, feed.ids) for feed in feeds])
+            together = self.batches.step(feeds)
+            logits = together or tuple([self._step(feed.slot, feed.ids) for feed in feeds])
         commit(feeds)
-        return StepOutput(logits, timed=known == len(self._windows))
+        rounding = ROUNDING.get(logits[0].dtype, 0.0) if together else 0.0
+        return StepOutput(logits, rounding, timed=made == self._capture.made)
 
     def _step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:
         if len(ids) != 1:
@@ -155,46 +133,27 @@ class GraphDecoder(Decoder):
 
     def _window(self, slot: Slot, token: int) -> _Window:
         """The step for the slot's length. The first of each window is made, and checked with `token`."""
-        size = FIRST_WINDOW
-        while size < slot.length + 1:
-            size *= 2
-        key = slot.index, min(size, slot.capacity)
+        key = slot.index, window_of(slot.length, slot.capacity)
         window = self._windows.get(key)
         if window is None:
             if slot.length == 0:  # the slot may have no buffers yet
                 self.eager.append(slot, [token], keep=1)
                 slot.cut(0)
             view = slot.fixed_view(key[1])
-            window = _Window(view, slot.pointers(), self._captured(view, slot.length))
+            view.seek(slot.length)
+            window = _Window(view, slot.pointers(), self._capture(lambda: self._forward(view)))
             self._check(window, slot, token)
             self._windows[key] = window
         if window.pointers != slot.pointers():
             raise DecoderRefused("the KV cache has new buffers")
         return window
 
-    def _captured(self, view: FixedView, position: int) -> Callable[[], torch.Tensor]:
-        def forward() -> torch.Tensor:
-            output = self.eager.model(
-                input_ids=self._input, past_key_values=view, use_cache=True, **self._options
-            )
-            logits: torch.Tensor = output.logits[:, -1]
-            return logits
-
-        if self._graphs is None:
-            compiled: Callable[[], torch.Tensor] = torch.compile(
-                forward, backend=self.backend, fullgraph=True, dynamic=False
-            )
-            return lambda: compiled().clone()
-        view.seek(position)
-        for _ in range(_WARM_UPS):
-            forward()
-        output, replay = self._graphs.capture(forward)
-
-        def run() -> torch.Tensor:
-            replay()
-            return output.clone()  # the next replay overwrites it
-
-        return run
+    def _forward(self, view: FixedView) -> torch.Tensor:
+        output = self.eager.model(
+            input_ids=self._input, past_key_values=view, use_cache=True, **self._options
+        )
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
 
     def _check(self, window: _Window, slot: Slot, token: int) -> None:
         """Compare with the eager step in the same state. Raises DecoderRefused; the slot keeps its length."""
@@ -204,21 +163,3 @@ class GraphDecoder(Decoder):
         problem = difference(self._run(window, slot, token), expected)
         if problem:
             raise DecoderRefused(problem)
-
-
-def difference(got: torch.Tensor, expected: torch.Tensor) -> str:
-    """How logits [1, vocab] differ from the eager ones by more than rounding; "" if they do not.
-
-    The most likely token must be the same, or one that is as likely in the eager logits within the tolerance.
-    """
-    if got.shape != expected.shape or got.dtype is not expected.dtype:
-        return f"logits {list(got.shape)} of {got.dtype}, eager {list(expected.shape)} of {expected.dtype}"
-    tolerance = TOLERANCES[expected.dtype]
-    got, expected = got.float(), expected.float()
-    error = float((got - expected).norm() / expected.norm())
-    if not error <= tolerance:  # true for NaN
-        return f"its logits differ from the eager ones by {error:.2g} of their norm"
-    short = float(expected.max() - expected[0, got.argmax()])
-    if short > tolerance * float(expected.abs().max()):
-        return "its most likely token is not the eager one"
-    return ""
