@@ -1,108 +1,185 @@
-"""Several sequences in a step: tokens/s of all together, and how long a request waits beside a long prompt.
+"""Several sequences in a step, beside llama.cpp's: tokens/s of all together, and how long a request waits.
 
-    python -m lowmem.benchmarks.experiments.batches [--work DIR] [--layers 4] [--rounds 5]
+    python -m lowmem.benchmarks.experiments.batches --llama-python PYTHON    writes results/batches.json
+    python -m lowmem.benchmarks.experiments.batches --show                   the committed record
 
-The model has StarChat Alpha's dimensions, four layers of made-up weights at 4 bits and a small head. Numbers
-of sequences are measured in turns, so that a ratio compares the same minute.
+The models have StarChat Alpha's dimensions, four layers of made-up weights and a small head: ours at 4 bits,
+llama.cpp's as Q4_0, its sequences in one batch of its C interface. Both are open at once, and all numbers of
+sequences are measured in turns, so that a ratio compares the same minute. Models are kept in --work: 4 GB.
 """
 
 from __future__ import annotations
 
-import argparse
-import random
+import sys
 import tempfile
-import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-import torch
-from lowmem.benchmarks.experiments.common import say
-from lowmem.benchmarks.experiments.pace.models import SMALL_VOCAB, make_ours, our_models
+from lowmem.benchmarks.common.records import Origin, Repeated
+from lowmem.benchmarks.experiments.common import (
+    RESULTS,
+    Experiment,
+    made_with,
+    origin_here,
+    repeated,
+    spread,
+    table,
+)
+from lowmem.benchmarks.experiments.pace.models import (
+    PaceModel,
+    llama_models,
+    make_llama,
+    make_ours,
+    our_models,
+)
+from lowmem.benchmarks.experiments.workers.interpreters import find_peers
+from lowmem.benchmarks.experiments.workers.turns import (
+    RuntimeFacts,
+    Turns,
+    Worker,
+    llama_command,
+    lowmem_command,
+)
 
-from lowmem.config import SamplingParams
-from lowmem.generate.engine import Engine
-from lowmem.loading.loader import LoadOptions, load
-
-KIND = "4-bit g128"
+WORK = Path(tempfile.gettempdir()) / "lowmem-pace"
+KINDS = {"lowmem": "4-bit g128", "llama.cpp": "Q4_0"}
 TOGETHER = (1, 2, 4, 8)
-PROMPT, STEPS, LONG = 256, 16, 4000
+PROMPT, STEPS, SHORT, LONG = 256, 16, 32, 4000
+ROOM = 64
+GOALS = ((4, "lowmem", 1, 3.0), (4, "llama.cpp", 4, 1.35))
+"""Our sequences, and the runtime and sequences whose tokens/s they should be so many times."""
 
 
-def decode_rate(engine: Engine, count: int) -> float:
-    """Tokens/s of `count` sequences together, prompts not counted."""
-    greedy = SamplingParams(temperature=0, max_new_tokens=STEPS + 8)
-    choice = random.Random(count)
-    running = [engine.start(choice.choices(range(1, SMALL_VOCAB), k=PROMPT), greedy) for _ in range(count)]
-    while any(sequence.new_tokens < 1 for sequence in running):
-        engine.advance()
-    for sequence in running:
-        sequence.tokens.clear()
-    started, before = time.perf_counter(), sum(sequence.new_tokens for sequence in running)
-    for _ in range(STEPS):
-        engine.advance()
-        for sequence in running:
-            sequence.tokens.clear()
-    seconds = time.perf_counter() - started
-    tokens = sum(sequence.new_tokens for sequence in running) - before
-    for sequence in running:
-        engine.end(sequence)
-    return tokens / seconds
+@dataclass(frozen=True)
+class Timing:
+    """Tokens/s of all sequences together: one value a round, of the median step."""
+
+    runtime: str
+    sequences: int
+    rate: Repeated
 
 
-def first_token(engine: Engine, beside: bool) -> float:
-    """Seconds to the first token of a prompt of 32 tokens, alone or while one of LONG tokens is read.
+@dataclass(frozen=True)
+class BatchesRecord:
+    """`batches.json`."""
 
-    It comes when a part of the long prompt has just begun, so that this part is waited for.
-    """
-    greedy = SamplingParams(temperature=0, max_new_tokens=4)
-    engine.reset()
-    choice = random.Random(7)
-    long = None
-    if beside:
-        long = engine.start(choice.choices(range(1, SMALL_VOCAB), k=LONG), greedy)
-        for _ in range(3):
-            engine.advance()
-    started = time.perf_counter()
-    engine.advance()
-    short = engine.start(choice.choices(range(1, SMALL_VOCAB), k=32), greedy)
-    while not short.tokens:
-        engine.advance()
-    seconds = time.perf_counter() - started
-    if long is not None and not long.reads:
-        raise RuntimeError("the long prompt was read too soon")
-    engine.reset()
-    return seconds
+    origin: Origin
+    threads: int
+    rounds: int
+    llama: str
+    """The version of llama-cpp-python; "" without it."""
+    models: tuple[RuntimeFacts, ...]
+    timings: tuple[Timing, ...]
+    alone: Repeated
+    """Seconds to the first token of SHORT tokens."""
+    beside: Repeated
+    """The same while a prompt of LONG tokens is read."""
+
+    def rates(self, runtime: str, sequences: int) -> tuple[float, ...]:
+        """Of each round; () if not measured."""
+        found = (t for t in self.timings if (t.runtime, t.sequences) == (runtime, sequences))
+        return next((t.rate.values for t in found), ())
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure and print. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "lowmem-pace")
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args(argv)
-    args.work.mkdir(parents=True, exist_ok=True)
-    wanted = [m for m in our_models(args.work) if m.kind == KIND and m.head == "small"]
-    make_ours(wanted, args.work, args.layers)
-    model = load(wanted[0].path, LoadOptions(dtype=torch.bfloat16)).model
-    engine = Engine(model, context=LONG + 64, slots=max(TOGETHER), speculate=False)
-    engine.repacking.finish()
-    rates: dict[int, list[float]] = {count: [] for count in TOGETHER}
-    waits: dict[bool, list[float]] = {False: [], True: []}
-    decode_rate(engine, 1)
-    for turn in range(args.rounds):
-        for count in TOGETHER:
-            rates[count].append(decode_rate(engine, count))
-        for beside, found in waits.items():
-            found.append(first_token(engine, beside))
-        say(f"round {turn + 1} of {args.rounds}")
-    print("| sequences | tokens/s together | of one |\n|---|---|---|")
+def render(record: BatchesRecord) -> str:
+    """The table, and what it was measured with."""
+    rows = []
     for count in TOGETHER:
-        ratio = median(many / one for many, one in zip(rates[count], rates[1], strict=True))
-        print(f"| {count} | {median(rates[count]):.1f} | {ratio:.2f} x |")
-    print(f"\nfirst token of 32 tokens: alone {median(waits[False]):.2f} s, beside a prompt of {LONG} tokens "
-          f"{median(waits[True]):.2f} s")  # fmt: skip
-    return 0
+        cells = [str(count)]
+        for runtime in KINDS:
+            rates, one = record.rates(runtime, count), record.rates(runtime, 1)
+            gains = [a / b for a, b in zip(rates, one, strict=False)]
+            cells += [spread(rates, "{:.1f}"), f"{median(gains):.2f} ×"] if rates else ["", ""]
+        ratios = [a / b for a, b in zip(*(record.rates(name, count) for name in KINDS), strict=False)]
+        rows.append((*cells, spread(ratios, "{:.2f} ×") if ratios else ""))
+    goals = [f"{mine} sequences: {word}." for mine, word in _met(record)]
+    heads = ("sequences", "lowmem 4-bit, tokens/s", "of one", "llama.cpp Q4_0", "of one", "times as fast")
+    waits = (
+        f"First token of a prompt of {SHORT} tokens: {spread(record.alone.values)} s alone, "
+        f"{spread(record.beside.values)} s while one of {LONG} tokens is read."
+    )
+    failed = [f"{facts.label}: {facts.failure}" for facts in record.models if facts.failure]
+    made = made_with(record.origin, [("llama-cpp-python", record.llama)] if record.llama else [])
+    return "\n\n".join([table(heads, rows), *goals, waits, *failed, f"{made} {record.threads} threads."])
+
+
+def _met(record: BatchesRecord) -> list[tuple[int, str]]:
+    """For each goal that was measured, whether it is met."""
+    found = []
+    for mine, runtime, count, goal in GOALS:
+        pairs = zip(record.rates("lowmem", mine), record.rates(runtime, count), strict=False)
+        if ratios := [a / b for a, b in pairs]:
+            word = "met" if median(ratios) >= goal else "missed"
+            text = f"{median(ratios):.2f} × of {runtime} with {count}, goal ≥ {goal} ×: {word}"
+            found.append((mine, text))
+    return found
+
+
+BATCHES = Experiment("batches", BatchesRecord, RESULTS / "batches.json", render)
+
+
+def measure(args: Any, words: Sequence[str]) -> BatchesRecord:
+    """Write missing models and time all of them. Raises LowmemError for what the user can correct."""
+    peers = find_peers(args.llama_python)
+    with_llama = "llama.cpp" in peers.names
+    args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    models = [
+        model
+        for model in [*our_models(args.work), *(llama_models(args.work) if with_llama else [])]
+        if model.kind == KINDS[model.runtime] and model.head == "small"
+    ]
+    make_ours(models, args.work, args.layers)
+    make_llama(models, args.work, args.layers, peers.llama)
+    origin = origin_here("batches", words, f"made-up weights, {args.layers} layers of StarChat Alpha's")
+    openers: dict[str, Callable[[], Worker]] = {
+        model.runtime: partial(_open, model, peers.llama, args) for model in models
+    }
+    requests = [{"what": "together", "sequences": n, "context": PROMPT, "steps": STEPS} for n in TOGETHER]
+    found: dict[tuple[str, int], list[float]] = {}
+    waits: dict[int, list[float]] = {0: [], LONG: []}
+    with Turns(openers, requests[:1]) as turns:
+        for _ in range(args.rounds):
+            for request in requests:
+                count = int(str(request["sequences"]))
+                for name, (answer,) in turns.ask(f"{count} together", 1, request).items():
+                    step = median(answer["together"]["seconds"])
+                    found.setdefault((name, count), []).append(count / step)
+            for beside, seconds in waits.items():
+                asked = {"what": "first_token", "prompt": SHORT, "beside": beside}
+                answers = turns.ask(f"first token beside {beside}", 1, asked, labels=["lowmem"])
+                seconds.append(answers["lowmem"][0]["first_token"]["seconds"])
+    timings = tuple(Timing(name, count, repeated(rates)) for (name, count), rates in found.items())
+    facts = tuple(turns.facts.values())
+    rest = (facts, timings, repeated(waits[0]), repeated(waits[LONG]))
+    return BatchesRecord(origin, args.threads, args.rounds, peers.llama_version(), *rest)
+
+
+def _open(model: PaceModel, python: str, args: Any) -> Worker:
+    most = max(TOGETHER)
+    if model.runtime == "llama.cpp":
+        command = llama_command(python, model.path, PROMPT + ROOM, args.threads, most)
+    else:
+        command = lowmem_command(model.method, model.path, LONG + ROOM, args.threads, most)
+    return Worker(command, args.work / f"{model.path.name}.log", args.threads)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = BATCHES.parser(__doc__)
+    add = parser.add_argument
+    add("--work", type=Path, default=WORK, metavar="DIR", help="where models are kept (%(default)s)")
+    add("--llama-python", metavar="PYTHON", help="the interpreter that has llama-cpp-python")
+    add("--layers", type=int, default=4, metavar="N", help="(%(default)s)")
+    add("--rounds", type=int, default=8, metavar="N", help="(%(default)s)")
+    add("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
+    args = parser.parse_args(words)
+    return BATCHES.run(args, lambda: measure(args, words))
 
 
 if __name__ == "__main__":

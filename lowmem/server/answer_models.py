@@ -228,6 +228,18 @@ class OutputMessage(BaseModel):
     content: list[OutputText]
 
 
+class OutputCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    """JSON."""
+    status: Literal["in_progress", "completed", "incomplete"]
+
+
 class ModelResponse(BaseModel):
     """The response of /v1/responses without streaming."""
 
@@ -238,7 +250,7 @@ class ModelResponse(BaseModel):
     incomplete_details: dict[str, str] | None
     """The reason of an incomplete answer: max_output_tokens."""
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     metadata: dict[str, Any]
     usage: dict[str, Any]
 

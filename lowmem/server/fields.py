@@ -9,7 +9,7 @@ in OpenAI's API, because nobody can say that it would change nothing; `--ignore-
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,28 +255,33 @@ ACCEPTED = (
 )
 
 
-def _by_name(rows: tuple[Any, ...]) -> Mapping[tuple[str, str], Any]:
-    return {(route, name): row for row in rows for name in row.names for route in row.routes}
+_ROWS: Mapping[tuple[str, str], Refused | Accepted] = {
+    (route, name): row for row in (*REFUSED, *ACCEPTED) for name in row.names for route in row.routes
+}
 
 
-_REFUSED: Mapping[tuple[str, str], Refused] = _by_name(REFUSED)
-_ACCEPTED: Mapping[tuple[str, str], Accepted] = _by_name(ACCEPTED)
-
-
-def check_others(fields: Mapping[str, Any], route: str, ignored: Collection[str] = ()) -> None:
+def check_others(
+    fields: Mapping[str, Any],
+    route: str,
+    ignored: Collection[str] = (),
+    *,
+    first: Sequence[Refused | Accepted] = (),
+) -> None:
     """Raise ApiError for the first field that asks for something that lowmem does not do.
 
-    fields: those of a request to `route` that its schema does not have. ignored: names that pass.
+    fields: those of a request to `route` that its schema does not have. ignored: names that pass. first: rows
+    that take the place of the route's.
     """
+    own = {name: row for row in first for name in row.names}
     for name, value in fields.items():
-        refused = _REFUSED.get((route, name))
-        if name in ignored or (route, name) in _ACCEPTED:
+        row = own.get(name) or _ROWS.get((route, name))
+        if name in ignored or isinstance(row, Accepted):
             continue
-        if refused is None:
+        if row is None:
             if not any(_same(value, other) for other in _EMPTY):
                 raise _unknown(name)
-        elif not refused.asks_nothing(value):
-            raise refused.error(name)
+        elif not row.asks_nothing(value):
+            raise row.error(name)
 
 
 def _unknown(name: str) -> ApiError:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -42,6 +43,26 @@ def tiny() -> LoadedModel:
 def oracle() -> Session:
     """A separate session to compare with. It shares no engine with a server."""
     return Session(load(TINY_STARCHAT, LoadOptions(dtype=torch.float32)))
+
+
+HERMES = """\
+{%- if tools -%}
+{{- 'Tools: ' + (tools | tojson) + ' Answer: <tool_call>{"name": N, "arguments": A}</tool_call>' -}}
+{%- endif -%}
+{%- for m in messages -%}
+{{- '<|' + m.role + '|>' + (m.content or '') -}}
+{%- for c in m.tool_calls or [] %}{{ '<tool_call>' + (c.function | tojson) + '</tool_call>' }}{% endfor -%}
+{{- '<|end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif -%}
+"""
+
+
+def with_tools() -> LoadedModel:
+    """tiny-starchat with a chat template that shows tools."""
+    tokenizer = copy.deepcopy(tiny().tokenizer)
+    tokenizer.chat_template = HERMES
+    return replace(tiny(), tokenizer=tokenizer, dialogue=None)
 
 
 class Gate:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,7 +13,7 @@ import openai
 import pytest
 
 from lowmem.server.fields import CHAT, TEXT
-from tests.server.server_fixture import MODEL, PATIENCE, Live, live_server, tiny
+from tests.server.server_fixture import MODEL, PATIENCE, Live, live_server, with_tools
 
 SCHEMA = {
     "type": "object",
@@ -30,17 +28,6 @@ WEATHER = {
 }
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 USER = {"role": "user", "content": "What is the weather?"}
-HERMES = """\
-{%- if tools -%}
-{{- 'Tools: ' + (tools | tojson) + ' Answer: <tool_call>{"name": N, "arguments": A}</tool_call>' -}}
-{%- endif -%}
-{%- for m in messages -%}
-{{- '<|' + m.role + '|>' + (m.content or '') -}}
-{%- for c in m.tool_calls or [] %}{{ '<tool_call>' + (c.function | tojson) + '</tool_call>' }}{% endfor -%}
-{{- '<|end|>' -}}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif -%}
-"""
 BODIES: dict[str, dict[str, Any]] = {CHAT: {"messages": [USER]}, TEXT: {"prompt": "def f("}}
 CLIENT = httpx.Client(timeout=PATIENCE)
 
@@ -53,10 +40,7 @@ def live() -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def hermes() -> Iterator[Live]:
-    """A server whose model has a chat template with tools."""
-    tokenizer = copy.deepcopy(tiny().tokenizer)
-    tokenizer.chat_template = HERMES
-    with live_server(loaded=replace(tiny(), tokenizer=tokenizer, dialogue=None)) as live:
+    with live_server(loaded=with_tools()) as live:
         yield live
 
 
@@ -260,11 +244,14 @@ def test_the_same_answer_streamed_and_at_once(live: Live) -> None:
 
 @pytest.mark.slow
 def test_pydantic_ai_gets_its_output_type(live: Live, hermes: Live) -> None:
-    """An agent with a typed output, which pydantic-ai asks for as a forced call or as a JSON schema."""
+    """An agent with a typed output, which pydantic-ai asks for as a forced call or as a JSON schema.
+
+    Through chat completions and through responses.
+    """
     pydantic_ai = pytest.importorskip("pydantic_ai")
     from pydantic import BaseModel, Field
     from pydantic_ai import NativeOutput
-    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
     class Trip(BaseModel):
@@ -273,9 +260,10 @@ def test_pydantic_ai_gets_its_output_type(live: Live, hermes: Live) -> None:
 
     for server in (live, hermes):
         provider = OpenAIProvider(base_url=f"{server.url}/v1", api_key="none")
-        model = OpenAIChatModel(MODEL, provider=provider)
-        for output in (Trip, NativeOutput(Trip)):
-            agent = pydantic_ai.Agent(
-                model, output_type=output, model_settings={"max_tokens": 120, "seed": 1}
-            )
-            assert isinstance(agent.run_sync("Plan a trip").output, Trip)
+        for kind in (OpenAIChatModel, OpenAIResponsesModel):
+            for output in (Trip, NativeOutput(Trip)):
+                model = kind(MODEL, provider=provider)
+                agent = pydantic_ai.Agent(
+                    model, output_type=output, model_settings={"max_tokens": 120, "seed": 1}
+                )
+                assert isinstance(agent.run_sync("Plan a trip").output, Trip)

@@ -2,13 +2,13 @@
 
     python -m lowmem.benchmarks.experiments.endurance.serve_load [MODEL] [--clients 64] [--seconds 60]
 
-The queue has room for three quarters of the clients. Every complete answer is compared with the answer that
-the same request got alone, before. Correct and wrong answers, disconnected clients and malformed requests are
-counted, and the server's resident memory is sampled. Ends with 1 if an answer was wrong, a status unexpected
-or memory grew.
+The queue has room for three quarters of the clients, and --parallel requests are answered at once. Every
+complete answer is compared with the answer that the same request got alone, before. Correct and wrong
+answers, disconnected clients and malformed requests are counted, and the server's resident memory is sampled.
+Ends with 1 if an answer was wrong, a status unexpected or memory grew.
 
-The server computes in float32 unless --dtype says otherwise: in 16 bits, rounding depends on the number of
-rows in a prefill, so the prefix cache would show in the answers.
+MODEL is the embedded model at 4 bits in bfloat16, converted first, unless another is given: there a step of
+several sequences is one native forward, and no answer may depend on what shares it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -40,6 +41,18 @@ SERVED = "model"
 PATIENCE = 120.0
 GROWTH = 16 << 20
 """Growth of resident memory that is not a leak, in bytes: buffers of the largest requests so far."""
+
+
+FUNCTION = {
+    "name": "function",
+    "schema": {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 9}, "arguments": {"type": "integer"}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    },
+}
+"""Some answers must match this."""
 
 
 def _chat(rest: str) -> bytes:
@@ -100,6 +113,7 @@ class ServeLoad:
     origin: Origin
     clients: int
     seconds: float
+    parallel: int
     right: int
     wrong: int
     left: int
@@ -133,7 +147,7 @@ class ServeLoad:
 
 
 def requests_of(count: int, seed: int) -> list[Asked]:
-    """Different requests of every kind: chats, completions, fill-in; greedy, or sampled with a seed."""
+    """Different requests of every kind: chats, also with a schema, completions, fill-in; greedy or seeded."""
     dice = random.Random(seed)
     things = ("list", "dictionary", "file", "string", "socket", "thread", "matrix", "date", "queue", "tree")
     deeds = ("sorts", "reverses", "reads", "copies", "prints", "merges", "counts", "checks")
@@ -150,6 +164,8 @@ def requests_of(count: int, seed: int) -> list[Asked]:
                 body["suffix"] = f"\n\nprint(function_{number}(1, 2))\n"
         else:
             body["messages"] = [{"role": "user", "content": what}]
+            if number % 5 == 2:
+                body["response_format"] = {"type": "json_schema", "json_schema": FUNCTION}
         made.append(Asked(path, body))
     return made
 
@@ -297,7 +313,8 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> ServeLoad:
     """Start a server, load it, and end it."""
     origin = origin_here("endurance.serve_load", words, Path(args.model).name)
     command = [sys.executable, "-m", "lowmem", "serve", args.model, "--port", "0", "--served-name", SERVED]
-    command += ["--quiet", "--dtype", args.dtype, "--queue", str(max(1, args.clients * 3 // 4))]
+    command += ["--quiet", "--queue", str(max(1, args.clients * 3 // 4)), "--parallel", str(args.parallel)]
+    command += ["--dtype", args.dtype] if args.dtype else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -321,6 +338,7 @@ def measure(args: argparse.Namespace, words: Sequence[str]) -> ServeLoad:
         origin=origin,
         clients=args.clients,
         seconds=args.seconds,
+        parallel=args.parallel,
         **counts,
         unexpected=tuple(tally.unexpected.items()),
         first_token_median=statistics.median(tally.first_token or [0.0]),
@@ -353,7 +371,7 @@ def render(record: ServeLoad) -> str:
         ("idle memory before and after", ", ".join(map(format_bytes, idle))),
     )
     verdict = "passed" if record.passed else "NOT passed"
-    title = f"{record.clients} clients for {record.seconds:g} s"
+    title = f"{record.clients} clients for {record.seconds:g} s, {record.parallel} answers at once"
     return f"{table((title, ''), lines)}\n\n{verdict}; {made_with(record.origin)}"
 
 
@@ -361,15 +379,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; the exit code."""
     experiment = Experiment("endurance.serve_load", ServeLoad, RESULTS / "serve_load.json", render)
     parser = experiment.parser(__doc__)
-    parser.add_argument("model", nargs="?", default=str(embedded_model()))
+    parser.add_argument("model", nargs="?", help="(the embedded model at 4 bits)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--dtype", default="float32", help="as of lowmem serve (%(default)s)")
+    parser.add_argument("--parallel", type=int, default=8, help="as of lowmem serve (%(default)s)")
+    parser.add_argument("--dtype", help="as of lowmem serve")
     parser.add_argument("--seed", type=int, default=1)
     words = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    code = experiment.run(args, lambda: measure(args, words))
+
+    def measured() -> ServeLoad:
+        if args.model:
+            return measure(args, words)
+        with tempfile.TemporaryDirectory(prefix="lowmem-load-") as folder:
+            args.model = str(Path(folder) / "tiny-starchat-4bit")
+            convert = ["convert", str(embedded_model()), args.model, "--bits", "4", "--rows", "16"]
+            subprocess.run([sys.executable, "-m", "lowmem", *convert], check=True, stdout=subprocess.DEVNULL)
+            return measure(args, words)
+
+    code = experiment.run(args, measured)
     return code or int(not experiment.read(args.out).passed)
 
 

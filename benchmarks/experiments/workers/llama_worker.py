@@ -18,7 +18,7 @@ from typing import Any
 
 import llama_cpp as llama  # type: ignore[import-not-found]
 import numpy as np
-from protocol import gaps, prompt_of, serve  # type: ignore[import-not-found]  # the file beside this one
+from protocol import gaps, prompt_of, prompts_of, serve  # type: ignore[import-not-found]  # the file beside this one
 
 FILE_TYPES = {
     "BF16": 32, "F16": 1, "Q8_0": 7, "Q6_K": 18, "Q5_K_M": 17, "Q5_K_S": 16, "Q5_0": 8, "Q4_K_M": 15,
@@ -36,11 +36,14 @@ CHUNK = 512
 class Model:
     """One GGUF file and a context on the CPU. Raises RuntimeError if llama.cpp cannot load it.
 
-    exact: keep the KV cache in float32 and use no flash attention, so that only llama.cpp's quantization of
-    weights and activations shows in the logits. Otherwise llama.cpp's defaults apply.
+    context: tokens of each of `sequences` sequences. exact: keep the KV cache in float32 and use no flash
+    attention, so that only llama.cpp's quantization of weights and activations shows in the logits. Otherwise
+    llama.cpp's defaults apply.
     """
 
-    def __init__(self, file: Path, context: int, threads: int, *, exact: bool = False) -> None:
+    def __init__(
+        self, file: Path, context: int, threads: int, sequences: int = 1, *, exact: bool = False
+    ) -> None:
         start = time.perf_counter()
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
@@ -49,7 +52,7 @@ class Model:
         if not self._model:
             raise RuntimeError(f"llama.cpp cannot load {file}")
         settings = llama.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = context
+        settings.n_ctx, settings.n_batch, settings.n_seq_max = context * sequences, context, sequences
         settings.n_ubatch = context if exact else min(CHUNK, context)
         settings.n_threads = settings.n_threads_batch = threads
         if exact:
@@ -66,17 +69,22 @@ class Model:
 
     def feed(self, tokens: Sequence[int], *, every: bool = False) -> Any:
         """float32 logits [rows, vocabulary] after the last token or every one, valid until the next call."""
-        batch = self._batch
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self._held + i, 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = every or i == len(tokens) - 1
-        if llama.llama_decode(self._context, batch):
-            raise RuntimeError(f"llama.cpp cannot decode {len(tokens)} tokens at {self._held}")
+        logits = self._decode([(token, self._held + i, 0) for i, token in enumerate(tokens)], every)
         self._held += len(tokens)
-        rows = len(tokens) if every else 1
-        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), (rows, self.vocabulary))
+        return logits
+
+    def _decode(self, rows: Sequence[tuple[int, int, int]], every: bool) -> Any:
+        """One forward of rows (token, position, sequence)."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, (token, position, sequence) in enumerate(rows):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+            batch.seq_id[i][0] = sequence
+            batch.logits[i] = every or i == len(rows) - 1
+        if llama.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama.cpp cannot decode {len(rows)} tokens at {rows[0][1]}")
+        shape = len(rows) if every else 1, self.vocabulary
+        return np.ctypeslib.as_array(llama.llama_get_logits(self._context), shape)
 
     def cut(self, length: int) -> None:
         """Keep only the first `length` tokens in the KV cache."""
@@ -122,6 +130,26 @@ class Model:
                 kept.append(time.perf_counter() - start)
                 self.cut(context)
         return {"one": seconds[1], "many": seconds[rows]}
+
+    def together(self, sequences: int, context: int, steps: int) -> dict[str, Any]:
+        """Seconds of decode steps of several sequences, each of them behind a prompt of its own."""
+        self._empty(sequences)
+        prompts = prompts_of(sequences, context, self.vocabulary)
+        for sequence, ids in enumerate(prompts):
+            self._decode([(token, place, sequence) for place, token in enumerate(ids)], False)
+        tokens, seconds = [1] * sequences, []
+        for position in range(context, context + steps):
+            start = time.perf_counter()
+            rows = [(token, position, sequence) for sequence, token in enumerate(tokens)]
+            tokens = self._decode(rows, True).argmax(axis=1).tolist()
+            seconds.append(time.perf_counter() - start)
+        self._empty(sequences)
+        return {"seconds": seconds}
+
+    def _empty(self, sequences: int) -> None:
+        for sequence in range(sequences):
+            llama.llama_memory_seq_rm(llama.llama_get_memory(self._context), sequence, 0, -1)
+        self._held = 0
 
 
 def kernel_name() -> str:
@@ -179,9 +207,10 @@ def main() -> int:
     parser.add_argument("--embedding", choices=TENSOR_TYPES, help="type of the token embedding and the head")
     parser.add_argument("--rows", type=Path, help=".npy of token rows")
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--sequences", type=int, default=1, help="at once, `--context` tokens each")
     args = parser.parse_args()
     if args.step == "serve":
-        return int(serve(lambda: Model(args.file, args.context, args.threads)))
+        return int(serve(lambda: Model(args.file, args.context, args.threads, args.sequences)))
     if args.step == "quantize":
         args.report.write_text(json.dumps(quantize(args)))
     else:

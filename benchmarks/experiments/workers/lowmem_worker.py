@@ -1,6 +1,6 @@
 """One model in lowmem, or in another library that lowmem loads, in a process that answers timing requests.
 
-    python -m lowmem.benchmarks.experiments.workers.lowmem_worker METHOD PATH CONTEXT THREADS
+    python -m lowmem.benchmarks.experiments.workers.lowmem_worker METHOD PATH CONTEXT THREADS [SEQUENCES]
 
 METHOD: dense, gptq (lowmem's kernels), gptq-head8 (and embedding and head in 8 bits), gptqmodel (GPTQModel's
 kernels), int8 or nf4 (bitsandbytes).
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowmem.benchmarks.experiments.workers.protocol import gaps, prompt_of, serve
+from lowmem.benchmarks.experiments.workers.protocol import gaps, prompt_of, prompts_of, serve
 
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
@@ -52,11 +52,11 @@ class Batch:
 class Runtime:
     """One model. The KV cache is kept between two requests."""
 
-    def __init__(self, loaded: LoadedModel, context: int, kernel: str = "") -> None:
+    def __init__(self, loaded: LoadedModel, context: int, sequences: int = 1, kernel: str = "") -> None:
         self.loaded = loaded
         self.kernel = f"{kernel or loaded.kernel}, {str(loaded.dtype).removeprefix('torch.')}"
         self.load_seconds = loaded.load_seconds
-        self.engine: Engine = Session(loaded, context=context, speculate=False).engine
+        self.engine: Engine = Session(loaded, context=context, slots=sequences, speculate=False).engine
         self.engine.stop_ids = frozenset()  # no token ends an answer
         self.engine.repacking.finish()  # repack all weights now, not between tokens; load.py times that
         self.vocabulary = token_table(loaded.model).vocabulary
@@ -87,6 +87,50 @@ class Runtime:
                 kept.append(time.perf_counter() - start)
         slot.cut(context)
         return {"one": seconds[1], "many": seconds[rows]}
+
+    def together(self, sequences: int, context: int, steps: int) -> dict[str, Any]:
+        """Seconds of decode steps of several sequences, each of them behind a prompt of its own."""
+        self.engine.reset()
+        greedy = SamplingParams(temperature=0, max_new_tokens=steps + 2)
+        running = [self.engine.start(ids, greedy) for ids in prompts_of(sequences, context, self.vocabulary)]
+        while any(sequence.reads for sequence in running):
+            self.engine.advance()
+        seconds: list[float] = []
+        while len(seconds) < steps:
+            for sequence in running:
+                while sequence.take() is not None:
+                    pass
+            before = [sequence.new_tokens for sequence in running]
+            start = time.perf_counter()
+            self.engine.advance()
+            seconds.append(time.perf_counter() - start)
+            if [sequence.new_tokens for sequence in running] != [count + 1 for count in before]:
+                raise RuntimeError("not every sequence has a token")
+        for sequence in running:
+            self.engine.end(sequence)
+        return {"seconds": seconds}
+
+    def first_token(self, prompt: int, beside: int) -> dict[str, Any]:
+        """Seconds to the first token of a prompt, while another of `beside` tokens (0: none) is read.
+
+        It comes when a part of the other has just begun, so that this part is waited for.
+        """
+        self.engine.reset()
+        long, short = prompts_of(2, max(prompt, beside), self.vocabulary)
+        greedy = SamplingParams(temperature=0, max_new_tokens=4)
+        other = self.engine.start(long[:beside], greedy) if beside else None
+        for _ in range(3 if other else 0):
+            self.engine.advance()
+        start = time.perf_counter()
+        self.engine.advance()
+        sequence = self.engine.start(short[:prompt], greedy)
+        while not sequence.tokens:
+            self.engine.advance()
+        seconds = time.perf_counter() - start
+        if other is not None and not other.reads:
+            raise RuntimeError("the long prompt was read too soon")
+        self.engine.reset()
+        return {"seconds": seconds}
 
     def share(self, context: int, steps: int, batches: int) -> dict[str, Any]:
         """Batches of decode steps between reads, and the bytes that a step reads."""
@@ -159,7 +203,7 @@ def _weights(linear: QuantLinear) -> tuple[torch.Tensor, torch.Tensor]:
     return (linear.qweight, linear.scales) if linear.packed is None else weights_of(linear.packed)
 
 
-def open_runtime(method: str, path: Path, context: int, threads: int) -> Runtime:
+def open_runtime(method: str, path: Path, context: int, threads: int, sequences: int = 1) -> Runtime:
     """Load a model for `serve`. Raises LowmemError where that cannot be done."""
     torch.set_num_threads(threads)
     on_the_fly: Any = method if method in ("int8", "nf4") else None
@@ -172,13 +216,13 @@ def open_runtime(method: str, path: Path, context: int, threads: int) -> Runtime
         specs = dispatch.linear_specs(loaded.model, "cpu")
         kernels = gptqmodel_kernels(list(specs.values()), torch.device("cpu"))
         kernel = dispatch.replace_linears(loaded.model, specs, kernels, loaded.dtype).name
-    return Runtime(loaded, context, kernel)
+    return Runtime(loaded, context, sequences, kernel)
 
 
 def main(argv: Sequence[str]) -> int:
     """The worker; the exit code."""
-    method, path, context, threads = argv
-    return serve(lambda: open_runtime(method, Path(path), int(context), int(threads)))
+    method, path, *numbers = argv
+    return serve(lambda: open_runtime(method, Path(path), *map(int, numbers)))
 
 
 if __name__ == "__main__":

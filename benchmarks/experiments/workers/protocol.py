@@ -48,6 +48,12 @@ def prompt_of(tokens: int, vocabulary: int) -> list[int]:
     return [1 + i * 7919 % (min(vocabulary, 4000) - 1) for i in range(tokens)]
 
 
+def prompts_of(count: int, tokens: int, vocabulary: int) -> list[list[int]]:
+    """Prompts of `tokens` ids each that begin with different ones."""
+    ids = prompt_of(tokens + count, vocabulary)
+    return [ids[start : start + tokens] for start in range(count)]
+
+
 def gaps(tokens: Iterator[object], most_seconds: float) -> list[float]:
     """Seconds from each token to the next; stops once they add up to `most_seconds`."""
     next(tokens)

@@ -101,15 +101,19 @@ def last_lines(log: Path, count: int = 3) -> str:
     return " | ".join([line for line in lines if line][-count:])[-500:] or "it printed nothing"
 
 
-def lowmem_command(method: str, path: Path, context: int, threads: int) -> list[str]:
-    """The command of `lowmem_worker`."""
+def lowmem_command(method: str, path: Path, context: int, threads: int, sequences: int = 1) -> list[str]:
+    """The command of `lowmem_worker`. sequences: that it answers at once, `context` tokens each."""
     module = "lowmem.benchmarks.experiments.workers.lowmem_worker"
-    return [sys.executable, "-m", module, method, str(path.resolve()), str(context), str(threads)]
+    sizes = map(str, (context, threads, sequences))
+    return [sys.executable, "-m", module, method, str(path.resolve()), *sizes]
 
 
-def llama_command(python: str, path: Path, context: int, threads: int) -> list[str]:
-    """The command of `llama_worker` as a worker. python: an interpreter that has llama-cpp-python."""
-    sizes = ["--context", str(context), "--threads", str(threads)]
+def llama_command(python: str, path: Path, context: int, threads: int, sequences: int = 1) -> list[str]:
+    """The command of `llama_worker` as a worker; see `lowmem_command`.
+
+    python: an interpreter that has llama-cpp-python.
+    """
+    sizes = ["--context", str(context), "--threads", str(threads), "--sequences", str(sequences)]
     return [python, str(LLAMA), "serve", str(path.resolve()), *sizes]
 
 
