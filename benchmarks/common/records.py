@@ -295,6 +295,20 @@ class DecodeLatency:
 
 
 @dataclass(frozen=True)
+class BatchLatency:
+    """Decode times of several answers at once, each after a context of the same length."""
+
+    sequences: int
+    context_tokens: int
+    new_tokens: int
+    """Of each answer."""
+    step: Repeated
+    """Seconds in which each answer gets a token."""
+    of_one: Repeated
+    """Tokens per second of all answers, over those of one after this context in the same round."""
+
+
+@dataclass(frozen=True)
 class SubjectLatency:
     """Timings of one version."""
 
@@ -310,6 +324,8 @@ class SubjectLatency:
     decode: tuple[DecodeLatency, ...]
     peak_host_bytes: int
     peak_device_bytes: int
+    batch: BatchLatency | None = None
+    """None if it was not asked for or does not fit, and in records of earlier versions of lowmem."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class LatencySettings:
     contexts: tuple[int, ...] | None
     """Context lengths in tokens; None takes the defaults."""
     new_tokens: int
+    parallel: int
+    """Answers at once that are timed too; 1: none."""
     rounds: int
     threads: int
     """CPU threads; 0 leaves the number to torch."""
@@ -50,6 +52,8 @@ class LatencySettings:
         """Check the command line. Raises InvalidRequestError for options that contradict each other."""
         from lowmem.plan.request import find_card
 
+        if args.parallel < 1:
+            raise InvalidRequestError("--parallel must be positive", "Use 1 to time one answer at a time")
         if args.rounds < 1 or args.threads < 0:
             raise InvalidRequestError("--rounds and --threads must be positive", "Use 1 or more")
         card = find_card(args.device)
@@ -64,6 +68,7 @@ class LatencySettings:
             args.prompts,
             args.contexts,
             args.new_tokens,
+            args.parallel,
             args.rounds,
             args.threads,
             str(card or "cpu"),
@@ -87,6 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=64,
         metavar="N",
         help="tokens to decode per context (default: %(default)s)",
+    )
+    what.add_argument(
+        "--parallel",
+        type=int,
+        default=4,
+        metavar="N",
+        help="answers at once, timed behind the shortest context too (default: %(default)s; 1: none)",
     )
     what.add_argument(
         "--rounds",
@@ -120,7 +132,9 @@ def run(args: argparse.Namespace) -> int:
     settings, output = LatencySettings.of(args), output_of(args)
     lineup = line_up(settings.lineup)
     positions = lineup.entrants[0].candidate.shape.positions
-    lengths = choose_lengths(settings.prompts, settings.contexts, settings.new_tokens, positions)
+    lengths = choose_lengths(
+        settings.prompts, settings.contexts, settings.new_tokens, positions, settings.parallel
+    )
     origin = origin_of(sys.argv[1:], lineup.source, _digest(lineup), settings.device)
     before = machine_state.look_before(origin.load_average)
     with exclusive(output.folder, "latency"):
@@ -255,6 +269,7 @@ class _Measurement:
 
 def _print(record: LatencyRecord) -> None:
     from lowmem.benchmarks.report.latency_sections import (
+        batch_table,
         decode_table,
         memory_table,
         prefill_table,
@@ -262,7 +277,7 @@ def _print(record: LatencyRecord) -> None:
     )
     from lowmem.benchmarks.report.terminal import print_tables
 
-    tables = [prefill_table(record), decode_table(record), memory_table(record)]
+    tables = [prefill_table(record), decode_table(record), batch_table(record), memory_table(record)]
     notes = [roofline_text(record), *(f"! {warning}" for warning in record.warnings)]
     print_tables([table for table in tables if table.rows], notes)
 

@@ -92,13 +92,17 @@ class PlannedVersion:
 
 
 def choose_lengths(
-    prompts: Sequence[int] | None, contexts: Sequence[int] | None, new_tokens: int, positions: int | None
+    prompts: Sequence[int] | None,
+    contexts: Sequence[int] | None,
+    new_tokens: int,
+    positions: int | None,
+    together: int = 1,
 ) -> Lengths:
     """Choose the lengths that fit the model's positions; None takes the defaults.
 
     The first default context that is too long is cut to the longest possible. Lengths that the user named are
-    omitted with a note if they are too long. Raises InvalidRequestError if a number is out of range or no
-    length is left.
+    omitted with a note if they are too long. together: answers at once to time, passed on. Raises
+    InvalidRequestError if a number is out of range or no length is left.
     """
     if new_tokens < 2:
         raise InvalidRequestError("--new-tokens must be at least 2 to time a gap", "Use 64, for example")
@@ -122,6 +126,7 @@ def choose_lengths(
         tuple(sorted({p for p in asked if p <= limit})),
         tuple(sorted({c for c in contexts if c <= most})),
         new_tokens,
+        together,
         tuple(notes),
     )
     if not found.prompts or not found.contexts:
@@ -162,8 +167,12 @@ def plan_version(entrant: Entrant, lengths: Lengths, budget: Budget) -> PlannedV
             f"{entrant.subject.label}: {left} of the lengths need too much memory; measured were prompts "
             f"up to {prompts[-1]} and contexts up to {contexts[-1]}"
         )
-    fitting = Lengths(prompts, contexts, new, tuple(notes))
-    return PlannedVersion(entrant, fitting, need(fitting.context))
+    fitting = Lengths(prompts, contexts, new, lengths.together, tuple(notes))
+    most = max(fitting.context, fitting.all_together)
+    if need(most) > budget.free:
+        line = f"{entrant.subject.label}: {fitting.together} answers at once need too much memory"
+        fitting, most = replace(fitting, together=1, notes=(*fitting.notes, line)), fitting.context
+    return PlannedVersion(entrant, fitting, need(most))
 
 
 def usual_dtype(planned: Sequence[PlannedVersion]) -> str:

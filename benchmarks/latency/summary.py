@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 from lowmem.benchmarks.common.currency import made_with
 from lowmem.benchmarks.common.records import (
+    BatchLatency,
     DecodeLatency,
     LatencyRecord,
     Origin,
@@ -81,6 +82,7 @@ def subject_latency(planned: PlannedVersion, found: Sequence[Timings], failure: 
         decode=tuple(_decode(planned, found, i) for i in range(len(planned.lengths.contexts))),
         peak_host_bytes=max(timings.peak_host_bytes for timings in found),
         peak_device_bytes=max(timings.peak_device_bytes for timings in found),
+        batch=_batch(planned.lengths.new_tokens, found),
     )
 
 
@@ -96,6 +98,21 @@ def _prefill(planned: PlannedVersion, found: Sequence[Timings], index: int) -> P
     matmul = statistics.median(rates.matmul for timings in found for rates in timings.rates)
     ceiling = planned.prefill_ceiling(tokens, own_read(found), matmul)
     return PrefillLatency(tokens, repeated(ttft), speed, ceiling, speed.median / ceiling)
+
+
+def _batch(new_tokens: int, found: Sequence[Timings]) -> BatchLatency | None:
+    pairs = [(timings.batch, timings.decodes[0].tpot) for timings in found]
+    steps = [(statistics.fmean(batch.steps), one, batch) for batch, one in pairs if batch is not None]
+    if not steps:
+        return None
+    batch = steps[0][2]
+    return BatchLatency(
+        batch.sequences,
+        batch.context,
+        new_tokens,
+        repeated([step for step, _, _ in steps]),
+        repeated([batch.sequences * one / step for step, one, _ in steps]),
+    )
 
 
 def _decode(planned: PlannedVersion, found: Sequence[Timings], index: int) -> DecodeLatency:

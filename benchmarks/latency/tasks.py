@@ -15,8 +15,20 @@ class Lengths:
     contexts: tuple[int, ...]
     new_tokens: int
     """Decoded after each context."""
+    together: int = 1
+    """Answers at once that are timed behind the shortest context too; 1: none."""
     notes: tuple[str, ...] = ()
     """Requested lengths that were left out, and the reasons."""
+
+    @property
+    def each(self) -> int:
+        """Tokens of each of the answers at once, its context included."""
+        return self.contexts[0] + self.new_tokens + 1
+
+    @property
+    def all_together(self) -> int:
+        """Tokens of all answers at once; 0 if none are timed."""
+        return self.together * self.each if self.together > 1 else 0
 
     @property
     def context(self) -> int:
@@ -69,6 +81,16 @@ class DecodeTime:
 
 
 @dataclass(frozen=True)
+class BatchTime:
+    """Decode of several answers at once, each after a context of `context` tokens."""
+
+    sequences: int
+    context: int
+    steps: tuple[float, ...]
+    """Seconds of steps in which each answer gets a token."""
+
+
+@dataclass(frozen=True)
 class Timings:
     """The results of one process. If the task has no version, they hold only the machine's figures."""
 
@@ -82,6 +104,7 @@ class Timings:
     load_seconds: float = 0.0
     prompts: tuple[PromptTime, ...] = ()
     decodes: tuple[DecodeTime, ...] = ()
+    batch: BatchTime | None = None
     peak_host_bytes: int = 0
     peak_device_bytes: int = 0
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from lowmem.benchmarks.common.record_file import from_json, to_json
 from lowmem.benchmarks.latency.energy import Meter
 from lowmem.benchmarks.latency.roofline import look
-from lowmem.benchmarks.latency.tasks import DecodeTime, Lengths, PromptTime, Timings, TimingTask
+from lowmem.benchmarks.latency.tasks import BatchTime, DecodeTime, Lengths, PromptTime, Timings, TimingTask
 
 from lowmem.cards.find import cards_of, is_card, synchronize
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
     from lowmem.config import SamplingParams
+    from lowmem.loading.loader import LoadedModel
 
 WARM_UP_TOKENS = 3
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
@@ -88,13 +89,39 @@ def _time_version(task: TimingTask, found: Timings, tell: Tell) -> Timings:
     vocabulary = token_table(loaded.model).vocabulary
     timer = EngineTimer(session.engine, finish=lambda: synchronize(device), meter=find_meter(device))
     prompts, decodes = timer.time(task.lengths, token_ids(context, vocabulary), tell)
+    del session, timer  # and their KV cache
     return replace(
         found,
         kernel=loaded.kernel,
         load_seconds=loaded.load_seconds,
         prompts=prompts,
         decodes=decodes,
+        batch=_time_batch(loaded, task.lengths, vocabulary, tell),
     )
+
+
+def _time_batch(loaded: LoadedModel, lengths: Lengths, vocabulary: int, tell: Tell) -> BatchTime | None:
+    """Several answers at once behind the shortest context; None if they are not asked for."""
+    from lowmem.benchmarks.latency.together import step_seconds
+
+    from lowmem.session import Session
+
+    count = lengths.together
+    if count == 1:
+        return None
+    context = lengths.contexts[0]
+    tell(f"{count} answers at once")
+    ids = token_ids(context + count, vocabulary)
+    session = Session(
+        replace(loaded, stop_ids=()), context=min(lengths.context, lengths.each), slots=count, speculate=False
+    )
+    prompts = [ids[start : start + context] for start in range(count)]
+    # The first steps make what a batch needs: graphs of a card, workspaces.
+    step_seconds(session.engine, prompts, WARM_UP_TOKENS)
+    seconds = step_seconds(
+        session.engine, prompts, lengths.new_tokens - 1, lambda: synchronize(loaded.device)
+    )
+    return BatchTime(count, context, tuple(seconds))
 
 
 class _Engine(Protocol):

@@ -83,7 +83,8 @@ def decode_section(record: LatencyRecord) -> Section:
         "bytes as a token needs; a small model is read from caches.",
         roofline_text(record),
     )
-    return Section("decode", title, text, (decode_table(record),), plot)
+    tables = [table for table in (decode_table(record), batch_table(record)) if table.rows]
+    return Section("decode", title, text, tuple(tables), plot)
 
 
 def roofline_text(record: LatencyRecord) -> str:
@@ -130,6 +131,31 @@ def decode_table(record: LatencyRecord) -> Table:
                 )
             )
     return Table("Decode", columns, tuple(cells))
+
+
+def batch_table(record: LatencyRecord) -> Table:
+    """Create the table of several answers at once; it has no rows if none were timed."""
+    columns = (
+        _VERSION,
+        Column("Answers", "At once, each behind a prompt of its own."),
+        Column("Context", "Tokens before the first new one of each."),
+        Column("Tokens/s", "Of all together: median of the rounds (slowest–fastest)."),
+        Column("Of one", "Tokens per second of all, over those of one answer after this context."),
+        Column("TPOT, ms", "Time per output token of each answer."),
+    )
+    cells = tuple(
+        (
+            s.subject.label,
+            count(s.batch.sequences),
+            count(s.batch.context_tokens),
+            spread(per_second(s.batch.step), s.batch.sequences),
+            f"{s.batch.of_one.median:.2f} ×",
+            spread(s.batch.step, 1000),
+        )
+        for s in record.subjects
+        if s.batch is not None
+    )
+    return Table("Several answers at once", columns, cells)
 
 
 def _decode_row(s: SubjectLatency, d: DecodeLatency) -> Row:

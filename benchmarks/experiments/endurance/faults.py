@@ -265,8 +265,7 @@ def _replace_times(root: Path) -> None:
                 DecodeTime(count, (0.1,) * (task.lengths.new_tokens - 1), None)
                 for count in task.lengths.contexts
             ),
-            1 << 29,
-            0,
+            peak_host_bytes=1 << 29,
         )
         if task.path:
             handle = os.open(marks_of(root), os.O_WRONLY | os.O_APPEND)

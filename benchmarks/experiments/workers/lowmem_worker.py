@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lowmem.benchmarks.experiments.workers.protocol import gaps, prompt_of, prompts_of, serve
+from lowmem.benchmarks.latency.together import step_seconds
 
 from lowmem.config import SamplingParams
 from lowmem.errors import LowmemError
@@ -91,24 +92,8 @@ class Runtime:
     def together(self, sequences: int, context: int, steps: int) -> dict[str, Any]:
         """Seconds of decode steps of several sequences, each of them behind a prompt of its own."""
         self.engine.reset()
-        greedy = SamplingParams(temperature=0, max_new_tokens=steps + 2)
-        running = [self.engine.start(ids, greedy) for ids in prompts_of(sequences, context, self.vocabulary)]
-        while any(sequence.reads for sequence in running):
-            self.engine.advance()
-        seconds: list[float] = []
-        while len(seconds) < steps:
-            for sequence in running:
-                while sequence.take() is not None:
-                    pass
-            before = [sequence.new_tokens for sequence in running]
-            start = time.perf_counter()
-            self.engine.advance()
-            seconds.append(time.perf_counter() - start)
-            if [sequence.new_tokens for sequence in running] != [count + 1 for count in before]:
-                raise RuntimeError("not every sequence has a token")
-        for sequence in running:
-            self.engine.end(sequence)
-        return {"seconds": seconds}
+        prompts = prompts_of(sequences, context, self.vocabulary)
+        return {"seconds": step_seconds(self.engine, prompts, steps)}
 
     def first_token(self, prompt: int, beside: int) -> dict[str, Any]:
         """Seconds to the first token of a prompt, while another of `beside` tokens (0: none) is read.
