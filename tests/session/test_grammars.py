@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from dataclasses import replace
@@ -41,6 +42,15 @@ PERSON = {
 QUESTION = "Write a function that adds two numbers."
 
 
+FORMATS = jsonschema.FormatChecker()
+
+
+@FORMATS.checks("date", raises=ValueError)
+def is_date(value: object) -> bool:
+    """As RFC 3339 has it: with the year 0, which Python's dates lack."""
+    return not isinstance(value, str) or bool(datetime.date.fromisoformat(value.replace("0000-", "2000-")))
+
+
 @lru_cache(1)
 def tiny() -> LoadedModel:
     return load(TINY_STARCHAT, LoadOptions(dtype=torch.float32))
@@ -56,7 +66,7 @@ def check(schema: Any, text: str, reason: str | None) -> None:
     if reason == "length":
         return
     assert reason == "stop"
-    jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+    jsonschema.validate(json.loads(text), schema, format_checker=FORMATS)
 
 
 def random_answer(grammars: Grammars, schema: Any, seed: int) -> tuple[str, str]:
