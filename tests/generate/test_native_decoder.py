@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
 
+from lowmem.generate.cache.contract import Slot
 from lowmem.generate.cache.dense import DenseKVCache
 from lowmem.generate.decoders.contract import DecoderRefused, Feed
 from lowmem.generate.decoders.eager import EagerDecoder
@@ -263,6 +264,32 @@ def test_a_packed_linear_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch
     monkeypatch.delenv("LOWMEM_CPU_KERNEL")
     with pytest.raises(DecoderRefused, match="layout of the native kernels"):
         bound(plain, filled(plain, 5))
+
+
+@pytest.mark.parametrize(("spoiled", "refused"), [((1,), False), (range(0, 16, 3), False), (range(10), True)])
+@pytest.mark.parametrize("rows", [16, 2])
+@torch.inference_mode()
+def test_a_few_tokens_may_amplify_the_eager_rounding(
+    spoiled: Sequence[int], refused: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half of the first 16 tokens the logits must agree; a shorter prompt is repeated."""
+    model = bigcode()
+    eager = EagerDecoder(model)
+    append = eager.append
+
+    def amplified(slot: Slot, ids: Sequence[int], keep: int) -> torch.Tensor:
+        logits = append(slot, ids, keep)
+        logits[list(spoiled)] *= -1
+        return logits
+
+    monkeypatch.setattr(eager, "append", amplified)
+    (slot,) = DenseKVCache(2, 64).slots
+    decoder, feed = NativeDecoder(eager, 64), Feed(slot, random_ids(rows))
+    if refused:
+        with pytest.raises(DecoderRefused, match="differ from the eager ones"):
+            decoder.step([feed])
+    else:
+        assert decoder.step([feed]).logits[0].shape[0] == slot.length == rows
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ the same bits alone and beside others, from a step, a draft or a prompt in chunk
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle, islice
 
 import torch
 
@@ -29,9 +30,10 @@ from lowmem.generate.decoders.native_weights import MAX_ROWS
 
 # Relative, in the 2-norm of the logits. Eager steps round to bfloat16 after every operation, native ones
 # hardly ever: with random weights in 40 layers the two differ by 0.05, with trained ones in 8 by 0.006. A
-# wrong step differs by about 1.
+# wrong step differs by about 1, and so do the eager logits of a few tokens from those in float32: SmolLM2's
+# second token amplifies their rounding to 1.4. So half of the tokens must agree.
 _TOLERANCE = 0.2
-_COMPARED = 16  # ids of the first forward whose logits are compared
+_COMPARED = 16  # ids whose logits are compared: the first of a prompt, repeated where it is shorter
 
 
 class NativeDecoder(Decoder):
@@ -85,10 +87,11 @@ class NativeDecoder(Decoder):
         return torch.cat(logits)
 
     def _checked(self, feed: Feed) -> NativeModel:
-        """The native model; the first time, its logits for the feed's first ids are compared."""
+        """The native model; the first time, its logits behind the feed's first ids are compared."""
         if self._model is None:
             with refusing():
-                self._model = self._compared(Feed(feed.slot, feed.ids[:_COMPARED]))
+                room = min(_COMPARED, feed.slot.capacity - feed.slot.length)
+                self._model = self._compared(Feed(feed.slot, [*islice(cycle(feed.ids), room)]))
         return self._model
 
     def _compared(self, feed: Feed) -> NativeModel:
@@ -99,7 +102,7 @@ class NativeDecoder(Decoder):
         model = NativeModel(self.eager.model, slot.capacity)
         logits = model.forward([feed], [rows])
         slot.cut(length)
-        error = float(((logits - expected).norm(dim=1) / expected.float().norm(dim=1)).amax())
+        error = float(((logits - expected).norm(dim=1) / expected.float().norm(dim=1)).median())
         if not error <= _TOLERANCE:  # true for NaN
             raise DecoderRefused(
                 f"the native step's logits differ from the eager ones by {error:.2g} of their norm"
