@@ -23,6 +23,7 @@ from lowmem.benchmarks.common.records import Origin, Repeated
 from lowmem.benchmarks.experiments.common import (
     RESULTS,
     Experiment,
+    add_timing_options,
     made_with,
     origin_here,
     repeated,
@@ -51,7 +52,7 @@ TOGETHER = (1, 2, 4, 8)
 PROMPT, STEPS, SHORT, LONG = 256, 16, 32, 4000
 ROOM = 64
 GOALS = ((4, "lowmem", 1, 3.0), (4, "llama.cpp", 4, 1.35))
-"""Our sequences, and the runtime and sequences whose tokens/s they should be so many times."""
+"""(our sequences, a runtime, its sequences, the least ratio of our tokens/s to its)"""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class BatchesRecord:
         found = (t for t in self.timings if (t.runtime, t.sequences) == (runtime, sequences))
         return next((t.rate.values for t in found), ())
 
+    def ratios(self, one: tuple[str, int], other: tuple[str, int]) -> list[float]:
+        """Tokens/s of one (runtime, sequences) over those of another, a round each."""
+        return [a / b for a, b in zip(self.rates(*one), self.rates(*other), strict=False)]
+
 
 def render(record: BatchesRecord) -> str:
     """The table, and what it was measured with."""
@@ -91,10 +96,10 @@ def render(record: BatchesRecord) -> str:
     for count in TOGETHER:
         cells = [str(count)]
         for runtime in KINDS:
-            rates, one = record.rates(runtime, count), record.rates(runtime, 1)
-            gains = [a / b for a, b in zip(rates, one, strict=False)]
+            rates = record.rates(runtime, count)
+            gains = record.ratios((runtime, count), (runtime, 1))
             cells += [spread(rates, "{:.1f}"), f"{median(gains):.2f} ×"] if rates else ["", ""]
-        ratios = [a / b for a, b in zip(*(record.rates(name, count) for name in KINDS), strict=False)]
+        ratios = record.ratios(("lowmem", count), ("llama.cpp", count))
         rows.append((*cells, spread(ratios, "{:.2f} ×") if ratios else ""))
     goals = [f"{mine} sequences: {word}." for mine, word in _met(record)]
     heads = ("sequences", "lowmem 4-bit, tokens/s", "of one", "llama.cpp Q4_0", "of one", "times as fast")
@@ -111,8 +116,7 @@ def _met(record: BatchesRecord) -> list[tuple[int, str]]:
     """For each goal that was measured, whether it is met."""
     found = []
     for mine, runtime, count, goal in GOALS:
-        pairs = zip(record.rates("lowmem", mine), record.rates(runtime, count), strict=False)
-        if ratios := [a / b for a, b in pairs]:
+        if ratios := record.ratios(("lowmem", mine), (runtime, count)):
             word = "met" if median(ratios) >= goal else "missed"
             text = f"{median(ratios):.2f} × of {runtime} with {count}, goal ≥ {goal} ×: {word}"
             found.append((mine, text))
@@ -172,12 +176,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = BATCHES.parser(__doc__)
-    add = parser.add_argument
-    add("--work", type=Path, default=WORK, metavar="DIR", help="where models are kept (%(default)s)")
-    add("--llama-python", metavar="PYTHON", help="the interpreter that has llama-cpp-python")
-    add("--layers", type=int, default=4, metavar="N", help="(%(default)s)")
-    add("--rounds", type=int, default=8, metavar="N", help="(%(default)s)")
-    add("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
+    add_timing_options(parser, WORK, rounds=8)
+    parser.add_argument("--layers", type=int, default=4, metavar="N", help="(%(default)s)")
     args = parser.parse_args(words)
     return BATCHES.run(args, lambda: measure(args, words))
 

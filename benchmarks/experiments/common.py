@@ -98,6 +98,15 @@ def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
     return f"{middle} ({low} to {high})"
 
 
+def add_timing_options(parser: argparse.ArgumentParser, work: Path, rounds: int) -> None:
+    """Declare --work, --llama-python, --rounds and --threads. work, rounds: their defaults."""
+    add = parser.add_argument
+    add("--work", type=Path, default=work, metavar="DIR", help="where models are kept (%(default)s)")
+    add("--llama-python", metavar="PYTHON", help="the interpreter that has llama-cpp-python")
+    add("--rounds", type=int, default=rounds, metavar="N", help="(%(default)s)")
+    add("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """The command of one experiment: measure and write a record, or show one."""

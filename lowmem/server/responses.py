@@ -206,7 +206,7 @@ def _result(item: InputItem, at: int) -> ChatMessage:
 
 
 def _tool(tool: Mapping[str, Any], at: int) -> dict[str, Any]:
-    """A tool as /v1/chat/completions has it. Raises ApiError for one that is no function with a name."""
+    """A tool in the form of /v1/chat/completions. Raises ApiError unless it is a function with a name."""
     if tool.get("type") != "function":
         kind = short(str(tool.get("type")))
         raise invalid(

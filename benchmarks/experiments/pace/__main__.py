@@ -23,7 +23,14 @@ from pathlib import Path
 from statistics import median
 
 from lowmem.benchmarks.common.record_file import from_json
-from lowmem.benchmarks.experiments.common import RESULTS, Experiment, origin_here, repeated, say
+from lowmem.benchmarks.experiments.common import (
+    RESULTS,
+    Experiment,
+    add_timing_options,
+    origin_here,
+    repeated,
+    say,
+)
 from lowmem.benchmarks.experiments.pace.load import Load, measure_loads
 from lowmem.benchmarks.experiments.pace.models import (
     PaceModel,
@@ -260,15 +267,12 @@ def parser() -> argparse.ArgumentParser:
     def words_of(text: str) -> list[str]:
         return text.split(",")
 
-    add("--work", type=Path, default=WORK, metavar="DIR", help="where models are kept (%(default)s)")
+    add_timing_options(found, WORK, rounds=5)
     add("--only", type=_parts, default=PARTS, metavar="LIST", help=f"of {','.join(PARTS)} (all)")
     add("--models", type=words_of, metavar="LIST", help="those whose names contain one of these: 4-bit,Q4_0")
-    add("--llama-python", metavar="PYTHON", help="the interpreter that has llama-cpp-python")
     add("--layers", type=int, default=4, metavar="N", help="of the models (%(default)s)")
     add("--load-layers", type=int, default=40, metavar="N",
         help="of a second model whose load is timed: 8.6 GB with StarChat's 40 (%(default)s)")  # fmt: skip
-    add("--rounds", type=int, default=5, metavar="N", help="(%(default)s)")
-    add("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
     return found
 
 

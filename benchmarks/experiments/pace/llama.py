@@ -26,6 +26,7 @@ from lowmem.benchmarks.common.records import Origin, Repeated
 from lowmem.benchmarks.experiments.common import (
     RESULTS,
     Experiment,
+    add_timing_options,
     made_with,
     origin_here,
     repeated,
@@ -275,11 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = LLAMA.parser(__doc__)
-    add = parser.add_argument
-    add("--work", type=Path, default=WORK, metavar="DIR", help="where models are kept (%(default)s)")
-    add("--llama-python", metavar="PYTHON", help="the interpreter that has llama-cpp-python")
-    add("--rounds", type=int, default=8, metavar="N", help="(%(default)s)")
-    add("--threads", type=int, default=2, metavar="N", help="(%(default)s)")
+    add_timing_options(parser, WORK, rounds=8)
     args = parser.parse_args(words)
     return LLAMA.run(args, lambda: measure(args, words))
 

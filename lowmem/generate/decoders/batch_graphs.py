@@ -50,7 +50,6 @@ class BatchGraphs:
         parameters = inspect.signature(eager.model.forward).parameters
         if not {"position_ids", "attention_mask"} <= set(parameters):
             self.why_not = "the model takes no positions"
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         config = eager.model.config.get_text_config()
         limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         # A mask given as a whole takes the place of those that hide what is out of a layer's window.
@@ -61,10 +60,10 @@ class BatchGraphs:
 
         The slots are advanced, not committed.
         """
-        count, size = self._slots(feeds), window_of(max(f.slot.length for f in feeds), self._cache.capacity)
-        if self.why_not or len(feeds) < 2 or count > _SPARSE * len(feeds) or size > self._longest:
+        if self.why_not or len(feeds) < 2 or any(len(feed.ids) != 1 for feed in feeds):
             return ()
-        if any(len(feed.ids) != 1 for feed in feeds):
+        count, size = self._slots(feeds), window_of(max(f.slot.length for f in feeds), self._cache.capacity)
+        if count > _SPARSE * len(feeds) or size > self._longest:
             return ()
         try:
             with refusing():
@@ -90,7 +89,7 @@ class BatchGraphs:
             view = self._cache.batch_view(count, size)
             ids = torch.zeros((count, 1), dtype=torch.long, device=self._eager.device)
             self._fill(view, ids, feeds)
-            run = self._capture(lambda: self._forward(view, ids))
+            run = self._capture(self._forward(view, ids))
             batch = _Batch(view, self._cache.slots[0].pointers(), ids, run)
             self._check(batch, feeds)
             self._batches[count, size] = batch
@@ -98,17 +97,14 @@ class BatchGraphs:
             raise DecoderRefused("the KV cache has new buffers")
         return batch
 
-    def _forward(self, view: BatchView, ids: torch.Tensor) -> torch.Tensor:
-        output = self._eager.model(
-            input_ids=ids,
-            attention_mask=view.mask(),
-            position_ids=view.position_ids(),
-            past_key_values=view,
-            use_cache=True,
-            **self._options,
-        )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+    def _forward(self, view: BatchView, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+        def forward() -> torch.Tensor:
+            logits = self._eager.forward(
+                ids, view, attention_mask=view.mask(), position_ids=view.position_ids()
+            )
+            return logits[:, -1]
+
+        return forward
 
     def _fill(self, view: BatchView, ids: torch.Tensor, feeds: Sequence[Feed]) -> None:
         """Set the inputs of the next run."""
@@ -123,11 +119,7 @@ class BatchGraphs:
 
     def _check(self, batch: _Batch, feeds: Sequence[Feed]) -> None:
         """Compare with eager steps in the same state. Raises DecoderRefused; the slots keep their lengths."""
-        expected = []
-        for feed in feeds:
-            length = feed.slot.length
-            expected.append(self._eager.append(feed.slot, feed.ids, keep=1))
-            feed.slot.cut(length)
+        expected = [self._eager.ahead(feed.slot, feed.ids) for feed in feeds]
         for got, right in zip(self._run(batch, feeds), expected, strict=True):
             if problem := difference(got, right):
                 raise DecoderRefused(problem)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
 from lowmem.config import PREFILL_CHUNK
 from lowmem.generate.attention import use_row_attention
@@ -77,10 +78,23 @@ class EagerDecoder(Decoder):
 
     def append(self, slot: Slot, ids: Sequence[int], keep: int) -> torch.Tensor:
         """One forward without rewinding or committing; returns the last `keep` logits [keep, vocab]."""
+        return self.forward(send(ids, self.device)[None], slot.view, keep)[0]
+
+    def ahead(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:
+        """The logits [len(ids), vocab] that `append` would give; the slot keeps its length."""
+        length = slot.length
+        logits = self.append(slot, ids, keep=len(ids))
+        slot.cut(length)
+        return logits
+
+    def forward(self, ids: torch.Tensor, view: Cache, keep: int = 1, **given: torch.Tensor) -> torch.Tensor:
+        """The model's last logits [sequences, keep, vocab] for ids [sequences, n]; `view` gets their rows.
+
+        given: further arguments of the model.
+        """
         options = {"logits_to_keep": keep} if self._keeps_logits else {}
-        fed = send(ids, self.device)[None]
-        output = self.model(input_ids=fed, past_key_values=slot.view, use_cache=True, **options)
-        logits: torch.Tensor = output.logits[0, -keep:]
+        output = self.model(input_ids=ids, past_key_values=view, use_cache=True, **options, **given)
+        logits: torch.Tensor = output.logits[:, -keep:]
         return logits
 
     def _step(self, slot: Slot, ids: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,6 @@ the eager step before it is used. `batch_graphs` has the graphs of several seque
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,11 +72,9 @@ class GraphDecoder(Decoder):
         backend: str = CARD_GRAPH,
         graphs: Graphs | None = None,
     ) -> None:
-        self.eager, self.backend = eager, backend
+        self.eager = eager
         if eager.scaling:
             raise DecoderRefused("the rotary embedding depends on the length of the sequence")
-        parameters = inspect.signature(eager.model.forward).parameters
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._windows: dict[tuple[int, int], _Window] = {}  # by slot and size
         if graphs is None and backend == CARD_GRAPH:
             graphs = CardGraphs(eager.device)
@@ -141,25 +138,19 @@ class GraphDecoder(Decoder):
                 slot.cut(0)
             view = slot.fixed_view(key[1])
             view.seek(slot.length)
-            window = _Window(view, slot.pointers(), self._capture(lambda: self._forward(view)))
+            window = _Window(view, slot.pointers(), self._capture(self._forward(view)))
             self._check(window, slot, token)
             self._windows[key] = window
         if window.pointers != slot.pointers():
             raise DecoderRefused("the KV cache has new buffers")
         return window
 
-    def _forward(self, view: FixedView) -> torch.Tensor:
-        output = self.eager.model(
-            input_ids=self._input, past_key_values=view, use_cache=True, **self._options
-        )
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
+    def _forward(self, view: FixedView) -> Callable[[], torch.Tensor]:
+        return lambda: self.eager.forward(self._input, view)[:, -1]
 
     def _check(self, window: _Window, slot: Slot, token: int) -> None:
         """Compare with the eager step in the same state. Raises DecoderRefused; the slot keeps its length."""
-        length = slot.length
-        expected = self.eager.append(slot, [token], keep=1)
-        slot.cut(length)
+        expected = self.eager.ahead(slot, [token])
         problem = difference(self._run(window, slot, token), expected)
         if problem:
             raise DecoderRefused(problem)

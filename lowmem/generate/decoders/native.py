@@ -97,8 +97,7 @@ class NativeDecoder(Decoder):
     def _compared(self, feed: Feed) -> NativeModel:
         slot, rows = feed.slot, len(feed.ids)
         length = slot.length
-        expected = self.eager.append(slot, feed.ids, keep=rows)
-        slot.cut(length)
+        expected = self.eager.ahead(slot, feed.ids)
         model = NativeModel(self.eager.model, slot.capacity)
         logits = model.forward([feed], [rows])
         slot.cut(length)
