@@ -21,6 +21,7 @@ import torch
 from lowmem.convert.documents import read_documents
 from lowmem.convert.reading.layouts import Document
 
+from lowmem.config import EFFORTS
 from lowmem.errors import CalibrationError
 from lowmem.models.dialogue import Dialogue, Message, encode_plain
 from lowmem.models.template import apply_template
@@ -37,7 +38,7 @@ class CalibrationSpec:
     source: str = "builtin"
     """"builtin", "oasst1", "dolly", a path to a file or a folder (docs/convert.md lists the kinds), or a hub
     id "owner/name"."""
-    rows: int = 128
+    rows: int = EFFORTS["default"].rows
     row_length: int = 512
     """Tokens in a row."""
     seed: int = 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowmem.cards.find import WITH_FLOAT64
 from lowmem.checkpoint.readers import READERS
-from lowmem.config import BITS, QuantConfig
+from lowmem.config import BITS, EFFORTS, TRAINED_BITS, QuantConfig
 from lowmem.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,6 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     quant = parser.add_argument_group("quantization")
     quant.add_argument("--bits", type=int, choices=BITS, help="bits per weight (default: 4)")
+    quant.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        default="default",
+        help="time for quality: "
+        + "; ".join(
+            f"{name}: {effort.tune_steps} steps of tuning, {effort.rows} rows"
+            for name, effort in EFFORTS.items()
+        )
+        + " (default: %(default)s)",
+    )
     fit = parser.add_argument_group(
         "made to fit: bits, group size and zero-points are chosen for each linear, so that the size is met "
         "with the least predicted loss"
@@ -106,10 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quant.add_argument(
         "--tune-steps",
         type=int,
-        default=QuantConfig.tune_steps,
         metavar="N",
-        help="steps of tuning each layer's scales, biases and norms; 32 improve quality and almost "
-        "double the time (default: %(default)s)",
+        help="steps of tuning each layer's integers, scales, biases and norms; 0 is faster "
+        f"(default: by --effort, and 0 with more than {TRAINED_BITS} bits)",
     )
     quant.add_argument(
         "--plain",
@@ -129,9 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="builtin, oasst1, dolly, FILE.jsonl, FILE.txt or a hub dataset (default: %(default)s)",
     )
-    text.add_argument(
-        "--rows", type=int, default=128, metavar="N", help="rows of calibration text (default: %(default)s)"
-    )
+    text.add_argument("--rows", type=int, metavar="N", help="rows of calibration text (default: by --effort)")
     text.add_argument(
         "--row-length", type=int, default=512, metavar="N", help="tokens per row (default: %(default)s)"
     )
@@ -180,8 +188,10 @@ def run(args: argparse.Namespace) -> int:
     from lowmem.errors import MemoryBudgetError
     from lowmem.plan.device import is_out_of_memory, parse_bytes
 
+    effort, bits = EFFORTS[args.effort], args.bits or QuantConfig.bits
+    steps = effort.tune_steps if bits <= TRAINED_BITS else 0
     config = QuantConfig(
-        bits=args.bits or QuantConfig.bits,
+        bits=bits,
         group_size=args.group_size,
         sym=args.sym,
         desc_act=args.desc_act,
@@ -189,9 +199,11 @@ def run(args: argparse.Namespace) -> int:
         true_sequential=args.true_sequential,
         correction=0.0 if args.plain else args.correction,
         passes=0 if args.plain else args.passes,
-        tune_steps=0 if args.plain else args.tune_steps,
+        tune_steps=0 if args.plain else steps if args.tune_steps is None else args.tune_steps,
     )
-    calibration = CalibrationSpec(args.calibration, args.rows, args.row_length, args.seed)
+    calibration = CalibrationSpec(
+        args.calibration, effort.rows if args.rows is None else args.rows, args.row_length, args.seed
+    )
     options = ConvertOptions(
         device=args.device,
         memory=parse_bytes(args.memory, "--memory") if args.memory else None,

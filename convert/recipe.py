@@ -12,14 +12,14 @@ import torch
 from lowmem.cards.find import is_card
 from lowmem.checkpoint.formats import LinearFormat, layout_for
 from lowmem.checkpoint.readers import READERS, listed
-from lowmem.config import BITS, QuantConfig
+from lowmem.config import BITS, TRAINED_BITS, QuantConfig
 from lowmem.errors import RecipeError
 from lowmem.models.architecture import LayerSpec, LinearSpec
 from lowmem.plan.device import bfloat16_is_fast
 from lowmem.plan.fit.budget import SizeBudget
 
 DEFAULT_SHARD = 4 << 30
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raised by every change to the converter that changes what it writes. Measurements record it."""
 
 
@@ -157,6 +157,10 @@ class Recipe:
 
     def _is_dense(self, linear: str) -> bool:
         return linear in self.linears and self.linears[linear].dense
+
+    def trains(self, config: QuantConfig) -> bool:
+        """Whether tuning trains the integers of a linear that is quantized like this, too."""
+        return self.config.tune_steps > 0 and config.bits <= TRAINED_BITS
 
     def entries(self) -> dict[str, Any]:
         """The settings that the result depends on, by the names that users see, as plain values."""

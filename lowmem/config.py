@@ -28,6 +28,24 @@ QUANTIZED_SLICE_BYTES = 8 << 20
 MAX_LOGPROBS = 20
 
 
+TRAINED_BITS = 6
+"""The most bits at which tuning trains integers: with more, rounding costs less than 16-bit arithmetic."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time a conversion spends on its quality."""
+
+    tune_steps: int
+    """See QuantConfig.tune_steps; above TRAINED_BITS bits there are none."""
+    rows: int
+    """Rows of calibration text."""
+
+
+EFFORTS = {"fast": Effort(0, 128), "default": Effort(80, 128), "best": Effort(256, 384)}
+"""By the names of `lowmem convert --effort`."""
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How the linears are quantized. Fields shared with other GPTQ tools have their names.
@@ -55,8 +73,9 @@ class QuantConfig:
     passes: int = 2
     """Passes over the integers and the scale of each group after the grid search. 0 is GPTQ as published,
     which chooses the scale from the weights alone."""
-    tune_steps: int = 0
-    """Steps of tuning the scales, biases and norms of a layer together after its integers are chosen."""
+    tune_steps: int = -1
+    """Steps of tuning a layer's integers, scales, biases and norms together after GPTQ. -1 takes those of the
+    effort "default" up to TRAINED_BITS bits, and none above."""
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -71,9 +90,13 @@ class QuantConfig:
             raise RecipeError(f"correction {self.correction} is not between 0 and 1", "Use 0.5")
         if not 0 <= self.passes <= 100:
             raise RecipeError(f"passes {self.passes} is not between 0 and 100", "Use 2")
+        if self.tune_steps == -1:
+            steps = EFFORTS["default"].tune_steps if self.bits <= TRAINED_BITS else 0
+            object.__setattr__(self, "tune_steps", steps)
         if not 0 <= self.tune_steps <= 100_000:
             raise RecipeError(
-                f"tune steps {self.tune_steps} is not between 0 and 100000", "Use 32, or 0 for no tuning"
+                f"tune steps {self.tune_steps} is not between 0 and 100000",
+                "Leave it out, or use 0 for no tuning",
             )
 
     @property

@@ -131,7 +131,7 @@ def render(facts: CardFacts) -> str:
         f"| linears of a layer | {'one after the other' if config.true_sequential else 'all at once'} |",
         f"| correction of earlier errors | {config.correction if config.corrects else 0:g} |",
         f"| passes over each group's integers and scale | {config.passes} |",
-        f"| steps of tuning scales, biases and norms | {config.tune_steps} |",
+        f"| steps of tuning integers, scales, biases and norms | {config.tune_steps} |",
         f"| calibration | {rows} rows of {length} tokens: {facts.calibration} |",
         f"| forward passes in | {facts.recipe.get('compute dtype')} |",
         "",

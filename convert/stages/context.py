@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lowmem.convert.math.gptq import Prepared, Quantized
+from lowmem.convert.math.gptq import Prepared
 from lowmem.convert.math.hessian import Hessian
 from lowmem.convert.recipe import Recipe
 from lowmem.convert.stages.replay import Replay
@@ -156,8 +156,8 @@ class LayerContext:
     """The factored Hessian of the group that is being quantized."""
     shared_lack: torch.Tensor | None = None
     """R^-1 E[x (x' - x)^T] [in, in] times the correction, of a group whose target is its input."""
-    quantized: dict[str, Quantized] = field(default_factory=dict)
-    """The integers of each linear, kept for tuning."""
+    starts: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Where training the integers of each linear begins (integers.start_of), kept for tuning."""
     output_rms: dict[str, float] = field(default_factory=dict)
     """Root mean square of each linear's output, kept for tuning."""
 

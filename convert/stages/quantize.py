@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from lowmem.convert.math import gptq, hessian, rounding
 from lowmem.convert.math.products import add_product
+from lowmem.convert.stages import integers
 from lowmem.convert.stages.capture import Group
 from lowmem.convert.stages.context import LayerContext, LinearReport, Stage
 from lowmem.convert.stages.sizes import FLOAT32, LayerSizes, packed_bytes
@@ -58,12 +59,16 @@ class RoundLinear(Stage):
             weight = _take_weight_t(context.linear(name), f"{context.spec.name}.{name}")
             wanted = _wanted(weight, name, context, config)
             result = gptq.quantize(weight, context.prepared, config, wanted=wanted)
-            del weight, wanted
+            del wanted
+            if context.recipe.trains(config):
+                width = gptq.group_width(config, self.linear.in_features)
+                order = context.prepared.order
+                context.starts[name] = integers.start_of(weight, result.scales, order, width)
+            del weight
         with context.seconds.of("pack"):
-            context.tensors.update(_packed(name, result, context.format(self.linear)))
+            context.tensors.update(packed(name, result, context.format(self.linear)))
         energy = context.captured.mean_energy(name)
         if context.recipe.config.tune_steps:
-            context.quantized[name] = result
             context.output_rms[name] = (energy / self.linear.out_features) ** 0.5
         report = LinearReport(
             name,
@@ -93,9 +98,8 @@ class RoundLinear(Stage):
     def leave(self, sizes: LayerSizes) -> None:
         weight, config = self.linear.in_features * self.linear.out_features, sizes.config(self.linear)
         sizes.dense -= weight * sizes.itemsize
-        # Tuning needs the integers, one byte each.
-        integers = weight if sizes.work.recipe.config.tune_steps else 0
-        sizes.packed += packed_bytes(self.linear, config) + integers
+        sizes.packed += packed_bytes(self.linear, config)
+        sizes.starts += weight * sizes.work.recipe.trains(config)
 
 
 class RestoreGroup(Stage):
@@ -190,7 +194,8 @@ def _wanted(
     return add_product(torch.zeros_like(weight_t, dtype=shared.dtype), shared, weight_t, rounded=True)
 
 
-def _packed(name: str, result: gptq.Quantized, format: LinearFormat) -> dict[str, torch.Tensor]:
+def packed(name: str, result: gptq.Quantized, format: LinearFormat) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized linear as they are stored, by their names in the layer."""
     n = result.codes.shape[0]
     width = n // result.scales.shape[0]
     return {

@@ -87,7 +87,9 @@ class LayerSizes:
     dense: int = 0
     """Dense tensors that are in memory now."""
     packed: int = 0
-    """Packed linears, and the integers that tuning still needs."""
+    """Packed linears."""
+    starts: int = 0
+    """Where training the integers begins, one byte a weight, until the layer is tuned."""
     hessians: int = 0
     lacking: dict[str, int] = field(default_factory=dict)
     """The matrices that say what linears lack, by the first linear of a group."""
@@ -100,7 +102,7 @@ class LayerSizes:
     @property
     def held(self) -> int:
         """Bytes held between two stages."""
-        return self.dense + self.packed + self.hessians + sum(self.lacking.values())
+        return self.dense + self.packed + self.starts + self.hessians + sum(self.lacking.values())
 
     @property
     def largest(self) -> int:

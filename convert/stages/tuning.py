@@ -1,34 +1,36 @@
-"""The stage that tunes a quantized layer's scales, biases and norms; its integers stay.
+"""The stage that tunes a quantized layer: its integers, scales, biases and norms together.
 
-All of them are trained together by Adam on the distance between the layer's output and that of the
-unquantized model (targets.py), over the calibration rows. Block-wise training of a quantized model's
-remaining parameters comes from EfficientQAT (Chen et al. 2024, arXiv:2407.11062); here only parameters whose
-rounding need not be learned are trained.
+They are trained on the distance between the layer's output and that of the unquantized model (targets.py),
+over the calibration rows: the integers as integers.py describes, the others by Adam. Block-wise training of
+all of a quantized layer's parameters comes from EfficientQAT (Chen et al. 2024, arXiv:2407.11062).
 
-Steps are relative: to the scale, to a norm's weights, to a linear's output. So one learning rate fits all
-models.
+Steps are relative: to a step of the grid, to the scale, to a norm's weights, to a linear's output. So one
+learning rate fits all models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from lowmem.convert.math.gptq import Quantized
+from lowmem.convert.math.gptq import group_width
 from lowmem.convert.math.grid import storable
 from lowmem.convert.stages.context import LayerContext, Stage
+from lowmem.convert.stages.integers import Product, TrainedWeight
 from lowmem.convert.stages.quantize import restore
-from lowmem.convert.stages.sizes import LayerSizes
+from lowmem.convert.stages.sizes import FLOAT32, LayerSizes
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
+from lowmem.models.architecture import LinearSpec
 from lowmem.streaming.layer_calls import replaced_forwards
 
-RATE = 2e-3
+RATE = 4e-3
 """Adam's learning rate in the first step; it falls linearly to 0."""
+INTEGER_RATE = 1e-3
+"""The usual change of a hidden value in the first step, in steps of the grid; it falls alike."""
 LOSS_SCALE = 2.0**16
 """Factor of the loss that keeps float16 gradients from vanishing; Adam's steps do not depend on it."""
 ADAM_EPS = 1e-12
@@ -39,10 +41,12 @@ CHECKS = 4
 
 @dataclass(frozen=True)
 class Tuned:
-    """The result of tuning one layer; both mappings are empty if no step reduced the error."""
+    """The result of tuning one layer; the mappings are empty if no step reduced the error."""
 
     scales: Mapping[str, torch.Tensor]
     """float16 [groups, out], by linear."""
+    words: Mapping[str, torch.Tensor]
+    """`qweight` of the linears whose integers were trained."""
     others: Mapping[str, torch.Tensor]
     """Biases and norms by their name in the layer, in the dtype they are stored in."""
     error_before: float
@@ -50,54 +54,32 @@ class Tuned:
     error_after: float
 
 
-class _Product(torch.autograd.Function):
-    """x @ (z * scale) for integers z, without a float32 gradient for every weight."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, scale, z)
-        return x @ _weight(z, scale, x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
-        x, scale, z = ctx.saved_tensors
-        back = grad @ _weight(z, scale, grad.dtype).T if ctx.needs_input_grad[0] else None
-        slope = x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])
-        groups, out = scale.shape
-        return back, (slope * z).view(groups, -1, out).sum(1, dtype=torch.float32), None
-
-
-def _weight(z: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """W^T [in, out] from integers z, int8 [in, out], and scales [groups, out]."""
-    groups, out = scale.shape
-    return (z.view(groups, -1, out) * scale[:, None].to(dtype)).view(z.shape)
-
-
 @dataclass
 class _Linear:
     """A quantized linear while it is tuned."""
 
     module: nn.Linear
-    z: torch.Tensor
-    """Integers minus zero-points [in, out], int8 where they fit."""
+    weight: TrainedWeight
     scale: torch.Tensor
     """float32 [groups, out]."""
     change: nn.Parameter
     """Relative change of the scale."""
 
     @classmethod
-    def of(cls, module: nn.Linear, found: Quantized, device: torch.device) -> _Linear:
-        width = found.codes.shape[0] // found.scales.shape[0]
-        z = found.codes.to(device, torch.int16)
-        z -= found.zeros.to(device, torch.int16).repeat_interleave(width, 0)
-        if int(z.min()) >= -128 and int(z.max()) <= 127:
-            z = z.to(torch.int8)
-        scale = found.scales.to(device, torch.float32)
-        return cls(module, z, scale, nn.Parameter(torch.zeros_like(scale)))
+    def of(cls, spec: LinearSpec, context: LayerContext) -> _Linear:
+        """A linear as it was rounded; what training begins at is taken from the context."""
+        config, format = context.config(spec), context.format(spec)
+        qweight, qzeros, scales = (
+            context.tensors[f"{spec.name}.{part}"] for part in ("qweight", "qzeros", "scales")
+        )
+        codes = unpack_rows(qweight, format.bits, format.layout)
+        zeros = unpack_zeros(qzeros, format.bits, format.layout).to(torch.uint8)
+        weight = TrainedWeight.of(codes, zeros, config.maxq, context.starts.pop(spec.name, None))
+        scale = scales.to(torch.float32)
+        return cls(context.linear(spec.name), weight, scale, nn.Parameter(torch.zeros_like(scale)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _Product.apply(x, self.scale * (1 + self.change), self.z)
+        y: torch.Tensor = Product.apply(x, self.scale * (1 + self.change), self.weight)
         return y if self.module.bias is None else y + self.module.bias.to(y.dtype)
 
     def stored(self) -> torch.Tensor:
@@ -127,6 +109,8 @@ class TuneLayer(Stage):
             tuned = tune(context)
             for name, scales in tuned.scales.items():
                 context.tensors[f"{name}.scales"] = scales
+            for name, words in tuned.words.items():
+                context.tensors[f"{name}.qweight"] = words
             for name, value in tuned.others.items():
                 context.tensors[name] = value
                 context.layer.get_parameter(name).data.copy_(value)
@@ -135,34 +119,35 @@ class TuneLayer(Stage):
             restore(context, context.recipe.quantized(context.spec))
 
     def peak(self, sizes: LayerSizes) -> int:
-        # The integers are signed now: asymmetric ones of 8 bits take two bytes.
-        signed = sum(
-            sizes.values([linear])
-            for linear in sizes.quantized
-            if sizes.config(linear).bits == 8 and not sizes.config(linear).sym
-        )
-        # One linear's weight and its gradient, and what the forward pass saves for the backward pass.
-        step = sizes.largest * (2 + 3 * sizes.itemsize) + 3 * sizes.forward(sizes.tokens_a_step) // 2
-        kept = sizes.values(sizes.layer.linears) - sizes.values(sizes.quantized)
+        wide = [one for one in sizes.quantized if sizes.config(one).bits == 8 and not sizes.config(one).sym]
+        trained = [one for one in sizes.quantized if sizes.work.recipe.trains(sizes.config(one))]
+        quantized, largest = sizes.values(sizes.quantized), sizes.largest
+        # Signed integers; their fractions of two bytes take the place of the starts of one.
+        integers = quantized + sizes.values(wide) + 2 * sizes.values(trained) - sizes.starts
+        # The scale, its change, the gradient and Adam's two moments; the product of the first two.
+        grids = [(one.out_features, one.in_features, sizes.config(one)) for one in sizes.quantized]
+        scales = 6 * FLOAT32 * sum(out * (n // group_width(config, n)) for out, n, config in grids)
+        # The weights of the step, the gradient of one, and what the forward pass saves for the backward pass.
+        step = (quantized + largest) * sizes.itemsize + 3 * sizes.forward(sizes.tokens_a_step) // 2
+        converted = largest * 5  # while one linear's words become integers, or integers words
+        kept = sizes.values(sizes.layer.linears) - quantized
         dense = kept * sizes.itemsize if sizes.work.replays else sizes.dense
-        return sizes.held - sizes.dense + dense + signed + step
+        return sizes.held - sizes.dense + dense + integers + scales + step + converted
 
     def leave(self, sizes: LayerSizes) -> None:
-        sizes.dense = sizes.whole
+        sizes.dense, sizes.starts = sizes.whole, 0
 
 
 def tune(context: LayerContext) -> Tuned:
-    """Tune scales, biases and norms of a quantized layer; the layer itself stays as it is.
+    """Tune a quantized layer; the layer itself and its tensors stay as they are.
 
-    `context.quantized` is emptied, since its integers are converted. A step takes `tuning_batch.rows` rows.
+    `context.starts` is emptied. A step takes `tuning_batch.rows` rows.
     """
     steps, states, batch = context.recipe.config.tune_steps, context.states, context.tuning_batch
     wanted = context.targets.output if context.targets else None
     assert wanted is not None
-    names = [linear.name for linear in context.recipe.quantized(context.spec)]
-    linears = {
-        name: _Linear.of(context.linear(name), context.quantized.pop(name), context.device) for name in names
-    }
+    specs = context.recipe.quantized(context.spec)
+    linears = {spec.name: _Linear.of(spec, context) for spec in specs}
     others = dict(_others(context.layer, linears, context.output_rms))
     starts = list(range(0, states.shape[0], batch.rows))
     checks = starts[:: max(1, len(starts) // CHECKS)][:CHECKS]
@@ -191,8 +176,14 @@ def tune(context: LayerContext) -> Tuned:
             linear.scale, linear.change = scales[name].float(), nn.Parameter(torch.zeros_like(linear.scale))
         after = checked(rounded)
     if not after < before:
-        return Tuned({}, {}, before, before)
-    return Tuned(scales, rounded, before, after)
+        return Tuned({}, {}, {}, before, before)
+    formats = {spec.name: context.format(spec) for spec in specs}
+    words = {
+        name: pack_rows(linear.weight.codes(), formats[name].bits, formats[name].layout)
+        for name, linear in linears.items()
+        if linear.weight.fraction is not None
+    }
+    return Tuned(scales, words, rounded, before, after)
 
 
 def _adam(
@@ -205,13 +196,15 @@ def _adam(
     """Train on one batch a step, in a random order that uses every batch before one repeats."""
     changes = [linear.change for linear in linears.values()] + [other.change for other in others.values()]
     optimizer = torch.optim.Adam(changes, lr=RATE, eps=ADAM_EPS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
     generator = torch.Generator().manual_seed(0)  # a resumed job must give the same bytes
     order: list[int] = []
     with torch.enable_grad():
-        for _ in range(steps):
+        for step in range(steps):
             order = order or torch.randperm(len(starts), generator=generator).tolist()
             optimizer.zero_grad()
+            for linear in linears.values():
+                linear.weight.rate = INTEGER_RATE * (1 - step / steps)
             loss = loss_of(starts[order.pop()], {name: other.value() for name, other in others.items()})
             (LOSS_SCALE * loss).backward()
             optimizer.step()

@@ -91,7 +91,7 @@ def label_of(config: QuantConfig, others: Mapping[str, object] | None = None, *,
     """
     if config.group_size == 0:
         raise ValueError("the group size is not chosen yet")
-    default = QuantConfig()
+    default = QuantConfig(bits=config.bits)
     parts = [f"{config.bits}bit", "row" if config.group_size == -1 else f"g{config.group_size}"]
     if mixed:
         parts.append("mixed")

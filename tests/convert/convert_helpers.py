@@ -99,7 +99,7 @@ def bytes_held(context: LayerContext) -> int:
     tensors += context.tensors.values()
     tensors += [hessian.sum for hessian in context.captured.hessians.values()]
     tensors += context.captured.lacking.values()
-    tensors += [integers.codes for integers in context.quantized.values()]
+    tensors += context.starts.values()
     if isinstance(context.prepared, Prepared):
         tensors.append(context.prepared.factor.matrix)
     if context.shared_lack is not None:

@@ -18,7 +18,7 @@ from lowmem.convert.recipe import Recipe
 from lowmem.convert.stages.sizes import Workload
 
 from lowmem.checkpoint.files import whole as whole_file
-from lowmem.config import QuantConfig
+from lowmem.config import EFFORTS, QuantConfig
 from lowmem.errors import MemoryBudgetError, OutputError
 from lowmem.models.architecture import inspect
 from lowmem.text.units import format_bytes
@@ -139,9 +139,16 @@ def test_starchat_alpha_converts_in_8_gib():
 
 def test_16_rows_take_4_and_a_half_gib():
     """What `python -m lowmem.benchmarks.experiments.peers.layer` converts: 8,192 tokens."""
-    assert starchat_plan(64 << 30, rows=16).host_peak <= 4.5 * (1 << 30)
+    fast = QuantConfig(bits=4, group_size=128, tune_steps=0)
+    assert starchat_plan(64 << 30, rows=16, config=fast).host_peak <= 4.5 * (1 << 30)
     tuned = starchat_plan(64 << 30, rows=16, config=QuantConfig(bits=4, group_size=128, tune_steps=32))
     assert tuned.host_peak <= 4.75 * (1 << 30)
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_every_effort_takes_less_than_5_gib(effort):
+    config = QuantConfig(bits=2, group_size=32, tune_steps=EFFORTS[effort].tune_steps)
+    assert starchat_plan(5 << 30, rows=EFFORTS[effort].rows, config=config).host_peak < 5 << 30
 
 
 def test_a_smaller_budget_gives_a_slower_plan_and_then_a_refusal():

@@ -17,7 +17,7 @@ from tests.helpers import REPO
 from tests.sanitizers.build import build, compiler, environment
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C compiler with AddressSanitizer")
-KINDS = ["packed", "dense", "attention", "step", "gemm", "layout", "rounding", "reading"]
+KINDS = ["packed", "dense", "attention", "step", "gemm", "layout", "rounding", "training", "reading"]
 
 
 def run(program: Path, *arguments: str) -> list[str]:

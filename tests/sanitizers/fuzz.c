@@ -484,6 +484,58 @@ static void rounding(void)
     }
 }
 
+static void training(void)
+{
+    what = "lm_train_run";
+    const int64_t width = ONE_OF(32, 64, 96, 160), groups = between(1, 6), n = width * groups, out = 16 * between(1, 9);
+    const size_t weights = (size_t)(n * out), grids = (size_t)(groups * out);
+    const int type = one_in(2) ? LM_BF16 : LM_F32, wild = one_in(6), maxq = (1 << ONE_OF(2, 3, 4, 6)) - 1;
+    lm_train job = {.inputs = n, .width = width, .out = out, .maxq = maxq, .slope_type = type, .most = 2, .rate = 0.3f,
+                    .keep = one_in(2) ? 0 : 0.9f, .slope = numbers((int64_t)weights, type, 1, wild),
+                    .scales = numbers((int64_t)grids, LM_F32, 0.1f, 0)};
+    uint8_t *zeros = exactly(grids, 1);
+    int8_t *z = exactly(weights, 1);
+    int16_t *fraction = exactly(weights * 2, 2);
+    float *squares = exactly((size_t)(n + out) * 4, 4), *first = NULL;
+    for (size_t i = 0; i < grids; i++)
+        zeros[i] = (uint8_t)between(0, maxq);
+    for (size_t i = 0; i < weights; i++) {
+        z[i] = (int8_t)(between(0, maxq) - zeros[i / (size_t)(width * out) * (size_t)out + i % (size_t)out]);
+        fraction[i] = (int16_t)between(-32768, 32767);
+    }
+    for (int64_t i = 0; i < n + out; i++)
+        squares[i] = (float)between(0, 100) * 0.01f;
+    job.zeros = zeros;
+    for (int i = 0; lm_isa_at(i); i++) {
+        if (!use_isa(i))
+            continue;
+        for (int turn = 0; turn < 2; turn++) {
+            lm_set_threads(turn ? (int)between(2, 4) : 1, NULL);
+            job.z = exactly(weights, 1), job.fraction = exactly(weights * 2, 2), job.scale_slope = exactly(grids * 4, 4);
+            job.rows = exactly((size_t)n * 4, 4), job.columns = exactly((size_t)out * 4, 4);
+            memcpy(job.z, z, weights);
+            memcpy(job.fraction, fraction, weights * 2);
+            memcpy(job.rows, squares, (size_t)n * 4);
+            memcpy(job.columns, squares + n, (size_t)out * 4);
+            lm_train_run(&job, exactly(lm_train_workspace(&job), 1));
+            float *all = exactly((2 * weights + grids + (size_t)(n + out)) * 4, 4), *next = all;
+            for (size_t w = 0; w < weights; w++) {
+                const int code = job.z[w] + zeros[w / (size_t)(width * out) * (size_t)out + w % (size_t)out];
+                if (code < 0 || code > maxq)
+                    differ("an integer and its bits");
+                *next++ = job.z[w], *next++ = job.fraction[w];
+            }
+            memcpy(next, job.scale_slope, grids * 4), next += grids;
+            memcpy(next, job.rows, (size_t)n * 4), next += n;
+            memcpy(next, job.columns, (size_t)out * 4);
+            if (!first)
+                first = all;
+            else if (memcmp(first, all, wild ? 2 * weights * 4 : (2 * weights + grids + (size_t)(n + out)) * 4))
+                differ("threads or instruction sets");
+        }
+    }
+}
+
 static void reading(void)
 {
     what = "lm_read";
@@ -500,8 +552,10 @@ static void reading(void)
 
 int main(int count, char **arguments)
 {
-    static void (*const kinds[])(void) = {packed, packed, packed, dense, attention, step, gemm, layout, rounding, reading};
-    static const char *const names[] = {"", "", "packed", "dense", "attention", "step", "gemm", "layout", "rounding", "reading"};
+    static void (*const kinds[])(void) = {packed, packed, packed, dense, attention, step, gemm, layout, rounding,
+                                         training, reading};
+    static const char *const names[] = {"", "", "packed", "dense", "attention", "step", "gemm", "layout", "rounding",
+                                         "training", "reading"};
     if (count < 3)
         return 2;
     const uint64_t seed = strtoull(arguments[1], NULL, 10);

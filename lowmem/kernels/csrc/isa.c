@@ -31,16 +31,16 @@ static int has_bf16(void) { return has_vnni() && HAS("avx512bf16"); }
 static const lm_isa table[] = {
 #if defined(__x86_64__)
     {"AVX-512 BF16", has_bf16, &lm_linear_avx512, &lm_attention_bf16, &lm_gemm_avx512, &lm_gemm_avx512_bf16,
-     lm_round_avx512, &lm_elementwise_avx2, lm_read_avx512},
+     lm_round_avx512, &lm_train_avx512, &lm_elementwise_avx2, lm_read_avx512},
     {"AVX-512 VNNI", has_vnni, &lm_linear_avx512, &lm_attention_avx2, &lm_gemm_avx512, &lm_gemm_avx512,
-     lm_round_avx512, &lm_elementwise_avx2, lm_read_avx512},
+     lm_round_avx512, &lm_train_avx512, &lm_elementwise_avx2, lm_read_avx512},
     {"AVX-512", has_avx512, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx512, &lm_gemm_avx512,
-     lm_round_avx512, &lm_elementwise_avx2, lm_read_avx512},
+     lm_round_avx512, &lm_train_avx512, &lm_elementwise_avx2, lm_read_avx512},
     {"AVX2", has_avx2, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx2, &lm_gemm_avx2,
-     lm_round_avx2, &lm_elementwise_avx2, lm_read_avx2},
+     lm_round_avx2, &lm_train_avx2, &lm_elementwise_avx2, lm_read_avx2},
 #endif
     {"portable C", always, &lm_linear_portable, &lm_attention_portable, &lm_gemm_portable, &lm_gemm_portable,
-     lm_round_portable, &lm_elementwise_portable, lm_read_portable},
+     lm_round_portable, &lm_train_portable, &lm_elementwise_portable, lm_read_portable},
 };
 
 enum { COUNT = sizeof table / sizeof table[0] };

@@ -25,6 +25,7 @@ typedef struct {
     const lm_attention_kernels *attention;
     const lm_gemm_kernels *gemm, *gemm_bf16; /* of float32 factors; of factors that may be rounded to bfloat16 */
     lm_round_slab *round;
+    const lm_train_kernels *train;
     const lm_elementwise_kernels *elementwise;
     lm_reader *read;
 } lm_isa;

@@ -20,7 +20,7 @@
 /* The version of these headers. Raise it with every change of a structure, constant or exported function: Python refuses
  * a library that was compiled from other headers. It also refuses one that lacks a function or a width of weights, so it may
  * stay when one is added. */
-enum { LM_CONTRACT = 7 };
+enum { LM_CONTRACT = 8 };
 LM_EXPORT int lm_contract(void);
 
 /* Number types. */

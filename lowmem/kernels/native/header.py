@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-CONTRACT = 7
+CONTRACT = 8
 
 F32, F16, BF16 = 0, 1, 2
 
@@ -158,6 +158,17 @@ class LmRound(ctypes.Structure):
     )
 
 
+class LmTrain(ctypes.Structure):
+    """A step of training the integers of a weight."""
+
+    _fields_ = _fields(
+        "int64 inputs width out",
+        "pointer slope z fraction scales zeros scale_slope rows columns",
+        "float keep rate most",
+        "int32 maxq slope_type",
+    )
+
+
 FUNCTIONS = {
     "lm_contract": "int",
     "lm_set_threads": "void int pointer",
@@ -185,6 +196,8 @@ FUNCTIONS = {
     "lm_permute": "void pointer int64 int64 pointer pointer",
     "lm_round_workspace": "size",
     "lm_round_run": "void pointer pointer",
+    "lm_train_workspace": "size pointer",
+    "lm_train_run": "void pointer pointer",
 }
 """The exported functions: their results and parameters, as in TYPES."""
 

@@ -1,4 +1,4 @@
-/* Products and rounding with AVX2 and FMA. Tiles are 6 x 16: 12 sums in registers. */
+/* Products, rounding and training with AVX2 and FMA. Tiles are 6 x 16: 12 sums in registers. */
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -6,8 +6,10 @@
 #define LANES 8
 #define FMA(a, b, c) ((vec)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define NAME lm_round_avx2
+#define TRAIN lm_train_avx2
 #include "pack.h"
 #include "round_slab.h"
+#include "train_unit.h"
 
 enum { ROWS = 6, COLUMNS = 16 };
 

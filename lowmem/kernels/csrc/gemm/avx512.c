@@ -1,4 +1,4 @@
-/* Products and rounding with AVX-512. Tiles are 12 x 32: 24 sums in registers; each word of k takes two vectors of b and 12
+/* Products, rounding and training with AVX-512. Tiles are 12 x 32: 24 sums in registers; each word of k takes two vectors of b and 12
  * values of a. */
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -7,8 +7,10 @@
 #define LANES 16
 #define FMA(a, b, c) ((vec)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define NAME lm_round_avx512
+#define TRAIN lm_train_avx512
 #include "pack.h"
 #include "round_slab.h"
+#include "train_unit.h"
 
 enum { ROWS = 12, COLUMNS = 32 };
 

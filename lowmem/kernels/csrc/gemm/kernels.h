@@ -1,9 +1,10 @@
-/* What an instruction set provides for matrix products and rounding. */
+/* What an instruction set provides for matrix products, rounding and training. */
 #ifndef LOWMEM_GEMM_KERNELS_H
 #define LOWMEM_GEMM_KERNELS_H
 
 #include "gemm.h"
 #include "round.h"
+#include "train.h"
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
@@ -54,6 +55,27 @@ typedef void lm_round_slab(const lm_round_shared *shared, float *buffers, int64_
 extern lm_round_slab lm_round_portable;
 #if defined(__x86_64__)
 extern lm_round_slab lm_round_avx2, lm_round_avx512;
+#endif
+
+/* ---- training ------------------------------------------------------------------------------------------------ */
+
+/* What all units of a step share. */
+typedef struct {
+    lm_train job;
+    int64_t unit;          /* rows of a unit: whole groups */
+    float *sums;           /* [units, out]: squared gradients, summed over the unit's rows */
+    float *row_factors;    /* [inputs] */
+    float *column_factors; /* [out]: the gradient for z times both is about 1 */
+} lm_train_shared;
+
+typedef struct {
+    void (*measure)(const lm_train_shared *shared, int64_t unit);
+    void (*move)(const lm_train_shared *shared, int64_t unit);
+} lm_train_kernels;
+
+extern const lm_train_kernels lm_train_portable;
+#if defined(__x86_64__)
+extern const lm_train_kernels lm_train_avx2, lm_train_avx512;
 #endif
 
 #endif

@@ -1,10 +1,12 @@
-/* Products and rounding in plain C. Compilers vectorize the tiles of 4 x 8; rounding uses vectors of 16 bytes. */
+/* Products, rounding and training in plain C. Compilers vectorize the tiles of 4 x 8; rounding uses vectors of 16 bytes. */
 #define TARGET
 #define LANES 4
 #define FMA(a, b, c) ((a) * (b) + (c))
 #define NAME lm_round_portable
+#define TRAIN lm_train_portable
 #include "pack.h"
 #include "round_slab.h"
+#include "train_unit.h"
 
 enum { ROWS = 4, COLUMNS = 8 };
 

@@ -2,9 +2,7 @@
  * LANES, the floats in a vector; FMA(a, b, c), a * b + c of vectors; and NAME, the function's name. */
 #include "kernels.h"
 #include "types.h"
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+#include "vectors.h"
 
 enum { VECTORS = LM_SLAB / LANES, PART = VECTORS < 4 ? VECTORS : 4, PARTS = VECTORS / PART };
 
@@ -13,10 +11,7 @@ typedef struct {
     vec v[PART];
 } wide;
 
-#define INLINE TARGET static inline __attribute__((always_inline))
 #define EACH _Pragma("GCC unroll 4") for (int v = 0; v < PART; v++)
-
-INLINE vec all_of(float x) { return x - (vec){0}; }
 
 INLINE wide wide_of(float x)
 {
@@ -36,13 +31,6 @@ INLINE void put(float *row, const wide *w)
 {
     EACH memcpy(row + v * LANES, &w->v[v], sizeof(vec));
 }
-
-INLINE vec pick(ivec where, vec yes, vec no) { return (vec)((where & (ivec)yes) | (~where & (ivec)no)); }
-INLINE vec smaller(vec a, vec b) { return pick(a < b, a, b); }
-INLINE vec larger(vec a, vec b) { return pick(a > b, a, b); }
-
-/* To nearest, ties to even, for |x| < 2^22. */
-INLINE vec rounded(vec x) { return (x + all_of(12582912.0f)) - all_of(12582912.0f); }
 
 INLINE vec onto_grid(vec x, vec low, vec high)
 {
