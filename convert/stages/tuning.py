@@ -27,8 +27,9 @@ from lowmem.checkpoint.packing import pack_rows, unpack_rows, unpack_zeros
 from lowmem.models.architecture import LinearSpec
 from lowmem.streaming.layer_calls import replaced_forwards
 
-RATE = 4e-3
-"""Adam's learning rate in the first step; it falls linearly to 0."""
+RATE = 1.2e-2
+"""Adam's learning rate in the first step, for the largest integer of a grid in its steps. So a scale's own is
+this over 2^(bits - 1); biases and norms have that of the narrowest linear. It falls linearly to 0."""
 INTEGER_RATE = 1e-3
 """The usual change of a hidden value in the first step, in steps of the grid; it falls alike."""
 LOSS_SCALE = 2.0**16
@@ -194,8 +195,12 @@ def _adam(
     steps: int,
 ) -> None:
     """Train on one batch a step, in a random order that uses every batch before one repeats."""
-    changes = [linear.change for linear in linears.values()] + [other.change for other in others.values()]
-    optimizer = torch.optim.Adam(changes, lr=RATE, eps=ADAM_EPS)
+    rates = [2 * RATE / (linear.weight.maxq + 1) for linear in linears.values()]
+    groups = [
+        {"params": [linear.change], "lr": rate} for linear, rate in zip(linears.values(), rates, strict=True)
+    ]
+    groups.append({"params": [other.change for other in others.values()], "lr": max(rates)})
+    optimizer = torch.optim.Adam(groups, eps=ADAM_EPS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
     generator = torch.Generator().manual_seed(0)  # a resumed job must give the same bytes
     order: list[int] = []

@@ -32,7 +32,7 @@ def lively(kind):
 
 
 def lively_layer(kind):
-    return LayerOfModel(lively(kind), rows=12, row_length=24)
+    return LayerOfModel(lively(kind), rows=12, row_length=64)
 
 
 def quantized(kind, folder, **options):
