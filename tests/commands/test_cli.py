@@ -208,6 +208,28 @@ def test_plain_is_gptq_alone(source, done):
     assert (plain / "model.safetensors").read_bytes() == (spelled / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("words", "steps", "rows"),
+    [
+        ([], 80, 128),
+        (["--effort", "fast"], 0, 128),
+        (["--effort", "best"], 256, 384),
+        (["--effort", "best", "--bits", "8"], 0, 384),
+        (["--effort", "best", "--rows", "16", "--tune-steps", "7"], 7, 16),
+        (["--effort", "best", "--plain"], 0, 384),
+        (["--bits", "8", "--tune-steps", "3"], 3, 128),
+    ],
+)
+def test_the_effort_sets_steps_and_rows(words, steps, rows, monkeypatch):
+    from lowmem.convert import pipeline
+
+    seen = []
+    monkeypatch.setattr(pipeline, "convert", lambda *a, **k: seen.append((a[2], k["calibration"])))
+    assert main(["convert", str(TINY_STARCHAT), "out", *words]) == 0
+    ((config, calibration),) = seen
+    assert (config.tune_steps, calibration.rows) == (steps, rows)
+
+
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A source that takes a while to convert, and the digests of its conversion."""
