@@ -24,6 +24,7 @@ from lowmem.benchmarks.experiments.curve.linears import (
     read_dense,
     read_gguf,
     read_gptq,
+    read_tuned,
 )
 from lowmem.benchmarks.experiments.curve.plot import draw
 from lowmem.benchmarks.experiments.curve.record import (
@@ -155,6 +156,14 @@ def test_the_divergence_is_that_of_the_model_with_the_version_s_weights(tmp_path
     fresh = tiny_model("gpt_bigcode_mqa")
     exact = [(Linear(n, "float32", 1, 32), fresh.get_submodule(n).weight) for n in evaluator.names]
     assert evaluator.divergences(exact)[1][0].kld == pytest.approx(0, abs=1e-9)
+    name = "transformer.h.0.ln_1.weight"
+    tuned = {name: 1.5 * fresh.get_parameter(name).detach()}
+    assert evaluator.divergences(exact, tuned)[1][0].kld > 1e-6
+    assert evaluator.divergences(exact)[1][0].kld == pytest.approx(0, abs=1e-9)
+    names = [*evaluator.small, "transformer.h.0.none"]
+    stored_norms = read_tuned(tmp_path / "three", names)
+    assert set(stored_norms) == set(evaluator.small)
+    assert torch.equal(stored_norms[name], model.get_parameter(name).detach())
     with pytest.raises(ValueError, match="1 linears for the"):
         evaluator.divergences(exact[:1])
     with pytest.raises(ValueError, match="shape"):

@@ -1,11 +1,12 @@
 """Evaluates versions alike: the unquantized model in float32 with a version's dequantized linears in it.
 
-Embedding, norms, biases and head stay as they are, so no kernel's arithmetic plays a part.
+A version's norms and biases replace the model's where its converter tuned them; embedding and head stay. So
+no kernel's arithmetic plays a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ class Evaluator:
 
     @cached_property
     def model(self) -> Any:
-        """The model in float32; `divergences` replaces its linears."""
+        """The model in float32; `divergences` replaces its linears, norms and biases."""
         import torch
 
         from lowmem.loading.loader import LoadOptions, load
@@ -61,17 +62,27 @@ class Evaluator:
         """The unquantized model's logits on each text, some rows at a time."""
         return {text.name: list(logits_of(self.model, text.rows)) for text in self.texts}
 
+    @cached_property
+    def small(self) -> dict[str, torch.Tensor]:
+        """The unquantized model's norms and biases, by name."""
+        return {name: value.detach() for name, value in self.model.named_parameters() if value.dim() == 1}
+
     def divergences(
-        self, linears: Iterable[tuple[Linear, torch.Tensor]]
+        self,
+        linears: Iterable[tuple[Linear, torch.Tensor]],
+        tuned: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[list[Linear], list[Divergence]]:
         """How a version's linears are stored, and its divergence on each text.
 
-        Raises ValueError unless the version has exactly the model's linears, in their shapes.
+        tuned: the version's norms and biases, those of the unquantized model where None. Raises ValueError
+        unless the version has exactly the model's linears, in their shapes.
         """
         from lowmem.benchmarks.quality.divergence import compare, standard_error
         from torch import nn
 
-        reference = self.reference  # before any linear is replaced
+        reference, small = self.reference, self.small  # before anything is replaced
+        for name, value in small.items():
+            self.model.get_parameter(name).data = (tuned or {}).get(name, value).to(value.dtype)
         stored = []
         for linear, weight in linears:
             module = self.model.get_submodule(linear.name)

@@ -73,6 +73,14 @@ def read_gptq(folder: Path, names: Iterable[str]) -> Iterator[tuple[Linear, torc
             yield of_grid(name, weight.numel(), stored.bits, group), weight
 
 
+def read_tuned(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Tensors of a GPTQ folder by name, such as norms and biases; those that it lacks are left out."""
+    from lowmem.checkpoint.source.open import open_source
+
+    source = open_source(str(folder))
+    return {name: source.dense(name).float() for name in names if name in source.infos}
+
+
 def read_gguf(file: Path, names: Iterable[str], config: Any) -> Iterator[tuple[Linear, torch.Tensor]]:
     """The linears of a GGUF file, dequantized by the package gguf. config: transformers', of the model."""
     import gguf

@@ -26,8 +26,9 @@ from lowmem.benchmarks.experiments.curve.linears import (
     read_dense,
     read_gguf,
     read_gptq,
+    read_tuned,
 )
-from lowmem.benchmarks.experiments.curve.record import AUTOSCHEME, GROUP_SIZE, UNIFORM, Point, Version
+from lowmem.benchmarks.experiments.curve.record import AUTOSCHEME, GROUP_SIZE, MIXED, UNIFORM, Point, Version
 from lowmem.benchmarks.experiments.peers.run import GGUF_TYPES, STEPS, Run, StepError, quantize_command
 from lowmem.benchmarks.experiments.peers.steps import mean_square_inputs, stored_dtype
 
@@ -78,7 +79,9 @@ class Curve:
             return found
         try:
             conversion = self.convert(version)
-            stored, texts = self.evaluator.divergences(self.linears(version, conversion))
+            linears, ours = self.linears(version, conversion), version.family in (MIXED, UNIFORM)
+            tuned = read_tuned(self.path_of(version), self.evaluator.small) if ours else None
+            stored, texts = self.evaluator.divergences(linears, tuned)
         except (StepError, LowmemError, ValueError) as error:
             return Point(version.label, version.family, version.target, 0.0, (), (), str(error))
         point = Point(
