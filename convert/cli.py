@@ -35,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="default",
         help="time for quality: "
         + "; ".join(
-            f"{name}: {effort.tune_steps} steps of tuning, {effort.rows} rows"
+            f"{name}: {effort.tune_steps} steps of tuning, {effort.rows} rows, "
+            f"{effort.hours} hours for StarChat Alpha on 2 cores"
             for name, effort in EFFORTS.items()
         )
         + " (default: %(default)s)",

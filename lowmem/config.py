@@ -40,9 +40,11 @@ class Effort:
     """See QuantConfig.tune_steps; above TRAINED_BITS bits there are none."""
     rows: int
     """Rows of calibration text."""
+    hours: int
+    """About the time that StarChat Alpha takes on a CPU with 2 cores (docs/convert.md, Effort)."""
 
 
-EFFORTS = {"fast": Effort(0, 128), "default": Effort(80, 128), "best": Effort(256, 384)}
+EFFORTS = {"fast": Effort(0, 128, 7), "default": Effort(80, 128, 13), "best": Effort(256, 384, 39)}
 """By the names of `lowmem convert --effort`."""
 
 
