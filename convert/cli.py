@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     from lowmem.plan.device import is_out_of_memory, parse_bytes
 
     effort, bits = EFFORTS[args.effort], args.bits or QuantConfig.bits
-    steps = effort.tune_steps if bits <= TRAINED_BITS else 0
+    steps = effort.steps(bits) if args.tune_steps is None else args.tune_steps
     config = QuantConfig(
         bits=bits,
         group_size=args.group_size,
@@ -200,7 +200,7 @@ def run(args: argparse.Namespace) -> int:
         true_sequential=args.true_sequential,
         correction=0.0 if args.plain else args.correction,
         passes=0 if args.plain else args.passes,
-        tune_steps=0 if args.plain else steps if args.tune_steps is None else args.tune_steps,
+        tune_steps=0 if args.plain else steps,
     )
     calibration = CalibrationSpec(
         args.calibration, effort.rows if args.rows is None else args.rows, args.row_length, args.seed

@@ -37,11 +37,15 @@ class Effort:
     """How much time a conversion spends on its quality."""
 
     tune_steps: int
-    """See QuantConfig.tune_steps; above TRAINED_BITS bits there are none."""
+    """See QuantConfig.tune_steps; up to TRAINED_BITS bits."""
     rows: int
     """Rows of calibration text."""
     hours: int
     """About the time that StarChat Alpha takes on a CPU with 2 cores (docs/convert.md, Effort)."""
+
+    def steps(self, bits: int) -> int:
+        """Steps of tuning a model of that many bits: none above TRAINED_BITS."""
+        return self.tune_steps if bits <= TRAINED_BITS else 0
 
 
 EFFORTS = {"fast": Effort(0, 128, 7), "default": Effort(80, 128, 13), "best": Effort(256, 384, 39)}
@@ -93,8 +97,7 @@ class QuantConfig:
         if not 0 <= self.passes <= 100:
             raise RecipeError(f"passes {self.passes} is not between 0 and 100", "Use 2")
         if self.tune_steps == -1:
-            steps = EFFORTS["default"].tune_steps if self.bits <= TRAINED_BITS else 0
-            object.__setattr__(self, "tune_steps", steps)
+            object.__setattr__(self, "tune_steps", EFFORTS["default"].steps(self.bits))
         if not 0 <= self.tune_steps <= 100_000:
             raise RecipeError(
                 f"tune steps {self.tune_steps} is not between 0 and 100000",

@@ -115,14 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         origin = origin_here("efforts", words, "tiny-starchat")
         wanted = tuple(args.only.split(","))
         found = []
-        for effort in EFFORTS:
-            for bits, group in WIDTHS:
+        for bits, group in WIDTHS:
+            for effort in EFFORTS:
                 if f"{bits}bit-g{group}-{effort}".startswith(wanted):
                     say(f"{bits} bits in groups of {group}, effort {effort}")
                     found.append(measured(args.work.resolve(), bits, group, effort))
-        order = {width: number for number, width in enumerate(WIDTHS)}
-        labels = {f"{bits}-bit g{group}": order[bits, group] for bits, group in WIDTHS}
-        found.sort(key=lambda one: labels[one.quality.subject.label])  # efforts stay in their order
         return Efforts(origin, tuple(found))
 
     return experiment.run(args, all_of_them)

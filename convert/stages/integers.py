@@ -39,15 +39,13 @@ _FINE = 1 << 16
 """Units of a fraction in a step of the grid."""
 
 
-def start_of(
-    error: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | None, width: int
-) -> torch.Tensor:
+def start_of(error: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """The fractions at which training starts: int8 [in, out], in 256ths of a step.
 
-    error: W - Q [in, out], rows in `order`. scales: [groups, out] in the checkpoint's order, of `width`
-    inputs each.
+    error: W - Q [in, out], rows in `order`. scales: [groups, out] in the checkpoint's order.
     """
     n, out = error.shape
+    width = n // scales.shape[0]
     order = torch.arange(n, device=error.device) if order is None else order
     found = torch.empty(n, out, dtype=torch.int8, device=error.device)
     rows = max(1, SLICE_VALUES // out)

@@ -61,9 +61,7 @@ class RoundLinear(Stage):
             result = gptq.quantize(weight, context.prepared, config, wanted=wanted)
             del wanted
             if context.recipe.trains(config):
-                width = gptq.group_width(config, self.linear.in_features)
-                order = context.prepared.order
-                context.starts[name] = integers.start_of(weight, result.scales, order, width)
+                context.starts[name] = integers.start_of(weight, result.scales, context.prepared.order)
             del weight
         with context.seconds.of("pack"):
             context.tensors.update(packed(name, result, context.format(self.linear)))

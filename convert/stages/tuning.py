@@ -195,13 +195,18 @@ def _adam(
     steps: int,
 ) -> None:
     """Train on one batch a step, in a random order that uses every batch before one repeats."""
+
+    def left(step: int) -> float:
+        """The share of the first step's rates."""
+        return 1 - step / steps
+
     rates = [2 * RATE / (linear.weight.maxq + 1) for linear in linears.values()]
     groups = [
         {"params": [linear.change], "lr": rate} for linear, rate in zip(linears.values(), rates, strict=True)
     ]
     groups.append({"params": [other.change for other in others.values()], "lr": max(rates)})
     optimizer = torch.optim.Adam(groups, eps=ADAM_EPS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, left)
     generator = torch.Generator().manual_seed(0)  # a resumed job must give the same bytes
     order: list[int] = []
     with torch.enable_grad():
@@ -209,7 +214,7 @@ def _adam(
             order = order or torch.randperm(len(starts), generator=generator).tolist()
             optimizer.zero_grad()
             for linear in linears.values():
-                linear.weight.rate = INTEGER_RATE * (1 - step / steps)
+                linear.weight.rate = INTEGER_RATE * left(step)
             loss = loss_of(starts[order.pop()], {name: other.value() for name, other in others.items()})
             (LOSS_SCALE * loss).backward()
             optimizer.step()

@@ -137,7 +137,7 @@ def test_training_starts_at_the_unquantized_weights(order):
     hessian, weight_t = hessian_of(correlated(400, n)).float(), weight_of(n, out).float()
     prepared, error = prepare(hessian, config), weight_t.clone()
     result = quantize(error, prepared, config)
-    start = start_of(error, result.scales, prepared.order, 32)
+    start = start_of(error, result.scales, prepared.order)
     scales = result.scales.double().repeat_interleave(32, 0)
     wanted = (weight_t.double() - dequantized(result, n).double()) / scales
     inside = wanted.abs() < 0.48

@@ -92,7 +92,7 @@ def round_alone(one, config, context):
         prepared = prepare(x.T @ x / len(x), config)
         result = quantize(weight, prepared, config)
         context.tensors.update(packed(s.name, result, context.format(s)))
-        context.starts[s.name] = start_of(weight, result.scales, prepared.order, config.group_size)
+        context.starts[s.name] = start_of(weight, result.scales, prepared.order)
         outputs = torch.cat([b.reshape(-1) for _, b in seen[s.name]])
         context.output_rms[s.name] = float(outputs.square().mean().sqrt())
 
