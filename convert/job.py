@@ -26,9 +26,10 @@ from typing import Any
 from lowmem.convert.stages.context import LayerFiles, LinearReport
 
 from lowmem.checkpoint.files.lock import take
-from lowmem.checkpoint.files.whole import as_output_error, sync_folder, write_json
+from lowmem.checkpoint.files.whole import as_output_error, write_json
 from lowmem.checkpoint.manifest import MANIFEST_FILE
 from lowmem.errors import OutputError, RecipeError
+from lowmem.platform import system
 
 JOB_VERSION = 1
 """Version of job.json."""
@@ -53,7 +54,7 @@ class ConversionJob:
     """The folder beside OUT in which a conversion works until it is complete."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out
+        self.out = system.extended(out)
         self.folder = out.with_name(out.name + ".partial")
         self.state = JobState({})
         self.resumed = False
@@ -231,14 +232,11 @@ class ConversionJob:
 
         If that fails, the next conversion into the same folder removes it.
         """
-        self.remove_waste()
-        with contextlib.suppress(OSError):
-            os.rename(self.folder, self._waste)
-        self.remove_waste()
+        system.remove_folder(self.folder, self._waste, "job.json")
 
     def publish(self) -> None:
         """Rename the finished result to OUT, and remove the job's folder."""
-        sync_folder(self.result)
+        system.flush_folder(self.result)
         self.state.publishing = True
         self.commit()
         old = self._replaced
@@ -246,7 +244,7 @@ class ConversionJob:
             if os.path.lexists(self.out) and any(self.out.iterdir()):
                 os.rename(self.out, old)
             os.rename(self.result, self.out)
-            sync_folder(self.out.parent)
+            system.flush_folder(self.out.parent)
         except OSError as error:
             if old.exists() and not self.out.exists():
                 os.rename(old, self.out)

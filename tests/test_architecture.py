@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 RANKS = {
     "lowmem": 0,
     "lowmem.errors": 0,
+    "lowmem.platform": 0,
     "lowmem.config": 1,
     "lowmem.debug": 1,
     "lowmem.cards": 1,
@@ -186,6 +187,27 @@ def test_no_pickle_but_torchs_own_safe_loading():
                 for keyword in node.keywords:
                     if keyword.arg == "trust_remote_code":
                         assert ast.unparse(keyword.value) == "False", path
+
+
+def test_only_the_platform_package_needs_an_operating_system() -> None:
+    """Modules that some systems lack are imported there alone, and inside the sandbox, which is Linux's."""
+    lacking = {"fcntl", "grp", "msvcrt", "posix", "pty", "pwd", "resource", "termios", "tty", "winreg"}
+    allowed = ("lowmem.platform.", "lowmem.benchmarks.humaneval.lockdown", "lowmem.benchmarks.experiments.")
+    found = {
+        f"{module_of(path)} imports {name}"
+        for path in FILES
+        if not module_of(path).startswith(allowed)
+        for node in ast.walk(tree_of(path))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+        if name.partition(".")[0] in lacking
+    }
+    assert found == set()
 
 
 def test_every_package_is_installed() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 from lowmem.benchmarks.common.processes import hardware
@@ -14,6 +13,7 @@ from lowmem.benchmarks.common.records import Machine, Origin
 
 from lowmem import __version__
 from lowmem.cards.find import cards_of
+from lowmem.platform import system
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "gptqmodel")
 
@@ -27,7 +27,7 @@ def machine_here(device: str = "cpu") -> Machine:
 
         card = cards_of(device).properties(torch.device(device))
         name, memory = card.name, card.total
-    cores = len(os.sched_getaffinity(0))
+    cores = len(system.usable_cores())
     return Machine(found["cpu"], tuple(found["flags"]), cores, found["memory_bytes"], name, memory)
 
 
@@ -46,10 +46,10 @@ def origin_of(argv: Sequence[str], source: str, source_digest: str, device: str 
     """Describe a measurement that starts now. argv: the words after `lowmem`."""
     return Origin(
         command=shlex.join(["lowmem", *argv]),
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
         machine=machine_here(device),
         versions=versions(),
         source=source,
         source_digest=source_digest,
-        load_average=round(os.getloadavg()[0], 2),
+        load_average=round(system.load_average(), 2),
     )

@@ -10,7 +10,7 @@ There are four layers, and none of them can be removed again:
 - resource limits: CPU time, memory, file size, open files, no core dump.
 
 Landlock and seccomp are required: `lock_down` raises if one of them is refused. This runs in a bare
-interpreter and imports only the standard library.
+interpreter of Linux and imports only the standard library.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ import ctypes
 import errno
 import os
 import platform
-import resource
 import signal
 import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+assert sys.platform == "linux"  # and type checkers read on only there
+
+import resource  # noqa: E402
 
 FILES = 256
 """Most files in the folder, if it is a file system of its own."""

@@ -48,6 +48,7 @@ from lowmem.benchmarks.humaneval import sandbox_child
 sandbox_child.main()
 """
 """Imports the child from its folder under stub packages: a bare interpreter has no site-packages."""
+_NEEDS_LINUX = f"the sandbox needs Linux, and this is {sys.platform}"
 _TICK = 0.05
 """Seconds between two checks of the folder's size."""
 _MOST_FILES = 256
@@ -119,7 +120,7 @@ class Capabilities:
 def capabilities() -> Capabilities:
     """Run a program in the sandbox that attempts each forbidden action."""
     if sys.platform != "linux":
-        return Capabilities(reason=f"the sandbox needs Linux, and this is {sys.platform}")
+        return Capabilities(reason=_NEEDS_LINUX)
     with tempfile.TemporaryDirectory(prefix="lowmem-probe-") as outside, _folder() as folder:
         other = Path(outside) / "other"
         other.write_text("untouched")
@@ -220,6 +221,8 @@ class _Child:
         self.code: int | None = None
         self.out_of_time = False
         self._limits = limits
+        if sys.platform != "linux":
+            raise SandboxError(_NEEDS_LINUX)
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", _START.format(folder=str(_FOLDER))],
             stdin=subprocess.PIPE,
@@ -257,6 +260,8 @@ class _Child:
 
     def kill(self) -> None:
         """Kill it and its process group if it has not ended, and read the rest of its output."""
+        if sys.platform != "linux":
+            raise SandboxError(_NEEDS_LINUX)
         if self.code is not None:
             return
         try:
@@ -317,6 +322,8 @@ def _wait(
 
 def _too_much(folder: Path, most: int) -> bool:
     """Whether the folder holds too much; not needed if it is a file system of limited size."""
+    if sys.platform != "linux":
+        raise SandboxError(_NEEDS_LINUX)
     total = 0
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries, 1):

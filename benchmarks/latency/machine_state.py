@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from lowmem.platform import system
 from lowmem.text.units import format_bytes
 
 CPUFREQ = Path("/sys/devices/system/cpu")
@@ -31,7 +32,7 @@ class Before:
 
 def look_before(load_average: float, seconds: float = 0.5) -> Before:
     """Measure the CPU time of other processes for `seconds`. load_average: of one minute."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(system.usable_cores())
     lines = [load_warning(load_average, cores), _battery(), governor_warning()]
     lines += busy_warnings(*_processor_times(seconds), seconds)
     return Before(tuple(line for line in lines if line), _swapped())

@@ -7,7 +7,6 @@ the measurement is complete, so the same command resumes an interrupted one.
 from __future__ import annotations
 
 import json
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ from lowmem.benchmarks.common.work_file import WorkFile
 from lowmem.benchmarks.latency.planning import PlannedVersion
 from lowmem.benchmarks.latency.tasks import Timings, TimingTask
 from lowmem.benchmarks.report.numbers import duration
+
+from lowmem.platform import system
 
 PROCESS = "lowmem.benchmarks.latency.timing"
 WORK_FILE = "latency.rounds.jsonl"
@@ -148,8 +149,8 @@ def _failure(code: int, log: Path) -> str:
     That is its exit code and the last line of its log or, after SIGKILL, that memory probably ran out.
     A negative `code` is a signal number.
     """
-    if code == -signal.SIGKILL:
-        return f"killed by the system, probably because memory ran out (exit code {128 + signal.SIGKILL})"
+    if system.was_killed(code):
+        return f"killed by the system, probably because memory ran out (exit code {128 - code})"
     said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = "".join(c if c.isprintable() else "?" for c in said[-1][:300]) if said else "no message"
     return f"failed with exit code {code if code >= 0 else 128 - code}: {last}"

@@ -8,11 +8,8 @@ process does nothing else.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +24,7 @@ from lowmem.benchmarks.latency.roofline import look
 from lowmem.benchmarks.latency.tasks import BatchTime, DecodeTime, Lengths, PromptTime, Timings, TimingTask
 
 from lowmem.cards.find import cards_of, is_card, synchronize
+from lowmem.platform import system
 
 if TYPE_CHECKING:
     import torch
@@ -214,10 +212,7 @@ def main() -> int:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
     # If memory runs out, Linux ends this process before the user's others; it also ends with its parent.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    system.die_with_parent()
 
     def answer(kind: str, value: object) -> None:
         print(json.dumps({kind: value}), file=out)

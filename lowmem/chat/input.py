@@ -20,6 +20,7 @@ from prompt_toolkit.styles import Style
 
 from lowmem.chat.store import state_folder
 from lowmem.errors import OutputError
+from lowmem.platform import system
 
 _PROMPT, _CONTINUATION = "> ", "  "
 _LARGEST_ENTRY = 20_000  # characters; longer messages, such as pasted files, are not kept
@@ -209,10 +210,11 @@ def open_history(notify: Callable[[str], None]) -> History:
         return _RunHistory()
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o600)
+        handle = os.open(
+            path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o600
+        )
         try:
-            if os.fstat(handle).st_mode & 0o077:
-                os.fchmod(handle, 0o600)
+            system.keep_private(handle)
             _keep_newest(handle)
         finally:
             os.close(handle)
@@ -249,8 +251,8 @@ def _keep_newest(handle: int) -> None:
     size = os.fstat(handle).st_size
     if size <= _LARGEST_HISTORY:
         return
-    data = os.pread(handle, size, size // 2)
+    data = system.read_at(handle, size, size // 2)
     start = data.find(b"\n# ")
     kept = data[start:] if start >= 0 else b""
-    os.pwrite(handle, kept, 0)
+    system.write_at(handle, kept, 0)
     os.ftruncate(handle, len(kept))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,15 +10,10 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from lowmem.errors import OutputError
+from lowmem.platform import system
 from lowmem.text.standard import ReaderGone
 
-try:
-    import termios
-except ImportError:  # Windows, where the console echoes only during a read
-    termios = None  # type: ignore[assignment]
-
 TERMINATED = 143  # the exit code that a shell reports for SIGTERM
-_INPUT_FLAGS, _LOCAL_FLAGS, _CONTROL_CHARACTERS = 0, 3, 6  # indexes into termios' list of attributes
 _SHOW_CURSOR, _NO_BRACKETED_PASTE, _WRAP, _NO_COLOUR = "\x1b[?25h", "\x1b[?2004l", "\x1b[?7h", "\x1b[0m"
 
 
@@ -62,44 +56,37 @@ class Interrupts:
 @contextmanager
 def quiet_keyboard() -> Iterator[None]:
     """Keys are not echoed but kept for the next prompt. Ctrl-C works, Ctrl-Z does not."""
-    try:
-        handle = sys.stdin.fileno()
-        before = termios.tcgetattr(handle) if termios else None
-    except (OSError, ValueError, AttributeError):
-        before = None
+    handle, before = _console()
     if before is None:
         yield
         return
-    quiet: list[Any] = [list(part) if isinstance(part, list) else part for part in before]
-    quiet[_LOCAL_FLAGS] &= ~(termios.ECHO | termios.ICANON)
-    quiet[_LOCAL_FLAGS] |= termios.NOFLSH  # or Ctrl-C would discard pending output
-    quiet[_INPUT_FLAGS] &= ~termios.ICRNL
-    quiet[_CONTROL_CHARACTERS][termios.VSUSP] = b"\0"  # or the answer would be drawn over the shell
     try:
-        termios.tcsetattr(handle, termios.TCSANOW, quiet)
+        system.quiet_console(handle, before)
         yield
     finally:
-        termios.tcsetattr(handle, termios.TCSANOW, before)
+        system.set_console(handle, before)
 
 
 def forget_typed() -> None:
     """Discard keys that were typed ahead, as Ctrl-C does in a shell."""
+    handle, modes = _console()
+    if modes is not None:
+        system.discard_typed(handle)
+
+
+def _console() -> tuple[int, Any]:
+    """The handle of standard input and the modes of its terminal, None if it is none."""
     try:
-        if termios:
-            termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
+        handle = sys.stdin.fileno()
     except (OSError, ValueError, AttributeError):
-        pass  # no terminal
+        return -1, None
+    return handle, system.console_modes(handle)
 
 
 @contextmanager
 def restored_terminal() -> Iterator[None]:
     """Restore the terminal's modes after the block, however it ends. SIGTERM raises SystemExit inside."""
-    handle, before = None, None
-    try:
-        handle = sys.stdin.fileno()
-        before = termios.tcgetattr(handle) if termios and os.isatty(handle) else None
-    except (OSError, ValueError, AttributeError):
-        pass
+    handle, before = _console()
     old = signal.signal(signal.SIGTERM, _leave)
     try:
         yield
@@ -113,11 +100,8 @@ def restored_terminal() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGTERM, old)
-        if handle is not None and before is not None:
-            try:
-                termios.tcsetattr(handle, termios.TCSANOW, before)
-            except OSError:
-                pass
+        if before is not None:
+            system.set_console(handle, before)
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:

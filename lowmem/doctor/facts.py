@@ -12,6 +12,8 @@ from lowmem.text.units import format_bytes
 
 NEEDED = ("torch", "transformers")
 _LEAST_DISK = 10 << 30
+_NO_FLAGS = {True: "no vector extensions that lowmem uses", False: "the kernels find what it supports"}
+"""Whether the system is Linux, which lists them → what is said without any."""
 _UNPROVED = "lowmem's kernels were run in its interpreter and compiled for cards, but never run on one by us"
 _LEAST_CAPABILITY = (7, 5)  # Turing: the minimum of Marlin and Triton
 
@@ -26,6 +28,9 @@ def facts(machine: Machine) -> Checks:
 
 def _software(machine: Machine) -> Checks:
     yield Check("system", "python", "ok", f"{machine.python} on {machine.platform}")
+    if untried := _untried(machine.platform):
+        advice = "Please report what does not work"
+        yield Check("system", "operating system", "warning", untried, advice)
     for name in NEEDED:
         version = machine.versions.get(name)
         if version is None:
@@ -40,6 +45,18 @@ def _software(machine: Machine) -> Checks:
             yield Check("system", name, "ok", f"{version}, built for {build}")
         else:
             yield Check("system", name, "ok", version)
+
+
+def _untried(platform: str) -> str:
+    """What was not run on a system, by platform.platform(); "" for Linux on x86-64."""
+    name = platform.partition("-")[0]
+    if name == "Windows":
+        return "lowmem's kernels ran in Wine, the rest with stand-ins for Windows; nothing on Windows by us"
+    if name == "macOS":
+        return "lowmem and its kernels were compiled and checked for macOS, but never run there by us"
+    if "aarch64" in platform or "arm64" in platform:
+        return "lowmem's kernels for ARM ran in an emulator, but never on a processor by us"
+    return "" if name == "Linux" else f"lowmem was never run on {name} by us"
 
 
 def _drivers(machine: Machine) -> Checks:
@@ -135,7 +152,7 @@ def _compilers(machine: Machine) -> Checks:
 
 
 def _host(machine: Machine) -> Checks:
-    flags = ", ".join(sorted(machine.flags)) or "no vector extensions that lowmem uses"
+    flags = ", ".join(sorted(machine.flags)) or _NO_FLAGS[machine.platform.startswith("Linux")]
     if machine.flags & {"avx2", "avx512f"} or "x86" not in machine.platform:
         yield Check("host", "CPU", "ok", f"{machine.cpu}: {flags}")
     else:

@@ -13,6 +13,7 @@ from lowmem.cards.find import cards_of, found_cards
 from lowmem.cards.kinds import KINDS
 from lowmem.errors import OutputError
 from lowmem.kernels.triton.presence import compiler, nvcc
+from lowmem.platform import system
 
 PACKAGES = ("torch", "transformers", "gptqmodel", "bitsandbytes", "triton")
 _TRITONS = (
@@ -111,7 +112,7 @@ def look() -> Machine:
         nvcc=nvcc(),
         compiler=compiler(),
         cpu=machine_name(),
-        flags=_cpu_flags(),
+        flags=frozenset(CPU_FLAGS) & system.processor_flags(),
         memory_total=int(psutil.virtual_memory().total),
         memory_available=host_memory_available(),
         limit=_memory_limit(),
@@ -173,13 +174,6 @@ def _driver_library() -> ctypes.CDLL | None:
         with contextlib.suppress(OSError):
             return ctypes.CDLL(name)
     return None
-
-
-def _cpu_flags() -> frozenset[str]:
-    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        flags = next(line for line in lines if line.startswith("flags")).split()
-        return frozenset(CPU_FLAGS) & set(flags)
-    return frozenset()
 
 
 def _memory_limit() -> int | None:

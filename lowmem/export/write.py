@@ -18,6 +18,7 @@ from lowmem.config import SLICE_WEIGHTS
 from lowmem.errors import OutputError
 from lowmem.export.blocks import Bytes, LinearEncoder, decode, encode_dense
 from lowmem.export.tensors import Stored
+from lowmem.platform import system
 
 _ALIGNMENT = 32
 """Of tensors in the file: gguf's default."""
@@ -81,7 +82,7 @@ def write_file(
                 begin = stream.tell()
                 stream.write(data.data)
                 stream.flush()
-                read = os.pread(stream.fileno(), data.nbytes, begin)
+                read = system.read_at(stream.fileno(), data.nbytes, begin)
                 found = decode(read, stored.kind, tuple(expected.shape))
                 _compare(stored, expected, found, losses)
                 progress(data.nbytes)

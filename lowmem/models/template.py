@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from lowmem.platform import system
 from lowmem.text.tokenizing import panics_told
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def render_template(
     """The text of messages in the tokenizer's own chat template; see `apply_template`."""
     template = chosen_template(tokenizer, options.get("tools"))
     check_template(template)
-    with _limited_memory(), _counted_lines():
+    with system.allow_more_memory(MEMORY), _counted_lines():
         text: Any = tokenizer.apply_chat_template(
             list(messages), chat_template=template, tokenize=False, **options
         )
@@ -189,24 +190,3 @@ def _counted_lines() -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
-
-
-@contextlib.contextmanager
-def _limited_memory() -> Iterator[None]:
-    """Limit the address space to MEMORY bytes more than now; does nothing on systems without such limits."""
-    if sys.platform != "linux":
-        yield
-        return
-    import resource
-
-    with _LIMITING:
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        with open("/proc/self/statm") as stream:
-            most = int(stream.read().split()[0]) * resource.getpagesize() + MEMORY
-        if soft != resource.RLIM_INFINITY:
-            most = min(most, soft)
-        try:
-            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from lowmem.checkpoint.cache import cache_root
 from lowmem.checkpoint.files.whole import write_json
 from lowmem.errors import OutputError
 from lowmem.plan.device import host_memory_available
+from lowmem.platform import system
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +70,7 @@ def measure_host() -> float:
     """Bytes per second: the best of several passes of all cores over a buffer larger than the caches."""
     import numpy
 
-    threads = len(usable_cores())
+    threads = len(system.usable_cores())
     part = _buffer_bytes() // threads // 8
     with ThreadPoolExecutor(threads) as pool:
         # Each thread fills its own part, which the system then places near its core.
@@ -106,20 +105,8 @@ def card_bandwidth(device: torch.device) -> float:
 
 def machine_name() -> str:
     """The CPU's model and the number of cores that this process may use."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        model = next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model
-        )
-    count = len(usable_cores())
-    return f"{model}, {count} core{'s' * (count != 1)}"
-
-
-def usable_cores() -> set[int]:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+    count = len(system.usable_cores())
+    return f"{system.processor_name()}, {count} core{'s' * (count != 1)}"
 
 
 def _buffer_bytes() -> int:

@@ -5,7 +5,6 @@ torch is imported only by the functions that ask a card: planning without one mu
 
 from __future__ import annotations
 
-import ctypes
 import re
 import sys
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lowmem.cards.find import cards_of, is_card
 from lowmem.errors import MemoryBudgetError, RecipeError
 from lowmem.kernels.registry import KernelSupport
 from lowmem.kernels.triton.presence import why_not_triton
+from lowmem.platform import system
 
 if TYPE_CHECKING:
     import torch
@@ -63,27 +63,13 @@ def host_memory_used() -> int:
 
 def host_memory_peak() -> int:
     """Peak of the resident bytes of this process."""
-    peak = _status_bytes("VmHWM:")
-    if peak is None:  # not Linux. There, ru_maxrss includes the parent's memory at the fork.
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return peak
+    return system.memory_peak()
 
 
 def host_memory_private() -> int:
     """Resident bytes of this process that no file backs; exiting would free them."""
-    private = _status_bytes("RssAnon:")
+    private = system.memory_private()
     return host_memory_used() if private is None else private
-
-
-def _status_bytes(name: str) -> int | None:
-    """A value of Linux's /proc/self/status, or None elsewhere."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
-    except (OSError, StopIteration):
-        return None
 
 
 def host_memory_available() -> int:
@@ -110,11 +96,7 @@ def return_freed_memory(smallest: int = 4 << 20) -> None:
     By default glibc keeps freed blocks of up to 32 MiB, which a plan cannot predict. A smaller threshold
     costs time, since each such block is mapped anew. Does nothing with other C libraries.
     """
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-    try:
-        ctypes.CDLL(None).mallopt(mmap_threshold, smallest)
-    except (OSError, AttributeError):
-        return
+    system.return_freed_memory(smallest)
 
 
 def trim_memory() -> None:
@@ -123,10 +105,7 @@ def trim_memory() -> None:
     malloc keeps freed pages between small blocks in use; how many varies between runs. Does nothing with
     other C libraries.
     """
-    try:
-        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
-    except (OSError, AttributeError):
-        return
+    system.trim_memory()
 
 
 def card_memory_free(device: torch.device) -> int:
@@ -166,11 +145,7 @@ def kernel_support(card: torch.device | str | None) -> KernelSupport:
 
 def packs_nf4() -> bool:
     """Whether bitsandbytes repacks NF4 weights for this CPU, as it does with AVX-512 BF16."""
-    try:
-        with open("/proc/cpuinfo") as cpu:
-            return any("avx512_bf16" in line for line in cpu if line.startswith("flags"))
-    except OSError:
-        return False
+    return "avx512_bf16" in system.processor_flags()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lowmem.errors import InvalidRequestError
+from lowmem.platform import system
 from lowmem.server.worker import Worker
 
 MOST_CONNECTIONS = 512
@@ -117,13 +118,11 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM while the server runs."""
+        """Handle Ctrl-C and SIGTERM while the server runs."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {
-            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        before = {number: signal.signal(number, self.handle_exit) for number in system.END_SIGNALS}
         try:
             yield
         finally:

@@ -15,10 +15,12 @@ from lowmem.checkpoint.files.lock import take
 from lowmem.checkpoint.files.reading import read_json
 from lowmem.checkpoint.files.whole import as_output_error, is_disk_full, write_json
 from lowmem.errors import LowmemError, OutputError
+from lowmem.platform import system
 from lowmem.streaming.hidden_states import HiddenStates
 
 REMOVED = ".done"
 """Suffix of a folder that is being removed."""
+_STATE = "state.json"
 
 
 class PassFolder:
@@ -41,7 +43,7 @@ class PassFolder:
 
     def commit(self, finished: int) -> None:
         """Record the number of finished layers."""
-        write_json(self.path / "state.json", {**self._state, "finished": finished})
+        write_json(self.path / _STATE, {**self._state, "finished": finished})
 
     def resume(self, layers: int, dtype: torch.dtype) -> tuple[HiddenStates | None, int]:
         """Return the hidden states and the number of finished layers of an interrupted pass.
@@ -50,7 +52,7 @@ class PassFolder:
         folder is removed.
         """
         try:
-            state = read_json(self.path / "state.json")
+            state = read_json(self.path / _STATE)
             finished = state.pop("finished", None)
             if state == self._state and type(finished) is int and 0 <= finished <= layers:
                 states = HiddenStates.reopen(self.states(finished), self.shape, dtype, keep=False)
@@ -92,10 +94,7 @@ def working(folder: Path) -> Iterator[None]:
     with locked(folder):
         yield
         waste = folder.with_name(folder.name + REMOVED)
-        shutil.rmtree(waste, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rename(waste)
-        shutil.rmtree(waste, ignore_errors=True)
+        system.remove_folder(folder, waste, _STATE)
 
 
 def remove_waste(folder: Path) -> None:

@@ -196,11 +196,8 @@ def _started() -> subprocess.Popen[str]:
 
 _SHARED = GrammarProcess()
 _START = f"""
-try:
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
-except (ImportError, OSError, ValueError):  # not on Windows
-    pass
+from lowmem.platform import system
+system.limit_memory({MEMORY})
 from lowmem.text.grammar_process import answer_questions
 answer_questions()
 """

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
 from lowmem.errors import OutputError
+from lowmem.platform import system
 
 _HANDLER = "lowmem_count"
 _lost = 0  # characters that were replaced, since `standard_streams` was entered
@@ -57,7 +58,7 @@ def standard_streams() -> Iterator[None]:
     with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream of a test, or a notebook's
         sys.stdout.reconfigure(errors=_HANDLER)  # type: ignore[union-attr]
     with contextlib.suppress(AttributeError, OSError, ValueError):
-        os.set_blocking(sys.stdout.fileno(), True)  # a parent may have left it non-blocking
+        system.set_blocking(sys.stdout.fileno())  # a parent may have left it non-blocking
     inner = sys.stdout, sys.stderr
     sys.stdout = cast("TextIO", _Output(sys.stdout, closed=closed))
     sys.stderr = cast("TextIO", _Messages(sys.stderr))

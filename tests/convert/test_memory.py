@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lowmem.benchmarks.common.processes import resident
+from lowmem.benchmarks.experiments.processes import resident
 from lowmem.convert import disk_plan, memory_plan
 from lowmem.convert.job import ConversionJob
 from lowmem.convert.recipe import Recipe

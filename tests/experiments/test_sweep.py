@@ -5,10 +5,10 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 import pytest
-from lowmem.benchmarks.common.processes import Usage
 from lowmem.benchmarks.common.records import Machine, Origin
 from lowmem.benchmarks.experiments.full_size import sweep
 from lowmem.benchmarks.experiments.full_size.sweep import LAYERS, PHASES, ROW_LENGTH, ROWS, Point, Sweep
+from lowmem.benchmarks.experiments.processes import Usage
 
 
 def point(layers: int, tokens: int) -> Point:

@@ -19,6 +19,7 @@ from lowmem.plan.bandwidth import (
     machine_name,
     measure_host,
 )
+from lowmem.platform import system
 from tests.helpers import REPO
 
 
@@ -46,7 +47,7 @@ def test_a_real_measurement_is_plausible(tmp_path: Path) -> None:
 def test_every_core_reads_and_all_bytes_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that says one second a pass, the figure is the bytes of the buffer."""
     monkeypatch.setattr(bandwidth, "_buffer_bytes", lambda: 48 << 20)
-    monkeypatch.setattr(bandwidth, "usable_cores", lambda: {0, 1, 2})
+    monkeypatch.setattr(system, "usable_cores", lambda: {0, 1, 2})
     sizes: list[int] = []
     largest = numpy.max
     monkeypatch.setattr(numpy, "max", lambda a: (sizes.append(a.nbytes), largest(a))[1])
@@ -79,7 +80,7 @@ def test_another_machine_is_measured_anew(
 ) -> None:
     """A home folder on a network, or a container that gets more cores."""
     host_bandwidth(folder=tmp_path)
-    monkeypatch.setattr(bandwidth, "usable_cores", lambda: set(range(1024)))
+    monkeypatch.setattr(system, "usable_cores", lambda: set(range(1024)))
     assert host_bandwidth(folder=tmp_path).bytes_per_second == 2e9
     assert "1024 cores" in host_bandwidth(folder=tmp_path).machine
 

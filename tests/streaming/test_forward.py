@@ -258,7 +258,7 @@ with model.head() as logits:
 
 def peaks(tmp_path: Path, layers: int, hidden: int, heads: int) -> tuple[int, int]:
     """(peak resident bytes, bytes of all layers in float32) of a pass of a StarChat-shaped model."""
-    from lowmem.benchmarks.common.processes import run_process
+    from lowmem.benchmarks.experiments.processes import run_process
 
     dimensions = Dimensions(layers, hidden, heads, n_positions=512)
     folder = write_source(tmp_path / f"{layers}", dimensions)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lowmem.benchmarks.common.processes import ROOT, attempt
+from lowmem.benchmarks.common.processes import ROOT
 from lowmem.benchmarks.experiments.common import Experiment, say, write
 from lowmem.benchmarks.experiments.full_size.record import (
     EIGHT,
@@ -35,6 +35,7 @@ from lowmem.benchmarks.experiments.full_size.record import (
     collect,
 )
 from lowmem.benchmarks.experiments.full_size.report import REPORT, markdown
+from lowmem.benchmarks.experiments.processes import attempt
 
 from lowmem.errors import LowmemError
 

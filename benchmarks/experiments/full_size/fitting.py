@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowmem.benchmarks.common.processes import run_process
 from lowmem.benchmarks.common.records import Origin
 from lowmem.benchmarks.experiments.common import RESULTS, Experiment, made_with, origin_here, table
+from lowmem.benchmarks.experiments.processes import run_process
 from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
 
 NAME = "full_size.fitting"

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lowmem.benchmarks.common.processes import Usage, run_process
 from lowmem.benchmarks.common.records import Origin
 from lowmem.benchmarks.experiments.common import RESULTS, Experiment, made_with, origin_here, say, table
+from lowmem.benchmarks.experiments.processes import Usage, run_process
 from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions
 
 LAYERS = (2, 4, 8, 16)

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lowmem.benchmarks.common.processes import ROOT, resident
+from lowmem.benchmarks.common.processes import ROOT
 from lowmem.benchmarks.common.record_file import from_json
 from lowmem.benchmarks.experiments.common import say
+from lowmem.benchmarks.experiments.processes import resident
 
 CHUNK = 16 << 20
 

@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lowmem.benchmarks.common.processes import Usage, run_process
 from lowmem.benchmarks.common.record_file import from_json
 from lowmem.benchmarks.common.records import Origin
 from lowmem.benchmarks.demo import embedded_model
 from lowmem.benchmarks.experiments.common import RESULTS, Experiment, made_with, origin_here, say, table
 from lowmem.benchmarks.experiments.peers.run import STEPS
+from lowmem.benchmarks.experiments.processes import Usage, run_process
 from lowmem.benchmarks.experiments.starchat.dimensions import Dimensions, nbytes_of
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lowmem.benchmarks.common.processes import Usage
 from lowmem.benchmarks.common.records import Origin, Subject, TextQuality
+from lowmem.benchmarks.experiments.processes import Usage
 from lowmem.benchmarks.experiments.starchat.dimensions import WIDTHS
 
 Peer = Literal["lowmem", "GPTQModel", "AutoRound", "bitsandbytes", "llama.cpp", "none"]

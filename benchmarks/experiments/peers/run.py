@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem.benchmarks.common.processes import Usage, run_process
 from lowmem.benchmarks.common.record_file import from_json
 from lowmem.benchmarks.common.records import Subject
 from lowmem.benchmarks.experiments.common import say
 from lowmem.benchmarks.experiments.peers.record import Version, VersionResult
+from lowmem.benchmarks.experiments.processes import Usage, run_process
 from lowmem.benchmarks.experiments.workers.interpreters import Peers
 from lowmem.benchmarks.experiments.workers.turns import AUTOROUND, LLAMA, last_lines
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lowmem.benchmarks.common.processes import ROOT, resident
+from lowmem.benchmarks.common.processes import ROOT
 from lowmem.benchmarks.experiments.common import say
+from lowmem.benchmarks.experiments.processes import resident
 from lowmem.benchmarks.experiments.workers import protocol
 
 LLAMA = Path(__file__).with_name("llama_worker.py")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO
 
 from lowmem.errors import OutputError
+from lowmem.platform import system
 
 _ATTEMPTS = 50
 """An attempt fails only when another process finishes between two of its steps."""
@@ -20,19 +21,17 @@ def take(path: Path, busy: str, *, create: bool = True) -> IO[bytes]:
     wait. Raises OutputError with the message `busy` when another process holds the lock, or when the file
     cannot be locked; OSError when it cannot be opened.
     """
-    import fcntl
-
     for attempt in range(_ATTEMPTS):
         try:
             if create:
                 path.parent.mkdir(exist_ok=True)
-            lock = os.fdopen(os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666), "r+b", 0)
+            lock = os.fdopen(system.open_lock(path, create=create), "r+b", 0)
         except FileNotFoundError:
             if create and path.parent.parent.is_dir() and attempt + 1 < _ATTEMPTS:
                 continue  # removed in between
             raise
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            system.lock(lock.fileno(), wait=False)
             if _is_still(lock, path):
                 return lock
             lock.close()

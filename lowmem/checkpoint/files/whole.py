@@ -14,6 +14,7 @@ from typing import IO
 
 from lowmem.checkpoint.manifest import FileDigest
 from lowmem.errors import OutputError
+from lowmem.platform import system
 from lowmem.text.units import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -78,15 +79,6 @@ def refusals(target: Path) -> Iterator[None]:
         ) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> FileDigest:
     """Write `chunks` beside `path`, flush them to disk, and rename: all or nothing.
 
@@ -118,13 +110,11 @@ def staged(path: Path) -> Iterator[IO[bytes]]:
         with _open_part(part) as stream:
             try:
                 yield stream
-                stream.flush()
-                os.fsync(stream.fileno())
-                os.replace(part, path)
+                system.finish_file(stream, part, path)
             except BaseException:
                 _forget(stream, part)
                 raise
-        sync_folder(path.parent)
+        system.flush_folder(path.parent)
     except OSError as error:
         raise as_output_error(error, path) from error
 
@@ -153,10 +143,8 @@ def _open_part(part: Path) -> IO[bytes]:
 
 
 def _wait_for(handle: int) -> None:
-    import fcntl
-
     with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        system.lock(handle, wait=True)
 
 
 def _forget(stream: IO[bytes], part: Path) -> None:

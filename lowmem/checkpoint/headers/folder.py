@@ -23,6 +23,7 @@ from lowmem.checkpoint.headers.config import read_config
 from lowmem.checkpoint.headers.gguf import GgufHeader, check_whole_model, is_gguf, read_gguf_header
 from lowmem.checkpoint.headers.safetensors import SafetensorsHeader, read_header
 from lowmem.errors import ForeignError, SourceError
+from lowmem.platform import system
 
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
 
@@ -74,7 +75,7 @@ def tensor_headers(path: str | Path) -> dict[str, TensorHeader]:
     path: a folder with safetensors or .bin shards or one GGUF, or a .safetensors or .gguf file. Raises
     SourceError for a file that is missing, truncated, or contradicts its header.
     """
-    path = Path(path)
+    path = system.extended(Path(path))
     if os.path.isfile(path):
         return _headers_of_file(path)
     layout = layout_of(path, str(path))
@@ -92,7 +93,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
 
     Raises SourceError when it is missing, is not a JSON object, or has sizes that no model has.
     """
-    folder = Path(path)
+    folder = system.extended(Path(path))
     if os.path.isfile(folder):
         folder = folder.parent
     file = folder / "config.json"
@@ -109,7 +110,7 @@ def gguf_metadata(path: str | Path) -> dict[str, object]:
     Arrays, such as the vocabulary, are left out. Raises SourceError for a file that is truncated
     or contradicts its header.
     """
-    path = Path(path)
+    path = system.extended(Path(path))
     if not os.path.isfile(path):
         layout = layout_of(path, str(path))
         if layout.kind != "gguf":

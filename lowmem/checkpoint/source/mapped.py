@@ -7,16 +7,14 @@ their size are mapped, and lowmem replaces files by renaming, never in place.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lowmem.checkpoint.headers.safetensors import SafetensorsHeader
+from lowmem.platform import system
 
 _PAGE = mmap.PAGESIZE
 _DONTNEED = 4  # of Linux' sys/mman.h
@@ -59,10 +57,8 @@ class MappedFiles:
 
 def _read_ahead(path: Path, size: int) -> None:
     """Have the system read the file sequentially while the model is built."""
-    if not hasattr(os, "posix_fadvise"):
-        return
     with path.open("rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, size, os.POSIX_FADV_WILLNEED)
+        system.will_need(stream.fileno(), 0, size)
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
@@ -73,11 +69,9 @@ def is_mapped(tensor: torch.Tensor) -> bool:
 def forget_pages(mapped: torch.Tensor) -> None:
     """Drop the whole pages inside a contiguous mapped tensor; they are read again when touched.
 
-    Uses madvise on Linux; does nothing elsewhere.
+    Does nothing where the system cannot be told.
     """
-    if sys.platform != "linux":
-        return
     first = -(-mapped.data_ptr() // _PAGE) * _PAGE
     size = (mapped.data_ptr() + mapped.nbytes - first) // _PAGE * _PAGE
     if size > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), _DONTNEED)
+        system.drop_pages(first, size)
