@@ -191,7 +191,7 @@ class Guard:
         while True:
             try:
                 message = await asyncio.wait_for(receive(), until - loop.time())
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 raise ApiError(
                     408, f"The request did not arrive within {BODY_SECONDS:g} s", code="body_timeout"
                 ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lowmem.kernels.building.targets import library_name
 from lowmem.kernels.native import header
 from lowmem.kernels.native import library as native
 from tests.helpers import REPO
@@ -74,10 +75,13 @@ def test_every_source_is_compiled_into_one_library_that_works(tmp_path: Path) ->
         "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "o"), "--force"
     )
     assert result.returncode == 0, result.stderr
-    for path in SOURCES:
-        if path.suffix == ".c":
-            assert str(path.relative_to(REPO)) in result.stdout + result.stderr
+    compiled = {path.stem.replace("-", "/") for path in (tmp_path / "o").rglob("*.o")}
+    root = REPO / "lowmem" / "kernels" / "csrc"
+    assert compiled == {
+        str(path.relative_to(root).with_suffix("")) for path in SOURCES if path.suffix == ".c"
+    }
     (library,) = built(tmp_path / "lib")
+    assert library.name == library_name()
     loaded = ctypes.CDLL(str(library), mode=os.RTLD_NOW)  # raises for an undefined symbol
     assert all(hasattr(loaded, name) for name in header.FUNCTIONS)
     loaded.lm_isa_name.restype = ctypes.c_char_p

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from lowmem.kernels import reference
 from lowmem.kernels.native import library as native
 from lowmem.kernels.native import linear as native_linear
 from lowmem.kernels.native.header import PAIRED, WIDTHS
+from lowmem.platform import system
 from tests.kernels.native_oracle import (
     ISAS,
     LIMITS,
@@ -405,3 +407,21 @@ def test_dense_takes_and_returns_16_bits(isa: str, kind: torch.dtype) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
     x = activations(3, 64, kind)
     assert same(dense(weight, x), dense(weight, x.float()).to(kind))
+
+
+@pytest.mark.skipif(not system.processor_flags(), reason="the system lists no flags")
+@pytest.mark.skipif("x86_64" not in platform.machine(), reason="not an x86-64 processor")
+def test_the_set_is_the_best_that_linux_lists() -> None:
+    """Our reading of cpuid agrees with the kernel's."""
+    avx2 = {"avx2", "fma", "f16c"}
+    avx512 = avx2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    vnni = avx512 | {"avx512_vnni", "avx512vbmi", "avx512_vbmi2", "gfni"}
+    wanted = (
+        ("AVX-512 BF16", vnni | {"avx512_bf16"}),
+        ("AVX-512 VNNI", vnni),
+        ("AVX-512", avx512),
+        ("AVX2", avx2),
+        ("portable C", set()),
+    )
+    flags = system.processor_flags()
+    assert native.isa_name() == next(name for name, needed in wanted if needed <= flags)

@@ -9,10 +9,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "isa.h"
+#include "pages.h"
 
 /* ---- numbers ------------------------------------------------------------------------------------------------- */
 
@@ -43,7 +42,8 @@ static float normal(void)
 
 typedef struct {
     char *start;
-    size_t bytes; /* of a mapping; 0: from malloc */
+    size_t inside; /* bytes of the pages that may be used */
+    int guarded;   /* 0: from malloc */
 } piece;
 
 static piece pieces[4096];
@@ -58,13 +58,11 @@ static void *exactly(size_t bytes, size_t unit)
         abort();
     if (way < 2) {
         const size_t shift = way ? (size_t)between(0, 63) / unit * unit : 0;
-        *p = (piece){malloc(bytes + shift), 0};
+        *p = (piece){malloc(bytes + shift), 0, 0};
         return p->start + shift;
     }
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE), whole = (bytes + page - 1) / page * page;
-    *p = (piece){mmap(NULL, whole + 2 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), whole + 2 * page};
-    if (p->start == MAP_FAILED || (whole && mprotect(p->start + page, whole, PROT_READ | PROT_WRITE)))
-        abort();
+    const size_t page = page_size(), whole = (bytes + page - 1) / page * page;
+    *p = (piece){guarded_pages(whole), whole, 1};
     return way == 2 ? p->start + page + whole - bytes : p->start + page; /* protected page after, or before */
 }
 
@@ -72,8 +70,8 @@ static void forget(void)
 {
     while (used) {
         const piece p = pieces[--used];
-        if (p.bytes)
-            munmap(p.start, p.bytes);
+        if (p.guarded)
+            free_pages(p.start, p.inside);
         else
             free(p.start);
     }

@@ -167,7 +167,7 @@ async def visit(client: httpx.AsyncClient, known: Sequence[Asked], tally: Tally,
         elif kind < 0.25:
             try:
                 await asyncio.wait_for(whole_answer(client, asked), dice.uniform(0.01, 0.5))
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 pass
             tally.left += 1
         elif kind < 0.35:

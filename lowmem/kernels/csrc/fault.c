@@ -1,4 +1,6 @@
-/* Report a page of a mapped file that cannot be read (SIGBUS) in one line, instead of crashing. */
+/* Report a page of a mapped file that cannot be read (SIGBUS) in one line, instead of crashing; fault_windows.c has the
+ * same for Windows. */
+#if !defined(_WIN32)
 #define _POSIX_C_SOURCE 200809L /* sigaction */
 #include <signal.h>
 #include <string.h>
@@ -49,3 +51,5 @@ int lm_tell_bus_errors(const char *line, int exit_code)
     sigemptyset(&action.sa_mask);
     return sigaction(SIGBUS, &action, &report.before);
 }
+
+#endif

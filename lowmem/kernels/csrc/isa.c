@@ -3,40 +3,20 @@
 
 #include <string.h>
 
+#include "x86.h"
+
 static int always(void) { return 1; }
-
-#if defined(__x86_64__)
-#define HAS(feature) __builtin_cpu_supports(feature)
-
-static int has_avx2(void)
-{
-    __builtin_cpu_init();
-    return HAS("avx2") && HAS("fma") && HAS("f16c");
-}
-
-static int has_avx512(void)
-{
-    return has_avx2() && HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq");
-}
-
-static int has_vnni(void) /* Ice Lake, Zen 4 and later */
-{
-    return has_avx512() && HAS("avx512vnni") && HAS("avx512vbmi") && HAS("avx512vbmi2") && HAS("gfni");
-}
-
-static int has_bf16(void) { return has_vnni() && HAS("avx512bf16"); }
-#endif
 
 /* Best first. */
 static const lm_isa table[] = {
 #if defined(__x86_64__)
-    {"AVX-512 BF16", has_bf16, &lm_linear_avx512, &lm_attention_bf16, &lm_gemm_avx512, &lm_gemm_avx512_bf16,
+    {"AVX-512 BF16", lm_has_bf16, &lm_linear_avx512, &lm_attention_bf16, &lm_gemm_avx512, &lm_gemm_avx512_bf16,
      lm_round_avx512, &lm_train_avx512, &lm_elementwise_avx2, lm_read_avx512},
-    {"AVX-512 VNNI", has_vnni, &lm_linear_avx512, &lm_attention_avx2, &lm_gemm_avx512, &lm_gemm_avx512,
+    {"AVX-512 VNNI", lm_has_vnni, &lm_linear_avx512, &lm_attention_avx2, &lm_gemm_avx512, &lm_gemm_avx512,
      lm_round_avx512, &lm_train_avx512, &lm_elementwise_avx2, lm_read_avx512},
-    {"AVX-512", has_avx512, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx512, &lm_gemm_avx512,
+    {"AVX-512", lm_has_avx512, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx512, &lm_gemm_avx512,
      lm_round_avx512, &lm_train_avx512, &lm_elementwise_avx2, lm_read_avx512},
-    {"AVX2", has_avx2, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx2, &lm_gemm_avx2,
+    {"AVX2", lm_has_avx2, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx2, &lm_gemm_avx2,
      lm_round_avx2, &lm_train_avx2, &lm_elementwise_avx2, lm_read_avx2},
 #endif
     {"portable C", always, &lm_linear_portable, &lm_attention_portable, &lm_gemm_portable, &lm_gemm_portable,

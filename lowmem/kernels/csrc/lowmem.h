@@ -1,4 +1,4 @@
-/* The C interface of lowmem's CPU kernels: C11, libc and POSIX threads only.
+/* The C interface of lowmem's CPU kernels: C11, libc, and POSIX or Windows threads only.
  *
  * This header holds what all rooms share. Each room declares its own functions:
  *
@@ -15,7 +15,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#if defined(_WIN32)
+#define LM_EXPORT __declspec(dllexport)
+#else
 #define LM_EXPORT __attribute__((visibility("default")))
+#endif
 
 /* The version of these headers. Raise it with every change of a structure, constant or exported function: Python refuses
  * a library that was compiled from other headers. It also refuses one that lacks a function or a width of weights, so it may
@@ -57,8 +61,8 @@ LM_EXPORT uint64_t lm_read(const void *memory, size_t bytes);
 
 /* ---- truncated files (fault.c) ------------------------------------------------------------------------------- */
 
-/* From now on, when a page of a mapped file cannot be read (SIGBUS): restore the terminal to its present state, write
- * `line` to standard error and exit with exit_code. NULL restores the previous handler. Returns 0, or -1 if the system
+/* From now on, when a page of a mapped file cannot be read (SIGBUS; on Windows an in-page error): restore the terminal to
+ * its present state, write `line` to standard error and exit with exit_code. NULL restores the previous handler. Returns 0, or -1 if the system
  * refuses. Not thread-safe. */
 LM_EXPORT int lm_tell_bus_errors(const char *line, int exit_code);
 

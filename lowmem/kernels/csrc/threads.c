@@ -3,14 +3,11 @@
  * Two pools of threads that spin while they wait would compete for the cores. The kernels therefore use the threads of
  * torch's operators, through the entry point that compilers call for `#pragma omp parallel`.
  */
-#define _GNU_SOURCE /* dladdr */
 #include "threads.h"
 
-#include <dlfcn.h>
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
 #include <stdatomic.h>
+
+#include "system.h"
 
 enum { MOST_THREADS = 512, SPINS = 4000, IDLE_SPINS = 20000 };
 
@@ -55,7 +52,7 @@ static inline void wait_a_turn(int *spins)
         ++*spins;
         pause_briefly();
     } else {
-        sched_yield();
+        lm_yield();
     }
 }
 
@@ -100,18 +97,17 @@ static void omp_body(void *data)
 /* ---- the pool of our own -------------------------------------------------------------------------------------- */
 
 static struct {
-    pthread_mutex_t busy; /* held by the caller that uses the pool */
-    pthread_mutex_t lock; /* guards `wake` */
-    pthread_cond_t wake;
+    lm_lock busy; /* held by the caller that uses the pool */
+    lm_lock lock; /* guards `wake` */
+    lm_condition wake;
     int started;
     shared *job;
     LINE atomic_ullong ticket; /* number of the job; the low 16 bits: how many threads take part */
     LINE atomic_int working;
-} pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+} pool = {.busy = LM_LOCK_FREE, .lock = LM_LOCK_FREE, .wake = LM_CONDITION_QUIET};
 
-static void *pool_thread(void *argument)
+static void pool_thread(int rank)
 {
-    int rank = (int)(intptr_t)argument;
     unsigned long long seen = 0; /* jobs from before this thread started were for lower ranks */
     for (;;) {
         unsigned long long ticket = seen;
@@ -120,10 +116,10 @@ static void *pool_thread(void *argument)
             ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire);
         }
         if (ticket == seen) {
-            pthread_mutex_lock(&pool.lock);
+            lm_lock_take(&pool.lock);
             while ((ticket = atomic_load_explicit(&pool.ticket, memory_order_acquire)) == seen)
-                pthread_cond_wait(&pool.wake, &pool.lock);
-            pthread_mutex_unlock(&pool.lock);
+                lm_wait(&pool.wake, &pool.lock);
+            lm_lock_release(&pool.lock);
         }
         seen = ticket;
         if (rank < (int)(ticket & 0xffff)) { /* otherwise the job is for other threads, and may be over already */
@@ -131,37 +127,27 @@ static void *pool_thread(void *argument)
             atomic_fetch_sub_explicit(&pool.working, 1, memory_order_release);
         }
     }
-    return NULL;
 }
 
 /* A forked child does not inherit its parent's threads. */
 static void forget_threads(void)
 {
-    pthread_mutex_init(&pool.busy, NULL);
-    pthread_mutex_init(&pool.lock, NULL);
-    pthread_cond_init(&pool.wake, NULL);
+    pool.busy = pool.lock = (lm_lock)LM_LOCK_FREE;
+    pool.wake = (lm_condition)LM_CONDITION_QUIET;
     pool.started = 0;
     atomic_store(&pool.ticket, 0);
 }
 
-static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
-
-/* Grow the pool to `threads` - 1 threads beside the caller. Returns the size of the team, caller included. */
+/* Grow the pool to `threads` - 1 threads beside the caller, who holds `busy`. Returns the size of the team, caller
+ * included. */
 static int start_threads(int threads)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, watch_forks);
-    sigset_t all, old;
-    sigfillset(&all); /* the program's own threads handle signals */
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    while (pool.started < threads - 1) {
-        pthread_t thread;
-        if (pthread_create(&thread, NULL, pool_thread, (void *)(intptr_t)(pool.started + 1)))
-            break;
-        pthread_detach(thread);
+    static int watches_forks;
+    if (!watches_forks)
+        lm_in_forked_children(forget_threads);
+    watches_forks = 1;
+    while (pool.started < threads - 1 && lm_start_thread(pool_thread, pool.started + 1))
         pool.started++;
-    }
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
     return pool.started + 1 < threads ? pool.started + 1 : threads;
 }
 
@@ -172,10 +158,10 @@ static void run_on_pool(shared *job)
     pool.job = job;
     atomic_store_explicit(&pool.working, size - 1, memory_order_relaxed);
     unsigned long long number = (atomic_load_explicit(&pool.ticket, memory_order_relaxed) >> 16) + 1;
-    pthread_mutex_lock(&pool.lock);
+    lm_lock_take(&pool.lock);
     atomic_store_explicit(&pool.ticket, number << 16 | (unsigned)size, memory_order_release);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
+    lm_wake_all(&pool.wake);
+    lm_lock_release(&pool.lock);
     take_part(job, 0);
     for (int spins = 0; atomic_load_explicit(&pool.working, memory_order_acquire);)
         wait_a_turn(&spins);
@@ -189,9 +175,9 @@ void lm_run(lm_body body, void *context)
     shared all = {.body = body, .context = context, .size = size};
     if (size > 1 && gomp_parallel) {
         gomp_parallel(omp_body, &all, (unsigned)size, 0);
-    } else if (size > 1 && pthread_mutex_trylock(&pool.busy) == 0) {
+    } else if (size > 1 && lm_lock_try(&pool.busy)) {
         run_on_pool(&all);
-        pthread_mutex_unlock(&pool.busy);
+        lm_lock_release(&pool.busy);
     } else {
         /* Also if another caller, or a body around this one, uses the pool: no result depends on the number of
          * threads. */
@@ -200,17 +186,9 @@ void lm_run(lm_body body, void *context)
     }
 }
 
-/* The function of this name in the library that contains `address`. */
-static omp_number_t neighbour(void *address, const char *name)
+static omp_number_t omp_number(void *parallel, const char *name)
 {
-    Dl_info info;
-    if (!dladdr(address, &info) || !info.dli_fname)
-        return NULL;
-    void *library = dlopen(info.dli_fname, RTLD_LAZY | RTLD_NOLOAD);
-    if (!library)
-        return NULL;
-    void *symbol = dlsym(library, name);
-    dlclose(library); /* the library stays loaded: torch has it open */
+    void *symbol = parallel ? lm_neighbour(parallel, name) : NULL;
     omp_number_t function = NULL;
     __builtin_memcpy(&function, &symbol, sizeof function);
     return function;
@@ -219,8 +197,8 @@ static omp_number_t neighbour(void *address, const char *name)
 void lm_set_threads(int threads, void *parallel)
 {
     wanted = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;
-    omp_rank = parallel ? neighbour(parallel, "omp_get_thread_num") : NULL;
-    omp_size = parallel ? neighbour(parallel, "omp_get_num_threads") : NULL;
+    omp_rank = omp_number(parallel, "omp_get_thread_num");
+    omp_size = omp_number(parallel, "omp_get_num_threads");
     gomp_parallel = NULL;
     if (omp_rank && omp_size)
         __builtin_memcpy(&gomp_parallel, &parallel, sizeof parallel);

@@ -52,8 +52,6 @@ def _load() -> _Native | str:
     """The library, or why it cannot be used."""
     path = library_path()
     if path is None:
-        if os.name == "nt":
-            return "lowmem's own kernels do not support Windows"
         return f"lowmem's own kernels were not compiled when it was installed: {_INSTALL}"
     try:
         return _Native(ctypes.CDLL(str(path)))
@@ -69,7 +67,7 @@ def _gomp_parallel() -> int | None:
         return None
     for name in libraries:
         with contextlib.suppress(OSError, AttributeError):
-            handle = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_NOW) if name else ctypes.CDLL(None)
+            handle = ctypes.CDLL(name, mode=os.RTLD_NOLOAD) if name else ctypes.CDLL(None)
             return ctypes.cast(handle.GOMP_parallel, ctypes.c_void_p).value
     return None
 

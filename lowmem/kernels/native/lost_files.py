@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib.machinery
 from collections.abc import Iterator
 from pathlib import Path
+
+from lowmem.kernels.building.targets import library_name
 
 
 def library_path() -> Path | None:
     """The compiled library of kernels, beside this file; None if it was not compiled."""
-    folder = Path(__file__).parent
-    names = (folder / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((path for path in names if path.is_file()), None)
+    path = Path(__file__).parent / library_name()
+    return path if path.is_file() else None
 
 
 @contextlib.contextmanager

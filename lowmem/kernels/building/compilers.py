@@ -1,0 +1,95 @@
+"""Find a C compiler, and compile the library with it.
+
+The first one that is there: what the variable CC names, the compiler that Python was built with, gcc or
+clang, and zig (PyPI's `ziglang`: a compiler in a wheel, which also compiles for other systems).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lowmem.kernels.building.targets import FLAGS, Target
+
+SOURCES = Path(__file__).parents[1] / "csrc"
+
+
+class BuildError(Exception):
+    """The library cannot be compiled; the message says why."""
+
+
+def zig() -> list[str] | None:
+    """The command that runs zig's C compiler, or None."""
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    return [found, "cc"] if (found := shutil.which("zig")) else None
+
+
+def own_compiler() -> list[str] | None:
+    """The command of a C compiler of this machine other than zig, or None."""
+    named = os.environ.get("CC")
+    if named:
+        return shlex.split(named, posix=os.name != "nt")
+    python = shlex.split(sysconfig.get_config_var("CC") or "") if os.name != "nt" else []
+    for words in (python, ["cc"], ["gcc"], ["clang"]):
+        if words and shutil.which(words[0]):
+            return words
+    return None
+
+
+def compiler(target: Target | None) -> list[str]:
+    """The command that compiles for a target, None for this machine. Raises BuildError if there is none."""
+    if target is not None:
+        if found := zig():
+            return [*found, "-target", target.triple]
+        raise BuildError(f"compiling for {target.name} needs zig: pip install ziglang")
+    if found := own_compiler() or zig():
+        return found
+    raise BuildError("there is no C compiler: install gcc or clang, or pip install ziglang")
+
+
+def compile_library(library: Path, objects: Path, target: Target | None = None) -> None:
+    """Compile the sources to the file `library`, several at a time.
+
+    objects: the folder of compiled sources, which are kept until the source or a header is newer. Raises
+    BuildError with the compiler's first error.
+    """
+    windows = "windows" in target.name if target else os.name == "nt"
+    words = [*compiler(target), *FLAGS, *(() if windows else ("-fPIC",))]
+    objects.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    headers = max(path.stat().st_mtime for path in SOURCES.rglob("*.h"))
+
+    def compiled(source: Path) -> str:
+        result = objects / ("-".join(source.relative_to(SOURCES).with_suffix("").parts) + ".o")
+        newest = max(source.stat().st_mtime, headers)
+        if not result.is_file() or result.stat().st_mtime < newest:
+            _call([*words, "-c", f"-I{SOURCES}", str(source), "-o", str(result)])
+        return str(result)
+
+    largest_first = sorted(SOURCES.rglob("*.c"), key=lambda path: path.stat().st_size, reverse=True)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        made = list(pool.map(compiled, largest_first))
+    linux = "-linux-" in target.triple if target else sys.platform == "linux"
+    libraries = ("-lm", "-ldl", "-pthread") if linux else ()
+    stripped = ("-s",) if target else ()
+    _call([*words, "-shared", *stripped, *made, *libraries, "-o", str(library)])
+    for left in library.parent.glob("*.lib"):  # an import library, which nobody links with
+        left.unlink()
+
+
+def _call(command: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be started: {error.strerror or error}") from error
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)}\n{(done.stderr or done.stdout).strip()}")
