@@ -70,6 +70,7 @@ def run(args: argparse.Namespace, defaults: argparse.Namespace, names: tuple[str
             choice.dtype,
             context,
             choice.method,
+            facts.quantization,
             template,
             generation,
         )

@@ -6,9 +6,10 @@ And what the folder lacks for that program: the dialogue's template, and the tok
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lowmem.checkpoint.source.open import open_source
 from lowmem.checkpoint.verify.digests import check_all, check_small
@@ -31,6 +32,8 @@ class Facts:
     """Its generation_config.json names all of `stop_ids`."""
     trims: bool
     """The dialogue is StarChat's: a line end at the start of an answer belongs to its template."""
+    quantization: Mapping[str, Any] | None
+    """The config's quantization_config; None in 16 bits, or where another file says it."""
     licence: str | None
     """As its model card names it."""
 
@@ -76,5 +79,10 @@ def check_folder(path: Path, shape: ModelShape, notify: Notify, *, digests: bool
     if licence:
         notify(f"licence: {licence}, as the checkpoint's card says; it binds whoever serves the model")
     return Facts(
-        stop_ids, CHAT_TEMPLATE if own else None, set(stop_ids) <= known, dialogue is not None, licence
+        stop_ids,
+        CHAT_TEMPLATE if own else None,
+        set(stop_ids) <= known,
+        dialogue is not None,
+        source.config_json.get("quantization_config"),
+        licence,
     )

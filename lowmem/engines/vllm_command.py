@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lowmem.config import SamplingParams
 from lowmem.engines.installed import Vllm
@@ -25,8 +26,10 @@ SHARDED = {
         "h.*.mlp.c_proj": "rowwise",
     }
 }
-"""model_type → how cards share the linears for which transformers has no plan of its own. vLLM without its
-own code for the model would keep them whole on every card."""
+"""model_type → how cards share the linears for which transformers has no plan of its own. vLLM has no code of
+its own for these models either, and would keep the linears whole on every card."""
+_RENAMED = (r"transformer\.", r"model\.")
+"""The start of such a model's names in patterns of `dynamic`: in the checkpoint, and in vLLM's modules."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Served:
     """Tokens of prompt and answer together."""
     method: str = ""
     """vLLM's name of the quantization: "auto_gptq", "humming"; empty for 16 bits."""
+    quantization: Mapping[str, Any] | None = None
+    """The config's quantization_config; None in 16 bits."""
     template: Path | None = None
     """A chat template to use instead of the folder's."""
     generation: Path | None = None
@@ -146,12 +151,28 @@ def _model_flags(vllm: Vllm, served: Served) -> list[str]:
     return [*words, "--override-generation-config", json.dumps(sampling)]
 
 
+def overrides(model_type: str, quantization: Mapping[str, Any] | None, ranks: int) -> dict[str, Any]:
+    """What vLLM must read in another way than config.json says it, for the families of SHARDED.
+
+    How cards share their linears, and the names in `dynamic`, which it compares with its own modules'.
+    """
+    changes: dict[str, Any] = {}
+    plan = SHARDED.get(model_type)
+    if plan and ranks > 1:
+        changes["base_model_tp_plan"] = plan
+    dynamic = (quantization or {}).get("dynamic")
+    if plan and quantization and dynamic:
+        renamed = {pattern.replace(*_RENAMED, 1): settings for pattern, settings in dynamic.items()}
+        changes["quantization_config"] = {**quantization, "dynamic": renamed}
+    return changes
+
+
 def _rank_flags(served: Served, ranks: Ranks) -> list[str]:
     words = ["--tensor-parallel-size", str(ranks.count)]
     if ranks.count > 1:
         words += ["--distributed-executor-backend", "mp"]
-        if plan := SHARDED.get(served.model_type):
-            words += ["--hf-overrides", json.dumps({"base_model_tp_plan": plan})]
+    if changes := overrides(served.model_type, served.quantization, ranks.count):
+        words += ["--hf-overrides", json.dumps(changes)]
     if ranks.cores or served.model_type in SHARDED:
         words.append("--enforce-eager")  # torch.compile fails on transformers' model of these families
     if ranks.share is not None:

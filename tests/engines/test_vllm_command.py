@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lowmem.engines.installed import Vllm
-from lowmem.engines.vllm_command import DOOR_VARIABLE, Door, Launch, Ranks, Served, launch
+from lowmem.engines.vllm_command import DOOR_VARIABLE, Door, Launch, Ranks, Served, launch, overrides
 
 KEY = "0123456789abcdef"
 SERVED = Served(Path("/models/a b"), ("one", "two"), "gpt_bigcode", "float16", 8192, "auto_gptq")
@@ -44,7 +45,7 @@ def test_older_releases_choose_the_quantization_themselves() -> None:
 
 def test_what_the_folder_lacks() -> None:
     assert not {"--chat-template", "--generation-config"} & set(made().words)
-    served = Served(*list(vars(SERVED).values())[:6], template=Path("/t.jinja"), generation=Path("/g"))
+    served = replace(SERVED, template=Path("/t.jinja"), generation=Path("/g"))
     assert value(made(served), "--chat-template") == "/t.jinja"
     assert value(made(served), "--generation-config") == "/g"
 
@@ -76,6 +77,16 @@ def test_two_cards() -> None:
     plan = json.loads(value(command, "--hf-overrides"))["base_model_tp_plan"]
     assert plan == {"h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "rowwise"}
     assert "VLLM_CPU_OMP_THREADS_BIND" not in command.environment
+
+
+def test_names_of_dynamic_are_those_of_vllms_modules() -> None:
+    """Without its own code for a model, vLLM calls transformers' base model `model`."""
+    dynamic = {r"-:^transformer\.h\.0\.attn\.c_attn$": {}, r"+:^transformer\.h\.1\.mlp\.c_fc$": {"bits": 8}}
+    quantization = {"quant_method": "gptq", "bits": 4, "dynamic": dynamic}
+    found = overrides("gpt_bigcode", quantization, 1)["quantization_config"]
+    renamed = {r"-:^model\.h\.0\.attn\.c_attn$": {}, r"+:^model\.h\.1\.mlp\.c_fc$": {"bits": 8}}
+    assert found == {**quantization, "dynamic": renamed}
+    assert overrides("llama", quantization, 2) == {} and overrides("gpt_bigcode", None, 1) == {}
 
 
 def test_a_family_with_a_plan_of_its_own_keeps_it() -> None:
