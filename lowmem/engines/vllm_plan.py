@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.readers import READERS
 from lowmem.engines.installed import Vllm
 from lowmem.errors import InvalidRequestError, MemoryBudgetError, RecipeError, SourceError
@@ -120,8 +121,7 @@ def why_not(candidate: Candidate, vllm: Vllm, dtype: str | None, *, on_cards: bo
         if widths - {4}:
             return "vLLM's CPU kernels take 4 bits only"
     elif widths & set(HUMMING_BITS):
-        symmetric = all(format.sym for format in formats.values() if format)
-        return "" if vllm.humming and symmetric and widths <= {2, 3, 4, 8} else _needs_humming(vllm)
+        return _why_not_humming([format for format in formats.values() if format], vllm)
     try:
         READERS["vllm"].check(formats)
     except RecipeError as error:
@@ -129,8 +129,15 @@ def why_not(candidate: Candidate, vllm: Vllm, dtype: str | None, *, on_cards: bo
     return ""
 
 
-def _needs_humming(vllm: Vllm) -> str:
-    return "2 and 3 bits need vLLM's Humming kernels (pip install vllm humming-kernels), symmetric weights"
+def _why_not_humming(formats: Sequence[LinearFormat], vllm: Vllm) -> str:
+    """Why vLLM's Humming kernels do not load linears of these formats; "" if they do."""
+    if not vllm.humming:
+        return "2 and 3 bits need vLLM's Humming kernels: install humming-kernels beside it"
+    if not all(format.bits in (*HUMMING_BITS, 4, 8) and format.sym for format in formats):
+        return "vLLM's Humming kernels take symmetric linears of 8, 4, 3 and 2 bits"
+    if any(format.group_size == -1 for format in formats):
+        return "vLLM's Humming kernels do not take one group per row"
+    return ""
 
 
 def _packed(shape: ModelShape) -> list[str]:

