@@ -117,5 +117,5 @@ READERS = {
         ),
     )
 }
-"""By name. vLLM: as tests/compat/vllm_forms.py found, without its Humming kernels. GGUF: the linears that `lowmem export` writes without
-loss in blocks of their own width (Q8_0, Q5_0 and Q4_0)."""
+"""By name. vLLM: as tests/compat/vllm_forms.py found, without its Humming kernels. GGUF: the linears that
+`lowmem export` writes without loss in blocks of their own width (Q8_0, Q5_0 and Q4_0)."""

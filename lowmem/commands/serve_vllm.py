@@ -23,7 +23,7 @@ from lowmem.engines.words import cause, doing
 from lowmem.errors import InvalidRequestError
 from lowmem.plan.device import host_memory_available
 from lowmem.plan.planner import PARALLEL
-from lowmem.plan.request import ModelRequest, context_of, find_or_download
+from lowmem.plan.request import ModelRequest, context_of, find_or_download, vram_of_environment
 
 Say = Callable[[str], None]
 _SHARE = 0.92
@@ -187,7 +187,12 @@ def room_for(request: ModelRequest, cards: list[CardMemory], args: argparse.Name
     """The memory of each rank. Raises InvalidRequestError for more ranks than cores of the CPU."""
     ranks = args.tensor_parallel
     if cards:
-        free = min(request.vram_bytes or int(share_of(card) * card.total) for card in cards)
+        if request.ram is not None:
+            raise InvalidRequestError(
+                "--ram and --engine vllm: on cards, the host's memory is not limited", _ITSELF
+            )
+        vram = request.vram_bytes or vram_of_environment()
+        free = min(vram or int(share_of(card) * card.total) for card in cards)
         return Room(ranks, free, on_cards=True, sequences=args.parallel)
     if request.vram is not None:
         raise InvalidRequestError(
@@ -215,7 +220,7 @@ def ranks_for(room: Room, cards: list[CardMemory], choice: Choice) -> Ranks:
     share = min(min(share_of(card), room.bytes / card.total) for card in cards)
     # torch's own numbers: what $CUDA_VISIBLE_DEVICES hides stays hidden.
     numbers = () if os.environ.get("CUDA_VISIBLE_DEVICES") else tuple(card.index for card in cards)
-    return Ranks(room.ranks, numbers, int(100 * share) / 100)
+    return Ranks(room.ranks, numbers, int(100 * share + 1e-6) / 100)
 
 
 def split_cores(cores: list[int], ranks: int) -> tuple[str, ...]:

@@ -64,6 +64,7 @@ class ServerProcess:
         self.log = log
         self._address, self._interrupts = address, interrupts
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
 
     def start(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start it. Raises InvalidRequestError if the program cannot be run."""
@@ -133,7 +134,7 @@ class ServerProcess:
         seconds: for running answers.
         """
         process, signals = self._process, self._interrupts.count
-        if process is None:
+        if process is None or self._stopped:
             return True
         if process.poll() is None:
             process.terminate()
@@ -143,6 +144,7 @@ class ServerProcess:
         in_order = process.poll() is not None
         self._end_group(_LEFT if in_order else 0)
         process.wait()
+        self._stopped = True  # the group's number may be another's from now on
         return self._interrupts.count == signals
 
     def _end_group(self, seconds: float) -> None:

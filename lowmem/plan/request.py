@@ -93,7 +93,7 @@ def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool =
     named_card: plan for a card with `vram` that is not in this machine. measure: include tokens/s, from
     memory bandwidth that is measured unless an earlier run did. Raises LowmemError.
     """
-    model, vram = os.fspath(request.model), request.vram_bytes or _vram_of_environment()
+    model, vram = os.fspath(request.model), request.vram_bytes or vram_of_environment()
     card = None if request.device == "cpu" or (named_card and vram) else find_card(request.device)
     if card is None and request.vram is not None and not named_card:
         raise InvalidRequestError(
@@ -199,7 +199,8 @@ def _size(value: int | str | None, name: str) -> int | None:
     return machine.parse_bytes(value, name) if isinstance(value, str) else value
 
 
-def _vram_of_environment() -> int | None:
+def vram_of_environment() -> int | None:
+    """The bytes of $LOWMEM_VRAM; None if it is not set. Raises RecipeError for text that is not a size."""
     text = os.environ.get(VRAM_VARIABLE)
     return machine.parse_bytes(text, f"${VRAM_VARIABLE}") if text else None
 

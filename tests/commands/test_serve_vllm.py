@@ -235,6 +235,14 @@ def test_the_share_of_a_card_leaves_what_others_hold(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     ranks = serve_vllm.ranks_for(room, CARDS, None)  # type: ignore[arg-type]
     assert ranks.share == 0.5 and ranks.cards == (0, 1)
+    args = arguments("--engine", "vllm")
+    room = serve_vllm.room_for(serve_vllm.request_of(args), CARDS[:1], args)
+    assert serve_vllm.ranks_for(room, CARDS[:1], None).share == 0.92  # type: ignore[arg-type]
+    monkeypatch.setenv("LOWMEM_VRAM", "6GiB")
+    assert serve_vllm.room_for(serve_vllm.request_of(args), CARDS[:1], args).bytes == 6 * GIB
+    args = arguments("--engine", "vllm", "--ram", "8GiB")
+    with pytest.raises(InvalidRequestError, match="--ram"):
+        serve_vllm.room_for(serve_vllm.request_of(args), CARDS[:1], args)
 
 
 def test_cores_are_divided() -> None:
