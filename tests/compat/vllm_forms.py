@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -70,6 +71,8 @@ FORMS = (
 
 
 SOURCE = Path(__file__).parents[2] / "lowmem" / "data" / "tiny-starchat"
+DENSE = "h.2.mlp.c_fc"
+"""Left in 16 bits where linears differ."""
 MIXED = {"h.0.mlp.c_proj": 8, "h.1.mlp.c_fc": 8}
 VALUES: tuple[tuple[int, str | None, dict[str, int]], ...] = (
     (8, None, {}),
@@ -148,6 +151,8 @@ def values(place: Path, source: Any) -> bool:
         write_rtn_checkpoint(
             model, folder, bits=bits, group_size=128, sym=True, others=others, tokenizer=False
         )
+        if others:
+            _leave_in_16_bits(folder, DENSE, model.get_submodule(f"transformer.{DENSE}").weight.data)
         built, _, _ = _loaded(_engine_config(folder, method, 1024), folder)
         weights = {name.removeprefix("transformer."): value for name, value in model.state_dict().items()}
         found = {name: module for name, module in built.named_modules() if hasattr(module, "qweight")}
@@ -158,15 +163,37 @@ def values(place: Path, source: Any) -> bool:
             wanted = weights[name.removeprefix("model.") + ".weight"]
             worst = max(worst, float((weight - wanted).abs().max()))
         counts = ", ".join(f"{widths.count(width)} of {width} bits" for width in sorted(set(widths)))
+        if others:
+            dense = built.get_submodule(f"model.{DENSE}").weight
+            worst = max(worst, float((dense - weights[f"{DENSE}.weight"].half()).abs().max()))
+            counts += ", 1 of 16 bits"
         fine = worst < 1e-6 and sorted(widths) == sorted(
             others.get(name.removeprefix("model."), bits) for name in found
         )
+        fine &= len(found) == 32 - bool(others)
         good &= fine
         print(
             f"{bits}-bit {method or 'gptq'}: {counts}, largest difference {worst:.1e}: "
             f"{'same' if fine else 'DIFFERS'}"
         )
     return good
+
+
+def _leave_in_16_bits(folder: Path, name: str, weight: torch.Tensor) -> None:
+    """Store a linear of a checkpoint as it is, with an entry in `dynamic` that says so."""
+    from safetensors.torch import load_file, save_file
+
+    full, file = f"transformer.{name}", folder / "model.safetensors"
+    tensors = {key: value for key, value in load_file(file).items() if not _is_packed(key, full)}
+    save_file({**tensors, f"{full}.weight": weight.half()}, file, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    quantization["dynamic"] = {f"-:^{re.escape(full)}$": {}, **quantization["dynamic"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _is_packed(key: str, linear: str) -> bool:
+    return key.rpartition(".")[0] == linear and not key.endswith(".bias")
 
 
 def _dequantized(module: Any) -> tuple[int, torch.Tensor]:
