@@ -58,6 +58,8 @@ def run(args: argparse.Namespace, defaults: argparse.Namespace, names: tuple[str
     choice = choose(candidates, vllm, room, context, request.dtype)
     url, door = _free_address(door)
     say(choice.reason)
+    if choice.method and not cards and lacks_avx512():
+        say("vLLM's CPU kernel for 4 bits needs AVX-512, which this CPU lacks: the first answer may end it")
     place = Path(tempfile.mkdtemp(prefix="lowmem-vllm-"))
     keep = False
     try:
@@ -227,6 +229,16 @@ def split_cores(cores: list[int], ranks: int) -> tuple[str, ...]:
     """The cores of each rank, as vLLM reads them: "0,1"."""
     each = len(cores) // ranks
     return tuple(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
+
+
+def lacks_avx512(cpu: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this is an x86 CPU that is known to lack AVX-512."""
+    try:
+        with cpu.open() as lines:
+            flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    except OSError:
+        return False
+    return bool(flags) and "avx512f" not in flags
 
 
 def _cores() -> list[int]:

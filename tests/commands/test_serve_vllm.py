@@ -245,6 +245,16 @@ def test_the_share_of_a_card_leaves_what_others_hold(monkeypatch: pytest.MonkeyP
         serve_vllm.room_for(serve_vllm.request_of(args), CARDS[:1], args)
 
 
+@pytest.mark.parametrize(
+    ("text", "lacks"),
+    [("flags\t: sse avx2\n", True), ("flags\t: avx2 avx512f\n", False), ("Features: x\n", False)],
+)
+def test_cpus_without_avx512_are_known(text: str, lacks: bool, tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(text)
+    assert serve_vllm.lacks_avx512(file) == lacks and not serve_vllm.lacks_avx512(tmp_path / "none")
+
+
 def test_cores_are_divided() -> None:
     assert serve_vllm.split_cores([0, 1, 2, 3, 4], 2) == ("0,1", "2,3")
     assert serve_vllm.split_cores([3], 1) == ("3",)
