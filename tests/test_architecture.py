@@ -23,6 +23,7 @@ RANKS = {
     "lowmem.kernels": 4,
     "lowmem.plan": 5,
     "lowmem.generate": 6,
+    "lowmem.engines": 6,
     "lowmem.export": 6,
     "lowmem.streaming": 6,
     "lowmem.loading": 7,

@@ -1,6 +1,6 @@
 """What the programs that load a checkpoint beside lowmem support, linear by linear. Needs no torch.
 
-`lowmem convert --for` refuses what the named program does not load. tests/compat/vllm_reader.py and
+`lowmem convert --for` refuses what the named program does not load. tests/compat/vllm_forms.py and
 tests/kernels/test_interop_gptqmodel.py run the programs themselves.
 """
 
@@ -117,5 +117,5 @@ READERS = {
         ),
     )
 }
-"""By name. vLLM: as tests/compat/vllm_reader.py found. GGUF: the linears that `lowmem export` writes without
-loss in blocks of their own width (Q8_0, Q5_0 and Q4_0)."""
+"""By name. vLLM: as tests/compat/vllm_forms.py found, without its Humming kernels. GGUF: the linears that
+`lowmem export` writes without loss in blocks of their own width (Q8_0, Q5_0 and Q4_0)."""

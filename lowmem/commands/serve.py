@@ -26,12 +26,28 @@ _SHORTEST_KEY = 8
 OWN_BYTES = 256 << 20
 """Host memory set aside for requests and unread answers, beside the model's plan."""
 _OFF = ("0", "none", "off")
+ENGINES = ("lowmem", "vllm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem serve`."""
     add_plan_arguments(parser)
     add_check_argument(parser)
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="what computes the answers; vllm: an installed vLLM, for several cards or many users, whose "
+        "command is written, shown and watched (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--tensor-parallel",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="cards that share the model, or processes on a CPU, with --engine vllm (default: %(default)s)",
+    )
     listen = parser.add_argument_group("address and access")
     listen.add_argument(
         "--host",
@@ -142,7 +158,15 @@ def run(args: argparse.Namespace) -> int:
         allow_host=args.allow_host,
     )
     check_origins(args.allow_origin)
+    names = tuple(args.served_name) or (served_name(args.model),)
     max_body = parse_bytes(args.max_body, "--max-body")
+    if args.engine == "vllm":
+        return _with_vllm(args, names, access, max_body)
+    if args.tensor_parallel > 1:
+        raise InvalidRequestError(
+            "--tensor-parallel divides a model among cards, which lowmem's own server does not",
+            "Add --engine vllm, or leave it out",
+        )
     prefixes = 0 if args.prefix_cache in _OFF else parse_bytes(args.prefix_cache, "--prefix-cache")
     request = request_of(args)
     say = notifier(args.quiet)
@@ -177,7 +201,6 @@ def run(args: argparse.Namespace) -> int:
                 report=lambda error: note(explain(error, "the model's thread")),
             )
             session = _started(worker, quiet=args.quiet)
-        names = tuple(args.served_name) or (served_name(args.model),)
         app = make_app(
             worker,
             names,
@@ -202,6 +225,25 @@ def run(args: argparse.Namespace) -> int:
     if not worker.join(5):
         _leave(0)  # a forward pass is still running
     return 0
+
+
+def _with_vllm(args: argparse.Namespace, names: tuple[str, ...], access: Access, max_body: int) -> int:
+    from lowmem.commands import serve_vllm
+    from lowmem.engines.vllm_command import Door
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    door = Door(
+        args.host,
+        args.port,
+        access.keys,
+        access.hosts,
+        tuple(args.allow_origin),
+        max_body,
+        prefix_cache=args.prefix_cache not in _OFF,
+        shutdown_seconds=args.shutdown_seconds,
+    )
+    return serve_vllm.run(args, parser.parse_args([args.model]), names, door)
 
 
 def slots_of(plan: Plan, parallel: int | None) -> int:

@@ -93,7 +93,7 @@ def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool =
     named_card: plan for a card with `vram` that is not in this machine. measure: include tokens/s, from
     memory bandwidth that is measured unless an earlier run did. Raises LowmemError.
     """
-    model, vram = os.fspath(request.model), request.vram_bytes or _vram_of_environment()
+    model, vram = os.fspath(request.model), request.vram_bytes or vram_of_environment()
     card = None if request.device == "cpu" or (named_card and vram) else find_card(request.device)
     if card is None and request.vram is not None and not named_card:
         raise InvalidRequestError(
@@ -102,12 +102,7 @@ def plan_for(request: ModelRequest, *, named_card: bool = False, measure: bool =
     on_card = card is not None or (named_card and vram is not None and request.device != "cpu")
     candidates = find_candidates(model, cuda=on_card, dtype=request.dtype)
     possible = [] if request.method else convertible(model, candidates, cuda=on_card)
-    context = request.context or default_context(candidates)
-    positions = candidates[0].shape.positions
-    if request.context is not None and not 0 < context <= (positions or context):
-        raise InvalidRequestError(
-            f"--context {context} is out of range: the model has {positions} positions", "Use a smaller one"
-        )
+    context = context_of(request, candidates)
     if request.bits is not None:
         possible = [c for c in possible if c.has_bits(request.bits)]
     budget = _budget(request, card, vram if on_card else None, measure)
@@ -135,6 +130,36 @@ def plan_or_download(request: ModelRequest, notify: Callable[[str], None]) -> Pl
         if typed_path(model).exists() or not is_hub_id(model):
             raise
     return plan_for(replace(request, model=_download(model, notify)))
+
+
+def find_or_download(request: ModelRequest, notify: Callable[[str], None], *, cuda: bool) -> list[Candidate]:
+    """The versions with the requested bits and method, best first.
+
+    A hub id that is not on this machine is downloaded. Raises SourceError if there is no version.
+    """
+    model = os.fspath(request.model)
+    try:
+        candidates = find_candidates(model, cuda=cuda, dtype=request.dtype)
+    except SourceError:
+        if typed_path(model).exists() or not is_hub_id(model):
+            raise
+        model = os.fspath(_download(model, notify))
+        candidates = find_candidates(model, cuda=cuda, dtype=request.dtype)
+    return _matching(candidates, request)
+
+
+def context_of(request: ModelRequest, candidates: list[Candidate]) -> int:
+    """The tokens of prompt and answer together.
+
+    Raises InvalidRequestError for more than the model has positions.
+    """
+    context = request.context or default_context(candidates)
+    positions = candidates[0].shape.positions
+    if request.context is not None and not 0 < context <= (positions or context):
+        raise InvalidRequestError(
+            f"--context {context} is out of range: the model has {positions} positions", "Use a smaller one"
+        )
+    return context
 
 
 def _draft_or_download(name: str, notify: Callable[[str], None]) -> str | os.PathLike[str]:
@@ -174,7 +199,8 @@ def _size(value: int | str | None, name: str) -> int | None:
     return machine.parse_bytes(value, name) if isinstance(value, str) else value
 
 
-def _vram_of_environment() -> int | None:
+def vram_of_environment() -> int | None:
+    """The bytes of $LOWMEM_VRAM; None if it is not set. Raises RecipeError for text that is not a size."""
     text = os.environ.get(VRAM_VARIABLE)
     return machine.parse_bytes(text, f"${VRAM_VARIABLE}") if text else None
 

@@ -8,7 +8,7 @@ from lowmem.checkpoint.formats import LinearFormat
 from lowmem.checkpoint.readers import READERS
 from lowmem.config import BITS
 from lowmem.errors import RecipeError
-from tests.compat.vllm_reader import FORMS
+from tests.compat.vllm_forms import FORMS
 
 LAYER = "model.layers.0."
 QKV = tuple(f"{LAYER}self_attn.{name}_proj" for name in "qkv")
@@ -17,7 +17,7 @@ FOUR, EIGHT = LinearFormat(4, 128), LinearFormat(8, 64)
 
 
 def test_vllm_loads_what_its_own_code_took() -> None:
-    for form in FORMS:
+    for form in (form for form in FORMS if form.method is None):
         found = READERS["vllm"].allows(LinearFormat(form.bits, form.group_size, form.sym))
         assert (found == "") == form.taken, (form, found)
 

@@ -49,6 +49,7 @@ def test_both_define_the_same(tmp_path: Path) -> None:
 
 def test_a_lock_keeps_others_out_and_takes_a_byte_that_no_file_has(tmp_path: Path) -> None:
     code = """
+import os
 first, second = (system.open_lock(__import__("pathlib").Path("lock"), create=True) for _ in range(2))
 system.lock(first, wait=False)
 try:
@@ -69,6 +70,7 @@ except FileNotFoundError:
 
 def test_a_file_is_closed_before_it_is_renamed_and_readers_are_waited_for(tmp_path: Path) -> None:
     code = """
+import os
 from pathlib import Path
 part, path = Path("new.part"), Path("new")
 stream, real, tries = part.open("wb"), os.replace, []
@@ -117,6 +119,7 @@ print(seen, folder.exists())
 def test_reading_and_writing_at_a_place_leave_the_position(tmp_path: Path) -> None:
     for system in ("system", "__import__('lowmem.platform.posix', fromlist=['x'])"):
         code = f"""
+import os
 system = {system}
 handle = os.open("file", os.O_RDWR | os.O_CREAT)
 os.write(handle, b"0123456789")

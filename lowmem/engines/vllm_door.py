@@ -1,0 +1,162 @@
+"""What every request to vLLM must pass: host name, origin, API key, size. vLLM imports this file, not lowmem.
+
+vLLM's own key guards only some of its paths (not /invocations, which answers prompts), and it takes every
+Host header, so that a web page can reach it by DNS rebinding. The rules are those of our own server's guard
+(lowmem/server/guard.py). Only Python's standard library is used: the file is copied into a folder that vLLM's
+environment imports from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib
+import ipaddress
+import json
+import os
+import re
+from typing import Any
+
+_trim: Any = importlib.import_module(__name__.replace("door", "trim"))  # a copy is named otherwise
+VARIABLE = "LOWMEM_DOOR"
+OWN_NAMES = ("localhost", "127.0.0.1", "::1")
+OPEN = ("/health",)
+"""Paths that need no key."""
+
+
+class Refused(Exception):
+    """A request that is not passed on."""
+
+    def __init__(self, status: int, message: str, code: str) -> None:
+        super().__init__(message)
+        self.status, self.code = status, code
+
+
+class Door:
+    """An ASGI layer around vLLM's application; its rules are JSON in $LOWMEM_DOOR."""
+
+    def __init__(self, app: Any) -> None:
+        rules = json.loads(os.environ.get(VARIABLE) or "{}")
+        self._app = app
+        self._names = {name.lower() for name in (*OWN_NAMES, *rules["hosts"])}
+        self._keys = [_digest(key) for key in rules["keys"]]
+        self._trims = bool(rules.get("trims"))
+        self._origins, self._most = set(rules["origins"]), int(rules["max_body"])
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or refuse it. Connections of other kinds than HTTP's (WebSocket) are closed."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        started = False
+
+        async def sending(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            self._check(scope, _headers(scope))
+            trims = self._trims and scope["path"] == _trim.PATH
+            passed = _trim.Trimmed(sending) if trims else sending
+            await self._app(scope, self._limited(receive), passed)
+        except Refused as refused:
+            if not started:
+                await _send_refusal(refused, send)
+
+    def _check(self, scope: Any, headers: dict[str, list[str]]) -> None:
+        hosts = headers.get("host", [])
+        name = _host_name(hosts[0]) if len(hosts) == 1 else None
+        if name is None or (name not in self._names and not _same_address(name, scope.get("server"))):
+            message = "The host name is not allowed. Start the server with --allow-host NAME to allow it"
+            raise Refused(403, message, "host_not_allowed")
+        self._check_origin(scope, headers, hosts[0])
+        if scope["method"] == "OPTIONS":
+            return
+        if self._keys and not (scope["method"] in ("GET", "HEAD") and scope["path"] in OPEN):
+            self._check_key(headers)
+        length = headers.get("content-length", ["0"])[0]
+        if length.isdecimal() and int(length[:20]) > self._most:
+            raise self._too_large()
+
+    def _check_origin(self, scope: Any, headers: dict[str, list[str]], host: str) -> None:
+        """Require that a page which sends more than GET is of an allowed origin, or the server's own."""
+        origin = headers.get("origin", [""])[0]
+        own = origin in (f"http://{host}", f"https://{host}")
+        if not origin or own or scope["method"] in ("GET", "HEAD") or {origin, "*"} & self._origins:
+            return
+        message = (
+            "Pages of this origin may not use this server. Start it with --allow-origin ORIGIN to allow them"
+        )
+        raise Refused(403, message, "origin_not_allowed")
+
+    def _check_key(self, headers: dict[str, list[str]]) -> None:
+        kind, _, given = headers.get("authorization", [""])[0].partition(" ")
+        digest = _digest(given.strip())
+        # Compare with all keys, so that the time does not depend on which one matches.
+        found = [hmac.compare_digest(digest, known) for known in self._keys]
+        if kind.lower() != "bearer" or True not in found:
+            what = "Incorrect API key provided" if given else "You didn't provide an API key"
+            raise Refused(401, f"{what}. Send it as Authorization: Bearer KEY", "invalid_api_key")
+
+    def _limited(self, receive: Any) -> Any:
+        size = 0
+
+        async def receiving() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._most:
+                raise self._too_large()
+            return message
+
+        return receiving
+
+    def _too_large(self) -> Refused:
+        return Refused(413, f"The request is larger than {self._most} bytes", "request_too_large")
+
+
+def _headers(scope: Any) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in scope["headers"]:
+        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    return found
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _host_name(host: str) -> str | None:
+    """The lower-case name in a Host header, without the port; None if it is not valid."""
+    match = re.fullmatch(r"(?:\[([0-9a-f:.%]+)\]|([a-z0-9._%-]+))(?::[0-9]+)?", host.strip().lower())
+    return (match[1] or match[2]).rstrip(".") if match else None
+
+
+def _same_address(name: str, server: Any) -> bool:
+    """Whether a name is the numeric address of the connection. A web page cannot forge that."""
+    try:
+        return server is not None and _address(name) == _address(str(server[0]))
+    except ValueError:
+        return False
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
+
+
+async def _send_refusal(refused: Refused, send: Any) -> None:
+    error = {"message": str(refused), "type": "invalid_request_error", "param": None, "code": refused.code}
+    content = json.dumps({"error": error}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if refused.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if refused.status == 413:
+        headers.append((b"connection", b"close"))  # the rest of the body is not read
+    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
