@@ -53,12 +53,18 @@ INLINE void add_steps(int bits, int count, const int8x16_t *w, const int8x16_t *
 
 #include "neon_decode.h"
 
+SCRATCH(5, 0, 1) SCRATCH(5, 0, 4) SCRATCH(6, 0, 1) SCRATCH(6, 0, 4) SCRATCH(7, 0, 1) SCRATCH(7, 0, 4)
+SCRATCH(8, 0, 1) SCRATCH(8, 0, 4) SCRATCH(5, 1, 1) SCRATCH(5, 1, 4)
+
+static void multiply_unpacked(const tile *t, int rows)
+{
+    static const plane_kernel kernels[9][2][2] = {
+        [5] = {{scratch_5_0_1, scratch_5_1_1}, {scratch_5_0_4, scratch_5_1_4}}, [6] = {{scratch_6_0_1}, {scratch_6_0_4}},
+        [7] = {{scratch_7_0_1}, {scratch_7_0_4}}, [8] = {{scratch_8_0_1}, {scratch_8_0_4}}};
+    multiply_rows(t, rows, kernels[CLASS(t->at->w->bits)][rows != 1]);
+}
+
 #define ARRANGE(count, step) (void)(step) /* steps lie in scratch as they are unpacked */
-#define PREFILL_ALL                                                                                                    \
-    PREFILL_PLANES(5) PREFILL_PLANES(6) PREFILL_PLANES(7) PREFILL_PLANES(8) PREFILL_ROWS(5, 4) /* 4: LM_PAIRED */      \
-    static const prefill_kernel prefill_kernels[9][4][2] = {                                                           \
-        [5] = {PREFILL_NAMES(5, 1), PREFILL_NAMES(5, 2), PREFILL_NAMES(5, 3), PREFILL_NAMES(5, 4)},                    \
-        [6] = PREFILL_TABLE(6), [7] = PREFILL_TABLE(7), [8] = PREFILL_TABLE(8)};
 #include "neon_prefill.h"
 
 const lm_linear_kernels lm_linear_neon = {lm_digit_bytes_neon, lm_quantize_neon, lm_decode, lm_prefill, lm_dense_neon};

@@ -11,8 +11,6 @@ INLINE int32x4_t sums_of(total sum) { return sum; }
 INLINE total raise(total sum) { return vshlq_n_s32(sum, 8); }
 INLINE void hold(total *sum) { HOLD(*sum); }
 
-#define CLASS(bits) 8 /* all widths are equal */
-
 INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int8x16_t x, int lane)
 {
     return lane == 0   ? vdotq_laneq_s32(sum, w, x, 0)
@@ -31,11 +29,15 @@ INLINE void add_steps(int bits, int count, const int8x16_t *w, const int8x16_t *
 
 #include "neon_decode.h"
 
+SCRATCH(8, 0, 1) SCRATCH(8, 0, 4) SCRATCH(8, 1, 1) SCRATCH(8, 1, 4) /* for all widths */
+
+static void multiply_unpacked(const tile *t, int rows)
+{
+    static const plane_kernel kernels[2][2] = {{scratch_8_0_1, scratch_8_1_1}, {scratch_8_0_4, scratch_8_1_4}};
+    multiply_rows(t, rows, kernels[rows != 1]);
+}
+
 #define ARRANGE(count, step) (void)(step) /* steps lie in scratch as they are unpacked */
-#define PREFILL_ALL                                                                                                    \
-    PREFILL_PLANES(8) PREFILL_ROWS(8, 4) /* 4: LM_PAIRED */                                                            \
-    static const prefill_kernel prefill_kernels[9][4][2] = {                                                           \
-        [8] = {PREFILL_NAMES(8, 1), PREFILL_NAMES(8, 2), PREFILL_NAMES(8, 3), PREFILL_NAMES(8, 4)}};
 #include "neon_prefill.h"
 
 void lm_decode_neon_dotprod(const lm_piece *piece) { lm_decode(piece); }

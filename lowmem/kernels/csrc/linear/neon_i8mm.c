@@ -91,11 +91,17 @@ INLINE void multiply(shape s, const tile *t)
     }
 }
 
-#define CLASS(bits) 8 /* all widths are equal */
-#define PREFILL_ALL                                                                                                    \
-    PREFILL_PLANES(8) PREFILL_ROWS(8, 4) /* 4: LM_PAIRED */                                                            \
-    static const prefill_kernel prefill_kernels[9][4][2] = {                                                           \
-        [8] = {PREFILL_NAMES(8, 1), PREFILL_NAMES(8, 2), PREFILL_NAMES(8, 3), PREFILL_NAMES(8, 4)}};
+#define TILE(planes, rows)                                                                                             \
+    TARGET static void tile_##planes##_##rows(const tile *t) { multiply((shape){0, planes, rows, 1}, t); }
+TILE(1, 1) TILE(1, 4) TILE(2, 1) TILE(2, 4) TILE(3, 1) TILE(3, 4) TILE(4, 1) TILE(4, 4) /* 4 planes: LM_PAIRED */
+
+static void multiply_unpacked(const tile *t, int rows)
+{
+    static void (*const kernels[4][2])(const tile *) = {
+        {tile_1_1, tile_1_4}, {tile_2_1, tile_2_4}, {tile_3_1, tile_3_4}, {tile_4_1, tile_4_4}};
+    kernels[t->at->input->planes - 1][rows != 1](t);
+}
+
 #include "neon_prefill.h"
 
 const lm_linear_kernels lm_linear_neon_i8mm = {

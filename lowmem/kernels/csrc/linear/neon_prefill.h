@@ -1,10 +1,8 @@
 /* Packed linears with NEON for many rows: a group's weights are unpacked once and multiplied by all rows. The file of an
  * instruction set defines
  *
- *   multiply(shape, tile)   the products of a tile of 1 or MOST_ROWS rows
- *   CLASS(bits)             the widths for which multiply differs: the largest of those that it treats alike
- *   ARRANGE(count, step)    brings the unpacked steps of a unit into the order in which multiply takes them
- *   PREFILL_ALL             defines its kernels and prefill_kernels[class][planes - 1][rows > 1]
+ *   multiply_unpacked(tile, rows)   the products of a tile of 1 or MOST_ROWS rows, whose weights are in scratch
+ *   ARRANGE(count, step)            brings the unpacked steps of a unit into the order in which multiply_unpacked takes them
  *
  * and then includes this, which defines lm_prefill.
  */
@@ -39,19 +37,6 @@ INLINE void unpack_block(int bits, int planes, const tile *t, int8_t *steps, int
     }
 UNPACK(2) UNPACK(3) UNPACK(4) UNPACK(5) UNPACK(6) UNPACK(7) UNPACK(8)
 
-#define PREFILL(class, planes, rows)                                                                                   \
-    TARGET static void prefill_##class##_##planes##_##rows(const tile *t)                                              \
-    {                                                                                                                  \
-        multiply((shape){class, planes, rows, 1}, t);                                                                  \
-    }
-#define PREFILL_ROWS(class, planes) PREFILL(class, planes, 1) PREFILL(class, planes, 4)
-#define PREFILL_PLANES(class) PREFILL_ROWS(class, 1) PREFILL_ROWS(class, 2) PREFILL_ROWS(class, 3)
-#define PREFILL_NAMES(class, planes) {prefill_##class##_##planes##_1, prefill_##class##_##planes##_4}
-#define PREFILL_TABLE(class) {PREFILL_NAMES(class, 1), PREFILL_NAMES(class, 2), PREFILL_NAMES(class, 3)}
-
-typedef void (*prefill_kernel)(const tile *t);
-PREFILL_ALL
-
 /* A group's weights for the piece's outputs times all rows. */
 static void prefill_group(const lm_piece *p, const lm_group *at)
 {
@@ -59,7 +44,6 @@ static void prefill_group(const lm_piece *p, const lm_group *at)
     static const unpacker unpackers[9] = {[2] = unpack_2, [3] = unpack_3, [4] = unpack_4, [5] = unpack_5,
                                           [6] = unpack_6, [7] = unpack_7, [8] = unpack_8};
     const int64_t rows = p->input->rows, width = p->input->group;
-    const prefill_kernel *kernels = prefill_kernels[CLASS(p->w->bits)][p->input->planes - 1];
     int8_t *scratch = p->scratch, *pairs = scratch + LM_PREFILL_COLUMNS * width;
     spare memory;
     for (int64_t o = p->first; o < p->last; o += BLOCK) {
@@ -78,7 +62,8 @@ static void prefill_group(const lm_piece *p, const lm_group *at)
             const int64_t column = o - p->first, count = lm_min(p->last - o, BLOCK);
             const block whole = block_of(at, o, p->y + r * p->stride + column, p->stride);
             const block b = count < BLOCK ? spare_block(&whole, count, (int)most, &memory) : whole;
-            kernels[most != 1](&(tile){at, &b, r, scratch + column * width, pairs + column * width / 2});
+            const tile t = {at, &b, r, scratch + column * width, pairs + column * width / 2};
+            multiply_unpacked(&t, (int)most);
             if (count < BLOCK)
                 put_back(&whole, count, (int)most, &memory);
         }

@@ -67,24 +67,39 @@ INLINE float32x4_t less_zeros(int32x4_t sum, uint32x4_t zeros, int32_t total, in
     return vcvtq_f32_s32(vreinterpretq_s32_u32(vmlsq_n_u32(raised, zeros, (uint32_t)total)));
 }
 
-/* y = fmaf(c, scale * weight_scale, y) for vector `v`, from its rows' sums: those of the lower planes, and of the third. */
-INLINE void add_scaled(shape s, const tile *t, int v, const int32x4_t *low, const int32x4_t *highest, int step)
+/* Where a tile's outputs and scales are, in local variables: stores to y may alias everything else. */
+typedef struct {
+    float *y;
+    const float *scales; /* of the rows */
+    const int32_t *sums;
+    int64_t stride;
+    int bits;
+} results;
+
+INLINE results results_of(const tile *t)
 {
     const lm_input *input = t->at->input;
-    const int bits = t->at->w->bits;
+    return (results){t->b->y, input->scales + index_of(t), input->sums + 3 * index_of(t), t->b->y_stride, t->at->w->bits};
+}
+
+/* y = fmaf(c, scale * weight_scale, y) for vector `v`, from its rows' sums, `step` apart: of the lower planes and of the
+ * third. */
+INLINE void add_scaled(shape s, const tile *t, int v, const int32x4_t *low, const int32x4_t *highest, int step)
+{
+    const results to = results_of(t);
     const uint32x4_t zeros = zeros_of(t, v);
     const float32x4_t weight_scale = load_4(t->b->scales, t->b->scales_type, 4 * v);
     UNROLL
     for (int r = 0; r < s.rows; r++) {
-        const int32_t *sums = input->sums + 3 * (index_of(t) + r);
-        float *y = t->b->y + r * t->b->y_stride + 4 * v;
-        const int32_t reduced = bits == 8 ? sums[SUM_LOW] : s.planes == LM_PAIRED && bits == 4 ? sums[SUM_SHARED] : 0;
+        const int32_t *sums = to.sums + 3 * r;
+        float *y = to.y + r * to.stride + 4 * v;
+        const int32_t reduced = to.bits == 8 ? sums[SUM_LOW] : s.planes == LM_PAIRED && to.bits == 4 ? sums[SUM_SHARED] : 0;
         float32x4_t c = less_zeros(low[r * step], zeros, sums[SUM_LOW], reduced);
         if (s.planes == 3) {
-            const float32x4_t high = less_zeros(highest[r * step], zeros, sums[SUM_HIGHEST], bits == 8 ? sums[SUM_HIGHEST] : 0);
-            c = vfmaq_f32(c, high, vdupq_n_f32(65536));
+            const int32_t total = sums[SUM_HIGHEST];
+            c = vfmaq_f32(c, less_zeros(highest[r * step], zeros, total, to.bits == 8 ? total : 0), vdupq_n_f32(65536));
         }
-        const float32x4_t scale = vmulq_n_f32(weight_scale, input->scales[index_of(t) + r]);
+        const float32x4_t scale = vmulq_n_f32(weight_scale, to.scales[r]);
         vst1q_f32(y, vfmaq_f32(vld1q_f32(y), c, scale));
     }
 }
