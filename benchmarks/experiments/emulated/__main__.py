@@ -25,7 +25,7 @@ INPUTS, OUTPUTS = 512, 256
 SETS = (("AVX2", X86), ("NEON", ARM), ("NEON dotprod", ARM))
 LIMIT = 1.5
 """Instructions per byte of register, as a multiple of AVX2's, at most."""
-_KERNEL = re.compile(rb"^Trace .* decode_\w+$", re.MULTILINE)
+_KERNEL = re.compile(rb"^Trace .* (decode_\w+|plane_\w+|multiply_rows)$", re.MULTILINE)
 
 
 def case(bits: int, rows: int, group: int) -> bytes:
