@@ -148,8 +148,10 @@ INLINE void multiply_tile(int rows, const tile *t, const plane_kernel kernels[2]
     const int planes = t->at->input->planes;
     total sum[MOST_ROWS * VECTORS];
     int32x4_t low[MOST_ROWS * VECTORS], highest[MOST_ROWS * VECTORS];
-    for (int i = 0; i < rows * VECTORS; i++)
+    for (int i = 0; i < rows * VECTORS; i++) {
         sum[i] = (total){0};
+        highest[i] = vdupq_n_s32(0);
+    }
     for (int plane = LM_SUMS(planes) - 1; plane >= 0; plane--) {
         kernels[planes == LM_PAIRED && plane == 0](t, plane, sum);
         for (int i = 0; plane == 2 && i < rows * VECTORS; i++) {
