@@ -2,10 +2,40 @@
 #include "isa.h"
 
 #include <string.h>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "x86.h"
 
 static int always(void) { return 1; }
+
+#if defined(__aarch64__)
+/* Whether the system reports a feature: Linux as a bit of an auxiliary value (asm/hwcap.h), macOS by name. */
+static int reports(unsigned long type, int bit, const char *name)
+{
+#if defined(__linux__)
+    (void)name;
+    return getauxval(type) >> bit & 1;
+#elif defined(__APPLE__)
+    (void)type, (void)bit;
+    int value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(name, &value, &size, NULL, 0) && value;
+#else
+    (void)type, (void)bit, (void)name;
+    return 0;
+#endif
+}
+
+enum { HWCAP = 16, HWCAP2 = 26 }; /* AT_HWCAP and AT_HWCAP2 of elf.h */
+
+static int has_dotprod(void) { return reports(HWCAP, 20, "hw.optional.arm.FEAT_DotProd"); }
+
+static int has_i8mm(void) { return has_dotprod() && reports(HWCAP2, 13, "hw.optional.arm.FEAT_I8MM"); }
+#endif
 
 /* Best first. */
 static const lm_isa table[] = {
@@ -18,6 +48,14 @@ static const lm_isa table[] = {
      lm_round_avx512, &lm_train_avx512, &lm_elementwise_avx2, lm_read_avx512},
     {"AVX2", lm_has_avx2, &lm_linear_avx2, &lm_attention_avx2, &lm_gemm_avx2, &lm_gemm_avx2,
      lm_round_avx2, &lm_train_avx2, &lm_elementwise_avx2, lm_read_avx2},
+#elif defined(__aarch64__)
+    /* Compilers make NEON of portable C where it has vectors and no fused operations. */
+    {"NEON i8mm", has_i8mm, &lm_linear_neon_i8mm, &lm_attention_neon, &lm_gemm_neon, &lm_gemm_neon,
+     lm_round_neon, &lm_train_portable, &lm_elementwise_portable, lm_read_portable},
+    {"NEON dotprod", has_dotprod, &lm_linear_neon_dotprod, &lm_attention_neon, &lm_gemm_neon, &lm_gemm_neon,
+     lm_round_neon, &lm_train_portable, &lm_elementwise_portable, lm_read_portable},
+    {"NEON", always, &lm_linear_neon, &lm_attention_neon, &lm_gemm_neon, &lm_gemm_neon,
+     lm_round_neon, &lm_train_portable, &lm_elementwise_portable, lm_read_portable},
 #endif
     {"portable C", always, &lm_linear_portable, &lm_attention_portable, &lm_gemm_portable, &lm_gemm_portable,
      lm_round_portable, &lm_train_portable, &lm_elementwise_portable, lm_read_portable},

@@ -59,6 +59,8 @@ typedef struct {
 extern const lm_attention_kernels lm_attention_portable;
 #if defined(__x86_64__)
 extern const lm_attention_kernels lm_attention_avx2, lm_attention_bf16;
+#elif defined(__aarch64__)
+extern const lm_attention_kernels lm_attention_neon;
 #endif
 
 #endif

@@ -26,7 +26,7 @@ typedef struct {
 /* Bytes of workspace with the present number of threads. */
 LM_EXPORT size_t lm_gemm_workspace(void);
 LM_EXPORT void lm_gemm_run(const lm_gemm *job, void *workspace);
-/* The kernels on which results depend: "AVX-512 BF16", "AVX-512", "AVX2" or "portable C". */
+/* The kernels on which results depend: "AVX-512 BF16", "AVX-512", "AVX2", "NEON" or "portable C". */
 LM_EXPORT const char *lm_gemm_name(void);
 
 /* Multiply the upper triangle of a square matrix by `scale` and mirror it into the lower one (layout.c). */

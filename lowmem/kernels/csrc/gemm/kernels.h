@@ -34,6 +34,8 @@ enum { LM_GEMM_TILE = 12 * 32 }; /* rows * columns of a tile, at most */
 extern const lm_gemm_kernels lm_gemm_portable;
 #if defined(__x86_64__)
 extern const lm_gemm_kernels lm_gemm_avx2, lm_gemm_avx512, lm_gemm_avx512_bf16;
+#elif defined(__aarch64__)
+extern const lm_gemm_kernels lm_gemm_neon;
 #endif
 
 /* ---- rounding ------------------------------------------------------------------------------------------------ */
@@ -55,6 +57,8 @@ typedef void lm_round_slab(const lm_round_shared *shared, float *buffers, int64_
 extern lm_round_slab lm_round_portable;
 #if defined(__x86_64__)
 extern lm_round_slab lm_round_avx2, lm_round_avx512;
+#elif defined(__aarch64__)
+extern lm_round_slab lm_round_neon;
 #endif
 
 /* ---- training ------------------------------------------------------------------------------------------------ */

@@ -26,7 +26,7 @@ typedef struct {
     void *digits;   /* lm_linear_kernels.digit_bytes bytes, 64-byte aligned */
     float *scales;  /* [inputs / group, rows] */
     int32_t *sums;  /* [inputs / group, rows, 3]: the sum of each plane's digits. LM_PAIRED has two; the first one counts
-                       a shared digit once for each product that it takes part in. */
+                       a shared digit once for each product that it takes part in. NEON keeps other sums, see neon.h. */
 } lm_input;
 
 /* The planes whose sums are kept. */
@@ -75,6 +75,8 @@ typedef struct {
 extern const lm_linear_kernels lm_linear_portable;
 #if defined(__x86_64__)
 extern const lm_linear_kernels lm_linear_avx2, lm_linear_avx512;
+#elif defined(__aarch64__)
+extern const lm_linear_kernels lm_linear_neon, lm_linear_neon_dotprod, lm_linear_neon_i8mm;
 #endif
 
 /* ---- where a weight's words and scales lie ------------------------------------------------------------------- */

@@ -1,0 +1,117 @@
+"""driver.c and the CPU kernels, compiled for another CPU or for this one, and run in QEMU's user mode.
+
+Needs ziglang, a C compiler for every target, and QEMU (`qemu-user-static`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from lowmem.benchmarks.common.processes import ROOT
+
+from lowmem.kernels.native.lost_files import library_path
+
+DRIVER = Path(__file__).parent / "driver.c"
+SOURCES = ROOT / "lowmem" / "kernels" / "csrc"
+ARM, X86 = "aarch64", "x86_64"
+CPUS = {"cortex-a53": 1, "neoverse-n1": 2, "max": 3}
+"""ARM CPUs of QEMU, and how many of the NEON instruction sets each has."""
+LEFT_OUT = ("avx512_decode.c", "avx512_prefill.c", "avx512_digits.c", "avx512_dense.c")
+"""Sources that a driver for x86 has no use for: QEMU knows no AVX-512, and they compile for minutes."""
+_STUB = '#include "linear/kernels.h"\nconst lm_linear_kernels lm_linear_avx512 = {0};\n'
+_OPTIONS = ("-std=c11", "-ffp-contract=off", "-pthread", f"-I{SOURCES}")
+_ZIG = (sys.executable, "-m", "ziglang", "cc", *_OPTIONS, "-Wall", "-Wextra", "-Werror")
+
+
+@dataclass(frozen=True)
+class Driver:
+    """A compiled driver.c and how it is started."""
+
+    command: tuple[str, ...]
+
+    def sets(self) -> list[str]:
+        """The instruction sets that its CPU has, best first."""
+        return self._run(b"").decode().splitlines()
+
+    def results(self, isa: str, cases: bytes) -> bytes:
+        """What one instruction set computes. Raises RuntimeError if it fails."""
+        return self._run(cases, isa)
+
+    def _run(self, cases: bytes, *arguments: str) -> bytes:
+        done = subprocess.run([*self.command, *arguments], input=cases, capture_output=True, timeout=500)
+        if done.returncode:
+            raise RuntimeError(
+                f"{self.command} {arguments}: {done.returncode}, {done.stderr.decode()[-2000:]}"
+            )
+        return done.stdout
+
+
+def emulator(machine: str) -> str | None:
+    """QEMU's user mode for ARM or X86, or None."""
+    return shutil.which(f"qemu-{machine}-static") or shutil.which(f"qemu-{machine}")
+
+
+def missing() -> str:
+    """What an emulated driver lacks, with the command that installs it; "" if nothing."""
+    if find_spec("ziglang") is None:
+        return "ziglang is not installed: pip install ziglang"
+    if emulator(ARM) is None:
+        return "QEMU is not installed: apt-get install qemu-user-static"
+    return ""
+
+
+def emulated(program: Path, machine: str, cpu: str, *options: str) -> Driver:
+    """A program of `compiled` in QEMU."""
+    return Driver((emulator(machine) or f"qemu-{machine}", "-cpu", cpu, *options, str(program)))
+
+
+def compiled(folder: Path, machine: str, level: str) -> Path:
+    """Compile the kernels and the driver with `level`, such as "-O3", into `folder`. Returns the program.
+
+    Warnings are errors. Raises RuntimeError with the compiler's output.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    options = (*_ZIG, "-target", f"{machine}-linux-musl", level)
+    sources = [path for path in SOURCES.rglob("*.c") if machine == ARM or path.name not in LEFT_OUT]
+    sources.sort(key=lambda path: "neon" not in path.name and "avx2" not in path.name)  # slowest first
+    if machine == X86:
+        (folder / "stub.c").write_text(_STUB)
+        sources.append(folder / "stub.c")
+
+    def one(source: Path) -> str:
+        result = folder / f"{source.parent.name}-{source.stem}.o"
+        # zig's runtime reports no features of x86; QEMU's "max" has those of AVX2.
+        features = (
+            ("-D__builtin_cpu_supports(feature)=1",) if machine == X86 and source.name == "isa.c" else ()
+        )
+        _call(*options, *features, "-c", str(source), "-o", str(result))
+        return str(result)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        objects = list(pool.map(one, [*sources, DRIVER]))
+    _call(*options, *objects, "-static", "-lm", "-o", str(folder / "driver"))
+    return folder / "driver"
+
+
+def driver_here(folder: Path) -> Driver:
+    """The driver with this machine's library of kernels. Raises RuntimeError if that is not compiled."""
+    library = library_path()
+    if library is None:
+        raise RuntimeError("the library of kernels is not compiled")
+    program, cc = folder / "driver-here", shutil.which("cc") or shutil.which("gcc")
+    options = _ZIG if cc is None else (cc, *_OPTIONS)
+    _call(*options, str(DRIVER), str(library), f"-Wl,-rpath,{library.parent}", "-o", str(program))
+    return Driver((str(program),))
+
+
+def _call(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
