@@ -24,6 +24,7 @@ from lowmem.errors import InvalidRequestError
 from lowmem.plan.device import host_memory_available
 from lowmem.plan.planner import PARALLEL
 from lowmem.plan.request import ModelRequest, context_of, find_or_download, vram_of_environment
+from lowmem.platform import system
 
 Say = Callable[[str], None]
 _SHARE = 0.92
@@ -200,7 +201,7 @@ def room_for(request: ModelRequest, cards: list[CardMemory], args: argparse.Name
         raise InvalidRequestError(
             "--vram needs a card, and this vLLM is built for CPUs", "Use --ram SIZE to limit the memory"
         )
-    cores = len(_cores())
+    cores = len(sorted(system.usable_cores()))
     if ranks > cores:
         raise InvalidRequestError(
             f"--tensor-parallel {ranks} needs as many CPU cores, and {cores} can be used",
@@ -218,7 +219,9 @@ def share_of(card: CardMemory) -> float:
 def ranks_for(room: Room, cards: list[CardMemory], choice: Choice) -> Ranks:
     """The processes, and what each may use."""
     if not cards:
-        return Ranks(room.ranks, cores=split_cores(_cores(), room.ranks), kv_bytes=choice.kv_cache)
+        return Ranks(
+            room.ranks, cores=split_cores(sorted(system.usable_cores()), room.ranks), kv_bytes=choice.kv_cache
+        )
     share = min(min(share_of(card), room.bytes / card.total) for card in cards)
     # torch's own numbers: what $CUDA_VISIBLE_DEVICES hides stays hidden.
     numbers = () if os.environ.get("CUDA_VISIBLE_DEVICES") else tuple(card.index for card in cards)
@@ -231,21 +234,10 @@ def split_cores(cores: list[int], ranks: int) -> tuple[str, ...]:
     return tuple(",".join(map(str, cores[rank * each : (rank + 1) * each])) for rank in range(ranks))
 
 
-def lacks_avx512(cpu: Path = Path("/proc/cpuinfo")) -> bool:
+def lacks_avx512() -> bool:
     """Whether this is an x86 CPU that is known to lack AVX-512."""
-    try:
-        with cpu.open() as lines:
-            flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    except OSError:
-        return False
-    return bool(flags) and "avx512f" not in flags
-
-
-def _cores() -> list[int]:
-    """The CPU's cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    flags = system.processor_flags()
+    return "sse2" in flags and "avx512f" not in flags
 
 
 def _free_address(door: Door) -> tuple[str, Door]:

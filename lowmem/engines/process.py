@@ -7,18 +7,17 @@ it leaves can be found. Its output goes into a file: a pipe that nobody reads wo
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from lowmem.errors import InvalidRequestError, LowmemError
+from lowmem.platform import system
 
 TICK = 0.2
 """Seconds between two looks at the process and at signals."""
@@ -77,8 +76,8 @@ class ServerProcess:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env={**inherited, **environment},
-                    start_new_session=True,
-                    preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                    **system.NEW_GROUP,
+                    **system.ENDS_WITH_US,
                 )
         except OSError as error:
             reason = error.strerror or str(error)
@@ -150,26 +149,15 @@ class ServerProcess:
     def _end_group(self, seconds: float) -> None:
         """Give the rest of the process group some time, then kill it."""
         assert self._process is not None
-        group, until = self._process.pid, time.monotonic() + seconds
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            while time.monotonic() < until:
-                os.killpg(group, 0)  # raises once the group is empty
-                time.sleep(TICK / 4)
-            os.killpg(group, signal.SIGKILL)
-            until = time.monotonic() + _LEFT
-            while time.monotonic() < until:
-                os.killpg(group, 0)
-                time.sleep(TICK / 10)
+        self._wait_for_group(seconds)
+        system.kill_group(self._process)
+        self._wait_for_group(_LEFT)
 
-
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _end_with_parent() -> None:
-    """Let Linux end the child if this process is killed and cannot do it."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    def _wait_for_group(self, seconds: float) -> None:
+        assert self._process is not None
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and system.group_runs(self._process):
+            time.sleep(TICK / 10)
 
 
 def reachable(host: str) -> str:

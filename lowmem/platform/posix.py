@@ -28,6 +28,7 @@ _INPUT_FLAGS, _LOCAL_FLAGS, _CONTROL_CHARACTERS = 0, 3, 6  # indexes into termio
 _PARENT_DEATH_SIGNAL = 1  # of prctl
 _DONTNEED = 4  # of madvise
 _MMAP_THRESHOLD = -3  # of mallopt
+_LIBC = ctypes.CDLL(None)
 _LIMITING = threading.Lock()
 
 
@@ -107,7 +108,7 @@ def will_need(handle: int, begin: int, size: int) -> bool:
 def drop_pages(address: int, size: int) -> None:
     """Drop whole pages of a mapped file from memory; they are read again when touched. Linux only."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _DONTNEED)
+        _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _DONTNEED)
 
 
 def extended(path: Path) -> Path:
@@ -171,13 +172,13 @@ def allow_more_memory(most: int) -> Iterator[None]:
 def return_freed_memory(smallest: int) -> None:
     """Have glibc return freed blocks of at least `smallest` bytes to the system at once."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, smallest)
+        _LIBC.mallopt(_MMAP_THRESHOLD, smallest)
 
 
 def trim_memory() -> None:
     """Have glibc return all freed pages to the system."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+        _LIBC.malloc_trim(ctypes.c_size_t(0))
 
 
 # --- processor -------------------------------------------------------------------------------------------
@@ -272,6 +273,15 @@ def kill_group(process: subprocess.Popen[Any]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+def group_runs(process: subprocess.Popen[Any]) -> bool:
+    """Whether a process that NEW_GROUP started, or another of its group, still runs."""
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
 def was_killed(code: int) -> bool:
     """Whether an exit code of Popen means that the system killed the process, as when memory runs out."""
     return code == -signal.SIGKILL
@@ -282,4 +292,12 @@ def die_with_parent() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+ENDS_WITH_US: Mapping[str, Any] = {"preexec_fn": _end_with_parent} if sys.platform == "linux" else {}
+"""Arguments of Popen for a child that is to end if this process is killed. Linux only."""

@@ -28,6 +28,8 @@ END_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGINT, signal.SIGTERM, signal
 """Signals by which a user or a service manager ends a process."""
 NEW_GROUP: Mapping[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
 """Arguments of Popen for a child that leads its own group, which Ctrl-C in the console does not reach."""
+ENDS_WITH_US: Mapping[str, Any] = {}
+"""Arguments of Popen for a child that is to end if this process is killed: there are none."""
 
 _GENERIC_READ, _GENERIC_WRITE = 0x80000000, 0x40000000
 _SHARE_ALL = 7
@@ -275,6 +277,11 @@ def kill_group(process: subprocess.Popen[Any]) -> None:
             with contextlib.suppress(psutil.Error):
                 child.kill()
     process.kill()
+
+
+def group_runs(process: subprocess.Popen[Any]) -> bool:
+    """Whether a process that NEW_GROUP started still runs."""
+    return process.poll() is None
 
 
 def was_killed(code: int) -> bool:
