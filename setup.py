@@ -36,6 +36,13 @@ class BuildLibrary(build_ext):
 
     built = False
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if TARGET:  # the library of another processor may have the same name
+            self.force = True
+            if not Path(self.build_temp).name.startswith(TARGET.name):
+                self.build_temp = str(Path(self.build_temp) / TARGET.name)
+
     def get_ext_filename(self, fullname: str) -> str:
         name = TARGET.library if TARGET else library_name()
         return str(Path(*fullname.split(".")[:-1]) / name)

@@ -55,7 +55,7 @@ class ConversionJob:
 
     def __init__(self, out: Path) -> None:
         self.out = system.extended(out)
-        self.folder = out.with_name(out.name + ".partial")
+        self.folder = self.out.with_name(out.name + ".partial")
         self.state = JobState({})
         self.resumed = False
 
@@ -241,7 +241,7 @@ class ConversionJob:
         self.commit()
         old = self._replaced
         try:
-            if os.path.lexists(self.out) and any(self.out.iterdir()):
+            if os.path.lexists(self.out):
                 os.rename(self.out, old)
             os.rename(self.result, self.out)
             system.flush_folder(self.out.parent)

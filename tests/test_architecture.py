@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -213,8 +214,6 @@ def test_only_the_platform_package_needs_an_operating_system() -> None:
 
 def test_every_package_is_installed() -> None:
     """The list in pyproject.toml names every folder with an __init__.py, or a wheel would lack it."""
-    tomllib = pytest.importorskip("tomllib")  # Python 3.11
-
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     roots = {"lowmem": "lowmem", "convert": "lowmem.convert", "benchmarks": "lowmem.benchmarks"}
     found = {

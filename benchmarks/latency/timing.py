@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lowmem.loading.loader import LoadedModel
 
 WARM_UP_TOKENS = 3
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's prctl.h
 Tell = Callable[[str], None]
 """Called with the name of what is measured next."""
 

@@ -122,7 +122,7 @@ def _serve(
         except EngineEnded as error:
             code = server.code
             told = cause(log) or f"exit code {code}"
-            what = "could not start" if "ready" in error.message else "ended"
+            what = "ended" if error.was_ready else "could not start"
             raise EngineEnded(f"vLLM {what}: {told}", f"Its log is {log}") from None
         finally:
             server.stop(0)
@@ -223,9 +223,10 @@ def ranks_for(room: Room, cards: list[CardMemory], choice: Choice) -> Ranks:
             room.ranks, cores=split_cores(sorted(system.usable_cores()), room.ranks), kv_bytes=choice.kv_cache
         )
     share = min(min(share_of(card), room.bytes / card.total) for card in cards)
-    # torch's own numbers: what $CUDA_VISIBLE_DEVICES hides stays hidden.
-    numbers = () if os.environ.get("CUDA_VISIBLE_DEVICES") else tuple(card.index for card in cards)
-    return Ranks(room.ranks, numbers, int(100 * share + 1e-6) / 100)
+    # torch numbers what $CUDA_VISIBLE_DEVICES lists, by numbers or by names.
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    numbers = [visible[card.index] if card.index < len(visible) else str(card.index) for card in cards]
+    return Ranks(room.ranks, tuple(numbers), int(100 * share + 1e-6) / 100)
 
 
 def split_cores(cores: list[int], ranks: int) -> tuple[str, ...]:

@@ -34,7 +34,6 @@ class Facts:
     """The dialogue is StarChat's: a line end at the start of an answer belongs to its template."""
     quantization: Mapping[str, Any] | None
     """The config's quantization_config; None in 16 bits, or where another file says it."""
-    licence: str | None
     """As its model card names it."""
 
     def write(self, place: Path) -> tuple[Path | None, Path | None]:
@@ -84,5 +83,4 @@ def check_folder(path: Path, shape: ModelShape, notify: Notify, *, digests: bool
         set(stop_ids) <= known,
         dialogue is not None,
         source.config_json.get("quantization_config"),
-        licence,
     )

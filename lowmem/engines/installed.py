@@ -103,7 +103,7 @@ def _versions(executable: str) -> dict[str, str]:
 
 
 def _interpreter(executable: str) -> str | None:
-    """The Python of a script's first line, or None."""
+    """The Python of a script's first line, else the one beside the script, or None."""
     try:
         with open(executable, "rb") as file:
             first = file.readline(4096).decode("utf-8", "replace").strip()
@@ -112,4 +112,5 @@ def _interpreter(executable: str) -> str | None:
     words = first[2:].split() if first.startswith("#!") else []
     if words and "python" in os.path.basename(words[0]) and os.access(words[0], os.X_OK):
         return words[0]
-    return None
+    beside = os.path.join(os.path.dirname(executable), "python")  # a long path is not in the first line
+    return beside if os.access(beside, os.X_OK) else None

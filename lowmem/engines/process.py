@@ -34,6 +34,9 @@ _OUR_OWN = ("LOWMEM_API_KEY",)
 class EngineEnded(LowmemError):
     """The server's process ended by itself."""
 
+    was_ready = True
+    """Whether it had answered before."""
+
 
 class Interrupts:
     """Counts SIGINT, SIGTERM and SIGHUP instead of ending the program."""
@@ -43,14 +46,16 @@ class Interrupts:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Count while this runs."""
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {name: signal.signal(getattr(signal, name), self._note) for name in names}
+        """Count while this runs; a signal that is ignored stays so, as under nohup."""
+        names = ("SIGINT", "SIGTERM", "SIGHUP")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
@@ -96,7 +101,9 @@ class ServerProcess:
         start = time.monotonic()
         while not self._interrupts.count:
             if self.code is not None:
-                raise EngineEnded("the process ended before it was ready")
+                error = EngineEnded("the process ended before it was ready")
+                error.was_ready = False
+                raise error
             if self.health() == 200:
                 return True
             progress(time.monotonic() - start)

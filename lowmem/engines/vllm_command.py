@@ -58,8 +58,8 @@ class Ranks:
     """The processes that share the model, and the memory of each."""
 
     count: int
-    cards: tuple[int, ...] = ()
-    """The cards' numbers, one for each rank; empty: vLLM takes the first ones, or there are none."""
+    cards: tuple[str, ...] = ()
+    """The cards as $CUDA_VISIBLE_DEVICES names them, one for each rank; empty: there are none."""
     share: float | None = None
     """Of each card's memory that vLLM may fill."""
     cores: tuple[str, ...] = ()
@@ -116,7 +116,7 @@ def launch(vllm: Vllm, served: Served, ranks: Ranks, door: Door, place: Path) ->
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(ranks.cores)
         environment["VLLM_CPU_INT4_W4A8"] = "0"  # activations stay in 16 bits
     if ranks.cards:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ranks.cards))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(ranks.cards)
     rules = {
         "keys": door.keys,
         "hosts": door.hosts,

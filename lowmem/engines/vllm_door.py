@@ -52,9 +52,12 @@ class Door:
             await send({"type": "websocket.close", "code": 1008})
             return
         started = False
+        too_large: list[Refused] = []
 
         async def sending(message: Any) -> None:
             nonlocal started
+            if too_large and not started:
+                raise too_large[0]  # FastAPI has made an answer of its own of what `receive` raised
             started = True
             await send(message)
 
@@ -62,7 +65,7 @@ class Door:
             self._check(scope, _headers(scope))
             trims = self._trims and scope["path"] == _trim.PATH
             passed = _trim.Trimmed(sending) if trims else sending
-            await self._app(scope, self._limited(receive), passed)
+            await self._app(scope, self._limited(receive, too_large), passed)
         except Refused as refused:
             if not started:
                 await _send_refusal(refused, send)
@@ -102,7 +105,7 @@ class Door:
             what = "Incorrect API key provided" if given else "You didn't provide an API key"
             raise Refused(401, f"{what}. Send it as Authorization: Bearer KEY", "invalid_api_key")
 
-    def _limited(self, receive: Any) -> Any:
+    def _limited(self, receive: Any, too_large: list[Refused]) -> Any:
         size = 0
 
         async def receiving() -> Any:
@@ -110,7 +113,8 @@ class Door:
             message = await receive()
             size += len(message.get("body", b""))
             if size > self._most:
-                raise self._too_large()
+                too_large.append(self._too_large())
+                raise too_large[0]
             return message
 
         return receiving

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import re
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
@@ -35,7 +34,6 @@ MAX_TEXT = 2**22
 MEMORY = 2**30
 """Bytes that rendering may take."""
 _COUNTS = ("index", "index0", "revindex", "revindex0", "length")
-_LIMITING = threading.Lock()  # the limit is per process: two threads would restore each other's
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\b")
 _FILE = "<template>"  # the file name of the code that jinja2 compiles a template to
 

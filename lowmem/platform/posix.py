@@ -36,7 +36,7 @@ _LIMITING = threading.Lock()
 
 
 def open_lock(path: Path, *, create: bool) -> int:
-    """Open a lock file, of which the content does not matter; returns its handle."""
+    """Open a file that others may rename or remove meanwhile, such as a lock; returns its handle."""
     return os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
 
 
@@ -47,6 +47,14 @@ def lock(handle: int, *, wait: bool) -> None:
     system has no locks.
     """
     fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def discard_file(stream: IO[bytes], part: Path) -> None:
+    """Remove an unfinished file, open as `stream`; flushing its buffer would only fail again."""
+    with contextlib.suppress(OSError):
+        part.unlink()
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 def finish_file(stream: IO[bytes], part: Path, path: Path) -> None:
@@ -269,7 +277,7 @@ def wait_ended(process: subprocess.Popen[Any]) -> None:
 
 def kill_group(process: subprocess.Popen[Any]) -> None:
     """Kill a process that NEW_GROUP started, with its group."""
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where all have ended
         os.killpg(process.pid, signal.SIGKILL)
 
 

@@ -50,7 +50,7 @@ _ECHO, _LINES = 0x0004, 0x0002
 
 
 def open_lock(path: Path, *, create: bool) -> int:
-    """Open a lock file, of which the content does not matter; returns its handle."""
+    """Open a file that others may rename or remove meanwhile, such as a lock; returns its handle."""
     opened = ctypes.windll.kernel32.CreateFileW
     opened.restype = ctypes.c_void_p
     handle = opened(
@@ -87,14 +87,22 @@ def lock(handle: int, *, wait: bool) -> None:
         time.sleep(0.05)
 
 
+def discard_file(stream: IO[bytes], part: Path) -> None:
+    """Remove an unfinished file, open as `stream`; flushing its buffer would only fail again."""
+    with contextlib.suppress(OSError):
+        part.unlink()  # opened by open_lock, which shares removal
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
 def finish_file(stream: IO[bytes], part: Path, path: Path) -> None:
     """Flush the file `part`, open as `stream`, to disk, and rename it to `path`, which it replaces.
 
-    The stream is closed first, since Windows renames no open file.
+    `open_lock` opened it, so it can be renamed while it is open and locked. A program that has `path` open
+    without sharing it, such as a virus scanner, is waited for.
     """
     stream.flush()
     os.fsync(stream.fileno())
-    stream.close()
     end = time.monotonic() + _PATIENCE
     while True:
         try:

@@ -234,7 +234,10 @@ def test_the_share_of_a_card_leaves_what_others_hold(monkeypatch: pytest.MonkeyP
     assert room.bytes == 12 * GIB and room.on_cards and room.ranks == 2
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     ranks = serve_vllm.ranks_for(room, CARDS, None)  # type: ignore[arg-type]
-    assert ranks.share == 0.5 and ranks.cards == (0, 1)
+    assert ranks.share == 0.5 and ranks.cards == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, GPU-8a")
+    assert serve_vllm.ranks_for(room, CARDS[1:2], None).cards == ("GPU-8a",)  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     args = arguments("--engine", "vllm")
     room = serve_vllm.room_for(serve_vllm.request_of(args), CARDS[:1], args)
     assert serve_vllm.ranks_for(room, CARDS[:1], None).share == 0.92  # type: ignore[arg-type]

@@ -69,7 +69,7 @@ def test_browsers_of_other_origins_need_a_name() -> None:
 
 
 def test_two_cards() -> None:
-    command = made(ranks=Ranks(2, (0, 1), 0.9))
+    command = made(ranks=Ranks(2, ("0", "1"), 0.9))
     assert value(command, "--tensor-parallel-size") == "2"
     assert value(command, "--distributed-executor-backend") == "mp"
     assert value(command, "--gpu-memory-utilization") == "0.90"
@@ -91,7 +91,7 @@ def test_names_of_dynamic_are_those_of_vllms_modules() -> None:
 
 def test_a_family_with_a_plan_of_its_own_keeps_it() -> None:
     served = Served(Path("/m"), ("m",), "llama", "bfloat16", 8192)
-    words = made(served, Ranks(2, (0, 1), 0.9)).words
+    words = made(served, Ranks(2, ("0", "1"), 0.9)).words
     assert not {"--hf-overrides", "--enforce-eager", "--quantization"} & set(words)
 
 

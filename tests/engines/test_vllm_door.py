@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -96,6 +97,24 @@ def test_large_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked.post("/invocations", content=b"x" * 1000).content == b"x" * 1000
     assert asked.post("/invocations", content=b"x" * 1001).status_code == 413
     assert asked.post("/invocations", content=iter([b"x" * 600] * 2)).status_code == 413
+
+
+def test_a_large_body_in_parts_is_refused_where_fastapi_answers_errors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    application = FastAPI()
+
+    @application.post("/parsed")
+    def parsed(body: dict[str, Any]) -> dict[str, Any]:
+        return body
+
+    rules = {"hosts": ["testserver"], "keys": [], "origins": [], "max_body": 1000}
+    monkeypatch.setenv(VARIABLE, json.dumps(rules))
+    asked = TestClient(Door(application))
+    headers = {"Content-Type": "application/json"}
+    assert asked.post("/parsed", content=iter([b'{"a": ', b"1}"]), headers=headers).json() == {"a": 1}
+    refused = asked.post("/parsed", content=iter([b'{"a": ', b"1" * 1000, b"}"]), headers=headers)
+    assert refused.status_code == 413 and refused.json()["error"]["code"] == "request_too_large"
 
 
 @pytest.mark.parametrize(

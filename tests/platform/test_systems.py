@@ -68,7 +68,7 @@ except FileNotFoundError:
     assert said == ["busy another process has locked it", f"[({1 << 42}, 1), ({1 << 42}, 1)] 0", "none"]
 
 
-def test_a_file_is_closed_before_it_is_renamed_and_readers_are_waited_for(tmp_path: Path) -> None:
+def test_a_file_stays_locked_until_it_is_renamed_and_readers_are_waited_for(tmp_path: Path) -> None:
     code = """
 import os
 from pathlib import Path
@@ -76,7 +76,7 @@ part, path = Path("new.part"), Path("new")
 stream, real, tries = part.open("wb"), os.replace, []
 stream.write(b"content")
 def replace(source, target):
-    assert stream.closed
+    assert not stream.closed
     tries.append(1)
     if len(tries) < 3:
         raise PermissionError(13, "in use")

@@ -112,7 +112,7 @@ def staged(path: Path) -> Iterator[IO[bytes]]:
                 yield stream
                 system.finish_file(stream, part, path)
             except BaseException:
-                _forget(stream, part)
+                system.discard_file(stream, part)
                 raise
         system.flush_folder(path.parent)
     except OSError as error:
@@ -127,7 +127,7 @@ def write_json(path: Path, value: object) -> FileDigest:
 def _open_part(part: Path) -> IO[bytes]:
     """The empty, locked file `part`; one left by a killed process is reused."""
     while True:
-        handle = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = system.open_lock(part, create=True)
         try:
             _wait_for(handle)
             # The previous writer may have renamed or removed the file that we waited for.
@@ -145,11 +145,3 @@ def _open_part(part: Path) -> IO[bytes]:
 def _wait_for(handle: int) -> None:
     with contextlib.suppress(OSError):  # a file system without locks
         system.lock(handle, wait=True)
-
-
-def _forget(stream: IO[bytes], part: Path) -> None:
-    """Remove an unfinished file; flushing its buffer would only fail again."""
-    with contextlib.suppress(OSError):
-        part.unlink()
-    with contextlib.suppress(OSError):
-        stream.close()

@@ -17,7 +17,6 @@ from lowmem.checkpoint.headers.safetensors import SafetensorsHeader
 from lowmem.platform import system
 
 _PAGE = mmap.PAGESIZE
-_DONTNEED = 4  # of Linux' sys/mman.h
 
 
 class MappedFiles:

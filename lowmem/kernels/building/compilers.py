@@ -38,11 +38,21 @@ def own_compiler() -> list[str] | None:
     named = os.environ.get("CC")
     if named:
         return shlex.split(named, posix=os.name != "nt")
+    if sys.platform == "darwin" and _lacks_tools():
+        return None
     python = shlex.split(sysconfig.get_config_var("CC") or "") if os.name != "nt" else []
     for words in (python, ["cc"], ["gcc"], ["clang"]):
         if words and shutil.which(words[0]):
             return words
     return None
+
+
+def _lacks_tools() -> bool:
+    """Whether a Mac lacks the Command Line Tools: its cc then is a stub that asks to install them."""
+    try:
+        return subprocess.run(["xcode-select", "-p"], capture_output=True).returncode != 0
+    except OSError:
+        return True
 
 
 def compiler(target: Target | None) -> list[str]:
@@ -51,15 +61,18 @@ def compiler(target: Target | None) -> list[str]:
         if found := zig():
             return [*found, "-target", target.triple]
         raise BuildError(f"compiling for {target.name} needs zig: pip install ziglang")
-    if found := own_compiler() or zig():
+    if found := own_compiler():
         return found
+    if found := zig():
+        return [*found, "-mcpu=baseline"]  # else it compiles for this very processor
     raise BuildError("there is no C compiler: install gcc or clang, or pip install ziglang")
 
 
 def compile_library(library: Path, objects: Path, target: Target | None = None) -> None:
     """Compile the sources to the file `library`, several at a time.
 
-    objects: the folder of compiled sources, which are kept until the source or a header is newer. Raises
+    objects: the folder of compiled sources, which are kept until the source or a header is newer, or the
+    command another. Raises
     BuildError with the compiler's first error.
     """
     windows = "windows" in target.name if target else os.name == "nt"
@@ -67,11 +80,14 @@ def compile_library(library: Path, objects: Path, target: Target | None = None) 
     objects.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     headers = max(path.stat().st_mtime for path in SOURCES.rglob("*.h"))
+    made_by, command = objects / "command", shlex.join(words)
+    same = made_by.is_file() and made_by.read_text() == command
+    made_by.write_text(command)
 
     def compiled(source: Path) -> str:
         result = objects / ("-".join(source.relative_to(SOURCES).with_suffix("").parts) + ".o")
         newest = max(source.stat().st_mtime, headers)
-        if not result.is_file() or result.stat().st_mtime < newest:
+        if not same or not result.is_file() or result.stat().st_mtime < newest:
             _call([*words, "-c", f"-I{SOURCES}", str(source), "-o", str(result)])
         return str(result)
 

@@ -36,10 +36,11 @@ def build(target: Target, folder: Path) -> Path:
     """Build the wheel of one target into `folder`; returns its path. Raises SystemExit with the reason."""
     with tempfile.TemporaryDirectory() as scratch:
         objects = ROOT / "build" / "objects" / target.name
-        words = f"egg_info --egg-base {scratch} build --build-base {scratch} --build-temp {objects}"
-        words += f" bdist_wheel --bdist-dir {scratch}/bdist --dist-dir {scratch}/dist"
+        words = ["egg_info", "--egg-base", scratch]
+        words += ["build", "--build-base", scratch, "--build-temp", str(objects)]
+        words += ["bdist_wheel", "--bdist-dir", f"{scratch}/bdist", "--dist-dir", f"{scratch}/dist"]
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", "setup.py", "--quiet", *words.split()],
+            [sys.executable, "-W", "ignore", "setup.py", "--quiet", *words],
             cwd=ROOT,
             env={**os.environ, "LOWMEM_TARGET": target.name},
             capture_output=True,

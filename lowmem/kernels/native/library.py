@@ -23,7 +23,7 @@ from lowmem.kernels.native.lost_files import library_path
 
 TYPES = {torch.float32: header.F32, torch.float16: header.F16, torch.bfloat16: header.BF16}
 """The library's number types."""
-_INSTALL = "install a C compiler (gcc or clang), then install lowmem again"
+_INSTALL = "install a C compiler (gcc, clang or ziglang), then install lowmem again"
 
 
 class _Native:

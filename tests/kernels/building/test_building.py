@@ -15,7 +15,7 @@ import pytest
 
 from lowmem.kernels.building import backend, compilers, wheels
 from lowmem.kernels.building.compilers import BuildError, compile_library, compiler
-from lowmem.kernels.building.targets import TARGETS, Target, asked_for, library_name
+from lowmem.kernels.building.targets import FLAGS, TARGETS, Target, asked_for, library_name
 from lowmem.kernels.native.lost_files import library_path
 from tests.helpers import REPO
 
@@ -43,7 +43,7 @@ def test_zig_is_used_where_there_is_no_other(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(BuildError, match="pip install ziglang"):
         compiler(TARGETS["macos-arm64"])
     monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: name == "ziglang")
-    assert compiler(None) == [sys.executable, "-m", "ziglang", "cc"]
+    assert compiler(None) == [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]
     assert compiler(TARGETS["macos-arm64"])[-2:] == ["-target", "aarch64-macos.11.0"]
 
 
@@ -170,12 +170,15 @@ def test_objects_are_kept_until_a_source_is_newer(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(compilers, "SOURCES", sources)
     library, objects = tmp_path / "library.so", tmp_path / "o"
     compile_library(library, objects)
-    made = {path.name: path.stat().st_mtime_ns for path in objects.iterdir()}
+    made = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
     assert set(made) == {"one.o", "room-two.o"}
     os.utime(sources / "one.c", ns=(made["one.o"] + 10**9,) * 2)
     compile_library(library, objects)
-    again = {path.name: path.stat().st_mtime_ns for path in objects.iterdir()}
+    again = {path.name: path.stat().st_mtime_ns for path in objects.glob("*.o")}
     assert again["room-two.o"] == made["room-two.o"] and again["one.o"] != made["one.o"]
+    monkeypatch.setattr(compilers, "FLAGS", (*FLAGS, "-DOTHER"))
+    compile_library(library, objects)
+    assert (objects / "room-two.o").stat().st_mtime_ns > made["room-two.o"]
     (sources / "one.c").write_text("int one(void) { return }\n")
     os.utime(sources / "one.c", ns=(again["one.o"] + 10**9,) * 2)
     with pytest.raises(BuildError, match=r"one\.c"):
