@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from lowmem.errors import LowmemError
 
@@ -48,7 +48,6 @@ from lowmem.benchmarks.humaneval import sandbox_child
 sandbox_child.main()
 """
 """Imports the child from its folder under stub packages: a bare interpreter has no site-packages."""
-_NEEDS_LINUX = f"the sandbox needs Linux, and this is {sys.platform}"
 _TICK = 0.05
 """Seconds between two checks of the folder's size."""
 _MOST_FILES = 256
@@ -116,11 +115,15 @@ class Capabilities:
         return f"seccomp, Landlock ABI {self.landlock}{extra}, no new processes, limits"
 
 
+def _needs_linux() -> str:
+    return f"the sandbox needs Linux, and this is {sys.platform}"
+
+
 @functools.cache
 def capabilities() -> Capabilities:
     """Run a program in the sandbox that attempts each forbidden action."""
     if sys.platform != "linux":
-        return Capabilities(reason=_NEEDS_LINUX)
+        return Capabilities(reason=_needs_linux())
     with tempfile.TemporaryDirectory(prefix="lowmem-probe-") as outside, _folder() as folder:
         other = Path(outside) / "other"
         other.write_text("untouched")
@@ -209,6 +212,9 @@ def _judge(verdict: bytes, late: str, answer: _Child, tests: _Child, limits: Lim
 class _Child:
     """One sandboxed interpreter."""
 
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
     def __init__(
         self, job: dict[str, str], folder: Path | None, limits: Limits, ends: Mapping[str, FileIO]
     ) -> None:
@@ -222,7 +228,7 @@ class _Child:
         self.out_of_time = False
         self._limits = limits
         if sys.platform != "linux":
-            raise SandboxError(_NEEDS_LINUX)
+            raise SandboxError(_needs_linux())
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-B", "-c", _START.format(folder=str(_FOLDER))],
             stdin=subprocess.PIPE,
@@ -261,7 +267,7 @@ class _Child:
     def kill(self) -> None:
         """Kill it and its process group if it has not ended, and read the rest of its output."""
         if sys.platform != "linux":
-            raise SandboxError(_NEEDS_LINUX)
+            raise SandboxError(_needs_linux())
         if self.code is not None:
             return
         try:
@@ -323,7 +329,7 @@ def _wait(
 def _too_much(folder: Path, most: int) -> bool:
     """Whether the folder holds too much; not needed if it is a file system of limited size."""
     if sys.platform != "linux":
-        raise SandboxError(_NEEDS_LINUX)
+        raise SandboxError(_needs_linux())
     total = 0
     with os.scandir(folder) as entries:
         for count, entry in enumerate(entries, 1):

@@ -89,7 +89,7 @@ def choose(
     if not choices:
         raise SourceError(
             f"vLLM loads no version that is here ({'; '.join(dict.fromkeys(refused))})",
-            "Convert one with --bits 4 --for vllm, or serve without --engine vllm",
+            "Run `lowmem convert MODEL --bits 4 --for vllm`, or serve without --engine vllm",
         )
     for choice in choices:
         if _need(choice, room) <= room.bytes:
