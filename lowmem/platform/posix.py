@@ -35,7 +35,7 @@ _LIMITING = threading.Lock()
 # --- files -----------------------------------------------------------------------------------------------
 
 
-def open_lock(path: Path, *, create: bool) -> int:
+def open_shared(path: Path, *, create: bool) -> int:
     """Open a file that others may rename or remove meanwhile, such as a lock; returns its handle."""
     return os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
 

@@ -49,7 +49,7 @@ _ECHO, _LINES = 0x0004, 0x0002
 # --- files -----------------------------------------------------------------------------------------------
 
 
-def open_lock(path: Path, *, create: bool) -> int:
+def open_shared(path: Path, *, create: bool) -> int:
     """Open a file that others may rename or remove meanwhile, such as a lock; returns its handle."""
     opened = ctypes.windll.kernel32.CreateFileW
     opened.restype = ctypes.c_void_p
@@ -74,23 +74,20 @@ def lock(handle: int, *, wait: bool) -> None:
     has no locks.
     """
     while True:
-        before = os.lseek(handle, 0, os.SEEK_CUR)
-        os.lseek(handle, _LOCKED, os.SEEK_SET)
         try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            with _at(handle, _LOCKED):
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
             return
         except PermissionError as error:
             if not wait:
                 raise BlockingIOError(error.errno, "another process has locked it") from error
-        finally:
-            os.lseek(handle, before, os.SEEK_SET)
         time.sleep(0.05)
 
 
 def discard_file(stream: IO[bytes], part: Path) -> None:
     """Remove an unfinished file, open as `stream`; flushing its buffer would only fail again."""
     with contextlib.suppress(OSError):
-        part.unlink()  # opened by open_lock, which shares removal
+        part.unlink()  # opened by open_shared, which shares removal
     with contextlib.suppress(OSError):
         stream.close()
 
@@ -98,7 +95,7 @@ def discard_file(stream: IO[bytes], part: Path) -> None:
 def finish_file(stream: IO[bytes], part: Path, path: Path) -> None:
     """Flush the file `part`, open as `stream`, to disk, and rename it to `path`, which it replaces.
 
-    `open_lock` opened it, so it can be renamed while it is open and locked. A program that has `path` open
+    `open_shared` opened it, so it can be renamed while it is open and locked. A program that has `path` open
     without sharing it, such as a virus scanner, is waited for.
     """
     stream.flush()
@@ -136,20 +133,23 @@ def remove_folder(folder: Path, waste: Path, marker: str) -> None:
 
 def read_at(handle: int, size: int, begin: int) -> bytes:
     """Read up to `size` bytes of an open file from `begin` on."""
-    before = os.lseek(handle, 0, os.SEEK_CUR)
-    try:
-        os.lseek(handle, begin, os.SEEK_SET)
+    with _at(handle, begin):
         return os.read(handle, size)
-    finally:
-        os.lseek(handle, before, os.SEEK_SET)
 
 
 def write_at(handle: int, data: bytes, begin: int) -> None:
     """Write bytes into an open file at `begin`."""
+    with _at(handle, begin):
+        os.write(handle, data)
+
+
+@contextlib.contextmanager
+def _at(handle: int, place: int) -> Iterator[None]:
+    """Inside, an open file stands at `place`; afterwards where it stood before."""
     before = os.lseek(handle, 0, os.SEEK_CUR)
     try:
-        os.lseek(handle, begin, os.SEEK_SET)
-        os.write(handle, data)
+        os.lseek(handle, place, os.SEEK_SET)
+        yield
     finally:
         os.lseek(handle, before, os.SEEK_SET)
 

@@ -50,7 +50,7 @@ def test_both_define_the_same(tmp_path: Path) -> None:
 def test_a_lock_keeps_others_out_and_takes_a_byte_that_no_file_has(tmp_path: Path) -> None:
     code = """
 import os
-first, second = (system.open_lock(__import__("pathlib").Path("lock"), create=True) for _ in range(2))
+first, second = (system.open_shared(__import__("pathlib").Path("lock"), create=True) for _ in range(2))
 system.lock(first, wait=False)
 try:
     system.lock(second, wait=False)
@@ -60,7 +60,7 @@ os.close(first)
 system.lock(second, wait=True)
 print(system.msvcrt.locked, os.lseek(second, 0, os.SEEK_CUR))
 try:
-    system.open_lock(__import__("pathlib").Path("none"), create=False)
+    system.open_shared(__import__("pathlib").Path("none"), create=False)
 except FileNotFoundError:
     print("none")
 """

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from lowmem.benchmarks.common.processes import ROOT
-
+from lowmem.kernels.building.compilers import SOURCES
 from lowmem.kernels.native.lost_files import library_path
 
 DRIVER = Path(__file__).parent / "driver.c"
-SOURCES = ROOT / "lowmem" / "kernels" / "csrc"
 ARM, X86 = "aarch64", "x86_64"
 CPUS = {"cortex-a53": 1, "neoverse-n1": 2, "max": 3}
 """ARM CPUs of QEMU, and how many of the NEON instruction sets each has."""

@@ -25,7 +25,7 @@ def take(path: Path, busy: str, *, create: bool = True) -> IO[bytes]:
         try:
             if create:
                 path.parent.mkdir(exist_ok=True)
-            lock = os.fdopen(system.open_lock(path, create=create), "r+b", 0)
+            lock = os.fdopen(system.open_shared(path, create=create), "r+b", 0)
         except FileNotFoundError:
             if create and path.parent.parent.is_dir() and attempt + 1 < _ATTEMPTS:
                 continue  # removed in between

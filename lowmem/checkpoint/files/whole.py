@@ -127,7 +127,7 @@ def write_json(path: Path, value: object) -> FileDigest:
 def _open_part(part: Path) -> IO[bytes]:
     """The empty, locked file `part`; one left by a killed process is reused."""
     while True:
-        handle = system.open_lock(part, create=True)
+        handle = system.open_shared(part, create=True)
         try:
             _wait_for(handle)
             # The previous writer may have renamed or removed the file that we waited for.
