@@ -56,6 +56,25 @@ def start_of(error: torch.Tensor, scales: torch.Tensor, order: torch.Tensor | No
     return found
 
 
+class Scratch:
+    """Memory that is used again and again: fresh pages cost as much time as what is written to them."""
+
+    def __init__(self) -> None:
+        self._memory: torch.Tensor | None = None
+
+    def of(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor of the shape and device of `like`, whose values are unspecified."""
+        memory = self._memory
+        if memory is None or memory.numel() < like.numel() or memory.dtype != dtype:
+            self._memory = memory = None  # free it first
+            self._memory = memory = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return memory[: like.numel()].view(like.shape)
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._memory = None
+
+
 @dataclass
 class TrainedWeight:
     """The weight of a quantized linear while it is tuned: z * scale."""
@@ -70,10 +89,13 @@ class TrainedWeight:
     """int16 [in, out], hidden values less `z`; None if the integers stay."""
     rate: float = 0.0
     """The usual change of a hidden value in the next step; 0 changes nothing."""
+    slopes: Scratch = field(default_factory=Scratch)
+    """For the gradient of the weight, which weights may share."""
     rows: torch.Tensor = field(init=False)
     """float32 [in], mean squares of the gradient for z."""
     columns: torch.Tensor = field(init=False)
     """The same by output, float32 [out]."""
+    _values: Scratch = field(default_factory=Scratch)
     _begun: bool = False
 
     def __post_init__(self) -> None:
@@ -95,11 +117,17 @@ class TrainedWeight:
         return cls(z, zeros, maxq, fraction)
 
     def values(self, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """W^T [in, out] with scales [groups, out]."""
-        groups, out = scale.shape
-        found = torch.empty(groups, self.z.shape[0] // groups, out, dtype=dtype, device=self.z.device)
-        found.copy_(self.z.view(found.shape))  # then one type: mixed products are half as fast
-        return found.mul_(scale[:, None].to(dtype)).view(self.z.shape)
+        """W^T [in, out] with scales [groups, out]; the next call writes into the same memory."""
+        found = self._values.of(self.z, dtype)
+        by_group = found.view(scale.shape[0], -1, scale.shape[1])
+        by_group.copy_(self.z.view(by_group.shape))  # then one type: mixed products are half as fast
+        by_group.mul_(scale[:, None].to(dtype))
+        return found
+
+    def free(self) -> None:
+        """Give back the memory that only steps need."""
+        self._values.free()
+        self.slopes.free()
 
     def codes(self) -> torch.Tensor:
         """The integers as they are stored, uint8 [in, out]."""
@@ -196,5 +224,10 @@ class Product(torch.autograd.Function):
         """The gradients of x and of the scales; the integers take their own step."""
         x, scale, values = ctx.saved_tensors
         back = grad @ values.T if ctx.needs_input_grad[0] else None
-        slope = x.reshape(-1, x.shape[-1]).T @ grad.reshape(-1, grad.shape[-1])
+        slope = ctx.weight.slopes.of(values, values.dtype)
+        torch.mm(_rows(x).T, _rows(grad).to(values.dtype), out=slope)
         return back, ctx.weight.learn(slope, scale.detach()), None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])

@@ -17,7 +17,7 @@ import torch
 from lowmem.convert.math.gptq import group_width
 from lowmem.convert.math.grid import storable
 from lowmem.convert.stages.context import LayerContext, Stage
-from lowmem.convert.stages.integers import Product, TrainedWeight
+from lowmem.convert.stages.integers import Product, Scratch, TrainedWeight
 from lowmem.convert.stages.quantize import restore
 from lowmem.convert.stages.sizes import FLOAT32, LayerSizes
 from torch import nn
@@ -67,7 +67,7 @@ class _Linear:
     """Relative change of the scale."""
 
     @classmethod
-    def of(cls, spec: LinearSpec, context: LayerContext) -> _Linear:
+    def of(cls, spec: LinearSpec, context: LayerContext, slopes: Scratch) -> _Linear:
         """A linear as it was rounded; what training begins at is taken from the context."""
         config, format = context.config(spec), context.format(spec)
         qweight, qzeros, scales = (
@@ -76,6 +76,7 @@ class _Linear:
         codes = unpack_rows(qweight, format.bits, format.layout)
         zeros = unpack_zeros(qzeros, format.bits, format.layout).to(torch.uint8)
         weight = TrainedWeight.of(codes, zeros, config.maxq, context.starts.pop(spec.name, None))
+        weight.slopes = slopes
         scale = scales.to(torch.float32)
         return cls(context.linear(spec.name), weight, scale, nn.Parameter(torch.zeros_like(scale)))
 
@@ -148,7 +149,8 @@ def tune(context: LayerContext) -> Tuned:
     wanted = context.targets.output if context.targets else None
     assert wanted is not None
     specs = context.recipe.quantized(context.spec)
-    linears = {spec.name: _Linear.of(spec, context) for spec in specs}
+    slopes = Scratch()
+    linears = {spec.name: _Linear.of(spec, context, slopes) for spec in specs}
     others = dict(_others(context.layer, linears, context.output_rms))
     starts = list(range(0, states.shape[0], batch.rows))
     checks = starts[:: max(1, len(starts) // CHECKS)][:CHECKS]
@@ -176,6 +178,8 @@ def tune(context: LayerContext) -> Tuned:
         for name, linear in linears.items():
             linear.scale, linear.change = scales[name].float(), nn.Parameter(torch.zeros_like(linear.scale))
         after = checked(rounded)
+    for linear in linears.values():
+        linear.weight.free()
     if not after < before:
         return Tuned({}, {}, {}, before, before)
     formats = {spec.name: context.format(spec) for spec in specs}

@@ -5,13 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 from lowmem.convert.math.gptq import prepare, quantize
-from lowmem.convert.stages.integers import KEEP, MOST, Product, TrainedWeight, start_of
+from lowmem.convert.stages.integers import KEEP, MOST, Product, Scratch, TrainedWeight, start_of
 
 from lowmem.config import QuantConfig
 from tests.convert.test_gptq import correlated, dequantized, hessian_of, weight_of
 from tests.convert.test_products import isa, needs_library  # noqa: F401
 
-SHAPES = [(256, 96, 32, 2, True), (256, 128, 64, 4, False), (512, 64, 512, 3, True), (192, 160, 96, 6, False)]
+SHAPES = [
+    (256, 96, 32, 2, True),
+    (256, 128, 64, 4, False),
+    (512, 64, 512, 3, True),
+    (192, 160, 96, 6, False),
+    (90, 48, 30, 3, True),
+]
 
 
 def made(n, out, width, bits, sym, seed=0):
@@ -117,6 +123,32 @@ def test_the_gradient_is_that_of_the_plain_product(fixed):
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-4)
     assert torch.equal(weight.z, before) == fixed
+
+
+def test_weights_that_share_memory_learn_what_they_learn_alone():
+    """A chain of linears of different sizes; each value and each gradient is in memory used before."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+
+    def learned(shared):
+        pairs = [
+            made(32, 64, 32, 4, True),
+            made(64, 16, 16, 4, False, seed=1),
+            made(16, 48, 16, 3, True, seed=2),
+        ]
+        slopes = Scratch()
+        for weight, scale in pairs:
+            scale.requires_grad_()
+            weight.slopes = slopes if shared else weight.slopes
+        found = []
+        for _ in range(3):
+            y = x
+            for weight, scale in pairs:
+                weight.rate = 0.2
+                y = Product.apply(y, scale, weight)
+            found += torch.autograd.grad(y.square().sum(), [scale for _, scale in pairs])
+        return found + [weight.z for weight, _ in pairs]
+
+    assert all(torch.equal(one, other) for one, other in zip(learned(True), learned(False), strict=True))
 
 
 def test_integers_follow_the_gradient_to_the_edge_of_the_grid():

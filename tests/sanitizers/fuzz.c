@@ -485,7 +485,7 @@ static void rounding(void)
 static void training(void)
 {
     what = "lm_train_run";
-    const int64_t width = ONE_OF(32, 64, 96, 160), groups = between(1, 6), n = width * groups, out = 16 * between(1, 9);
+    const int64_t width = ONE_OF(30, 32, 64, 160), groups = between(1, 6), n = width * groups, out = 16 * between(1, 9);
     const size_t weights = (size_t)(n * out), grids = (size_t)(groups * out);
     const int type = one_in(2) ? LM_BF16 : LM_F32, wild = one_in(6), maxq = (1 << ONE_OF(2, 3, 4, 6)) - 1;
     lm_train job = {.inputs = n, .width = width, .out = out, .maxq = maxq, .slope_type = type, .most = 2, .rate = 0.3f,
