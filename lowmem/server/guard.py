@@ -21,18 +21,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowmem import debug
 from lowmem.errors import LowmemError
-from lowmem.server.addresses import host_name, same_address
 from lowmem.server.answers import to_json
 from lowmem.server.api_errors import ApiError, failed, short
 from lowmem.server.cors import Origins, cors_headers, own_origin, preflight_headers
 from lowmem.server.metrics import Metrics, Note, put_note
 from lowmem.server.paths import as_meant
+from lowmem.text.addresses import OWN_NAMES, host_name, same_address
 
 BODY_SECONDS = 60.0
 """Seconds for a request's body to arrive."""
 BODIES_AT_ONCE = 4
 """All bodies in memory together may have this many times the size of the largest allowed body."""
-OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
