@@ -17,7 +17,7 @@ from lowmem.engines.installed import Vllm
 
 DOOR = "lowmem_door"
 """The package that vLLM imports from our folder: see vllm_door.py."""
-_DOOR_FILES = ("engines/vllm_door.py", "engines/vllm_trim.py", "text/addresses.py")
+_DOOR_FILES = ("engines/vllm_door.py", "engines/vllm_trim.py", "text/addresses.py", "text/api_keys.py")
 DOOR_VARIABLE = "LOWMEM_DOOR"
 EXPLICIT_METHOD = (0, 32)
 """Since this release one name means GPTQ on every device; earlier ones choose among several by themselves."""

@@ -8,13 +8,12 @@ into a folder that vLLM's environment imports from; so imports among those files
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import os
 from typing import Any
 
 from ..text.addresses import OWN_NAMES, host_name, same_address
+from ..text.api_keys import WrongKeyError, digest, number_of_key
 from . import vllm_trim
 
 VARIABLE = "LOWMEM_DOOR"
@@ -37,7 +36,7 @@ class Door:
         rules = json.loads(os.environ.get(VARIABLE) or "{}")
         self._app = app
         self._names = {name.lower() for name in (*OWN_NAMES, *rules["hosts"])}
-        self._keys = [_digest(key) for key in rules["keys"]]
+        self._keys = [digest(key) for key in rules["keys"]]
         self._trims = bool(rules.get("trims"))
         self._origins, self._most = set(rules["origins"]), int(rules["max_body"])
 
@@ -95,13 +94,10 @@ class Door:
         raise Refused(403, message, "origin_not_allowed")
 
     def _check_key(self, headers: dict[str, list[str]]) -> None:
-        kind, _, given = headers.get("authorization", [""])[0].partition(" ")
-        digest = _digest(given.strip())
-        # Compare with all keys, so that the time does not depend on which one matches.
-        found = [hmac.compare_digest(digest, known) for known in self._keys]
-        if kind.lower() != "bearer" or True not in found:
-            what = "Incorrect API key provided" if given else "You didn't provide an API key"
-            raise Refused(401, f"{what}. Send it as Authorization: Bearer KEY", "invalid_api_key")
+        try:
+            number_of_key(headers.get("authorization", [""])[0], self._keys)
+        except WrongKeyError as error:
+            raise Refused(401, str(error), "invalid_api_key") from None
 
     def _limited(self, receive: Any, too_large: list[Refused]) -> Any:
         size = 0
@@ -126,10 +122,6 @@ def _headers(scope: Any) -> dict[str, list[str]]:
     for name, value in scope["headers"]:
         found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
     return found
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 async def _send_refusal(refused: Refused, send: Any) -> None:
