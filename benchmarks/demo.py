@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem.config import EFFORTS
+
 if TYPE_CHECKING:
     from lowmem.benchmarks.common.records import TextQuality
     from lowmem.benchmarks.report.document import Table
@@ -39,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lowmem demo`."""
     parser.add_argument("--keep", metavar="DIR", help="keep the converted checkpoints in this folder")
     parser.add_argument(
-        "--rows", type=int, default=128, metavar="N", help="calibration rows (default: %(default)s)"
+        "--rows",
+        type=int,
+        default=EFFORTS["default"].rows,
+        metavar="N",
+        help="calibration rows (default: %(default)s)",
     )
     parser.add_argument(
         "--new-tokens", type=int, default=64, metavar="N", help="tokens of each answer (default: %(default)s)"

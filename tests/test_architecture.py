@@ -93,9 +93,11 @@ def imports_of(path: Path) -> set[str]:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = module_of(path).split(".")[: -node.level] if node.level else []
+            module = ".".join([*parts, *filter(None, [node.module])])
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else module for name in names}
     return {name for name in found if name.split(".")[0] == "lowmem"}
 
 

@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         rates = [float(rate) for rate in args.rates.split(",")]
         # A made-up model repeats itself, so that prompt lookup would draft everything.
-        with mock.patch.object(Lookup, "draft", lambda self, length: []):
+        with mock.patch.object(Lookup, "draft", lambda self, ids, length: []):
             speed(args.work, args.layers, rates, args.rounds)
     return 0
 

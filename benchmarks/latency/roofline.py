@@ -7,12 +7,12 @@ tokens, so its limit is the measured rate of reading as many bytes as it has.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lowmem.cards.find import synchronize
+from lowmem.plan.bandwidth import best
 from lowmem.plan.memory import Form, bytes_read_a_token, kv_cache_bytes
 
 if TYPE_CHECKING:
@@ -115,20 +115,6 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, seconds: float = SECON
         if shortest > max(seconds, 1.0):
             break
     return fastest
-
-
-def best(one_pass: Callable[[], object], seconds: float) -> float:
-    """Measure the shortest time of one pass, among passes for `seconds`, at least two; the first is a
-    warm-up.
-    """
-    one_pass()
-    start, shortest, count = time.perf_counter(), float("inf"), 0
-    while count < 2 or time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        one_pass()
-        shortest = min(shortest, time.perf_counter() - before)
-        count += 1
-    return shortest
 
 
 def _large_read(device: torch.device) -> int:

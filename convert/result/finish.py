@@ -16,11 +16,10 @@ from lowmem.convert.result.templates import store_templates
 
 import lowmem
 from lowmem.checkpoint.files.home import typed_path
-from lowmem.checkpoint.files.whole import write_json, write_whole
+from lowmem.checkpoint.files.whole import FileDigest, write_json, write_whole
 from lowmem.checkpoint.files.writer import merge, write_tensors
 from lowmem.checkpoint.manifest import (
     REPORT_FILE,
-    FileDigest,
     quantization_config_dict,
     read_manifest,
     write_manifest,

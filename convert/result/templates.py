@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint.files.reading import read_json
-from lowmem.checkpoint.files.whole import write_json, write_whole
-from lowmem.checkpoint.manifest import FileDigest
+from lowmem.checkpoint.files.whole import FileDigest, write_json, write_whole
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG = "tokenizer_config.json"

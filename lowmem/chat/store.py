@@ -19,6 +19,7 @@ from lowmem.chat.settings import settings_from, settings_record
 from lowmem.checkpoint.files.home import typed_path, user_folder
 from lowmem.config import SamplingParams
 from lowmem.errors import InvalidRequestError, LowmemError, OutputError
+from lowmem.platform import system
 
 FORMAT, VERSION = "lowmem-chat", 1
 LARGEST = 16 << 20  # bytes; no context holds as much text
@@ -77,8 +78,8 @@ def load(name: str, params: SamplingParams) -> ChatState:
     """
     path = _path(name)
     record = _read(path)
-    system = record.get("system")
-    if system is not None and not _is_text(system):
+    text = record.get("system")
+    if text is not None and not _is_text(text):
         raise ConversationError(f"{path}: the system text is not a string")
     settings = record.get("settings", {})
     try:
@@ -87,7 +88,7 @@ def load(name: str, params: SamplingParams) -> ChatState:
         params = settings_from(settings, params)
     except InvalidRequestError as error:
         raise ConversationError(f"{path}: {error}", "Correct or remove it in the file") from error
-    return ChatState(Conversation(system, _exchanges(record.get("messages"), path)), params)
+    return ChatState(Conversation(text, _exchanges(record.get("messages"), path)), params)
 
 
 def _path(name: str) -> Path:
@@ -183,7 +184,7 @@ def _write(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        system.replace_file(Path(temporary), path)
     except BaseException:
         os.unlink(temporary)
         raise

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint.files.links import check_folder
 from lowmem.checkpoint.files.reading import is_plain_name, read_json
+from lowmem.checkpoint.files.whole import FileDigest, write_whole
 from lowmem.checkpoint.foreign import foreign_method
 from lowmem.checkpoint.formats import (
     FormatException,
@@ -23,7 +23,7 @@ from lowmem.checkpoint.formats import (
 from lowmem.checkpoint.gptq_config import parse_quantization
 from lowmem.checkpoint.headers.config import read_config
 from lowmem.config import QuantConfig
-from lowmem.errors import OutputError, SourceError, VerifyError
+from lowmem.errors import SourceError, VerifyError
 
 MANIFEST_FILE = "lowmem-manifest.json"
 REPORT_FILE = "lowmem-report.json"
@@ -124,14 +124,6 @@ def _dynamic(exception: FormatException) -> tuple[str, dict[str, int | bool]]:
     return f"+:{exception.pattern}", settings
 
 
-@dataclass(frozen=True)
-class FileDigest:
-    """One file of a manifest: its sha256 in lower-case hex, and its length in bytes."""
-
-    sha256: str
-    bytes: int
-
-
 def digest_file(file: Path, on_bytes: Callable[[int], None] | None = None) -> FileDigest:
     """The sha256 and length of a file, read 1 MiB at a time; `on_bytes` gets each piece's length."""
     sha, length = hashlib.sha256(), 0
@@ -160,22 +152,9 @@ def write_manifest(folder: str | Path, digests: Mapping[str, FileDigest] | None 
 
     digests: known digests, of files that are not read again. Raises OutputError when it cannot be written.
     """
-    folder = Path(folder)
-    known = digests or {}
+    folder, known = Path(folder), digests or {}
     files = {name: known.get(name) or digest_file(folder / name) for name in checkpoint_files(folder)}
-    staged = folder / (MANIFEST_FILE + ".staged")
-    try:
-        with staged.open("w", encoding="utf-8") as stream:
-            stream.write(manifest_text(files))
-            stream.flush()
-            os.fsync(stream.fileno())
-        staged.replace(folder / MANIFEST_FILE)
-    except OSError as error:
-        staged.unlink(missing_ok=True)
-        raise OutputError(
-            f"cannot write {folder / MANIFEST_FILE}: {error.strerror}",
-            "Free some space, or choose another folder",
-        ) from None
+    write_whole(folder / MANIFEST_FILE, [manifest_text(files).encode()])
 
 
 def read_manifest(folder: str | Path) -> dict[str, FileDigest] | None:

@@ -267,7 +267,7 @@ def check_access(
     host: str, *, api_key: str | None, api_key_file: str | None, no_api_key: bool, allow_host: list[str]
 ) -> Access:
     """Who may use the server. Raises InvalidRequestError for an open server without --no-api-key."""
-    from lowmem.server.addresses import host_name, is_loopback
+    from lowmem.text.addresses import host_name, is_loopback
 
     if api_key is not None:
         raise InvalidRequestError(

@@ -40,7 +40,6 @@ _REFUSED = {
     "time_limit": "vLLM has no time limit for requests",
 }
 """Options that vLLM cannot honour, and why."""
-_OFF = ("0", "none", "off")
 
 
 def run(args: argparse.Namespace, defaults: argparse.Namespace, names: tuple[str, ...], door: Door) -> int:
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace, defaults: argparse.Namespace, names: tuple[str
 
     defaults: the options' values where none was given. door: whom to admit; its port may be 0.
     """
-    refuse_options(args, defaults)
+    refuse_options(args, defaults, door)
     request = request_of(args)
     say = notifier(args.quiet)
     vllm = find_vllm()
@@ -128,7 +127,7 @@ def _serve(
             server.stop(0)
 
 
-def refuse_options(args: argparse.Namespace, defaults: argparse.Namespace) -> None:
+def refuse_options(args: argparse.Namespace, defaults: argparse.Namespace, door: Door) -> None:
     """Raise InvalidRequestError for the first option that vLLM cannot honour."""
     for name, why in _REFUSED.items():
         if getattr(args, name) != getattr(defaults, name):
@@ -139,7 +138,7 @@ def refuse_options(args: argparse.Namespace, defaults: argparse.Namespace) -> No
         )
     if args.head_bits == "8":
         raise InvalidRequestError("--head-bits 8 and --engine vllm: vLLM keeps heads in 16 bits", _ITSELF)
-    if args.prefix_cache != defaults.prefix_cache and args.prefix_cache not in _OFF:
+    if args.prefix_cache != defaults.prefix_cache and door.prefix_cache:
         raise InvalidRequestError(
             f"--prefix-cache {args.prefix_cache} and --engine vllm: vLLM keeps prefixes in its KV cache, "
             "where they have no size of their own",

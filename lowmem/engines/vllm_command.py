@@ -16,7 +16,8 @@ from lowmem.config import SamplingParams
 from lowmem.engines.installed import Vllm
 
 DOOR = "lowmem_door"
-"""The module that vLLM imports from our folder: see vllm_door.py."""
+"""The package that vLLM imports from our folder: see vllm_door.py."""
+_DOOR_FILES = ("engines/vllm_door.py", "engines/vllm_trim.py", "text/addresses.py", "text/api_keys.py")
 DOOR_VARIABLE = "LOWMEM_DOOR"
 EXPLICIT_METHOD = (0, 32)
 """Since this release one name means GPTQ on every device; earlier ones choose among several by themselves."""
@@ -129,9 +130,10 @@ def launch(vllm: Vllm, served: Served, ranks: Ranks, door: Door, place: Path) ->
 
 def copy_door(place: Path) -> None:
     """Put the modules into our folder that vLLM imports from it."""
-    for name in (DOOR, "lowmem_trim"):
-        own = Path(__file__).with_name(name.replace("lowmem", "vllm") + ".py")
-        (place / f"{name}.py").write_bytes(own.read_bytes())
+    for name in _DOOR_FILES:
+        copy = place / DOOR / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((Path(__file__).parents[1] / name).read_bytes())
 
 
 def _model_flags(vllm: Vllm, served: Served) -> list[str]:
@@ -183,7 +185,7 @@ def _rank_flags(served: Served, ranks: Ranks) -> list[str]:
 
 
 def _door_flags(door: Door) -> list[str]:
-    words = ["--allowed-origins", json.dumps(door.origins), "--middleware", f"{DOOR}.Door"]
+    words = ["--allowed-origins", json.dumps(door.origins), "--middleware", f"{DOOR}.engines.vllm_door.Door"]
     if door.sequences is not None:
         words += ["--max-num-seqs", str(door.sequences)]
     words.append("--enable-prefix-caching" if door.prefix_cache else "--no-enable-prefix-caching")

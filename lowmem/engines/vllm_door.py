@@ -2,24 +2,21 @@
 
 vLLM's own key guards only some of its paths (not /invocations, which answers prompts), and it takes every
 Host header, so that a web page can reach it by DNS rebinding. The rules are those of our own server's guard
-(lowmem/server/guard.py). Only Python's standard library is used: the file is copied into a folder that vLLM's
-environment imports from.
+(lowmem/server/guard.py). Only Python's standard library is used, and what `copy_door` copies beside this file
+into a folder that vLLM's environment imports from; so imports among those files are relative.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import importlib
-import ipaddress
 import json
 import os
-import re
 from typing import Any
 
-_trim: Any = importlib.import_module(__name__.replace("door", "trim"))  # a copy is named otherwise
+from ..text.addresses import OWN_NAMES, host_name, same_address
+from ..text.api_keys import WrongKeyError, digest, number_of_key
+from . import vllm_trim
+
 VARIABLE = "LOWMEM_DOOR"
-OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/health",)
 """Paths that need no key."""
 
@@ -39,7 +36,7 @@ class Door:
         rules = json.loads(os.environ.get(VARIABLE) or "{}")
         self._app = app
         self._names = {name.lower() for name in (*OWN_NAMES, *rules["hosts"])}
-        self._keys = [_digest(key) for key in rules["keys"]]
+        self._keys = [digest(key) for key in rules["keys"]]
         self._trims = bool(rules.get("trims"))
         self._origins, self._most = set(rules["origins"]), int(rules["max_body"])
 
@@ -63,8 +60,8 @@ class Door:
 
         try:
             self._check(scope, _headers(scope))
-            trims = self._trims and scope["path"] == _trim.PATH
-            passed = _trim.Trimmed(sending) if trims else sending
+            trims = self._trims and scope["path"] == vllm_trim.PATH
+            passed = vllm_trim.Trimmed(sending) if trims else sending
             await self._app(scope, self._limited(receive, too_large), passed)
         except Refused as refused:
             if not started:
@@ -72,8 +69,8 @@ class Door:
 
     def _check(self, scope: Any, headers: dict[str, list[str]]) -> None:
         hosts = headers.get("host", [])
-        name = _host_name(hosts[0]) if len(hosts) == 1 else None
-        if name is None or (name not in self._names and not _same_address(name, scope.get("server"))):
+        name = host_name(hosts[0]) if len(hosts) == 1 else None
+        if name is None or (name not in self._names and not same_address(name, scope.get("server"))):
             message = "The host name is not allowed. Start the server with --allow-host NAME to allow it"
             raise Refused(403, message, "host_not_allowed")
         self._check_origin(scope, headers, hosts[0])
@@ -97,13 +94,10 @@ class Door:
         raise Refused(403, message, "origin_not_allowed")
 
     def _check_key(self, headers: dict[str, list[str]]) -> None:
-        kind, _, given = headers.get("authorization", [""])[0].partition(" ")
-        digest = _digest(given.strip())
-        # Compare with all keys, so that the time does not depend on which one matches.
-        found = [hmac.compare_digest(digest, known) for known in self._keys]
-        if kind.lower() != "bearer" or True not in found:
-            what = "Incorrect API key provided" if given else "You didn't provide an API key"
-            raise Refused(401, f"{what}. Send it as Authorization: Bearer KEY", "invalid_api_key")
+        try:
+            number_of_key(headers.get("authorization", [""])[0], self._keys)
+        except WrongKeyError as error:
+            raise Refused(401, str(error), "invalid_api_key") from None
 
     def _limited(self, receive: Any, too_large: list[Refused]) -> Any:
         size = 0
@@ -128,30 +122,6 @@ def _headers(scope: Any) -> dict[str, list[str]]:
     for name, value in scope["headers"]:
         found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
     return found
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
-def _host_name(host: str) -> str | None:
-    """The lower-case name in a Host header, without the port; None if it is not valid."""
-    match = re.fullmatch(r"(?:\[([0-9a-f:.%]+)\]|([a-z0-9._%-]+))(?::[0-9]+)?", host.strip().lower())
-    return (match[1] or match[2]).rstrip(".") if match else None
-
-
-def _same_address(name: str, server: Any) -> bool:
-    """Whether a name is the numeric address of the connection. A web page cannot forge that."""
-    try:
-        return server is not None and _address(name) == _address(str(server[0]))
-    except ValueError:
-        return False
-
-
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    address = ipaddress.ip_address(text.partition("%")[0])
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return mapped or address
 
 
 async def _send_refusal(refused: Refused, send: Any) -> None:

@@ -11,28 +11,23 @@ NGRAMS = (3, 2)  # the longest match counts
 
 
 class Lookup:
-    """The tokens of prompt and answer, and where each n-gram of them was last continued."""
+    """Where each n-gram of a sequence was last continued."""
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._ids: list[int] = []
+    def __init__(self) -> None:
         self._next: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in NGRAMS)
-        for token in ids:
-            self.append(token)
+        self._seen = 0  # tokens whose n-grams are known
 
-    def append(self, token: int) -> None:
-        """Add one token."""
-        ids, end = self._ids, len(self._ids)
-        for size, places in zip(NGRAMS, self._next, strict=True):
-            if end >= size:
-                places[tuple(ids[end - size : end])] = end
-        ids.append(token)
-
-    def draft(self, length: int) -> list[int]:
+    def draft(self, ids: Sequence[int], length: int) -> list[int]:
         """Up to `length` tokens that followed the last occurrence of the last 3 (else 2) tokens; [] if none.
 
-        A draft that reaches the end continues with its own tokens, so a period is repeated.
+        ids: the sequence, to which tokens may have been added since the last call. A draft that reaches the
+        end continues with its own tokens, so a period is repeated.
         """
-        ids = self._ids
+        for end in range(self._seen, len(ids)):
+            for size, places in zip(NGRAMS, self._next, strict=True):
+                if end >= size:
+                    places[tuple(ids[end - size : end])] = end
+        self._seen = len(ids)
         for size, places in zip(NGRAMS, self._next, strict=True):
             start = places.get(tuple(ids[-size:]))
             if start is not None:

@@ -82,7 +82,7 @@ class Sequence:
         self.accepted = 0
         """Drafted tokens of the latest step that were right."""
         self._sampler, self._stop_ids = sampler, stop_ids
-        self._lookup = Lookup(prompt) if drafts else None
+        self._lookup = Lookup() if drafts else None
         self._draft: list[int] = []  # fed behind the last chosen token
         self._by_model = False  # the draft is a draft model's
         self._guess: int | None = None  # the first token of the draft that the text has, if that was not fed
@@ -141,8 +141,6 @@ class Sequence:
                 return
             self.ids.append(chosen.id)
             self.new_tokens += 1
-            if self._lookup is not None:
-                self._lookup.append(chosen.id)
             reason = self._finish_reason()
             self.tokens.append(Token(chosen.id, reason, chosen.logprob, chosen.top))
             self.ended = reason is not None
@@ -159,7 +157,7 @@ class Sequence:
 
     def look_up(self) -> list[int]:
         """The longest draft that the text so far has, [] if none."""
-        found = self._lookup.draft(self.room) if self._lookup is not None else []
+        found = self._lookup.draft(self.ids, self.room) if self._lookup is not None else []
         self._guess = found[0] if found else None
         return found
 

@@ -79,7 +79,7 @@ def measure_host() -> float:
         def one_pass() -> None:
             list(pool.map(numpy.max, parts))  # vectorized, and releases the GIL
 
-        seconds = _best(one_pass, _SECONDS)
+        seconds = best(one_pass, _SECONDS, least=3)
     return threads * part * 8 / seconds
 
 
@@ -100,7 +100,7 @@ def card_bandwidth(device: torch.device) -> float:
         synchronize(device)
 
     synchronize(device)
-    return 2 * count * copies / _best(one_pass, _SECONDS)
+    return 2 * count * copies / best(one_pass, _SECONDS, least=3)
 
 
 def machine_name() -> str:
@@ -119,16 +119,16 @@ def _buffer_bytes() -> int:
     return max(min(wanted, host_memory_available() // 8), 1 << 20)
 
 
-def _best(one_pass: Callable[[], None], seconds: float) -> float:
-    """The shortest of at least three passes in `seconds`, after one to warm up."""
+def best(one_pass: Callable[[], object], seconds: float, least: int = 2) -> float:
+    """Seconds of the shortest pass, among passes for `seconds`, at least `least`; the first is a warm-up."""
     one_pass()
-    start, best, count = time.perf_counter(), float("inf"), 0
-    while count < 3 or time.perf_counter() - start < seconds:
+    start, shortest, count = time.perf_counter(), float("inf"), 0
+    while count < least or time.perf_counter() - start < seconds:
         before = time.perf_counter()
         one_pass()
-        best = min(best, time.perf_counter() - before)
+        shortest = min(shortest, time.perf_counter() - before)
         count += 1
-    return best
+    return shortest
 
 
 def _read(file: Path) -> Measured | None:

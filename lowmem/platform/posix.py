@@ -61,6 +61,11 @@ def finish_file(stream: IO[bytes], part: Path, path: Path) -> None:
     """Flush the file `part`, open as `stream`, to disk, and rename it to `path`, which it replaces."""
     stream.flush()
     os.fsync(stream.fileno())
+    replace_file(part, path)
+
+
+def replace_file(part: Path, path: Path) -> None:
+    """Rename the file `part` to `path`, which it replaces."""
     os.replace(part, path)
 
 

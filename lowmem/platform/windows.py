@@ -95,11 +95,18 @@ def discard_file(stream: IO[bytes], part: Path) -> None:
 def finish_file(stream: IO[bytes], part: Path, path: Path) -> None:
     """Flush the file `part`, open as `stream`, to disk, and rename it to `path`, which it replaces.
 
-    `open_shared` opened it, so it can be renamed while it is open and locked. A program that has `path` open
-    without sharing it, such as a virus scanner, is waited for.
+    `open_shared` opened it, so it can be renamed while it is open and locked.
     """
     stream.flush()
     os.fsync(stream.fileno())
+    replace_file(part, path)
+
+
+def replace_file(part: Path, path: Path) -> None:
+    """Rename the file `part` to `path`, which it replaces.
+
+    A program that has `path` open without sharing it, such as a virus scanner, is waited for.
+    """
     end = time.monotonic() + _PATIENCE
     while True:
         try:

@@ -9,8 +9,6 @@ Only origins that `--allow-origin` names get CORS headers.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import secrets
 import traceback
 from collections.abc import Callable
@@ -21,18 +19,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lowmem import debug
 from lowmem.errors import LowmemError
-from lowmem.server.addresses import host_name, same_address
 from lowmem.server.answers import to_json
 from lowmem.server.api_errors import ApiError, failed, short
 from lowmem.server.cors import Origins, cors_headers, own_origin, preflight_headers
 from lowmem.server.metrics import Metrics, Note, put_note
 from lowmem.server.paths import as_meant
+from lowmem.text.addresses import OWN_NAMES, host_name, same_address
+from lowmem.text.api_keys import WrongKeyError, digest, number_of_key
 
 BODY_SECONDS = 60.0
 """Seconds for a request's body to arrive."""
 BODIES_AT_ONCE = 4
 """All bodies in memory together may have this many times the size of the largest allowed body."""
-OWN_NAMES = ("localhost", "127.0.0.1", "::1")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -70,7 +68,7 @@ class Guard:
     ) -> None:
         self._app, self._settings, self._metrics, self._log = app, settings, metrics, log
         self._names = {name.lower() for name in (*OWN_NAMES, *settings.hosts)}
-        self._digests = [_digest(key) for key in settings.keys]
+        self._digests = [digest(key) for key in settings.keys]
         self._origins = Origins(settings.origins)
         self._told: set[str] = set()  # refused origins that are in the log
         self._bodies = 0  # bytes of all bodies in memory
@@ -165,19 +163,11 @@ class Guard:
 
     def _key(self, headers: Headers) -> str:
         """The client of a key; raises ApiError if the key is wrong or missing."""
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        digest = _digest(given.strip())
-        # Compare with all keys, so that the time does not depend on which one matches.
-        found = [hmac.compare_digest(digest, known) for known in self._digests]
-        if kind.lower() != "bearer" or True not in found:
-            what = "Incorrect API key provided" if given else "You didn't provide an API key"
-            raise ApiError(
-                401,
-                f"{what}. Send it as Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-        return f"key {found.index(True) + 1}"
+        try:
+            return f"key {number_of_key(headers.get('authorization', ''), self._digests)}"
+        except WrongKeyError as error:
+            bearer = {"WWW-Authenticate": "Bearer"}
+            raise ApiError(401, str(error), code="invalid_api_key", headers=bearer) from None
 
     async def _read(self, headers: Headers, receive: Receive, held: list[bytes]) -> None:
         """Read the body into `held`; raises ApiError as soon as it exceeds a limit of size or time."""
@@ -231,11 +221,6 @@ def explain(error: BaseException, about: str) -> str:
     line = f"{about}: internal error: {type(error).__name__}{message}{debug.place_of(error)}"
     frames = "".join(traceback.format_tb(error.__traceback__)) if debug.enabled() else ""
     return f"{line}\n{frames}".rstrip("\n")
-
-
-def _digest(key: str) -> bytes:
-    """A digest of fixed length, so that comparing takes the same time for all keys."""
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _too_large(most: int) -> ApiError:

@@ -25,6 +25,7 @@ from lowmem.server.protocol import (
     Text,
     ToolCall,
 )
+from lowmem.server.tools import check_function
 from lowmem.server.variants import Flag, NothingIsUnset
 
 RESPONSES = "/v1/responses"
@@ -214,11 +215,7 @@ def _tool(tool: Mapping[str, Any], at: int) -> dict[str, Any]:
             f"tools[{at}].type",
             "unsupported_parameter",
         )
-    if not isinstance(tool.get("name"), str) or not tool["name"]:
-        raise invalid(f"tools[{at}].name is missing. Send the name of a function", f"tools[{at}].name")
-    if not isinstance(tool.get("parameters") or {}, dict):
-        where = f"tools[{at}].parameters"
-        raise invalid(f"{where} is not a JSON Schema. Send an object", where)
+    check_function(tool, f"tools[{at}]")
     return {"type": "function", "function": {name: tool[name] for name in tool if name != "type"}}
 
 

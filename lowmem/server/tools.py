@@ -113,6 +113,18 @@ def tools_of(loaded: LoadedModel, request: ChatRequest) -> ToolUse:
     )
 
 
+def check_function(function: Mapping[str, Any], where: str, param: str | None = None) -> None:
+    """Raise ApiError unless a function has a name, and its parameters are an object or left out.
+
+    where: its place in the request. param: the field that the error names; the one at fault if None.
+    """
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise invalid(f"{where}.name is missing. Send the name of a function", param or f"{where}.name")
+    if not isinstance(function.get("parameters") or {}, dict):
+        where = f"{where}.parameters"
+        raise invalid(f"{where} is not a JSON Schema. Send an object", param or where)
+
+
 def _forced(choice: object, tools: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
     """The tools of which one must be called."""
     if choice == "auto":
@@ -120,11 +132,7 @@ def _forced(choice: object, tools: tuple[dict[str, Any], ...]) -> tuple[dict[str
     if not tools:
         raise invalid("tool_choice needs tools. Send at least one", "tool_choice")
     for at, tool in enumerate(tools):
-        function = _function(tool)
-        if not isinstance(function.get("name"), str) or not function["name"]:
-            raise invalid(f"tools[{at}].function.name is missing. Send the name of a function", "tools")
-        if not isinstance(function.get("parameters") or {}, dict):
-            raise invalid(f"tools[{at}].function.parameters is not a JSON Schema. Send an object", "tools")
+        check_function(_function(tool), f"tools[{at}].function", "tools")
     if choice == "required":
         return tools
     named = (

@@ -155,17 +155,6 @@ def test_after_a_slow_product_no_larger_one_is_tried(monkeypatch: pytest.MonkeyP
     assert len(tried) == 2
 
 
-def test_the_shortest_pass_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of passes with 5, 3 and 4 seconds the result is 3; the very first pass is a warm-up."""
-    now, lengths = [0.0], iter([1.0, 5.0, 3.0, 4.0, 9.0])
-    monkeypatch.setattr(roofline.time, "perf_counter", lambda: now[0])
-
-    def one_pass() -> None:
-        now[0] += next(lengths)
-
-    assert roofline.best(one_pass, 12.0) == 3.0
-
-
 def test_measured_rates_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates are in a wide plausible range, since machines differ. Large models are not read twice."""
     monkeypatch.setattr(roofline, "LARGE_READ", 32 << 20)

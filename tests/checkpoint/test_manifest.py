@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from lowmem.checkpoint.files.whole import FileDigest
 from lowmem.checkpoint.formats import LinearFormat, QuantizationFormat
 from lowmem.checkpoint.gptq_config import parse_quantization
 from lowmem.checkpoint.manifest import (
     MANIFEST_FILE,
-    FileDigest,
     digest_file,
     find_quantization,
     quantization_config_dict,

@@ -55,7 +55,7 @@ def test_keys_are_neither_arguments_nor_shown() -> None:
     assert KEY not in " ".join(command.words) and KEY not in command.shown and KEY not in repr(command)
     rules = json.loads(command.secret[DOOR_VARIABLE])
     assert rules["keys"] == [KEY] and rules["hosts"] == ["box.lan"]
-    assert value(command, "--middleware") == "lowmem_door.Door"
+    assert value(command, "--middleware") == "lowmem_door.engines.vllm_door.Door"
     assert KEY not in repr(DOOR)
 
 

@@ -68,7 +68,9 @@ def test_every_path_but_health_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> N
     assert wrong.status_code == 401 and wrong.json()["error"]["code"] == "invalid_api_key"
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "Box.LAN"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:8000", "localhost:", "127.0.0.1:1", "[::1]:8000", "Box.LAN"]
+)
 def test_own_names(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = client(monkeypatch, hosts=["box.lan"])
     assert asked.get("/v1/models", headers={"Host": host}).status_code == 200
@@ -138,7 +140,6 @@ def test_a_streamed_answer_loses_one_line_end(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_vllm_imports_needs_no_lowmem(tmp_path: Path) -> None:
     copy_door(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["lowmem_door.py", "lowmem_trim.py"]
     import subprocess
     import sys
 
@@ -146,7 +147,7 @@ def test_what_vllm_imports_needs_no_lowmem(tmp_path: Path) -> None:
         sys.executable,
         "-S",
         "-c",
-        "import lowmem_door, sys; print('lowmem' in sys.modules)",
+        "import lowmem_door.engines.vllm_door, sys; print('lowmem' in sys.modules)",
     ]
     done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -46,6 +46,7 @@ from lowmem.benchmarks.experiments.workers.interpreters import Peers
 from lowmem.benchmarks.quality.texts import Text
 from safetensors.torch import save_file
 
+from lowmem.checkpoint.source.open import open_source
 from lowmem.export.export import export
 from lowmem.models.architecture import inspect
 from tests.helpers import save_source, tiny_model
@@ -94,7 +95,10 @@ def test_linears_of_a_gptq_folder_and_of_its_gguf_are_the_rounded_weights(tmp_pa
     model = tiny_model(kind)
     written = write_rtn_checkpoint(model, tmp_path / "four", bits=4, group_size=32, sym=True)
     names = list(inspect(model.config).linear_names())
-    packed = {linear.name: (linear, weight) for linear, weight in read_gptq(tmp_path / "four", names)}
+    packed = {
+        linear.name: (linear, weight)
+        for linear, weight in read_gptq(open_source(str(tmp_path / "four")), names)
+    }
     assert list(packed) == names
     for name in names:
         torch.testing.assert_close(
@@ -149,7 +153,8 @@ def test_the_divergence_is_that_of_the_model_with_the_version_s_weights(tmp_path
         write_rtn_checkpoint(model, tmp_path / "three", bits=3, group_size=32)  # rounds the model, too
         after = torch.log_softmax(model(rows).logits.double(), -1)
     expected = (before.exp() * (before - after)).sum(-1).mean()
-    stored, found = evaluator.divergences(read_gptq(tmp_path / "three", evaluator.names))
+    three = open_source(str(tmp_path / "three"))
+    stored, found = evaluator.divergences(read_gptq(three, evaluator.names))
     assert found[0].kld == pytest.approx(float(expected), rel=1e-3)
     assert (found[0].text, found[0].tokens) == ("words", 60)
     assert average_bits(stored) == 3 + 19 / 32
@@ -161,7 +166,7 @@ def test_the_divergence_is_that_of_the_model_with_the_version_s_weights(tmp_path
     assert evaluator.divergences(exact, tuned)[1][0].kld > 1e-6
     assert evaluator.divergences(exact)[1][0].kld == pytest.approx(0, abs=1e-9)
     names = [*evaluator.small, "transformer.h.0.none"]
-    stored_norms = read_tuned(tmp_path / "three", names)
+    stored_norms = read_tuned(three, names)
     assert set(stored_norms) == set(evaluator.small)
     assert torch.equal(stored_norms[name], model.get_parameter(name).detach())
     with pytest.raises(ValueError, match="1 linears for the"):

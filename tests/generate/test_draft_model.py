@@ -74,7 +74,7 @@ def test_a_model_that_drafts_for_itself_is_right(
 
     Penalties are an exception: tokens of the draft itself do not count yet.
     """
-    monkeypatch.setattr(Lookup, "draft", lambda self, length: [])
+    monkeypatch.setattr(Lookup, "draft", lambda self, ids, length: [])
     engine = drafted(large, large)
     answer(engine, random.Random(1).choices(range(1, VOCAB), k=20), params)
     sequence = engine.sequence

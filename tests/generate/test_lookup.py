@@ -34,10 +34,9 @@ def naive_draft(ids: list[int], length: int) -> list[int]:
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(-1, 12), st.integers(0, 40))
 def test_drafts_are_those_of_a_naive_search(ids: list[int], length: int, split: int) -> None:
-    lookup = Lookup(ids[:split])
-    for token in ids[split:]:
-        lookup.append(token)
-    assert lookup.draft(length) == naive_draft(ids, length)
+    lookup = Lookup()
+    for part in (ids[:split], ids):
+        assert lookup.draft(part, length) == naive_draft(part, length)
 
 
 def paced(single: float, several: float) -> Pace:

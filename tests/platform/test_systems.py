@@ -94,6 +94,24 @@ except PermissionError:
     assert in_pretended_windows(code, tmp_path).splitlines() == ["b'content' 3 False", "given up"]
 
 
+def test_a_saved_conversation_waits_for_readers(tmp_path: Path) -> None:
+    code = """
+import os
+from lowmem.chat import store
+from lowmem.chat.conversation import ChatState
+store.system, real, tries = system, os.replace, []
+def replace(source, target):
+    tries.append(1)
+    if len(tries) < 3:
+        raise PermissionError(13, "in use")
+    real(source, target)
+os.replace = replace
+store.save("talk.json", ChatState())
+print(len(tries), os.listdir())
+"""
+    assert in_pretended_windows(code, tmp_path) == "3 ['talk.json']\n"
+
+
 def test_a_folder_with_an_open_file_loses_its_marker_first(tmp_path: Path) -> None:
     code = """
 import shutil

@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lowmem.kernels.building.compilers import SOURCES, BuildError, call, compile_all
+
 HERE = Path(__file__).parent
-SOURCES = HERE.parent.parent / "lowmem" / "kernels" / "csrc"
 SLOW_TO_COMPILE = ("avx512_decode.c", "avx512_prefill.c")
 """Compiling these takes as long as all other sources together. A `quick` build leaves them out, and `fuzz`
 skips the instruction sets that use them."""
@@ -52,33 +52,23 @@ def build(folder: Path, *, quick: bool = False) -> Path:
     """Compile into `folder` in two to three minutes, or 10 seconds if `quick`; returns the path of `fuzz`.
 
     quick: build without optimization, and leave out the packed AVX-512 kernels and the library. Raises
-    RuntimeError with the compiler's output.
+    BuildError with the compiler's output.
     """
     cc = compiler()
     if cc is None:
-        raise RuntimeError("no C compiler with AddressSanitizer was found")
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = [path for path in sorted(SOURCES.rglob("*.c")) if not (quick and path.name in SLOW_TO_COMPILE)]
-    if quick:
-        (folder / "stub.c").write_text(_STUB)
-        sources.append(folder / "stub.c")
-    sources.sort(key=lambda path: path.stat().st_size, reverse=True)  # slowest first
-    sources.append(HERE / "fuzz.c")
-    level = "-O0" if quick else "-O1"
-
-    def compiled(source: Path) -> Path:
-        result = folder / f"{source.parent.name}-{source.stem}.o"
-        _call([cc, "-c", level, *_FLAGS, _CHECKS, f"-I{SOURCES}", str(source), "-o", str(result)])
-        return result
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = [str(path) for path in pool.map(compiled, sources)]
+        raise BuildError("no C compiler with AddressSanitizer was found")
+    words = [cc, "-O0" if quick else "-O1", *_FLAGS, _CHECKS]
+    kernels = compile_all(words, folder, SLOW_TO_COMPILE if quick else ())
     libraries = ["-lm", "-ldl", "-pthread"]
-    if not quick:
-        kernels = [name for name in objects if not name.endswith("-fuzz.o")]
-        _call([cc, "-shared", _CHECKS, *kernels, "-o", str(folder / "_native.so"), *libraries])
-    _call([cc, _CHECKS, *objects, "-o", str(folder / "fuzz"), *libraries])
-    return folder / "fuzz"
+    others = [HERE / "fuzz.c"]
+    if quick:
+        others.append(folder / "stub.c")
+        others[-1].write_text(_STUB)
+    else:
+        call([*words, "-shared", *kernels, "-o", str(folder / "_native.so"), *libraries])
+    program = folder / "fuzz"
+    call([*words, f"-I{SOURCES}", *map(str, others), *kernels, "-o", str(program), *libraries])
+    return program
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -93,12 +83,6 @@ def environment(folder: Path) -> dict[str, str]:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
     }
-
-
-def _call(command: Sequence[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")
 
 
 def _output(command: Sequence[str]) -> str:

@@ -11,7 +11,6 @@ import openai
 import pytest
 
 from lowmem.server import guard
-from lowmem.server.addresses import host_name, is_loopback, same_address
 from lowmem.server.guard import GuardSettings, explain, is_open
 from tests.server.server_fixture import MODEL, PATIENCE, Live, eventually, live_server
 from tests.server.test_api import chat
@@ -220,33 +219,6 @@ def test_paths_without_key_are_the_page_files() -> None:
         assert is_open("GET", path) and not is_open("POST", path)
     for path in ("/page/status", "/v1/models", "/metrics", "/openapi.json", "/pages", "//", "/health/x"):
         assert not is_open("GET", path)
-
-
-@pytest.mark.parametrize(
-    ("given", "name"),
-    [
-        ("localhost", "localhost"),
-        ("LocalHost:80", "localhost"),
-        ("[::1]:80", "::1"),
-        ("[::1]", "::1"),
-        ("a:b", None),
-        ("a:1:2", None),
-        ("::1", None),
-        ("", None),
-        (":80", None),
-    ],
-)
-def test_host_name_parsing(given: str, name: str | None) -> None:
-    assert host_name(given) == name
-
-
-def test_bind_addresses() -> None:
-    assert same_address("192.168.1.5", ("192.168.1.5", 80))
-    assert same_address("192.168.1.5", ("::ffff:192.168.1.5", 80))
-    assert not same_address("192.168.1.6", ("192.168.1.5", 80))
-    assert not same_address("evil.example", ("192.168.1.5", 80)) and not same_address("::1", None)
-    assert is_loopback("127.0.0.1") and is_loopback("::1") and is_loopback("localhost")
-    assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "example.org")))
 
 
 def test_logged_errors_do_not_quote_requests(monkeypatch: pytest.MonkeyPatch) -> None:

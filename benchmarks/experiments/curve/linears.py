@@ -17,6 +17,8 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from lowmem.checkpoint.source.base import Source
+
 SCALE_BITS = 16
 
 
@@ -54,14 +56,11 @@ def of_grid(name: str, weights: int, bits: int, group_size: int) -> Linear:
     return Linear(name, f"{bits}-bit g{group_size}", weights, weights * gptq_bits(bits, group_size))
 
 
-def read_gptq(folder: Path, names: Iterable[str]) -> Iterator[tuple[Linear, torch.Tensor]]:
+def read_gptq(source: Source, names: Iterable[str]) -> Iterator[tuple[Linear, torch.Tensor]]:
     """The linears of a GPTQ folder, [outputs, inputs]. names: of the decoder layers' linears.
 
     A linear that is not quantized counts with its own dtype. Raises SourceError for a damaged folder.
     """
-    from lowmem.checkpoint.source.open import open_source
-
-    source = open_source(str(folder))
     for name in names:
         weight = source.dense(f"{name}.weight").float()
         stored = source.quantized.get(name)
@@ -73,11 +72,8 @@ def read_gptq(folder: Path, names: Iterable[str]) -> Iterator[tuple[Linear, torc
             yield of_grid(name, weight.numel(), stored.bits, group), weight
 
 
-def read_tuned(folder: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Tensors of a GPTQ folder by name, such as norms and biases; those that it lacks are left out."""
-    from lowmem.checkpoint.source.open import open_source
-
-    source = open_source(str(folder))
+def read_tuned(source: Source, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Norms and biases of a GPTQ folder by name; those that it lacks are left out."""
     return {name: source.dense(name).float() for name in names if name in source.infos}
 
 

@@ -28,7 +28,7 @@ from lowmem.benchmarks.experiments.curve.linears import (
     read_gptq,
     read_tuned,
 )
-from lowmem.benchmarks.experiments.curve.record import AUTOSCHEME, GROUP_SIZE, MIXED, UNIFORM, Point, Version
+from lowmem.benchmarks.experiments.curve.record import AUTOSCHEME, GROUP_SIZE, UNIFORM, Point, Version
 from lowmem.benchmarks.experiments.peers.run import GGUF_TYPES, STEPS, Run, StepError, quantize_command
 from lowmem.benchmarks.experiments.peers.steps import mean_square_inputs, stored_dtype
 
@@ -79,9 +79,7 @@ class Curve:
             return found
         try:
             conversion = self.convert(version)
-            linears, ours = self.linears(version, conversion), version.family in (MIXED, UNIFORM)
-            tuned = read_tuned(self.path_of(version), self.evaluator.small) if ours else None
-            stored, texts = self.evaluator.divergences(linears, tuned)
+            stored, texts = self.evaluator.divergences(*self.read(version, conversion))
         except (StepError, LowmemError, ValueError) as error:
             return Point(version.label, version.family, version.target, 0.0, (), (), str(error))
         point = Point(
@@ -134,14 +132,19 @@ class Curve:
             return [*command, "--bits", f"{version.target:g}", "--group-size", str(GROUP_SIZE)]
         return [*command, "--bpw", f"{version.target:g}"]
 
-    def linears(self, version: Version, conversion: dict[str, Any]) -> Iterator[tuple[Linear, torch.Tensor]]:
-        """The version's dequantized linears, and how each is stored."""
+    def read(
+        self, version: Version, conversion: dict[str, Any]
+    ) -> tuple[Iterator[tuple[Linear, torch.Tensor]], dict[str, torch.Tensor]]:
+        """The version's dequantized linears with how each is stored, and the norms and biases it tuned."""
+        from lowmem.checkpoint.source.open import open_source
+
         path, names = self.path_of(version), self.evaluator.names
         if version.kind:
-            return read_gguf(path, names, self.evaluator.config)
+            return read_gguf(path, names, self.evaluator.config), {}
         if version.family == AUTOSCHEME:
-            return read_dense(path, names, conversion["widths"])
-        return read_gptq(path, names)
+            return read_dense(path, names, conversion["widths"]), {}
+        source = open_source(str(path))
+        return read_gptq(source, names), read_tuned(source, self.evaluator.small)
 
 
 def measure_all(curve: Curve, versions: Sequence[Version]) -> tuple[Point, ...]:

@@ -5,16 +5,14 @@ Needs ziglang, a C compiler for every target, and QEMU (`qemu-user-static`).
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from lowmem.kernels.building.compilers import SOURCES
+from lowmem.kernels.building.compilers import SOURCES, call, compile_all
 from lowmem.kernels.native.lost_files import library_path
 
 DRIVER = Path(__file__).parent / "driver.c"
@@ -73,25 +71,17 @@ def emulated(program: Path, machine: str, cpu: str, *options: str) -> Driver:
 def compiled(folder: Path, machine: str, level: str) -> Path:
     """Compile the kernels and the driver with `level`, such as "-O3", into `folder`. Returns the program.
 
-    Warnings are errors. Raises RuntimeError with the compiler's output.
+    Warnings are errors. Raises BuildError with the compiler's output.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    options = (*_ZIG, "-target", f"{machine}-linux-musl", level)
-    sources = [path for path in SOURCES.rglob("*.c") if machine == ARM or path.name not in LEFT_OUT]
-    sources.sort(key=lambda path: "neon" not in path.name and "avx2" not in path.name)  # slowest first
+    words = (*_ZIG, "-target", f"{machine}-linux-musl", level)
+    kernels = compile_all(words, folder, LEFT_OUT if machine == X86 else ())
+    others = [DRIVER]
     if machine == X86:
-        (folder / "stub.c").write_text(_STUB)
-        sources.append(folder / "stub.c")
-
-    def one(source: Path) -> str:
-        result = folder / f"{source.parent.name}-{source.stem}.o"
-        _call(*options, "-c", str(source), "-o", str(result))
-        return str(result)
-
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(one, [*sources, DRIVER]))
-    _call(*options, *objects, "-static", "-lm", "-o", str(folder / "driver"))
-    return folder / "driver"
+        others.append(folder / "stub.c")
+        others[-1].write_text(_STUB)
+    program = folder / "driver"
+    call([*words, *map(str, others), *kernels, "-static", "-lm", "-o", str(program)])
+    return program
 
 
 def driver_here(folder: Path) -> Driver:
@@ -101,11 +91,5 @@ def driver_here(folder: Path) -> Driver:
         raise RuntimeError("the library of kernels is not compiled")
     program, cc = folder / "driver-here", shutil.which("cc") or shutil.which("gcc")
     options = _ZIG if cc is None else (cc, *_OPTIONS)
-    _call(*options, str(DRIVER), str(library), f"-Wl,-rpath,{library.parent}", "-o", str(program))
+    call([*options, str(DRIVER), str(library), f"-Wl,-rpath,{library.parent}", "-o", str(program)])
     return Driver((str(program),))
-
-
-def _call(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-3000:]}")

@@ -9,15 +9,23 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lowmem.checkpoint.manifest import FileDigest
 from lowmem.errors import OutputError
 from lowmem.platform import system
 from lowmem.text.units import format_bytes
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """One file of a manifest: its sha256 in lower-case hex, and its length in bytes."""
+
+    sha256: str
+    bytes: int
 
 
 class DiskFullError(OutputError):

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from lowmem.checkpoint.files.shards import INDEX_FILE
-from lowmem.checkpoint.files.whole import write_json, write_whole
+from lowmem.checkpoint.files.whole import FileDigest, write_json, write_whole
 from lowmem.checkpoint.headers.safetensors import DTYPE_NAMES, StoredTensor, read_header
-from lowmem.checkpoint.manifest import FileDigest
 from lowmem.errors import OutputError
 
 CHUNK = 8 << 20

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,16 +69,29 @@ def compiler(target: Target | None) -> list[str]:
 
 
 def compile_library(library: Path, objects: Path, target: Target | None = None) -> None:
-    """Compile the sources to the file `library`, several at a time.
+    """Compile the sources to the file `library`; `objects` is as in `compile_all`.
 
-    objects: the folder of compiled sources, which are kept until the source or a header is newer, or the
-    command another. Raises
-    BuildError with the compiler's first error.
+    Raises BuildError with the compiler's first error.
     """
     windows = "windows" in target.name if target else os.name == "nt"
     words = [*compiler(target), *FLAGS, *(() if windows else ("-fPIC",))]
-    objects.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
+    made = compile_all(words, objects)
+    linux = "-linux-" in target.triple if target else sys.platform == "linux"
+    libraries = ("-lm", "-ldl", "-pthread") if linux else ()
+    stripped = ("-s",) if target else ()
+    call([*words, "-shared", *stripped, *made, *libraries, "-o", str(library)])
+    for left in library.parent.glob("*.lib"):  # an import library, which nobody links with
+        left.unlink()
+
+
+def compile_all(words: Sequence[str], objects: Path, left_out: Collection[str] = ()) -> list[str]:
+    """Compile the sources with the command `words`, several at a time. Returns the object files.
+
+    objects: their folder, in which they are kept until the source or a header is newer, or the command
+    another. left_out: names of sources. Raises BuildError with the compiler's first error.
+    """
+    objects.mkdir(parents=True, exist_ok=True)
     headers = max(path.stat().st_mtime for path in SOURCES.rglob("*.h"))
     made_by, command = objects / "command", shlex.join(words)
     same = made_by.is_file() and made_by.read_text() == command
@@ -88,21 +101,17 @@ def compile_library(library: Path, objects: Path, target: Target | None = None) 
         result = objects / ("-".join(source.relative_to(SOURCES).with_suffix("").parts) + ".o")
         newest = max(source.stat().st_mtime, headers)
         if not same or not result.is_file() or result.stat().st_mtime < newest:
-            _call([*words, "-c", f"-I{SOURCES}", str(source), "-o", str(result)])
+            call([*words, "-c", f"-I{SOURCES}", str(source), "-o", str(result)])
         return str(result)
 
-    largest_first = sorted(SOURCES.rglob("*.c"), key=lambda path: path.stat().st_size, reverse=True)
+    sources = [path for path in SOURCES.rglob("*.c") if path.name not in left_out]
+    largest_first = sorted(sources, key=lambda path: path.stat().st_size, reverse=True)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        made = list(pool.map(compiled, largest_first))
-    linux = "-linux-" in target.triple if target else sys.platform == "linux"
-    libraries = ("-lm", "-ldl", "-pthread") if linux else ()
-    stripped = ("-s",) if target else ()
-    _call([*words, "-shared", *stripped, *made, *libraries, "-o", str(library)])
-    for left in library.parent.glob("*.lib"):  # an import library, which nobody links with
-        left.unlink()
+        return list(pool.map(compiled, largest_first))
 
 
-def _call(command: Sequence[str]) -> None:
+def call(command: Sequence[str]) -> None:
+    """Run a compiler. Raises BuildError with what it says."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:

@@ -32,20 +32,7 @@ INLINE vector all(float value) { return value - (vector){0}; }
 
 INLINE vector pick(integers mask, vector yes, vector no) { return (vector)(((integers)yes & mask) | ((integers)no & ~mask)); }
 
-/* 2^x for x <= 0, to 1e-7; exactly 0 from -126 down. Minimax polynomial on [-1/2, 1/2]. */
-INLINE vector exp2_of(vector x)
-{
-    const vector shift = all(0x1.8p23f);
-    integers none = x <= -126.0f;
-    vector whole = x + shift, f = x - (whole - shift);
-    vector y = f * 1.5403530393e-4f + 1.3333558146e-3f;
-    y = y * f + 9.6181291076e-3f;
-    y = y * f + 5.5504108665e-2f;
-    y = y * f + 2.4022650696e-1f;
-    y = y * f + 6.9314718056e-1f;
-    y = y * f + 1.0f;
-    return (vector)(((bits)y + ((bits)whole << 23)) & ~(bits)none);
-}
+#include "exp2.h"
 
 /* ---- products ------------------------------------------------------------------------------------------------ */
 
@@ -134,11 +121,14 @@ TARGET static void softmax(const lm_chunk *c)
         }
         const vector nothing = all(-INFINITY);
         for (int32_t k = 0; k < count; k += PAIRS) {
-            vector p = exp2_of(pick(seen > k, load(column + k * lanes) - peak, nothing));
+            vector p = pick(seen > k, load(column + k * lanes) - peak, nothing);
+            exp2_of(&p);
 #if PAIRS == 2
             vector q = {0};
-            if (k + 1 < count)
-                q = exp2_of(pick(seen > k + 1, load(column + (k + 1) * lanes) - peak, nothing));
+            if (k + 1 < count) {
+                q = pick(seen > k + 1, load(column + (k + 1) * lanes) - peak, nothing);
+                exp2_of(&q);
+            }
             /* To nearest, ties to even. The total sums the rounded weights, by which values are multiplied. */
             bits low = (bits)p, high = (bits)q;
             low = (low + 0x7fff + (low >> 16 & 1)) & 0xffff0000;
@@ -214,7 +204,8 @@ TARGET static void merge(const lm_merge *merge)
         for (int64_t d = 0; d < LM_BUNDLE; d++)
             store(m.out + d * LM_BUNDLE + lane, (vector){0});
         for (int64_t c = 0; c < m.chunks; c++) {
-            vector weight = exp2_of(load(from + c * m.stride) - peak);
+            vector weight = load(from + c * m.stride) - peak;
+            exp2_of(&weight);
             const float *sums = from + c * m.stride + (2 + m.first) * m.lanes;
             total += weight * load(from + c * m.stride + m.lanes);
             for (int64_t d = 0; d < LM_BUNDLE; d++) {

@@ -4,7 +4,6 @@
 #include "neon.h"
 
 enum { MOST_ROWS = 4, MOST_OUTPUTS = 8 };
-enum { LINE = 32, AHEAD = 512 }; /* inputs of a cache line; the prefetch distance in inputs */
 
 typedef float32x4_t sums_of_tile[MOST_ROWS][MOST_OUTPUTS];
 
@@ -39,42 +38,9 @@ INLINE void add_products(lm_dense_shape s, const uint16_t *weight, const lm_dens
     }
 }
 
-/* A tile of s.rows rows and s.outputs outputs, from output `first` on. Each sum has the same order in every tile: 4 lanes,
- * their tree, then the last inputs that do not fill a vector. */
-INLINE void tile(lm_dense_shape s, const lm_dense_piece *p, int64_t first)
-{
-    const lm_dense *w = p->w;
-    const int64_t in = w->inputs, whole = in / 8 * 8;
-    const uint16_t *weight = w->weight + first * in;
-    const float *x = p->x;
-    float *y = p->y + first - p->first;
-    sums_of_tile sum;
-    UNROLL
-    for (int r = 0; r < s.rows; r++)
-        UNROLL
-        for (int o = 0; o < s.outputs; o++)
-            sum[r][o] = vdupq_n_f32(0);
-    int64_t i = 0;
-    for (; i + LINE <= in; i += LINE) {
-        UNROLL
-        for (int o = 0; o < s.outputs; o++)
-            __builtin_prefetch((const void *)((uintptr_t)(weight + o * in + i) + 2 * AHEAD));
-        UNROLL
-        for (int part = 0; part < LINE; part += 8)
-            add_products(s, weight, p, i + part, sum);
-    }
-    for (; i < whole; i += 8)
-        add_products(s, weight, p, i, sum);
-    UNROLL
-    for (int o = 0; o < s.outputs; o++)
-        UNROLL
-        for (int r = 0; r < s.rows; r++) {
-            float total = vaddvq_f32(sum[r][o]);
-            for (i = whole; i < in; i++)
-                total += lm_load(weight, s.type, o * in + i) * x[r * in + i];
-            y[r * p->stride + o] = w->bias ? total + lm_load(w->bias, w->bias_type, first + o) : total;
-        }
-}
+#define ZERO vdupq_n_f32(0)
+#define sum_of vaddvq_f32
+#include "dense_tile.h"
 
 #define OUTPUTS_1 8
 #define OUTPUTS_2 6

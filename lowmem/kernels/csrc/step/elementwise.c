@@ -89,20 +89,7 @@ INLINE void turn(const lm_turn *head)
 
 /* ---- activations --------------------------------------------------------------------------------------------- */
 
-/* Replace x by 2^x for x <= 0, to 1e-7; 0 from -126 down. Minimax polynomial on [-1/2, 1/2]. */
-INLINE void exp2_of(vector *x)
-{
-    const vector shift = ALL(0x1.8p23f);
-    const integers none = *x <= -126.0f;
-    const vector whole = *x + shift, f = *x - (whole - shift);
-    vector y = f * 1.5403530393e-4f + 1.3333558146e-3f;
-    y = y * f + 9.6181291076e-3f;
-    y = y * f + 5.5504108665e-2f;
-    y = y * f + 2.4022650696e-1f;
-    y = y * f + 6.9314718056e-1f;
-    y = y * f + 1.0f;
-    *x = (vector)(((bits)y + ((bits)whole << 23)) & ~(bits)none);
-}
+#include "exp2.h"
 
 /* x Phi(x). erfc as in Abramowitz and Stegun, 7.1.26, of |x|, so that the left tail is accurate. */
 INLINE void gelu(vector *x)

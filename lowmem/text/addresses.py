@@ -1,4 +1,7 @@
-"""Host names and addresses, as they appear in requests and options."""
+"""Host names and addresses, as they appear in requests and options.
+
+vLLM's process imports a copy (lowmem/engines/vllm_door.py), so only Python's standard library is used.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from typing import Any
+
+OWN_NAMES = ("localhost", "127.0.0.1", "::1")
+"""What a Host header may always name."""
 
 
 def host_name(host: str) -> str | None:
