@@ -83,7 +83,8 @@ def measured(work: Path, bits: int, group: int, effort: str) -> Version:
 def render(record: Efforts) -> str:
     """A row for each version: the divergence on each text, and how HumanEval and greedy answers move."""
     heads = ["version", "effort", *(f"KL divergence: {name}" for name in TEXTS)]
-    heads += ["same top-1: code", "perplexity: humaneval", "greedy tokens alike", "conversion"]
+    heads += ["same top-1: code", "same top-1: humaneval", "perplexity: humaneval"]
+    heads += ["greedy tokens alike", "conversion"]
     lines = []
     for one in record.versions:
         texts = {text.text: text for text in one.quality.texts}
@@ -93,7 +94,7 @@ def render(record: Efforts) -> str:
                 one.quality.subject.label,
                 one.effort,
                 *(f"{texts[name].kld.mean:.5f}" for name in TEXTS),
-                f"{100 * texts['code'].same_top1:.2f}%",
+                *(f"{100 * texts[name].same_top1:.2f}%" for name in ("code", "humaneval")),
                 f"{texts['humaneval'].ppl_ratio:.4f} ×",
                 "" if greedy is None else f"{sum(greedy.equal_tokens)} of {sum(greedy.answer_tokens)}",
                 f"{one.seconds:.0f} s",
