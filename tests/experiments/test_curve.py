@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from lowmem.benchmarks.common.record_file import from_json, to_json
+from lowmem.benchmarks.common.record_file import from_json, to_json, write
 from lowmem.benchmarks.common.records import Machine, Origin
 from lowmem.benchmarks.experiments.curve import __main__ as command
+from lowmem.benchmarks.experiments.curve.__main__ import earlier_of, joined
 from lowmem.benchmarks.experiments.curve.arithmetic import bound, interpolate, lead, missed, ratio
 from lowmem.benchmarks.experiments.curve.evaluate import Evaluator
 from lowmem.benchmarks.experiments.curve.linears import (
@@ -47,6 +48,7 @@ from lowmem.benchmarks.quality.texts import Text
 from safetensors.torch import save_file
 
 from lowmem.checkpoint.source.open import open_source
+from lowmem.errors import SourceError
 from lowmem.export.export import export
 from lowmem.models.architecture import inspect
 from tests.helpers import save_source, tiny_model
@@ -74,6 +76,34 @@ RECORD = CurveRecord(
         dataclasses.replace(point(AUTOSCHEME, 9, 1.0, "broken"), texts=(), failure="out of memory"),
     ),
 )
+
+
+# --- records that are renewed in part -----------------------------------------------------------------------
+
+
+def test_a_partial_run_keeps_the_other_versions_of_the_record(tmp_path):
+    """And says of which run they are, however often that is repeated."""
+    write(RECORD, tmp_path / "curve.json")
+    origin = dataclasses.replace(RECORD.origin, command="again", date="2026-02-02T00:00:00")
+    earlier = earlier_of(tmp_path / "curve.json", origin, "128 rows")
+    again = dataclasses.replace(RECORD, origin=origin, points=(point(MIXED, 2.5, 0.01),), peer_versions=())
+    found = joined(joined(again, earlier), earlier)
+    assert found.of(MIXED)[0].kld("code") == 0.01
+    assert {p.label for p in found.points} == {p.label for p in RECORD.points}
+    assert (found.origin, found.kept, found.peer_versions) == (origin, RECORD.origin, RECORD.peer_versions)
+    assert "kept from an earlier run: `python`, 2026-01-01" in render(found)
+    assert "kept" not in render(RECORD)
+
+
+@pytest.mark.parametrize("other", [{"source_digest": "other"}, {}])
+def test_versions_of_other_weights_or_rows_are_not_kept(tmp_path, other):
+    write(RECORD, tmp_path / "curve.json")
+    with pytest.raises(SourceError, match="Measure without --keep"):
+        earlier_of(
+            tmp_path / "curve.json",
+            dataclasses.replace(RECORD.origin, **other),
+            "" if not other else "128 rows",
+        )
 
 
 # --- stored bits --------------------------------------------------------------------------------------------

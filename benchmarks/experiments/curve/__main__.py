@@ -3,6 +3,7 @@
     python -m lowmem.benchmarks.experiments.curve           the embedded model; writes results/curve.json
     python -m lowmem.benchmarks.experiments.curve --show    the committed measurement as tables
     python -m lowmem.benchmarks.experiments.curve --draw    docs/images/curve.svg from that measurement
+    python -m lowmem.benchmarks.experiments.curve --only mixed,uniform --keep   ours again, not the peers
 
 Every converter gets the same rows of calibration tokens. Every version is evaluated alike: its dequantized
 linears in the unquantized model, in float32, so that only rounding shows and no kernel's arithmetic. Peers
@@ -17,9 +18,11 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lowmem.benchmarks.common.processes import ROOT
+from lowmem.benchmarks.common.records import Origin
 from lowmem.benchmarks.demo import embedded_model
 from lowmem.benchmarks.experiments.common import RESULTS, Experiment, origin_here, say
 from lowmem.benchmarks.experiments.curve.evaluate import Evaluator
@@ -30,6 +33,8 @@ from lowmem.benchmarks.experiments.curve.table import render
 from lowmem.benchmarks.experiments.peers.__main__ import shown
 from lowmem.benchmarks.experiments.peers.run import Run
 from lowmem.benchmarks.experiments.workers.interpreters import find_peers
+
+from lowmem.errors import SourceError
 
 CURVE = Experiment("curve", CurveRecord, RESULTS / "curve.json", render)
 IMAGE = ROOT / "docs" / "images" / "curve.svg"
@@ -47,10 +52,35 @@ def compare(args: argparse.Namespace, words: Sequence[str]) -> CurveRecord:
     prepared = curve.prepare()
     origin = origin_here("curve", words, shown(source), prepared["fingerprint"])
     wanted = [v for v in all_versions(found.names) if args.only is None or v.key.startswith(args.only)]
+    earlier = earlier_of(args.out, origin, prepared["calibration"]) if args.keep else None
     points = measure_all(curve, wanted)
     left_out = tuple(line for line in found.left_out if line.startswith(("llama.cpp", "AutoRound")))
-    return CurveRecord(
+    record = CurveRecord(
         origin, prepared["calibration"], args.iterations, run.peer_versions(), left_out, points
+    )
+    return record if earlier is None else joined(record, earlier)
+
+
+def earlier_of(file: Path, origin: Origin, calibration: str) -> CurveRecord:
+    """The record in a file, of the same weights and rows. Raises SourceError for another one."""
+    found: CurveRecord = CURVE.read(file)
+    if (found.origin.source_digest, found.calibration) != (origin.source_digest, calibration):
+        raise SourceError(f"{file} is of other weights or other calibration rows", "Measure without --keep")
+    return found
+
+
+def joined(record: CurveRecord, earlier: CurveRecord) -> CurveRecord:
+    """A record with the points of the versions that only the earlier one has."""
+    found = {point.label for point in record.points}
+    others = tuple(point for point in earlier.points if point.label not in found)
+    versions = tuple((dict(earlier.peer_versions) | dict(record.peer_versions)).items())
+    return replace(
+        record,
+        autoround_iterations=earlier.autoround_iterations,
+        peer_versions=versions,
+        left_out=earlier.left_out,
+        points=(*record.points, *others),
+        kept=earlier.kept or earlier.origin,
     )
 
 
@@ -75,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--again", action="append", default=[], metavar="NAME",
         help="repeat the finished steps whose names begin with NAME: mixed, llama-Q4 …")  # fmt: skip
     add("--only", type=words_of, metavar="LIST", help="versions whose names begin so: uniform,llama-Q4")
+    add("--keep", action="store_true", help="keep the other versions of the record in --out")
     add("--llama-python", metavar="PYTHON", help="the interpreter that has llama-cpp-python")
     add("--autoround-python", metavar="PYTHON", help="the interpreter that has auto-round")
     add("--iterations", type=int, default=200, metavar="N", help="of AutoRound (%(default)s, its default)")

@@ -94,6 +94,8 @@ class CurveRecord:
     left_out: tuple[str, ...]
     """A line for each peer that was not installed."""
     points: tuple[Point, ...]
+    kept: Origin | None = None
+    """Of the earlier record from which the points of other versions are kept."""
 
     def of(self, *families: str) -> list[Point]:
         """The measured versions of some families, by their bits."""

@@ -64,6 +64,8 @@ def _exponent(value: float) -> int:
 
 def _notes(record: CurveRecord) -> Iterator[str]:
     yield made_with(record.origin, record.peer_versions)
+    if record.kept is not None:
+        yield f"Versions that it does not name are kept from an earlier run: {made_with(record.kept)}"
     tokens = next((p.texts[0].tokens for p in record.points if p.texts), 0)
     yield (
         f"{tokens:,} tokens of each text. Calibration: {record.calibration}. Bits per weight: integers, "
