@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem.config import EFFORTS
+from lowmem.config import EFFORTS, QuantConfig
 
 if TYPE_CHECKING:
     from lowmem.benchmarks.common.records import TextQuality
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 PROMPT = "Write a Python function get_name. Return the name of this object."
 BITS = (8, 4)
-TEXT_ROWS = 24
-"""Rows of 512 tokens of held-out code that quality is measured on."""
 _MIB = 1 << 20
 
 
@@ -43,12 +41,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows",
         type=int,
-        default=EFFORTS["default"].rows,
         metavar="N",
-        help="calibration rows (default: %(default)s)",
+        help="calibration rows (default: as many as the effort takes)",
     )
     parser.add_argument(
         "--new-tokens", type=int, default=64, metavar="N", help="tokens of each answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--effort",
+        choices=tuple(EFFORTS),
+        default="default",
+        help="tuning steps of each layer at 4 bits, and calibration rows: "
+        + ", ".join(f"{name} {effort.tune_steps} and {effort.rows}" for name, effort in EFFORTS.items())
+        + " (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--text-rows",
+        type=int,
+        default=24,
+        metavar="N",
+        help="rows of 512 tokens of held-out code that quality is measured on (default: %(default)s)",
     )
 
 
@@ -60,50 +72,54 @@ def embedded_model() -> Path:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; exit code 0."""
+    """Run the demo; exit code 0. Raises InvalidRequestError for a number below 1."""
     from lowmem.checkpoint.files.home import typed_path
-    from lowmem.errors import OutputError
+    from lowmem.errors import InvalidRequestError, OutputError
 
+    for option in ("rows", "new_tokens", "text_rows"):
+        if (value := getattr(args, option)) is not None and value < 1:
+            name = option.replace("_", "-")
+            raise InvalidRequestError(f"--{name} must be at least 1", f"Leave out --{name} for its default")
     if args.keep is None:
         with tempfile.TemporaryDirectory(prefix="lowmem-demo-") as folder:
-            _demo(Path(folder), args.rows, args.new_tokens)
+            _demo(Path(folder), args)
         return 0
     keep = typed_path(args.keep).absolute()
     try:
         keep.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{keep} cannot be created: {error.strerror}", "Choose another folder") from error
-    _demo(keep, args.rows, args.new_tokens)
+    _demo(keep, args)
     print(f"The checkpoints are in {keep}. Chat with one: lowmem run {keep / '4bit'}")
     return 0
 
 
-def _demo(folder: Path, rows: int, new_tokens: int) -> None:
+def _demo(folder: Path, args: argparse.Namespace) -> None:
     from lowmem.benchmarks.report.terminal import print_tables
 
     source = embedded_model()
-    folders = {bits: _converted(source, folder / f"{bits}bit", bits, rows) for bits in BITS}
-    runs = [_answer(source, "dense", new_tokens), *(_answer(f, "gptq", new_tokens) for f in folders.values())]
+    effort = EFFORTS[args.effort]
+    rows = effort.rows if args.rows is None else args.rows
+    configs = [QuantConfig(bits=bits, tune_steps=effort.steps(bits)) for bits in BITS]
+    folders = [_converted(source, folder / f"{config.bits}bit", config, rows) for config in configs]
+    versions = [(source, "dense"), *((path, "gptq") for path in folders)]
+    runs = [_answer(path, method, args.new_tokens) for path, method in versions]
     _say("Comparing next-token distributions on held-out code")
-    found = _quality(source, tuple(map(str, folders.values())))
+    found = _quality(source, tuple(map(str, folders)), args.text_rows)
     cells = tuple(_cells(run, runs[0], found[run.label]) for run in runs)
     tokens = next(iter(found.values())).tokens
     print_tables([_table(cells, tokens)], NOTES)
 
 
-def _converted(source: Path, out: Path, bits: int, rows: int) -> Path:
+def _converted(source: Path, out: Path, config: QuantConfig, rows: int) -> Path:
     from lowmem.convert.calibration import CalibrationSpec
     from lowmem.convert.pipeline import convert
     from lowmem.convert.progress import make_reporter
 
-    from lowmem.config import QuantConfig
-
-    _say(f"Converting {source.name} to {bits} bits")
+    _say(f"Converting {source.name} to {config.bits} bits")
     if not out.exists():
         reporter = make_reporter(quiet=False, as_json=False)
-        convert(
-            source, out, QuantConfig(bits=bits), calibration=CalibrationSpec(rows=rows), reporter=reporter
-        )
+        convert(source, out, config, calibration=CalibrationSpec(rows=rows), reporter=reporter)
     return out
 
 
@@ -127,7 +143,7 @@ def _answer(path: Path, method: str, new_tokens: int) -> Run:
     return Run(loaded.label, need.weights, need.kv_cache, answer.tokens_per_second, loaded.kernel)
 
 
-def _quality(source: Path, folders: tuple[str, ...]) -> dict[str, TextQuality]:
+def _quality(source: Path, folders: tuple[str, ...], rows: int) -> dict[str, TextQuality]:
     """Label → quality on held-out code, of the converted folders and of the source in bfloat16."""
     from lowmem.benchmarks.common.lineup import LineupRequest, line_up
     from lowmem.benchmarks.common.output import Output
@@ -135,7 +151,7 @@ def _quality(source: Path, folders: tuple[str, ...]) -> dict[str, TextQuality]:
     from lowmem.benchmarks.quality.measure import Settings, measure
 
     lineup = line_up(LineupRequest(folders, reference=str(source)))
-    settings = Settings(("code",), rows=TEXT_ROWS, greedy=False, record=False, cache=False)
+    settings = Settings(("code",), rows=rows, greedy=False, record=False, cache=False)
     progress = make_progress(quiet=False)
     try:
         with tempfile.TemporaryDirectory(prefix="lowmem-demo-") as records:

@@ -55,7 +55,7 @@ def _untried(platform: str) -> str:
     if name == "macOS":
         return "lowmem and its kernels were compiled and checked for macOS, but never run there by us"
     if "aarch64" in platform or "arm64" in platform:
-        return "lowmem's kernels for ARM ran in an emulator, but never on a processor by us"
+        return "lowmem and its kernels ran for ARM in an emulator, but never on a processor by us"
     return "" if name == "Linux" else f"lowmem was never run on {name} by us"
 
 

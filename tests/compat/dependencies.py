@@ -37,14 +37,23 @@ def uv() -> str | None:
     return shutil.which("uv") or shutil.which("uv", path=os.path.dirname(sys.executable))
 
 
+def wanted() -> list[str]:
+    """lowmem's dependencies, as pyproject.toml has them, without those that pip builds from source."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    return [line for line in project["dependencies"] if not line.startswith(FROM_SOURCE)]
+
+
+def for_system(system: str, python: str) -> list[str]:
+    """uv's options that choose wheels for a system of SYSTEMS and a Python."""
+    return ["--python-platform", SYSTEMS[system], "--python-version", python, "--only-binary", ":all:"]
+
+
 def refusal(system: str, python: str) -> str:
     """Why the dependencies cannot be resolved to wheels; "" if they can."""
-    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    wanted = [line for line in project["dependencies"] if not line.startswith(FROM_SOURCE)]
     command = [uv() or "uv", "pip", "compile", "--quiet", "-", "--no-header", "--no-annotate"]
-    command += ["--python-platform", SYSTEMS[system], "--python-version", python, "--only-binary", ":all:"]
+    command += for_system(system, python)
     environment = {**os.environ, "MACOSX_DEPLOYMENT_TARGET": MACOS}
-    done = subprocess.run(command, input="\n".join(wanted), env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, input="\n".join(wanted()), env=environment, capture_output=True, text=True)
     return "" if done.returncode == 0 and "torch==" in done.stdout else done.stderr.strip() or "no answer"
 
 

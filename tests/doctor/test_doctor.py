@@ -103,6 +103,12 @@ def test_problems_come_with_advice(change: dict[str, Any], name: str, status: st
     assert passed(found) == (status != "missing")
 
 
+def test_arm_hears_that_only_an_emulator_ran_it() -> None:
+    found = line(facts(replace(HEALTHY, platform="Linux-6.8-aarch64-with-glibc2.36")), "operating system")
+    assert found.status == "warning"
+    assert "ran for ARM in an emulator" in found.detail and "never on a processor" in found.detail
+
+
 def test_a_containers_limit_is_reported() -> None:
     found = facts(replace(HEALTHY, limit=8 * GIB))
     assert "limited to 8.00 GiB" in line(found, "memory").detail
