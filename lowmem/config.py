@@ -48,7 +48,7 @@ class Effort:
         return self.tune_steps if bits <= TRAINED_BITS else 0
 
 
-EFFORTS = {"fast": Effort(0, 128, 7), "default": Effort(80, 128, 13), "best": Effort(256, 384, 39)}
+EFFORTS = {"fast": Effort(0, 128, 4), "default": Effort(80, 128, 7), "best": Effort(256, 384, 19)}
 """By the names of `lowmem convert --effort`."""
 
 
