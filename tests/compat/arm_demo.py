@@ -56,7 +56,7 @@ def lacks(folder: Path) -> str:
     if os.geteuid() != 0:
         return "debootstrap and chroot need root: run it as root, or in a virtual machine"
     if not is_debian(folder) and folder.is_dir() and any(folder.iterdir()):
-        return f"{folder} is no finished Debian, and not empty: name another folder"
+        return f"{folder} holds files, but no finished Debian: name another folder"
     if not is_debian(folder) and shutil.which("debootstrap") is None:
         return "debootstrap is not installed: apt-get install debootstrap"
     if not BINFMT.is_file():

@@ -95,15 +95,12 @@ def test_a_partial_run_keeps_the_other_versions_of_the_record(tmp_path):
     assert "kept" not in render(RECORD)
 
 
-@pytest.mark.parametrize("other", [{"source_digest": "other"}, {}])
-def test_versions_of_other_weights_or_rows_are_not_kept(tmp_path, other):
+@pytest.mark.parametrize(("digest", "rows"), [("other", "128 rows"), ("", "64 rows")])
+def test_versions_of_other_weights_or_rows_are_not_kept(tmp_path, digest, rows):
     write(RECORD, tmp_path / "curve.json")
+    origin = dataclasses.replace(RECORD.origin, source_digest=digest)
     with pytest.raises(SourceError, match="Measure without --keep"):
-        earlier_of(
-            tmp_path / "curve.json",
-            dataclasses.replace(RECORD.origin, **other),
-            "" if not other else "128 rows",
-        )
+        earlier_of(tmp_path / "curve.json", origin, rows)
 
 
 # --- stored bits --------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def compile_library(library: Path, objects: Path, target: Target | None = None) 
     libraries = ("-lm", "-ldl", "-pthread") if linux else ()
     stripped = ("-s",) if target else ()
     call([*words, "-shared", *stripped, *made, *libraries, "-o", str(library)])
-    for left in library.parent.glob("*.lib"):  # an import library, which nobody links with
+    for left in library.parent.glob("*.lib"):  # an import library; nothing is linked with it
         left.unlink()
 
 
