@@ -36,9 +36,12 @@ class Driver:
         """The instruction sets that its CPU has, best first."""
         return self._run(b"").decode().splitlines()
 
-    def results(self, isa: str, cases: bytes) -> bytes:
-        """What one instruction set computes. Raises RuntimeError if it fails."""
-        return self._run(cases, isa)
+    def results(self, isa: str, cases: bytes, fill: int = 0) -> bytes:
+        """What one instruction set computes, with workspaces and outputs filled with a byte before.
+
+        Raises RuntimeError if it fails.
+        """
+        return self._run(cases, isa, str(fill))
 
     def _run(self, cases: bytes, *arguments: str) -> bytes:
         done = subprocess.run([*self.command, *arguments], input=cases, capture_output=True, timeout=500)

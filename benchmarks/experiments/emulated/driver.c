@@ -1,8 +1,9 @@
 /* Compute the cases of a file with one instruction set, for a comparison between machines.
  *
- *   driver SET < CASES > RESULTS     SET: a name of the table in isa.c; exit code 3 if the CPU lacks it
- *   driver < /dev/null               the names of the sets that the CPU has, one a line
+ *   driver SET [FILL] < CASES > RESULTS     SET: a name of the table in isa.c; exit code 3 if the CPU lacks it
+ *   driver < /dev/null                      the names of the sets that the CPU has, one a line
  *
+ * FILL is a byte, 0 by default. Workspaces and outputs are filled with it before a kernel runs; no result depends on it.
  * A case is a number of 64 bits, its kind, then the numbers of the kind's structure here, then its tensors without gaps.
  * A result is the kind's tensors without gaps. Both are in the byte order of the machine. */
 #include <stdio.h>
@@ -24,12 +25,15 @@ static void *take(size_t bytes)
     return memory;
 }
 
-static void *zeroed(size_t bytes)
+static int fill;
+
+/* Memory that a kernel writes before it reads it. */
+static void *filled(size_t bytes)
 {
-    void *memory = calloc(bytes + 1, 1);
+    void *memory = malloc(bytes + 1);
     if (!memory)
         exit(1);
-    return memory;
+    return memset(memory, fill, bytes + 1);
 }
 
 static void give(const void *memory, size_t bytes)
@@ -55,16 +59,16 @@ static void packed(void)
     w.zeros = c->has_zeros ? take(groups * out) : NULL;
     w.bias = c->has_bias ? take(out * 4) : NULL;
     if (c->tiled) {
-        uint32_t *qweight = zeroed(words * tiles * 4);
-        void *scales = zeroed(groups * tiles * width(c->scales_type));
-        uint8_t *zeros = c->has_zeros ? zeroed(groups * tiles) : NULL;
+        uint32_t *qweight = filled(words * tiles * 4);
+        void *scales = filled(groups * tiles * width(c->scales_type));
+        uint8_t *zeros = c->has_zeros ? filled(groups * tiles) : NULL;
         lm_tile_weight(&w, qweight, scales, zeros);
         w.qweight = qweight, w.scales = scales, w.zeros = zeros, w.tiled = 1;
     }
     const lm_matrix x = {take((size_t)(c->rows * c->inputs) * width(c->x_type)), c->rows, c->inputs, (int32_t)c->x_type};
     const size_t bytes = (size_t)(c->rows * c->outputs) * width(c->y_type);
-    const lm_matrix y = {zeroed(bytes), c->rows, c->outputs, (int32_t)c->y_type};
-    lm_linear(&w, &x, (int)c->planes, &y, zeroed(lm_linear_workspace(&w, c->rows, (int)c->planes)));
+    const lm_matrix y = {filled(bytes), c->rows, c->outputs, (int32_t)c->y_type};
+    lm_linear(&w, &x, (int)c->planes, &y, filled(lm_linear_workspace(&w, c->rows, (int)c->planes)));
     give(y.values, bytes);
 }
 
@@ -78,8 +82,8 @@ static void dense(void)
     w.weight = take((size_t)(c->inputs * c->outputs) * 2);
     w.bias = take((size_t)c->outputs * 4);
     const lm_matrix x = {take((size_t)(c->rows * c->inputs) * 4), c->rows, c->inputs, LM_F32};
-    const lm_matrix y = {zeroed((size_t)(c->rows * c->outputs) * 4), c->rows, c->outputs, LM_F32};
-    lm_dense_linear(&w, &x, &y, zeroed((size_t)(c->rows * (c->inputs + c->outputs)) * 4));
+    const lm_matrix y = {filled((size_t)(c->rows * c->outputs) * 4), c->rows, c->outputs, LM_F32};
+    lm_dense_linear(&w, &x, &y, filled((size_t)(c->rows * (c->inputs + c->outputs)) * 4));
     give(y.values, (size_t)(c->rows * c->outputs) * 4);
 }
 
@@ -93,8 +97,8 @@ static void attention(void)
     lm_kv kv = {c->heads, c->kv_heads, c->size, c->length, NULL, NULL};
     kv.keys = take(stored), kv.values = take(stored);
     const lm_query query = {take(asked), c->heads * c->size, c->size, c->rows, c->length, 0.125f};
-    uint16_t *out = zeroed(asked);
-    lm_prompt_attention(&kv, &query, out, zeroed(lm_prompt_attention_workspace(&kv, c->length)));
+    uint16_t *out = filled(asked);
+    lm_prompt_attention(&kv, &query, out, filled(lm_prompt_attention_workspace(&kv, c->length)));
     give(out, asked);
 }
 
@@ -107,8 +111,8 @@ static void gemm(void)
     lm_gemm job = {.m = c->m, .n = c->n, .k = c->k, .a_row = c->k, .a_column = 1, .b_row = c->n, .b_column = 1, .c_row = c->n,
                    .alpha = -1.5f, .upper = (int32_t)c->upper, .bf16 = (int32_t)c->bf16};
     job.a = take((size_t)(c->m * c->k) * 4), job.b = take((size_t)(c->k * c->n) * 4);
-    job.c = zeroed((size_t)(c->m * c->n) * 4);
-    lm_gemm_run(&job, zeroed(lm_gemm_workspace()));
+    job.c = memset(filled((size_t)(c->m * c->n) * 4), 0, (size_t)(c->m * c->n) * 4); /* it is added to */
+    lm_gemm_run(&job, filled(lm_gemm_workspace()));
     give(job.c, (size_t)(c->m * c->n) * 4);
 }
 
@@ -124,8 +128,8 @@ static void rounding(void)
                     .ranges_count = 3, .maxq = (int32_t)c->maxq, .sym = (int32_t)c->sym, .search = (int32_t)c->search,
                     .passes = (int32_t)c->passes};
     job.error = take(weights * 4), job.residual = take(weights * 4), job.r = take((size_t)(c->columns * c->columns) * 4);
-    job.codes = zeroed(weights), job.scales = zeroed(grids * 4), job.zeros = zeroed(grids * 4);
-    lm_round_run(&job, zeroed(lm_round_workspace()));
+    job.codes = filled(weights), job.scales = filled(grids * 4), job.zeros = filled(grids * 4);
+    lm_round_run(&job, filled(lm_round_workspace()));
     give(job.codes, weights);
     give(job.scales, grids * 4);
     give(job.error, weights * 4);
@@ -142,6 +146,8 @@ int main(int count, char **arguments)
     }
     if (!lm_use_isa(arguments[1]))
         return 3;
+    if (count > 2)
+        fill = atoi(arguments[2]);
     for (int64_t kind; fread(&kind, sizeof kind, 1, stdin);)
         kinds[kind]();
     return 0;
