@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lowmem.cards.find import is_card
 from lowmem.checkpoint.dequantize import PackedWeight
@@ -25,6 +27,8 @@ from lowmem.kernels.registry import BitsAndBytes
 from lowmem.kernels.trial import by_speed, large_sample, sample_linear, sample_spec
 
 _GROUP_SIZE = 128  # of most checkpoints
+_DENSE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""The error allowed in torch's own products, relative to the result; a card may round float32 to TF32."""
 _LARGEST = LinearSpec(6144, 24576)
 """The shape of StarChat Alpha's largest linear."""
 
@@ -33,6 +37,11 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> Checks:
     """The reference and the chosen kernel for each width, then bitsandbytes, all on `device`."""
     area = f"kernels on {device}"
     yield guarded(area, "reference", lambda: reference_works(device), "Install torch again")
+    advice = "Answers would be wrong: run models with --dtype float32, or install another version of torch"
+    with warnings.catch_warnings():  # torch prints a traceback where a CPU lacks instructions for 16 bits
+        warnings.simplefilter("ignore")
+        check = guarded(area, "torch's products", lambda: dense_works(device, dtype), advice)
+    yield check
     if device.type == "cpu":
         advice = "Install lowmem again; until then, set LOWMEM_CPU_KERNEL=reference"
         yield guarded(area, "own kernels", lambda: native_works(area), advice)
@@ -60,6 +69,39 @@ def reference_works(device: torch.device) -> str:
     if not worst < 1e-3:
         raise RuntimeError(f"{_listed(BITS)}: differs from float64 by {worst:.1g}")
     return f"{_listed(BITS)}: equal to float64 arithmetic within {worst:.0e}"
+
+
+def dense_works(device: torch.device, dtype: torch.dtype) -> str:
+    """Compare torch's linear and attention in `dtype` with float32 on the CPU, at sizes with remainders.
+
+    Raises RuntimeError when they differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype).float()
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, dtype)
+
+    worst = 0.0
+    for count, outputs in ((1, 80), (3, 96), (33, 80)):
+        rows, weight = sample(count, 64), sample(outputs, 64)
+        q, k, v = (sample(1, 2, count, 64) for _ in range(3))
+        linear = functional.linear(there(rows), there(weight))
+        attended = functional.scaled_dot_product_attention(there(q), there(k), there(v), is_causal=True)
+        exact = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        for got, right in ((linear, rows @ weight.T), (attended, exact)):
+            worst = max(worst, _norm(got.float().cpu() - right) / _norm(right))
+    name = str(dtype).removeprefix("torch.")
+    if not worst < _DENSE[dtype]:
+        raise RuntimeError(f"{name}: differs from float32 by {worst:.2g} of its norm")
+    return f"{name}: equal to float32 within {worst:.0e}"
+
+
+def _norm(values: torch.Tensor) -> float:
+    """Infinite for values that are not finite: max() drops NaN."""
+    return float(torch.nan_to_num(values.norm(), nan=torch.inf))
 
 
 def native_works(area: str) -> Check | str:

@@ -40,8 +40,9 @@ CPU = "neoverse-n1"
 """QEMU's name. It lacks instructions for bfloat16: QEMU takes three times as long for those as for torch's
 conversions to float32."""
 DEMO = ("demo", "--rows", "1", "--text-rows", "1", "--new-tokens", "16", "--effort", "fast")
-TESTED_CPU = "max"
-"""It has every instruction set of the kernels, and the tests use each."""
+TESTED_CPU = "max,sve=off"
+"""It has every instruction set of the kernels, and the tests use each. With SVE torch's own products in
+bfloat16 are wrong in QEMU 7.2, as `lowmem doctor` shows there."""
 TESTS = ("native_kernels", "native_linear", "native_attention", "quantized_tables", "reference_kernel")
 TEST_PACKAGES = ("pytest", "pytest-timeout", "hypothesis")
 PARTS = ("install", "demo", "tests")

@@ -170,6 +170,27 @@ def test_the_reference_is_checked_for_real(monkeypatch: pytest.MonkeyPatch) -> N
         kernels.reference_works(CPU)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["linear", "scaled_dot_product_attention"])
+@pytest.mark.parametrize("fault", [5.0, torch.nan])
+def test_torchs_products_are_checked_for_real(
+    name: str, dtype: torch.dtype, fault: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One value of a product is wrong, or not a number."""
+    assert "equal to float32" in kernels.dense_works(CPU, dtype)
+    right = getattr(kernels.functional, name)
+
+    def wrong(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        found: torch.Tensor = right(*tensors, **options)
+        if tensors[0].dtype == dtype and found.shape[-2] == 3:
+            found[..., -1, -1] += fault
+        return found
+
+    monkeypatch.setattr(kernels.functional, name, wrong)
+    with pytest.raises(RuntimeError, match="differs"):
+        kernels.dense_works(CPU, dtype)
+
+
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_bitsandbytes_is_checked_for_real(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "of the dense linear" in kernels.bnb_works(method, CPU, torch.bfloat16)
