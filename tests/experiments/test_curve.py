@@ -13,7 +13,7 @@ import torch
 from lowmem.benchmarks.common.record_file import from_json, to_json, write
 from lowmem.benchmarks.common.records import Machine, Origin
 from lowmem.benchmarks.experiments.curve import __main__ as command
-from lowmem.benchmarks.experiments.curve.__main__ import earlier_of, joined
+from lowmem.benchmarks.experiments.curve.__main__ import check_iterations, earlier_of, joined
 from lowmem.benchmarks.experiments.curve.arithmetic import bound, interpolate, lead, missed, ratio
 from lowmem.benchmarks.experiments.curve.evaluate import Evaluator
 from lowmem.benchmarks.experiments.curve.linears import (
@@ -101,6 +101,16 @@ def test_versions_of_other_weights_or_rows_are_not_kept(tmp_path, digest, rows):
     origin = dataclasses.replace(RECORD.origin, source_digest=digest)
     with pytest.raises(SourceError, match="Measure without --keep"):
         earlier_of(tmp_path / "curve.json", origin, rows)
+
+
+def test_autoround_tunes_measured_and_kept_versions_alike():
+    """A record has one number of iterations for all of them."""
+    versions = all_versions(("AutoRound",))
+    longer = RECORD.autoround_iterations + 1
+    check_iterations(versions, RECORD.autoround_iterations, RECORD)
+    check_iterations([one for one in versions if one.family != AUTOSCHEME], longer, RECORD)
+    with pytest.raises(SourceError, match=f"Give --iterations {RECORD.autoround_iterations}"):
+        check_iterations(versions, longer, RECORD)
 
 
 # --- stored bits --------------------------------------------------------------------------------------------

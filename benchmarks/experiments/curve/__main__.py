@@ -27,7 +27,7 @@ from lowmem.benchmarks.demo import embedded_model
 from lowmem.benchmarks.experiments.common import RESULTS, Experiment, origin_here, say
 from lowmem.benchmarks.experiments.curve.evaluate import Evaluator
 from lowmem.benchmarks.experiments.curve.plot import draw
-from lowmem.benchmarks.experiments.curve.record import CurveRecord, all_versions
+from lowmem.benchmarks.experiments.curve.record import AUTOSCHEME, CurveRecord, Version, all_versions
 from lowmem.benchmarks.experiments.curve.run import Curve, measure_all
 from lowmem.benchmarks.experiments.curve.table import render
 from lowmem.benchmarks.experiments.peers.__main__ import shown
@@ -53,6 +53,8 @@ def compare(args: argparse.Namespace, words: Sequence[str]) -> CurveRecord:
     origin = origin_here("curve", words, shown(source), prepared["fingerprint"])
     wanted = [v for v in all_versions(found.names) if args.only is None or v.key.startswith(args.only)]
     earlier = earlier_of(args.out, origin, prepared["calibration"]) if args.keep else None
+    if earlier is not None:
+        check_iterations(wanted, args.iterations, earlier)
     points = measure_all(curve, wanted)
     left_out = tuple(line for line in found.left_out if line.startswith(("llama.cpp", "AutoRound")))
     record = CurveRecord(
@@ -67,6 +69,16 @@ def earlier_of(file: Path, origin: Origin, calibration: str) -> CurveRecord:
     if (found.origin.source_digest, found.calibration) != (origin.source_digest, calibration):
         raise SourceError(f"{file} is of other weights or other calibration rows", "Measure without --keep")
     return found
+
+
+def check_iterations(wanted: Sequence[Version], iterations: int, earlier: CurveRecord) -> None:
+    """Raise SourceError where AutoRound would tune kept versions longer or shorter than measured ones."""
+    theirs = earlier.autoround_iterations
+    if iterations != theirs and any(version.family == AUTOSCHEME for version in wanted):
+        raise SourceError(
+            f"the kept versions are of {theirs} iterations of AutoRound, not of {iterations}",
+            f"Give --iterations {theirs}, or measure without --keep",
+        )
 
 
 def joined(record: CurveRecord, earlier: CurveRecord) -> CurveRecord:
