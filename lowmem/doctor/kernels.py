@@ -37,7 +37,7 @@ def kernel_checks(device: torch.device, dtype: torch.dtype) -> Checks:
     """The reference and the chosen kernel for each width, then bitsandbytes, all on `device`."""
     area = f"kernels on {device}"
     yield guarded(area, "reference", lambda: reference_works(device), "Install torch again")
-    advice = "Answers would be wrong: run models with --dtype float32, or install another version of torch"
+    advice = "Answers would be wrong: type lowmem run --dtype float32, or install another version of torch"
     with warnings.catch_warnings():  # torch prints a traceback where a CPU lacks instructions for 16 bits
         warnings.simplefilter("ignore")
         check = guarded(area, "torch's products", lambda: dense_works(device, dtype), advice)
